@@ -1,0 +1,13 @@
+"""Errors that are the user's to mend: one clear sentence, exit status 2."""
+
+
+class UserError(Exception):
+    """Input that cannot be used. The message names the file, row or key, and the remedy.
+
+    The command line prints the message alone and ends with status 2; every other exception is a bug in
+    Prefarena (or in the cluster) and keeps its traceback.
+    """
+
+
+class WaitTimeoutError(TimeoutError):
+    """A wait on another process (placement, actor start, weight sync, rollout) outlasted its limit."""

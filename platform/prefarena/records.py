@@ -1,0 +1,60 @@
+"""The typed rows that pass between stages, and their Arrow schemas.
+
+Token columns are list<int32>. `response`, `chosen` and `rejected` ids hold the end-of-sequence token when the
+response ended by itself; a response cut off at the limit has none. An `id` is a content hash, stable over reruns.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+_IDS = pa.list_(pa.int32())
+
+TEXT_PAIRS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt", pa.string()),
+        ("chosen", pa.string()),
+        ("rejected", pa.string()),
+        ("label", pa.float32()),  # P(chosen > rejected); 1 where the data gives no other
+        ("source", pa.string()),
+    ]
+)
+PAIRS = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt_ids", _IDS),
+        ("chosen_ids", _IDS),
+        ("rejected_ids", _IDS),
+        ("label", pa.float32()),
+        ("source", pa.string()),
+    ]
+)
+#: PAIRS with the reference policy's log-probs, written by the reference stage.
+REFERENCED_PAIRS = pa.schema([*PAIRS, ("ref_chosen_logp", pa.float32()), ("ref_rejected_logp", pa.float32())])
+DEMONSTRATIONS = pa.schema([("id", pa.string()), ("prompt_ids", _IDS), ("response_ids", _IDS)])
+#: `covered`: the prompt has training pairs. `split`: train or test.
+PROMPTS = pa.schema([("id", pa.string()), ("prompt_ids", _IDS), ("covered", pa.bool_()), ("split", pa.string())])
+PRETRAINING = pa.schema([("id", pa.string()), ("ids", _IDS)])
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled response. `token_logps` are the generator's log-probs (nats, at the sampling temperature)."""
+
+    prompt_ids: list[int]
+    response_ids: list[int]
+    token_logps: list[float]
+    finished: bool  # ended by eos, not cut off at the limit
+    weight_version: str
+
+
+def content_id(*parts: Any) -> str:
+    """A stable 16-hex-digit id of JSON-able parts."""
+    text = json.dumps(parts, ensure_ascii=False, separators=(",", ":"), sort_keys=True)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
