@@ -1,0 +1,23 @@
+"""Parquet tables of typed rows, read in an order that depends on their content alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+
+
+def read_rows(path: str | Path, columns: list[str] | None = None) -> pa.Table:
+    """A parquet file, or a folder of them, sorted by `id`: the order of files and blocks does not matter."""
+    wanted = None if columns is None else list(dict.fromkeys(["id", *columns]))
+    table = pads.dataset(str(path), format="parquet").to_table(columns=wanted)
+    return table.sort_by("id").combine_chunks()
+
+
+def write_rows(table: pa.Table, path: str | Path, schema: pa.Schema) -> None:
+    """One parquet file at `path`, with exactly `schema`."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table.select(schema.names).cast(schema), target)

@@ -1,0 +1,52 @@
+"""Scalar heads: a reward model's score at the true last token, a critic's values at every position.
+
+A reward model's normalisation (mean and scale on reference samples) lives in its config as
+`reward_mean` and `reward_scale`, and is applied wherever it scores.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from prefarena.modeling.logprobs import Sequences
+
+
+def token_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """The raw head at every position, [B, T] float32, for a sequence-classification model with one label."""
+    body = getattr(model, model.base_model_prefix)
+    hidden = body(
+        input_ids=sequences.input_ids, attention_mask=sequences.attention_mask, use_cache=False
+    ).last_hidden_state
+    return model.score(hidden)[..., 0].float()
+
+
+class ScalarHead(torch.nn.Module):
+    """A sequence-classification model as a module whose forward gives `token_scores`, so that DDP can wrap it."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, sequences: Sequences) -> Tensor:
+        return token_scores(self.model, sequences)
+
+
+def last_token(token_values: Tensor, sequences: Sequences) -> Tensor:
+    """[B, T] to [B]: the value at each sequence's true last token, whatever the padding."""
+    return token_values.gather(1, sequences.last_positions[:, None])[:, 0]
+
+
+def scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+    """Normalised rewards [B] of whole sequences."""
+    raw = last_token(token_scores(model, sequences), sequences)
+    return (raw - getattr(model.config, "reward_mean", 0.0)) / getattr(model.config, "reward_scale", 1.0)
+
+
+def token_values(model: PreTrainedModel | ScalarHead, sequences: Sequences) -> Tensor:
+    """Critic values [B, T-1]: at t, of the state before token t+1; normalised like the reward it starts from."""
+    body = model.model if isinstance(model, ScalarHead) else model
+    mean, scale = getattr(body.config, "reward_mean", 0.0), getattr(body.config, "reward_scale", 1.0)
+    raw = model(sequences) if isinstance(model, ScalarHead) else token_scores(model, sequences)
+    return (raw[:, :-1] - mean) / scale

@@ -1,0 +1,106 @@
+"""Load and save transformers models and tokenizers; nothing here knows how they are trained."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from prefarena.config import PretrainedModel, ScratchModel
+from prefarena.errors import UserError
+
+
+def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer with an eos and a pad token. Raises UserError where it has no eos, or cannot be loaded."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main")
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no tokenizer can be loaded from it ({_first_line(error)})") from None
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{path}: its tokenizer has no eos token, so the end of a response cannot be learnt; set one")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token  # padding is told apart by lengths, so sharing an id is safe
+    return tokenizer
+
+
+def load_policy(path: str | Path, revision: str | None = None) -> PreTrainedModel:
+    """A causal language model in float32, eval mode. Raises UserError where none can be loaded."""
+    try:
+        model = AutoModelForCausalLM.from_pretrained(str(path), revision=revision or "main", dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no causal language model can be loaded from it ({_first_line(error)})") from None
+    return model.eval()
+
+
+def new_policy(model: ScratchModel, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> PreTrainedModel:
+    """A Llama with random weights drawn from `seed`, for `tokenizer`'s vocabulary and up to `max_length` tokens."""
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_heads,
+        max_position_embeddings=max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        tie_word_embeddings=False,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return LlamaForCausalLM(config).float().eval()
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
+    """A standard transformers checkpoint folder (safetensors), with the tokenizer."""
+    model.save_pretrained(str(folder))
+    tokenizer.save_pretrained(str(folder))
+
+
+def new_reward_model(policy_path: str | Path, seed: int) -> PreTrainedModel:
+    """A sequence-classification model with the policy's body and a fresh scalar head ~ N(0, 1 / (width + 1))."""
+    config = AutoConfig.from_pretrained(str(policy_path), num_labels=1)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForSequenceClassification.from_pretrained(
+            str(policy_path), config=config, dtype=torch.float32
+        )
+        torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
+    return model.eval()
+
+
+def load_reward_model(path: str | Path) -> PreTrainedModel:
+    """A sequence-classification model with one label, float32, eval mode."""
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(str(path), dtype=torch.float32)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: no reward model can be loaded from it ({_first_line(error)})") from None
+    return model.eval()
+
+
+def base_model(model: PretrainedModel, max_length: int) -> PreTrainedModel:
+    """The user's model. Raises UserError where its context is shorter than `max_length`."""
+    policy = load_policy(model.path, model.revision)
+    limit = getattr(policy.config, "max_position_embeddings", None)
+    if limit is not None and limit < max_length:
+        raise UserError(
+            f"{model.path}: prompts and responses of up to {max_length} tokens do not fit its context of {limit}; "
+            "lower task.max_prompt_tokens or task.max_response_tokens"
+        )
+    return policy
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
