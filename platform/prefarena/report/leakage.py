@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from prefarena.report.results import Results, mean_and_error
+from prefarena.report.results import Results, mean_and_error, with_gains
 from prefarena.report.tables import MISSING, Table, number
 
 GAIN = "gain/covered"
@@ -71,7 +71,7 @@ class Leakage:
 def curves_of(results: Results, measure: str = "kl/uncovered") -> dict[str, dict[str, np.ndarray]]:
     """group -> seed -> [N, 2] of (gain on prompts with pairs, `measure`), one row for each setting of the group."""
     found: dict[str, dict[str, np.ndarray]] = {}
-    for group, entries in results.groups().items():
+    for group, entries in with_gains(results).groups().items():
         by_seed: dict[str, list[tuple[float, float]]] = {}
         for entry in entries:
             for seed, row in entry.seeds.items():
@@ -85,8 +85,9 @@ def curves_of(results: Results, measure: str = "kl/uncovered") -> dict[str, dict
 def leakage(results: Results, measure: str = "kl/uncovered", num_levels: int = 5) -> Leakage | None:
     """`measure` at `num_levels` evenly spaced gains that every group reaches with every seed.
 
-    Needs `results.add_derived`. A group is left out, with the reason, when it has fewer than two settings, lacks a
-    seed, or reaches no gain above the reference. None when no two groups share a range of gains.
+    Gains under a tenth of the largest are not used: both KLs are near zero there, and their ratio says little. A
+    group is left out, with the reason, when it has fewer than two settings, lacks a seed, or reaches no gain above
+    the reference. None when no two groups share a range of gains.
     """
     curves = curves_of(results, measure)
     seeds = [str(seed) for seed in results.seeds]
@@ -104,7 +105,7 @@ def leakage(results: Results, measure: str = "kl/uncovered", num_levels: int = 5
     common = shared_range([by_seed[seed] for by_seed in kept.values() for seed in seeds])
     if common is None or common[1] <= 0:
         return None
-    levels = np.linspace(max(common[0], 0.0), common[1], num_levels)
+    levels = np.linspace(max(common[0], 0.1 * common[1]), common[1], num_levels)
     kls = {
         group: np.stack([kl_at_gain(by_seed[seed][:, 0], by_seed[seed][:, 1], levels) for seed in seeds])
         for group, by_seed in kept.items()

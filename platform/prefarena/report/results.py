@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -182,22 +181,25 @@ def paired_difference(first: EntryResult, second: EntryResult, key: str) -> Aggr
     return Aggregate(mean, within, 1, False)
 
 
-def add_derived(results: Results) -> None:
-    """Give every row `gain/<group>`: its reward above the reference's of the same seed (or of any, if it has one)."""
-    reference = results.reference()
+def with_gains(results: Results) -> Results:
+    """A copy whose rows hold `gain/<group>`: reward above the reference's of the same seed (or of the one it has)."""
+    found = results.model_copy(deep=True)
+    reference = found.reference()
     if reference is None or not reference.seeds:
-        return
-    default = next(iter(reference.seeds.values()))
-    for entry in results.entries:
+        return found
+    rewards = {seed: {key: row[key] for key in _reward_keys(row)} for seed, row in reference.seeds.items()}
+    default = next(iter(rewards.values()))
+    for entry in found.entries:
         for seed, row in entry.seeds.items():
-            base = reference.seeds.get(seed, default)
+            base = rewards.get(seed, default)
             for key in _reward_keys(row):
                 if key in base:
                     row[key.replace("reward/", "gain/", 1)] = row[key] - base[key]
+    return found
 
 
-def _reward_keys(row: dict[str, float]) -> Iterator[str]:
-    yield from [key for key in row if key.startswith("reward/")]
+def _reward_keys(row: dict[str, float]) -> list[str]:
+    return [key for key in row if key.startswith("reward/")]
 
 
 def load_results(path: str | Path) -> Results:

@@ -1,0 +1,155 @@
+"""Figures of a comparison: the reward-KL plane, drift where there are no pairs, win rates, grids of settings."""
+
+from __future__ import annotations
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from prefarena.report.labels import Label, place_labels
+from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, with_gains
+from prefarena.report.style import BLACK, GREY, Look, house_style, looks
+
+_MOST_LABELS = 12
+
+
+def reward_kl_figure(results: Results) -> Figure:
+    """The comparison in two panels.
+
+    Enumerable tasks: reward against KL on prompts with pairs under the optimal frontier, and KL on prompts without
+    pairs against the gain on prompts with them. Other tasks: judge score against KL, and win rates.
+    """
+    with house_style():
+        figure = Figure(figsize=(11.5, 4.9), layout="constrained")
+        left, right = figure.subplots(1, 2)
+        found = with_gains(results)
+        if results.exact:
+            _points(left, found, found.entries, "kl/covered", "reward/covered", _frontier_lines(found, "covered"))
+            _titles(left, "Reward and KL on prompts with pairs", "KL(π ‖ reference), nats", "expected gold reward")
+            drifting = [entry for entry in found.entries if entry.kind != "optimum"]
+            _points(right, found, drifting, "gain/covered", "kl/uncovered", [])
+            _titles(right, "Drift on prompts without pairs: lower is better", "gain in reward on prompts with pairs",
+                    "KL(π ‖ reference) without pairs, nats")
+        else:
+            _points(left, found, found.entries, "kl", "judge_score", [])
+            _titles(left, "Judge score and KL on held-out prompts", "KL(π ‖ reference), nats", "mean judge score")
+            _win_rates(right, found)
+            _titles(right, "Win rate against the reference", "share of comparisons won (± standard error)", "")
+    return figure
+
+
+def grid_figure(results: Results, x: str, y: str, title: str, x_label: str, y_label: str) -> Figure:
+    """`y` against `x` (keys of evaluation rows, `gain/...` included): a line for each group over its settings.
+
+    Points are means over seeds, bars one standard error in both directions; groups as in `EntryResult.group`.
+    """
+    with house_style():
+        figure = Figure(figsize=(8.2, 5.4), layout="constrained")
+        axes = figure.subplots()
+        curves = {}
+        for group, entries in with_gains(results).groups().items():
+            points = [(a, b) for a, b in ((aggregate(e, x), aggregate(e, y)) for e in entries) if a and b]
+            if points:
+                curves[group] = sorted(points, key=lambda point: point[0].mean)
+        grid_lines(axes, curves)
+        _titles(axes, title, x_label, y_label)
+    return figure
+
+
+def grid_lines(axes: Axes, curves: dict[str, list[tuple[Aggregate, Aggregate]]]) -> None:
+    """Each curve's points joined in order, with error bars, named at its last point."""
+    styles = looks(list(curves), list(curves))
+    labels, obstacles = [], []
+    for name, points in curves.items():
+        xs, ys = [a.mean for a, _ in points], [b.mean for _, b in points]
+        axes.plot(xs, ys, color=styles[name].colour, linewidth=1.2, alpha=0.8)
+        for a, b in points:
+            _mark(axes, a, b, styles[name])
+        labels.append(Label(xs[-1], ys[-1], name, styles[name].colour))
+        obstacles.append(_along(np.array([xs, ys]).T))
+    if labels:
+        axes.margins(x=0.1, y=0.12)
+        place_labels(axes, labels, np.concatenate(obstacles))
+
+
+def _points(
+    axes: Axes, results: Results, entries: list[EntryResult], x: str, y: str, lines: list[np.ndarray]
+) -> None:
+    """Every entry's mean with its error, its seeds as small open marks, and its name beside the mean."""
+    styles = looks([entry.name for entry in results.entries], [entry.kind for entry in results.entries])
+    labels, obstacles, largest = [], [], 0.0
+    for entry in entries:
+        seeds = np.array([(row[x], row[y]) for row in entry.seeds.values() if x in row and y in row])
+        a, b = aggregate(entry, x), aggregate(entry, y)
+        if a is None or b is None or not len(seeds):
+            continue
+        look = styles[entry.name]
+        if len(np.unique(seeds, axis=0)) > 1:
+            axes.scatter(seeds[:, 0], seeds[:, 1], s=16, facecolors="none", edgecolors=look.colour, linewidths=0.8)
+        _mark(axes, a, b, look)
+        labels.append(Label(a.mean, b.mean, entry.name, look.colour))
+        obstacles.append(seeds)
+        largest = max(largest, float(seeds[:, 0].max()))
+    for line in lines:
+        shown = line[line[:, 0] <= 1.25 * largest] if largest > 0 else line
+        axes.plot(shown[:, 0], shown[:, 1], color=BLACK, linewidth=1.1, zorder=1)
+        obstacles.append(_along(shown))
+    if lines and len(shown):
+        labels.append(Label(*shown[-1], "optimal frontier", BLACK))
+    axes.margins(0.12)
+    if len(labels) > _MOST_LABELS:
+        axes.text(0, -0.2, f"{len(labels)} policies: the table names them", transform=axes.transAxes, color=GREY)
+    elif labels:
+        place_labels(axes, labels, np.concatenate(obstacles))
+
+
+def _mark(axes: Axes, a: Aggregate, b: Aggregate, look: Look) -> None:
+    size = 10 if look.marker == "*" else 6
+    axes.errorbar(
+        a.mean, b.mean, xerr=a.stderr, yerr=b.stderr, color=look.colour, marker=look.marker, markersize=size,
+        markeredgecolor="white", markeredgewidth=0.6, elinewidth=1.0, capsize=2, linestyle="none", zorder=4,
+    )
+
+
+def _frontier_lines(results: Results, group: str) -> list[np.ndarray]:
+    """The different frontiers among seeds, each [N, 2] of (KL, reward)."""
+    different: list[np.ndarray] = []
+    for by_group in (results.frontier or {}).values():
+        if group in by_group:
+            line = np.array(sorted(by_group[group]))
+            if not any(line.shape == other.shape and np.allclose(line, other) for other in different):
+                different.append(line)
+    return different
+
+
+def _along(line: np.ndarray, num_points: int = 60) -> np.ndarray:
+    """Points [num_points, 2] evenly spread along a polyline [N, 2], for labels to keep clear of."""
+    if len(line) < 2:
+        return line
+    spans = np.ptp(line, axis=0)
+    steps = np.hypot(*(np.diff(line, axis=0) / np.where(spans > 0, spans, 1.0)).T)
+    at = np.concatenate([[0.0], np.cumsum(steps)])
+    wanted = np.linspace(0.0, at[-1], num_points)
+    return np.stack([np.interp(wanted, at, line[:, 0]), np.interp(wanted, at, line[:, 1])], axis=1)
+
+
+def _win_rates(axes: Axes, results: Results) -> None:
+    """Every method's win rate against the reference; the line is at one half."""
+    styles = looks([entry.name for entry in results.entries], [entry.kind for entry in results.entries])
+    found = [(entry, aggregate(entry, "win_rate")) for entry in results.trained()]
+    rows = [(entry, rate) for entry, rate in found if rate is not None]
+    for index, (entry, rate) in enumerate(rows):
+        look = styles[entry.name]
+        axes.errorbar(rate.mean, index, xerr=rate.stderr, color=look.colour, marker=look.marker, capsize=3, markersize=7)
+    axes.axvline(0.5, color=GREY, linewidth=1)
+    axes.set_yticks(range(len(rows)), [entry.name for entry, _ in rows])
+    for tick, (entry, _) in zip(axes.get_yticklabels(), rows, strict=True):
+        tick.set_color(styles[entry.name].colour)
+    axes.invert_yaxis()
+    axes.margins(0.1)
+
+
+def _titles(axes: Axes, title: str, x_label: str, y_label: str) -> None:
+    axes.set_title(title)
+    axes.set_xlabel(x_label)
+    axes.set_ylabel(y_label)
