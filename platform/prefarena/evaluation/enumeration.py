@@ -1,0 +1,151 @@
+"""Every response to a prompt with its exact probability, from any transformers causal language model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from transformers import DynamicCache, PreTrainedModel
+
+from prefarena.errors import UserError
+from prefarena.tasks.language import PADDING, padded
+
+_MOST_RESPONSES = 5_000_000
+
+
+@dataclass(frozen=True)
+class Responses:
+    """All N responses of at most L tokens over V tokens, each ended by eos or by the limit.
+
+    Those that eos ends come first, shorter before longer, then those that the limit cuts off; rows of one length
+    are in the order of their tokens. `sequences` int64 [N, L] with -1 behind the response, `lengths` int64 [N] with
+    eos counted.
+    """
+
+    sequences: np.ndarray
+    lengths: np.ndarray
+    vocab_size: int
+
+    @classmethod
+    def listed(cls, vocab_size: int, response_limit: int, eos_id: int) -> Responses:
+        """Raises UserError when there are more than five million of them."""
+        number = sum((vocab_size - 1) ** t for t in range(response_limit + 1))
+        if number > _MOST_RESPONSES:
+            raise UserError(
+                f"{vocab_size} tokens and a response limit of {response_limit} make {number:,} responses, "
+                f"too many to list (the limit is {_MOST_RESPONSES:,})"
+            )
+        others = _other_tokens(vocab_size, eos_id)
+        prefixes = np.zeros((1, 0), dtype=np.int64)
+        blocks = []
+        for _ in range(response_limit):
+            ended = np.full((len(prefixes), 1), eos_id)
+            blocks.append(_widened(np.concatenate([prefixes, ended], axis=1), response_limit))
+            following = np.tile(others, len(prefixes))[:, None]
+            prefixes = np.concatenate([prefixes.repeat(len(others), axis=0), following], axis=1)
+        sequences = np.concatenate([*blocks, prefixes])
+        return cls(sequences, (sequences != PADDING).sum(axis=1), vocab_size)
+
+    def index(self, responses: list[list[int]]) -> np.ndarray:
+        """The row [M] of each of M responses (token ids with eos). Raises UserError when one is not in the list."""
+        if not responses:
+            return np.zeros(0, dtype=np.int64)
+        width = self.sequences.shape[1]
+        if max(map(len, responses)) > width:
+            raise UserError(f"a response has more than {width} tokens: {max(responses, key=len)}")
+        codes, wanted = self._codes(self.sequences), self._codes(_widened(padded(responses), width))
+        order = np.argsort(codes)
+        rows = order[np.minimum(np.searchsorted(codes, wanted, sorter=order), len(codes) - 1)]
+        missing = np.flatnonzero(codes[rows] != wanted)
+        if len(missing):
+            raise UserError(
+                f"{responses[missing[0]]} is neither ended by eos nor as long as the limit of {width} tokens"
+            )
+        return rows
+
+    def _codes(self, sequences: np.ndarray) -> np.ndarray:
+        return (sequences + 1) @ (self.vocab_size + 1) ** np.arange(sequences.shape[1])
+
+
+@dataclass(frozen=True)
+class Enumeration:
+    """A policy on P prompts: `logps` float64 [P, N], nats, of the N `responses`."""
+
+    responses: Responses
+    logps: np.ndarray
+
+    @property
+    def sequences(self) -> np.ndarray:
+        """int64 [N, L], -1 behind the response."""
+        return self.responses.sequences
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """int64 [N], eos counted."""
+        return self.responses.lengths
+
+    def response_logps(self, prompt_rows: np.ndarray, responses: list[list[int]]) -> np.ndarray:
+        """log pi(y|x) [M] of M responses, each to the prompt in row `prompt_rows` [M]."""
+        return self.logps[prompt_rows, self.responses.index(responses)]
+
+
+@torch.no_grad()
+def enumerate_responses(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    response_limit: int,
+    eos_id: int,
+    max_rows: int = 32768,
+) -> Enumeration:
+    """log pi(y|x) of every response of at most `response_limit` tokens, ended by eos or by the limit.
+
+    The whole vocabulary counts, control tokens included, so the probabilities of a prompt sum to 1. The tree of
+    prefixes is walked level by level with the key-value cache; its leaves need no forward pass. Log-softmax and sums
+    are in float64. `max_rows` bounds the prefixes in one forward pass (one prompt's widest level is the least).
+    Raises UserError when the responses are too many to list or a prompt is empty.
+    """
+    if not all(prompts):
+        raise UserError("an empty prompt cannot be enumerated: a language model needs a token to start from")
+    vocab_size = int(model.config.get_text_config().vocab_size)
+    responses = Responses.listed(vocab_size, response_limit, eos_id)
+    logps = np.empty((len(prompts), len(responses.lengths)))
+    chunk = max(1, max_rows // (vocab_size - 1) ** (response_limit - 1))
+    rows_by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows_by_length.setdefault(len(prompt), []).append(row)
+    was_training = model.training
+    model.eval()
+    try:
+        for rows in rows_by_length.values():
+            for start in range(0, len(rows), chunk):
+                some = rows[start : start + chunk]
+                logps[some] = _tree_logps(model, torch.tensor([prompts[row] for row in some]), response_limit, eos_id)
+    finally:
+        model.train(was_training)
+    return Enumeration(responses, logps)
+
+
+def _tree_logps(model: PreTrainedModel, prompts: torch.Tensor, response_limit: int, eos_id: int) -> np.ndarray:
+    """[B, N] log-probs in the order of `Responses` for B prompts [B, T] of one length."""
+    tokens, cache = prompts.to(model.device), DynamicCache(config=model.config)
+    num_prompts, blocks = len(tokens), []
+    totals = torch.zeros(num_prompts, 1, dtype=torch.float64, device=model.device)  # [B, prefixes]
+    for level in range(response_limit):
+        logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]
+        following = logits.double().log_softmax(dim=-1).view(num_prompts, -1, logits.shape[-1]) + totals[..., None]
+        others = torch.from_numpy(_other_tokens(logits.shape[-1], eos_id)).to(model.device)
+        blocks.append(following[..., eos_id])
+        totals = following[..., others].flatten(1)
+        if level + 1 < response_limit:
+            cache.batch_repeat_interleave(len(others))
+            tokens = others.repeat(len(tokens))[:, None]
+    return torch.cat([*blocks, totals], dim=1).cpu().numpy()
+
+
+def _other_tokens(vocab_size: int, eos_id: int) -> np.ndarray:
+    return np.delete(np.arange(vocab_size), eos_id)
+
+
+def _widened(sequences: np.ndarray, width: int) -> np.ndarray:
+    return np.pad(sequences, ((0, 0), (0, width - sequences.shape[1])), constant_values=PADDING)

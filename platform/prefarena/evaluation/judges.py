@@ -1,0 +1,55 @@
+"""Judges: what scores a response to a prompt in an evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from prefarena.modeling.heads import scores
+from prefarena.modeling.load import load_reward_model
+from prefarena.modeling.logprobs import collate
+from prefarena.tasks.gold import GoldReward
+
+
+class Judge(Protocol):
+    """Anything that scores responses; higher is better."""
+
+    def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
+        """Scores float64 [N] of N responses to N prompts, all as token ids (eos kept where it was produced)."""
+        ...
+
+
+class GoldJudge:
+    """The gold reward of the enumerable language, from the JSON that its stage wrote."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Raises UserError when the file cannot be read."""
+        self._gold = GoldReward.load(path)
+
+    def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
+        """Gold rewards float64 [N]: mean 0 and unit variance under the reference."""
+        return self._gold.score(prompts, responses)
+
+
+class RewardModelJudge:
+    """A reward model (a transformers sequence-classification folder)."""
+
+    def __init__(self, path: str | Path, batch_size: int = 64, device: str | torch.device = "cpu") -> None:
+        self._model = load_reward_model(path)
+        torch.nn.Module.to(self._model, device)
+        self._batch_size = batch_size
+
+    @torch.no_grad()
+    def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
+        """Normalised scores float64 [N]; sequences of similar length share a batch."""
+        values = np.empty(len(prompts))
+        order = np.argsort([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], kind="stable")
+        pad_id = self._model.config.pad_token_id
+        for start in range(0, len(order), self._batch_size):
+            rows = order[start : start + self._batch_size]
+            batch = collate([prompts[i] for i in rows], [responses[i] for i in rows], 0 if pad_id is None else pad_id)
+            values[rows] = scores(self._model, batch.to(self._model.device)).double().cpu().numpy()
+        return values

@@ -1,0 +1,113 @@
+"""Estimates from samples, for tasks whose responses cannot be listed.
+
+N samples, each with the index of its prompt; samples of one prompt hang together, so every standard error is
+clustered by prompt. KL estimates hold for the distribution that was sampled: log-probs must be at the sampling
+temperature. Nats and tokens are per sequence, eos counted.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from prefarena.evaluation.statistics import Estimate, clustered, mean_and_stderr
+from prefarena.modeling.logprobs import collate, sequence_logps
+from prefarena.records import Rollout
+
+
+def prompt_clusters(rollouts: list[Rollout]) -> np.ndarray:
+    """The index [N] of each rollout's prompt among the different prompts, in order of first appearance."""
+    order: dict[tuple[int, ...], int] = {}
+    return np.array([order.setdefault(tuple(rollout.prompt_ids), len(order)) for rollout in rollouts], dtype=np.int64)
+
+
+@torch.no_grad()
+def response_logps(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    responses: list[list[int]],
+    pad_id: int,
+    batch_size: int,
+    temperature: float = 1.0,
+) -> np.ndarray:
+    """log pi(y|x) [N], by the trainer's own code; sequences of similar length share a batch."""
+    logps = np.empty(len(prompts))
+    order = np.argsort([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], kind="stable")
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = collate([prompts[i] for i in rows], [responses[i] for i in rows], pad_id).to(model.device)
+        logps[rows] = sequence_logps(model, batch, temperature).double().cpu().numpy()
+    return logps
+
+
+def rollout_logps(
+    model: PreTrainedModel, rollouts: list[Rollout], pad_id: int, batch_size: int, temperature: float = 1.0
+) -> np.ndarray:
+    """log pi(y|x) [N] of each rollout under `model` at the sampling temperature."""
+    prompts, responses = [rollout.prompt_ids for rollout in rollouts], [rollout.response_ids for rollout in rollouts]
+    return response_logps(model, prompts, responses, pad_id, batch_size, temperature)
+
+
+def kl_estimates(logps: np.ndarray, ref_logps: np.ndarray, clusters: np.ndarray) -> tuple[Estimate, Estimate]:
+    """KL(pi || pi_ref) from samples of pi: the k1 and the k3 estimator, both unbiased.
+
+    k1 is the mean of d = log pi - log pi_ref and may come out negative; k3 the mean of exp(-d) - 1 + d, which cannot,
+    and spreads less where the policies are close. Far from the reference k3 is heavy-tailed, and its standard error too
+    small: rely on k1 there.
+    """
+    ratio = np.asarray(logps, dtype=np.float64) - np.asarray(ref_logps, dtype=np.float64)
+    return clustered(ratio, clusters), clustered(np.expm1(-ratio) + ratio, clusters)
+
+
+def sampled_metrics(
+    rollouts: list[Rollout], logps: np.ndarray, ref_logps: np.ndarray, scores: np.ndarray
+) -> dict[str, float]:
+    """Every estimate for one policy from its rollouts: `logps`, `ref_logps` and judge `scores` [N] belong to them.
+
+    kl (k1), kl_k3, judge_score, response_length and truncation_rate (share cut off without eos), each with its
+    `_stderr`.
+    """
+    clusters = prompt_clusters(rollouts)
+    kl, kl_k3 = kl_estimates(logps, ref_logps, clusters)
+    estimates = {
+        "kl": kl,
+        "kl_k3": kl_k3,
+        "judge_score": clustered(scores, clusters),
+        "response_length": clustered([len(rollout.response_ids) for rollout in rollouts], clusters),
+        "truncation_rate": clustered([not rollout.finished for rollout in rollouts], clusters),
+    }
+    row: dict[str, float] = {}
+    for name, estimate in estimates.items():
+        row |= {name: estimate.mean, f"{name}_stderr": estimate.stderr}
+    return row
+
+
+def win_rate(
+    scores: np.ndarray, clusters: np.ndarray, other_scores: np.ndarray, other_clusters: np.ndarray
+) -> Estimate:
+    """P(score > other's score) + P(equal) / 2, paired by prompt, with its standard error over prompts.
+
+    On each prompt every sample [N] of one policy meets every sample [M] of the other; prompts weigh alike. Cluster
+    labels name prompts and must mean the same in both. Raises ValueError when the prompts differ.
+    """
+    prompts = np.unique(clusters)
+    if not np.array_equal(prompts, np.unique(other_clusters)):
+        raise ValueError("win rates are paired by prompt, and the two policies answered different prompts")
+    shares = [
+        (np.sign(scores[clusters == prompt][:, None] - other_scores[other_clusters == prompt]).mean() + 1) / 2
+        for prompt in prompts
+    ]
+    return mean_and_stderr(shares)
+
+
+def win_matrix(scores: list[np.ndarray], clusters: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Win rates [K, K] between K policies (row beats column) and their standard errors; the diagonal is 1/2 ± 0."""
+    number = len(scores)
+    rates, errors = np.full((number, number), 0.5), np.zeros((number, number))
+    for i in range(number):
+        for j in range(i + 1, number):
+            estimate = win_rate(scores[i], clusters[i], scores[j], clusters[j])
+            rates[i, j], rates[j, i] = estimate.mean, 1 - estimate.mean
+            errors[i, j] = errors[j, i] = estimate.stderr
+    return rates, errors

@@ -1,0 +1,153 @@
+"""Estimates from samples agree with the exact values where both exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+from prefarena.config import LanguageTask
+from prefarena.evaluation.enumeration import Enumeration, enumerate_responses
+from prefarena.evaluation.exact import exact_metrics, win_rates
+from prefarena.evaluation.judges import GoldJudge, Judge, RewardModelJudge
+from prefarena.evaluation.sampled import (
+    kl_estimates,
+    prompt_clusters,
+    response_logps,
+    rollout_logps,
+    sampled_metrics,
+    win_matrix,
+    win_rate,
+)
+from prefarena.modeling.heads import scores
+from prefarena.modeling.logprobs import collate
+from prefarena.records import Rollout
+from prefarena.tasks.gold import GoldReward
+from prefarena.tasks.language import EOS_ID, PAD_ID, Language, unpadded
+from prefarena.tasks.pairs import sample_responses
+
+TASK = LanguageTask(num_letters=3, num_prompts=9, prompt_letters=2, response_limit=3)
+SIZES = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 48}
+
+
+def tiny_llama(seed: int) -> LlamaForCausalLM:
+    torch.manual_seed(seed)
+    return LlamaForCausalLM(LlamaConfig(vocab_size=6, initializer_range=0.2, **SIZES)).eval()
+
+
+class Arena:
+    """Two exactly known policies on one language, and samples of them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.language = Language(TASK)
+        self.models = [tiny_llama(0), tiny_llama(1)]
+        self.exact = [enumerate_responses(model, self.language.prompt_ids, 3, EOS_ID) for model in self.models]
+        ref = self.exact[0]
+        gold = GoldReward.fit(TASK, self.language.prompt_ids, ref.sequences, ref.logps)
+        gold.save(folder / "gold.json")
+        self.judge: Judge = GoldJudge(folder / "gold.json")
+        self.rewards = gold.table(self.language.prompt_ids, ref.sequences)
+
+    def sample(self, policy: Enumeration, per_prompt: int, seed: int) -> tuple[list[Rollout], np.ndarray]:
+        """Rollouts, prompt by prompt, and the response row [N] of each."""
+        rng = np.random.default_rng(seed)
+        rows = np.concatenate([sample_responses(rng, logps, per_prompt) for logps in policy.logps])
+        prompts = np.repeat(np.arange(TASK.num_prompts), per_prompt)
+        rollouts = []
+        for prompt, row in zip(prompts, rows, strict=True):
+            response = unpadded(policy.sequences[row])
+            ended = response[-1] == EOS_ID
+            rollouts.append(Rollout(self.language.prompt_ids[prompt], response, [0.0] * len(response), ended, "0"))
+        return rollouts, rows
+
+
+@pytest.fixture(scope="module")
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
+    return Arena(tmp_path_factory.mktemp("arena"))
+
+
+def test_response_logps_agree_with_the_enumeration(arena: Arena) -> None:
+    rollouts, rows = arena.sample(arena.exact[1], 8, seed=0)
+    found = rollout_logps(arena.models[1], rollouts, PAD_ID, batch_size=7)
+    np.testing.assert_allclose(found, arena.exact[1].logps[prompt_clusters(rollouts), rows], atol=1e-5)
+
+
+def test_response_logps_at_a_temperature(arena: Arena) -> None:
+    prompt = arena.language.prompt_ids[0]
+    with torch.no_grad():
+        logits = arena.models[0](input_ids=torch.tensor([prompt])).logits[0, -1]
+    found = response_logps(arena.models[0], [prompt] * 2, [[2], [3]], PAD_ID, batch_size=2, temperature=0.5)
+    np.testing.assert_allclose(found, (logits / 0.5).log_softmax(-1)[[2, 3]], atol=1e-5)
+
+
+def test_estimates_agree_with_the_exact_values(arena: Arena) -> None:
+    ref, policy = arena.exact
+    rollouts, rows = arena.sample(policy, 400, seed=1)
+    clusters = prompt_clusters(rollouts)
+    judged = arena.judge.score([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+    row = sampled_metrics(rollouts, policy.logps[clusters, rows], ref.logps[clusters, rows], judged)
+    expected = exact_metrics(policy.logps, ref.logps, arena.rewards, arena.language.covered, ref.lengths)
+    cut_off = ref.sequences[:, -1] >= 0
+    cut_off &= ref.sequences[:, -1] != EOS_ID
+    truth = {
+        "kl": expected["kl/all"],
+        "kl_k3": expected["kl/all"],
+        "judge_score": expected["reward/all"],
+        "response_length": expected["response_length/all"],
+        "truncation_rate": float((np.exp(policy.logps) * cut_off).sum(axis=1).mean()),
+    }
+    assert expected["kl/all"] > 0.5
+    for name, value in truth.items():
+        assert abs(row[name] - value) < 3 * row[f"{name}_stderr"], name
+
+
+def test_stderrs_cover_the_exact_kl(arena: Arena) -> None:
+    """Fresh prompts and samples each time, as an evaluation draws them: z-scores spread like a unit normal's."""
+    ref, policy = arena.exact
+    by_prompt = (np.exp(policy.logps) * (policy.logps - ref.logps)).sum(axis=1)
+    rng, z_scores = np.random.default_rng(0), []
+    for _ in range(300):
+        prompts = rng.integers(TASK.num_prompts, size=40)
+        rows = np.stack([sample_responses(rng, policy.logps[prompt], 3) for prompt in prompts]).ravel()
+        owner = np.repeat(prompts, 3)
+        k1, _ = kl_estimates(policy.logps[owner, rows], ref.logps[owner, rows], np.repeat(np.arange(40), 3))
+        z_scores.append((k1.mean - by_prompt.mean()) / k1.stderr)
+    spread, shift = np.std(z_scores), np.mean(z_scores)
+    assert 0.85 < spread < 1.15 and abs(shift) < 0.25
+
+
+def test_win_rates_agree_with_the_exact_ones(arena: Arena) -> None:
+    samples = [arena.sample(policy, 300, seed) for seed, policy in enumerate(arena.exact)]
+    clusters = [prompt_clusters(rollouts) for rollouts, _ in samples]
+    judged = [arena.rewards[index, rows] for index, (_, rows) in zip(clusters, samples, strict=True)]
+    rates, errors = win_matrix(judged, clusters)
+    expected = win_rates([policy.logps for policy in arena.exact], arena.rewards)
+    assert abs(rates[0, 1] - expected.win_rate[0, 1]) < 0.02
+    assert errors[0, 1] == pytest.approx(expected.stderr[0, 1], rel=0.2)
+    np.testing.assert_allclose(rates + rates.T, 1)
+
+
+def test_win_rate_by_hand() -> None:
+    estimate = win_rate(np.array([1.0, 3.0, 5.0]), np.array([0, 0, 1]), np.array([2.0, 5.0]), np.array([0, 1]))
+    assert estimate == pytest.approx((0.5, 0.0))
+    with pytest.raises(ValueError, match="different prompts"):
+        win_rate(np.array([1.0]), np.array([0]), np.array([1.0]), np.array([1]))
+
+
+def test_reward_model_judge_scores_as_the_model_does(arena: Arena, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    config = LlamaConfig(vocab_size=6, num_labels=1, pad_token_id=0, initializer_range=0.2, **SIZES)
+    config.reward_mean, config.reward_scale = 0.5, 2.0
+    model = LlamaForSequenceClassification(config).eval()
+    model.save_pretrained(str(tmp_path))
+    prompts = [[1, 3, 4], [1, 3], [1, 5, 5], [1, 4, 4]]
+    responses = [[3, 2], [4, 0, 2], [2], [5, 5, 5]]
+    with torch.no_grad():
+        expected = [float(scores(model, collate([x], [y], 0))) for x, y in zip(prompts, responses, strict=True)]
+    judge: Judge = RewardModelJudge(tmp_path, batch_size=3)
+    found = judge.score(prompts, responses)
+    assert found.dtype == np.float64 and np.std(found) > 1e-3
+    np.testing.assert_allclose(found, expected, atol=1e-6)
