@@ -1,0 +1,55 @@
+"""What training and evaluation see of generation: sampling settings, versions, errors. No Ray, no vLLM."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from prefarena.records import Rollout
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How to sample one response per prompt.
+
+    `seed` names the whole batch. Where workers each generate a share of it, `first_index` is the place of the share's
+    first prompt, so that the samples do not depend on the number of workers.
+    """
+
+    max_tokens: int
+    temperature: float
+    seed: int
+    first_index: int = 0
+
+    def request_seeds(self, num_prompts: int) -> list[int]:
+        """One 63-bit seed per prompt, from the batch's seed and the prompt's place in it."""
+        return [_request_seed(self.seed, self.first_index + i) for i in range(num_prompts)]
+
+
+def _request_seed(seed: int, index: int) -> int:
+    digest = hashlib.blake2b(f"{seed}:{index}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+class StaleWeightsError(RuntimeError):
+    """The generator holds other weights than the caller asked for; a restarted one holds none. Sync, then ask again."""
+
+
+class GeneratorLostError(RuntimeError):
+    """The generator failed to start, or died and cannot be restarted."""
+
+
+class RolloutSource(Protocol):
+    """A generator with versioned weights, as training loops use it."""
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        """Replace all weights; from then on the source holds `version`."""
+        ...
+
+    def generate(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
+        """One rollout per prompt, in order. Raises StaleWeightsError where it does not hold `version`."""
+        ...
