@@ -55,6 +55,26 @@ def test_source_depends_on_prompt_and_previous_token(language: Language) -> None
     assert by_prompt.std(axis=0).mean() > 0.3 and by_previous.std(axis=0).mean() > 0.3
 
 
+def test_source_is_its_formula(language: Language) -> None:
+    source = language.source
+    for prompt, previous, position in itertools.product(language.prompt_ids[:2], range(3, 7), range(3)):
+        letters = prompt[1:]
+        logits = {2: source.hazard[position] + source.ending[previous]}
+        for v in range(3, 7):
+            interaction = sum(source.prompt[j][x][v] for j, x in enumerate(letters)) / 2**0.5
+            logits[v] = source.unigram[v] + source.bigram[previous][v] + interaction
+        total = np.log(sum(np.exp(value) for value in logits.values()))
+        row = source.logps(np.array([letters]), np.array([previous]), position)[0]
+        np.testing.assert_allclose(row[2:], [logits[v] - total for v in range(2, 7)])
+    assert (np.diff(source.hazard) > 0).all() and source.ending.std() > 0.1
+
+
+def test_prompts_are_found_or_refused(language: Language) -> None:
+    np.testing.assert_array_equal(language.prompt_rows([language.prompt_ids[4], language.prompt_ids[1]]), [4, 1])
+    with pytest.raises(UserError, match="not a prompt"):
+        language.prompt_rows([[1, 3]])
+
+
 def test_demonstrations_follow_the_source(language: Language) -> None:
     rows = language.sample_demonstrations()
     assert rows.schema == DEMONSTRATIONS and rows.num_rows == TASK.num_demonstrations
@@ -218,7 +238,7 @@ def test_bradley_terry_orderings_are_drawn(
     assert {row["label"] for row in rows} == {1.0}
 
 
-def test_equal_rewards_fall_to_a_fair_coin(language: Language, ref_logps: np.ndarray, gold: GoldReward) -> None:
+def test_equal_rewards_favour_neither_response(language: Language, ref_logps: np.ndarray, gold: GoldReward) -> None:
     flat = np.zeros_like(ref_logps)
     table = sample_pairs(
         language.prompt_ids,

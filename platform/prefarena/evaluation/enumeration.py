@@ -96,7 +96,7 @@ def enumerate_responses(
     prompts: list[list[int]],
     response_limit: int,
     eos_id: int,
-    max_rows: int = 32768,
+    max_rows: int = 8192,
 ) -> Enumeration:
     """log pi(y|x) of every response of at most `response_limit` tokens, ended by eos or by the limit.
 

@@ -139,6 +139,14 @@ class Language:
         ]
         return pa.Table.from_pylist(rows, schema=PROMPTS)
 
+    def prompt_rows(self, prompts: list[list[int]]) -> np.ndarray:
+        """The row [N] of each prompt in `prompt_ids`. Raises UserError for a prompt that is not of this language."""
+        row_of = {tuple(ids): row for row, ids in enumerate(self.prompt_ids)}
+        for ids in prompts:
+            if tuple(ids) not in row_of:
+                raise UserError(f"{list(ids)} is not a prompt of this language")
+        return np.array([row_of[tuple(ids)] for ids in prompts], dtype=np.int64)
+
     def sample_demonstrations(self) -> pa.Table:
         """`num_demonstrations` draws from the source as records.DEMONSTRATIONS, evenly (±1) over the prompts."""
         number, limit = self.task.num_demonstrations, self.task.response_limit

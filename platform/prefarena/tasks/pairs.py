@@ -31,7 +31,7 @@ def sample_pairs(
 
     Two independent draws from the reference, given that they differ (both are drawn again until they do). The
     ordering is the one by reward, or for `bradley_terry` drawn with P(y1 > y2) = sigmoid((r1 - r2) / temperature);
-    equal rewards fall to a fair coin. `label` is 1 always: the row holds an observed ordering. `seed` and `split`
+    of equal rewards the second draw wins, which favours neither response. `label` is 1 always: the row holds an observed ordering. `seed` and `split`
     together choose the draws, so train and test pairs of one seed are independent.
 
     prompts: P lists of token ids. covered: bool [P]. sequences: [N, L], -1 behind the response. ref_logps and
@@ -44,11 +44,10 @@ def sample_pairs(
         places = np.flatnonzero(owners == owner)
         first, second = _draw_different(rng, ref_logps[owner], len(places), prompts[owner])
         gap = rewards[owner, first] - rewards[owner, second]
-        coin = rng.random(len(places))
         if labels == "deterministic":
-            first_wins = np.where(gap == 0, coin < 0.5, gap > 0)
+            first_wins = gap > 0
         else:
-            first_wins = coin < np.exp(-np.logaddexp(0.0, -gap / temperature))
+            first_wins = rng.random(len(places)) < np.exp(-np.logaddexp(0.0, -gap / temperature))
         winners, losers = np.where(first_wins, first, second), np.where(first_wins, second, first)
         for place, winner, loser in zip(places, winners, losers, strict=True):
             chosen, rejected = unpadded(sequences[winner]), unpadded(sequences[loser])
