@@ -31,8 +31,9 @@ def sample_pairs(
 
     Two independent draws from the reference, given that they differ (both are drawn again until they do). The
     ordering is the one by reward, or for `bradley_terry` drawn with P(y1 > y2) = sigmoid((r1 - r2) / temperature);
-    of equal rewards the second draw wins, which favours neither response. `label` is 1 always: the row holds an observed ordering. `seed` and `split`
-    together choose the draws, so train and test pairs of one seed are independent.
+    of equal rewards the second draw wins, which favours neither response. `label` is 1 always: the row holds an
+    observed ordering. `seed` and `split` together choose the draws, so train and test pairs of one seed are
+    independent.
 
     prompts: P lists of token ids. covered: bool [P]. sequences: [N, L], -1 behind the response. ref_logps and
     rewards: [P, N]. Raises UserError when the reference gives one response all the probability.
