@@ -268,6 +268,7 @@ class Evaluation(Section):
     samples_per_prompt: int = Field(2, ge=1)
     temperature: float = Field(1.0, gt=0)
     batch_size: int = Field(64, ge=1, description="Sequences per forward pass.")
+    win_matrix: bool = Field(True, description="Win rates between all entries, not only against the reference.")
     seed: int = 0
 
 
@@ -277,6 +278,11 @@ class Comparison(Section):
     name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     output: str = Field("runs", description="Folder for stages and run folders.")
     seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds_vary: Literal["training", "task"] = Field(
+        "training",
+        description="`training`: seeds share task, reference and pairs. `task`: on the enumerable language every seed "
+        "is another language with its own reference and pairs, so that standard errors speak of more than one.",
+    )
     task: Task = LanguageTask()
     model: Model = ScratchModel()
     reference: Reference = Reference()

@@ -18,7 +18,9 @@ _BUCKET_BATCHES = 16  # batches whose rows are sorted by length together: little
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The plan of one data set: `lengths` [N] in tokens, sizes in rows over all workers (`batch_size`) and one (`micro`)."""
+    """The plan of one data set. `lengths`: [N] in tokens; `batch_size`: rows a step over all workers;
+    `micro_batch_size`: rows a forward pass of one worker.
+    """
 
     lengths: NDArray[np.int64]
     batch_size: int

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -43,11 +44,11 @@ def collate(prompts: list[list[int]], responses: list[list[int]], pad_id: int) -
     prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
     response_lengths = torch.tensor([len(response) for response in responses])
     lengths = prompt_lengths + response_lengths
-    input_ids = torch.full((len(prompts), int(lengths.max())), pad_id, dtype=torch.long)
-    for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-        input_ids[row, : lengths[row]] = torch.tensor([*prompt, *response])
-    attention_mask = (torch.arange(input_ids.shape[1])[None, :] < lengths[:, None]).long()
-    return Sequences(input_ids, attention_mask, prompt_lengths, response_lengths)
+    attention_mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
+    input_ids = torch.full(attention_mask.shape, pad_id, dtype=torch.long)
+    tokens = chain.from_iterable(chain(*pair) for pair in zip(prompts, responses, strict=True))
+    input_ids[attention_mask] = torch.tensor(list(tokens), dtype=torch.long)
+    return Sequences(input_ids, attention_mask.long(), prompt_lengths, response_lengths)
 
 
 def token_logps_and_entropy(
@@ -64,18 +65,14 @@ def token_logps_and_entropy(
     return _spread(token_logps, mask), _spread(entropy, mask)
 
 
-def token_logps(
-    model: PreTrainedModel | torch.nn.Module, sequences: Sequences, temperature: float = 1.0
-) -> Tensor:
+def token_logps(model: PreTrainedModel | torch.nn.Module, sequences: Sequences, temperature: float = 1.0) -> Tensor:
     """Response token log-probs [B, T-1], nats, float32; zero outside the response."""
     mask = sequences.response_mask
     log_softmax = _response_log_softmax(model, sequences, mask, temperature)
     return _spread(log_softmax.gather(-1, sequences.input_ids[:, 1:][mask][:, None])[:, 0], mask)
 
 
-def sequence_logps(
-    model: PreTrainedModel | torch.nn.Module, sequences: Sequences, temperature: float = 1.0
-) -> Tensor:
+def sequence_logps(model: PreTrainedModel | torch.nn.Module, sequences: Sequences, temperature: float = 1.0) -> Tensor:
     """log pi(y|x) [B]: the sum over the response's tokens, nats, float32."""
     return token_logps(model, sequences, temperature).sum(-1)
 

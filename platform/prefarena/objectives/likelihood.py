@@ -21,5 +21,8 @@ def negative_log_likelihood(
     total = -logps.sum()
     count = num_tokens.sum().to(logps.dtype) if mean == "tokens" else logps.new_tensor(logps.numel())
     with torch.no_grad():
-        metrics = {"demonstration/nll": mean_of(-logps), "demonstration/nll_token": Mean(-logps.sum(), num_tokens.sum())}
+        metrics = {
+            "demonstration/nll": mean_of(-logps),
+            "demonstration/nll_token": Mean(-logps.sum(), num_tokens.sum()),
+        }
     return ObjectiveOutput(Mean(total, count), metrics)

@@ -51,15 +51,17 @@ def mpo(
     *,
     beta: float,
     length_normalise: bool = False,
+    reference_free: bool = False,
 ) -> ObjectiveOutput:
     """Maximum Preference Optimization (arXiv 2312.16430): -E[p sigma(h) + (1 - p) sigma(-h)].
 
     The importance-sampled expected reward of the preference policy pi^p = sigma(h), where
-    h = beta (log pi(y_w) - log pi(y_l)); with `reference`, log pi is replaced by log pi - log pi_ref. Its gradient
-    is -pi^p grad log pi^p: bounded, and fading on pairs that are settled either way. The regularisers (eta, gamma)
-    are likelihood terms of their own, see likelihood.py.
+    h = beta (log pi(y_w) - log pi(y_l)), the paper's final form; with a reference, log pi is replaced by
+    log pi - log pi_ref, and every pair starts at h = 0. `reference_free` takes the first form although a reference
+    is given, which then serves the metrics alone. The gradient is -pi^p grad log pi^p: bounded, and fading on pairs
+    that are settled either way. The regularisers (eta, gamma) are likelihood terms, see likelihood.py.
     """
-    scores = policy if reference is None else policy.minus(reference)
+    scores = policy if reference is None or reference_free else policy.minus(reference)
     h = beta * _scaled(scores, num_tokens, length_normalise).margin
     losses = -(labels * torch.sigmoid(h) + (1 - labels) * torch.sigmoid(-h))
     return _output(losses, h, policy, reference, labels)
@@ -105,9 +107,7 @@ def ipo(
     return _output(losses, h, policy, reference, labels)
 
 
-def sft(
-    policy: PairLogps, reference: PairLogps | None, labels: Tensor, num_tokens: PairLogps
-) -> ObjectiveOutput:
+def sft(policy: PairLogps, reference: PairLogps | None, labels: Tensor, num_tokens: PairLogps) -> ObjectiveOutput:
     """Supervised fine-tuning on the chosen responses: -E[log pi(y_w|x)], a mean over sequences."""
     return _output(-policy.chosen, policy.margin, policy, reference, labels)
 

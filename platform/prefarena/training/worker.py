@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -74,7 +75,7 @@ class Worker:
         with self._temporary_checkpoint(step, tensors, state) as folder:
             target = self.stage_dir / "checkpoint"
             if target.exists():
-                os.replace(target, f"{target}.old{step}")
+                shutil.rmtree(target)
             os.replace(folder, target)
 
     def restore(self) -> Checkpoint | None:
@@ -96,8 +97,10 @@ class Worker:
     def _temporary_checkpoint(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Iterator[Path]:
         folder = self.stage_dir / f".checkpoint-{step}-{os.getpid()}"
         folder.mkdir(parents=True, exist_ok=True)
-        save_file({name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-                  folder / "tensors.safetensors")
+        save_file(
+            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
+            folder / "tensors.safetensors",
+        )
         contents = {"job": str(self.stage_dir), "step": step, "state": state}
         (folder / "state.json").write_text(json.dumps(contents), encoding="utf-8")
         yield folder

@@ -1,0 +1,221 @@
+"""The stages of a comparison, named and addressed by everything that their results depend on. No work is done here.
+
+    data ─▶ base ─▶ reference ─▶ pairs ─▶ logps ─┬─▶ one training stage per entry and seed ─▶ evaluation
+                                                 └─▶ reward model ─▶ PPO ──────────────────▶ evaluation
+
+For text tasks `pairs` is `data`; for the enumerable language pairs are drawn from the reference policy.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from prefarena.config import RLHF, Comparison, Entry, LanguageTask, TextTask
+from prefarena.errors import UserError
+from prefarena.stages import Stage
+from prefarena.training.jobs import Job, OffPolicyJob, PPOJob, ReferenceJob, RewardModelJob
+
+GENERATOR = "prefarena-generator"
+
+
+@dataclass(frozen=True)
+class Trained:
+    """An entry at a seed: its training stage, and for RLHF the reward model before it."""
+
+    entry: Entry
+    seed: int
+    training: Stage
+    reward_model: Stage | None
+    evaluation: Stage
+
+
+@dataclass(frozen=True)
+class SeedPlan:
+    """All stages of one seed. Stages that do not depend on the seed are the same for every seed."""
+
+    seed: int
+    task: LanguageTask | TextTask
+    data: Stage
+    base: Stage
+    reference: Stage
+    pairs: Stage
+    logps: Stage
+    judge: Stage | None
+    evaluation: Stage  # of the reference itself
+    trained: tuple[Trained, ...]
+
+    def shared(self) -> list[Stage]:
+        """Stages before any entry's own, in order, without repeats."""
+        stages = [self.data, self.base, self.reference, self.pairs, self.logps, *([self.judge] if self.judge else [])]
+        return list(dict.fromkeys(stages))
+
+
+def make_plan(config: Comparison) -> list[SeedPlan]:
+    """The stages of every seed."""
+    root = Path(config.output).absolute() / "stages"
+    return [_seed_plan(config, seed, root) for seed in config.seeds]
+
+
+def unique(stages: list[Stage]) -> list[Stage]:
+    """Stages in order of first appearance."""
+    return list(dict.fromkeys(stages))
+
+
+def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
+    task = config.task
+    if config.seeds_vary == "task" and isinstance(task, LanguageTask):
+        task = task.model_copy(update={"seed": task.seed + seed})
+    data = Stage.at(root, "data", task.kind, [_data_inputs(task), _tokenizer_inputs(config)])
+    base = Stage.at(root, "base", task.kind, [data.key, config.model.model_dump(mode="json"), config.reference.seed])
+    reference = base
+    if config.reference.train:
+        settings = config.reference.model_dump(mode="json")
+        reference = Stage.at(root, "reference", task.kind, [base.key, settings, _layout(config)])
+    pairs, judge = data, None
+    if isinstance(task, LanguageTask):
+        pairs = Stage.at(root, "pairs", task.kind, [reference.key, task.model_dump(mode="json")])
+    else:
+        judge = Stage.at(root, "judge", task.kind, [pairs.key, reference.key, _dump(config.judge), _layout(config)])
+    logps = Stage.at(root, "logps", task.kind, [pairs.key, reference.key])
+    evaluate = [logps.key, judge.key if judge else None, _dump(config.evaluation)]
+    trained = tuple(_trained(config, entry, seed, root, logps, evaluate) for entry in config.entries)
+    evaluation = Stage.at(root, "evaluation", "reference", [reference.key, evaluate])
+    return SeedPlan(seed, task, data, base, reference, pairs, logps, judge, evaluation, trained)
+
+
+def _trained(config: Comparison, entry: Entry, seed: int, root: Path, logps: Stage, evaluate: list[Any]) -> Trained:
+    method, label, reward_model = entry.method, f"{entry.name}-s{seed}", None
+    inputs: list[Any] = [logps.key, _dump(method), seed, _layout(config)]
+    if isinstance(method, RLHF):
+        rm_inputs = [logps.key, _dump(method.reward_model), seed, _layout(config)]
+        reward_model = Stage.at(root, "reward_model", f"s{seed}", rm_inputs)
+        inputs += [reward_model.key, config.generation.dtype]
+    training = Stage.at(root, method.kind, label, inputs)
+    evaluation = Stage.at(root, "evaluation", label, [training.key, evaluate])
+    return Trained(entry, seed, training, reward_model, evaluation)
+
+
+def _dump(settings: BaseModel) -> dict[str, Any]:
+    return settings.model_dump(mode="json")
+
+
+def _layout(config: Comparison) -> list[Any]:
+    """What changes the order of floating-point additions, and with it the last bits of a result."""
+    return [config.resources.num_workers, config.resources.cpus_per_worker, config.resources.use_gpu]
+
+
+def _data_inputs(task: LanguageTask | TextTask) -> dict[str, Any]:
+    """The task's settings that its data depend on; files count by size and time of change."""
+    if isinstance(task, LanguageTask):
+        pair_settings = {"num_pairs", "num_test_pairs", "labels", "label_temperature"}
+        return task.model_dump(mode="json", exclude=pair_settings)
+    files = []
+    for name in (task.data, task.pretraining_text):
+        path = Path(name) if name else None
+        if path and path.exists():
+            found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+            files += [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
+    return {**task.model_dump(mode="json"), "files": files}
+
+
+def _tokenizer_inputs(config: Comparison) -> Any:
+    """The language has a tokenizer of its own; text is tokenised by the model's, or by one trained to its size."""
+    if isinstance(config.task, LanguageTask):
+        return None
+    return config.model.vocab_size if config.model.kind == "scratch" else config.model.model_dump(mode="json")
+
+
+# ---------------------------------------------------------------------------------------------- jobs
+
+
+def model_of(stage: Stage) -> str:
+    return str(stage.folder / "model")
+
+
+def reference_job(config: Comparison, plan: SeedPlan) -> ReferenceJob:
+    settings = config.reference
+    return ReferenceJob(
+        stage_dir=str(plan.reference.folder),
+        name="reference",
+        policy=model_of(plan.base),
+        seed=settings.seed,
+        training=settings.training,
+        demonstrations=str(plan.data.folder / "demonstrations"),
+        loss_on=settings.loss_on,
+    )
+
+
+def judge_job(config: Comparison, plan: SeedPlan, judge: Stage) -> RewardModelJob:
+    return RewardModelJob(
+        stage_dir=str(judge.folder),
+        name="judge",
+        policy=model_of(plan.reference),
+        seed=config.evaluation.seed,
+        settings=config.judge,
+        pairs=str(plan.pairs.folder / "judge_pairs"),
+        test_pairs=str(plan.pairs.folder / "test_pairs"),
+    )
+
+
+def reward_model_job(plan: SeedPlan, trained: Trained) -> RewardModelJob:
+    if not isinstance(trained.entry.method, RLHF) or trained.reward_model is None:
+        raise TypeError(f"{trained.entry.name} has no reward model")
+    return RewardModelJob(
+        stage_dir=str(trained.reward_model.folder),
+        name=f"reward-model-s{trained.seed}",
+        policy=model_of(plan.reference),
+        seed=trained.seed,
+        settings=trained.entry.method.reward_model,
+        pairs=str(plan.logps.folder / "train_pairs"),
+        test_pairs=str(plan.logps.folder / "test_pairs"),
+    )
+
+
+def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
+    """The training job of an entry at a seed."""
+    method = trained.entry.method
+    folder, name = str(trained.training.folder), f"{trained.entry.name}-s{trained.seed}"
+    if not isinstance(method, RLHF):
+        pretraining = plan.data.folder / "pretraining"
+        if method.pretraining_weight > 0 and not (isinstance(plan.task, TextTask) and plan.task.pretraining_text):
+            raise UserError(f"entry {trained.entry.name}: pretraining_weight > 0 needs task.pretraining_text")
+        return OffPolicyJob(
+            stage_dir=folder,
+            name=name,
+            policy=model_of(plan.reference),
+            seed=trained.seed,
+            method=method,
+            pairs=str(plan.logps.folder / "train_pairs"),
+            demonstrations=str(plan.data.folder / "demonstrations"),
+            pretraining=str(pretraining) if method.pretraining_weight > 0 else None,
+        )
+    if trained.reward_model is None:
+        raise TypeError(f"{trained.entry.name} has no reward model")
+    return PPOJob(
+        stage_dir=folder,
+        name=name,
+        policy=model_of(plan.reference),
+        seed=trained.seed,
+        ppo=method.ppo,
+        reward_model=model_of(trained.reward_model),
+        prompts=str(plan.data.folder / "prompts"),
+        covered_only=method.prompts == "covered",
+        generator=GENERATOR,
+        generation=config.generation,
+        response_limit=response_limit(plan.task),
+    )
+
+
+def response_limit(task: LanguageTask | TextTask) -> int:
+    return task.response_limit if isinstance(task, LanguageTask) else task.max_response_tokens
+
+
+def max_length(task: LanguageTask | TextTask) -> int:
+    """Most tokens in a prompt and its response."""
+    if isinstance(task, LanguageTask):
+        return 1 + task.prompt_letters + task.response_limit
+    return task.max_prompt_tokens + task.max_response_tokens

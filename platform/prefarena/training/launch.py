@@ -1,0 +1,81 @@
+"""Ray Train runs: a group of jobs on one group of workers, one after another.
+
+Starting a worker group costs tens of seconds on a laptop, more than many of our jobs; so jobs that ask for the
+same resources share one. The group restarts from its last checkpoint after a failure, skips the jobs whose stage
+is finished, and goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from prefarena.config import Resources
+from prefarena.errors import UserError
+from prefarena.stages import is_finished
+from prefarena.training.jobs import Job
+
+
+def run_jobs(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
+    """Run every unfinished job on Ray Train workers; returns when all their stages are finished.
+
+    The same jobs in the same storage are the same Ray Train run, so calling this again after an interruption
+    resumes from the last checkpoint. Raises what a worker raised.
+    """
+    if all(is_finished(job.stage_dir) for job in jobs):
+        return
+    # ray.train re-exports these; named where they live, so that they can be type-checked.
+    from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+    from ray.train.v2.torch.torch_trainer import TorchTrainer
+
+    digest = hashlib.sha256("\n".join(job.stage_dir for job in jobs).encode()).hexdigest()[:12]
+    per_worker: dict[str, float] = {"CPU": resources.cpus_per_worker}
+    if resources.use_gpu:
+        per_worker["GPU"] = 1
+    trainer = TorchTrainer(
+        _worker_loop,
+        train_loop_config={"jobs": list(jobs), "num_threads": int(resources.cpus_per_worker)},
+        scaling_config=ScalingConfig(
+            num_workers=resources.num_workers, use_gpu=resources.use_gpu, resources_per_worker=per_worker
+        ),
+        run_config=RunConfig(
+            name=f"jobs-{digest}",
+            storage_path=storage,
+            failure_config=FailureConfig(max_failures=resources.max_failures, controller_failure_limit=1),
+            checkpoint_config=CheckpointConfig(num_to_keep=2),
+            logging_config=LoggingConfig(log_level="ERROR"),
+        ),
+    )
+    trainer.fit()
+
+
+def _worker_loop(config: dict[str, Any]) -> None:
+    """Runs on every worker."""
+    from prefarena.training.run_job import run_job
+    from prefarena.training.worker import RayTrainWorker
+
+    torch.set_num_threads(max(1, config["num_threads"]))
+    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for job in config["jobs"]:
+        if not is_finished(job.stage_dir):
+            run_job(job, RayTrainWorker(job.stage_dir))
+
+
+def check_resources(resources: Resources, generation_cpus: float, available: dict[str, float]) -> None:
+    """Raise UserError when the cluster can never hold what is asked for at the same time."""
+    asked_cpus = resources.num_workers * resources.cpus_per_worker + (0 if resources.use_gpu else generation_cpus)
+    asked_cpus = max(asked_cpus, resources.num_workers * resources.cpus_per_worker * resources.concurrent_runs)
+    asked = {
+        "CPU": asked_cpus,
+        "GPU": float(resources.num_workers + (generation_cpus > 0)) if resources.use_gpu else 0.0,
+    }
+    for kind, amount in asked.items():
+        if amount > available.get(kind, 0.0):
+            raise UserError(
+                f"the cluster has {available.get(kind, 0.0):g} {kind}s, {amount:g} are asked for "
+                "(resources.num_workers x cpus_per_worker, concurrent_runs, and generation.cpus); lower one of them"
+            )

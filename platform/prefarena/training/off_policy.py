@@ -1,0 +1,144 @@
+"""The one training loop of everything that learns from a fixed table: SFT, MPO, DPO, IPO, the reward model.
+
+An optimizer step is a sum of terms (see terms.py), each cut into micro-batches. The step's counts are known from
+the batch plan, so gradient accumulation and the number of workers change nothing but the order of additions.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from prefarena.config import Optimisation
+from prefarena.objectives.output import Mean
+from prefarena.training.terms import Term
+from prefarena.training.worker import Worker, load_optimizer_tensors, optimizer_tensors
+
+
+class TrainingDivergedError(RuntimeError):
+    """The loss or the gradient is no longer a number."""
+
+
+@dataclass
+class Window:
+    """Sums of metrics since the last logged row, on the device: nothing is copied to the host in between."""
+
+    means: dict[str, Mean] = field(default_factory=dict)
+
+    def add(self, name: str, mean: Mean) -> None:
+        self.means[name] = self.means[name] + mean if name in self.means else mean
+
+    def reduce(self, worker: Worker) -> dict[str, float]:
+        """The means over all workers, in one reduction; the window is emptied."""
+        names = sorted(self.means)
+        parts = [part.detach().double() for name in names for part in (self.means[name].total, self.means[name].count)]
+        totals = worker.sum(torch.stack(parts).to(worker.device)).cpu().view(-1, 2)
+        self.means = {}
+        return {
+            name: total / count if count else 0.0 for name, (total, count) in zip(names, totals.tolist(), strict=True)
+        }
+
+
+def train(
+    module: nn.Module,
+    terms: list[Term],
+    training: Optimisation,
+    worker: Worker,
+) -> dict[str, int]:
+    """Run all steps from the last checkpoint on. Returns the numbers of steps and tokens trained.
+
+    `module` holds the trained parameters in float32 (master weights; `precision: bfloat16` computes under
+    autocast). Raises TrainingDivergedError when a logged loss or gradient norm is not finite.
+    """
+    trained = worker.wrap(module)
+    trained.train()
+    optimizer = torch.optim.AdamW(
+        module.parameters(), lr=training.learning_rate, betas=training.betas, weight_decay=training.weight_decay
+    )
+    num_steps = training.num_steps or terms[0].plan.num_steps(training.num_epochs)
+    done = _restore(module, optimizer, worker)
+    window, started, first = Window(), time.perf_counter(), done
+    for step in range(done, num_steps):
+        rate = learning_rate(training, step, num_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        gradient_norm = optimizer_step(trained, terms, step, optimizer, training, worker, window)
+        done = step + 1
+        if done % training.log_every == 0 or done in (1, num_steps):
+            row = {"step": done, "num_steps": num_steps, "learning_rate": rate, "grad_norm": float(gradient_norm)}
+            row |= window.reduce(worker)
+            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
+                raise TrainingDivergedError(f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {done}")
+            worker.log(row | {"steps_per_second": (done - first) / (time.perf_counter() - started)})
+        if done % training.checkpoint_every == 0 and done < num_steps:
+            worker.save(done, _tensors(module, optimizer), {})
+    module.eval()
+    return {
+        "num_steps": num_steps,
+        "num_tokens_trained": sum(term.num_tokens(step) for term in terms for step in range(first, num_steps)),
+    }
+
+
+def optimizer_step(
+    module: nn.Module,
+    terms: list[Term],
+    step: int,
+    optimizer: torch.optim.Optimizer,
+    training: Optimisation,
+    worker: Worker,
+    window: Window,
+) -> Tensor:
+    """One update. Adds to `window` and returns the gradient's norm before clipping, []."""
+    optimizer.zero_grad(set_to_none=True)
+    work = [(term, micro) for term in terms for micro in term.plan.micro_batches(step, worker.rank)]
+    for position, (term, micro) in enumerate(work):
+        share = term.weight / term.count(step)
+        autocast = torch.autocast(worker.device.type, torch.bfloat16, enabled=training.precision == "bfloat16")
+        with worker.no_sync(module, enabled=position < len(work) - 1):
+            with autocast:
+                output = term(module, term.rows(micro), worker.device)
+            # DDP averages gradients over workers; the step's loss is their sum.
+            (output.loss.total * (share * worker.world_size)).backward()
+        one = torch.ones((), device=worker.device) / worker.world_size / len(work)
+        window.add("loss", Mean(output.loss.total.detach() * share, one))
+        window.add(f"loss/{term.name}", Mean(output.loss.total.detach(), output.loss.count.detach()))
+        for name, mean in output.metrics.items():
+            window.add(name, mean)
+    gradient_norm = nn.utils.clip_grad_norm_(module.parameters(), training.max_grad_norm)
+    optimizer.step()
+    return gradient_norm
+
+
+def learning_rate(training: Optimisation, step: int, num_steps: int) -> float:
+    """Linear warm-up, then constant, or linear or cosine decay to zero after the last step."""
+    warmup = min(1.0, (step + 1) / (training.warmup_steps + 1))
+    progress = max(0.0, step - training.warmup_steps) / max(1, num_steps - training.warmup_steps)
+    decay: dict[str, Callable[[float], float]] = {
+        "constant": lambda _: 1.0,
+        "linear": lambda done: 1.0 - done,
+        "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
+    }
+    return training.learning_rate * warmup * decay[training.schedule](progress)
+
+
+def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    weights = {f"weights.{name}": value for name, value in module.named_parameters()}
+    return weights | optimizer_tensors(optimizer, "optimizer")
+
+
+def _restore(module: nn.Module, optimizer: torch.optim.Optimizer, worker: Worker) -> int:
+    """Load the job's last checkpoint, if there is one. Returns the steps already done."""
+    checkpoint = worker.restore()
+    worker.forget_rows_after(checkpoint.step if checkpoint else 0)
+    if checkpoint is None:
+        return 0
+    with torch.no_grad():
+        for name, parameter in module.named_parameters():
+            parameter.copy_(checkpoint.tensors[f"weights.{name}"])
+    load_optimizer_tensors(optimizer, checkpoint.tensors, "optimizer")
+    return checkpoint.step
