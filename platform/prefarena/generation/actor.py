@@ -65,7 +65,9 @@ class GenerationActor:
     def generate(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
         if version != self._version:
             holds = "no weights yet (it was just started or restarted)" if self._version is None else self._version
-            raise StaleWeightsError(f"generation with weights {version!r} was asked for, but the generator holds {holds}")
+            raise StaleWeightsError(
+                f"generation with weights {version!r} was asked for, but the generator holds {holds}"
+            )
         samples = self._engine.generate(
             prompts,
             max_tokens=sampling.max_tokens,

@@ -80,13 +80,17 @@ class Engine:
             for seed in seeds
         ]
         requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
-        return [_sample(output.outputs[0], self.eos_id) for output in self._llm.generate(requests, params, use_tqdm=False)]
+        return [
+            _sample(output.outputs[0], self.eos_id) for output in self._llm.generate(requests, params, use_tqdm=False)
+        ]
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
         """Replace all weights, in memory. `tensors` is a whole transformers state dict, a tied `lm_head.weight` included."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(list(tensors))})
         if not self._llm.reset_prefix_cache():
-            raise RuntimeError("vLLM could not reset its prefix cache after a weight update: requests were still running")
+            raise RuntimeError(
+                "vLLM could not reset its prefix cache after a weight update: requests were still running"
+            )
 
 
 def _sample(output: Any, eos_id: int) -> Sample:

@@ -1,0 +1,41 @@
+"""KL divergence to the reference: the per-sample estimators k1 and k3, and the controller of the penalty's weight."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+#: Log-ratios are clamped to this range (nats) before exp.
+LOG_RATIO_LIMIT = 20.0
+
+
+def k1(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """log pi - log pi_ref per token, any shape, nats: unbiased for KL(pi || pi_ref) under samples of pi; may be negative."""
+    return logps - reference_logps
+
+
+def k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """exp(-k1) - 1 + k1 per token, any shape, nats: unbiased too, never negative (http://joschu.net/blog/kl-approx.html).
+
+    Summed over a response's tokens it estimates the sequence's KL, as k1 does.
+    """
+    log_ratio = (reference_logps - logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
+    return log_ratio.exp() - 1 - log_ratio
+
+
+@dataclass(frozen=True)
+class KLController:
+    """The weight of the KL penalty. With a target (nats a sequence) it adapts in proportion to the error, clipped to 20 %
+    and spread over `horizon` rollouts (arXiv 1909.08593, section 2.2); without one it is fixed."""
+
+    coef: float
+    target: float | None
+    horizon: int
+
+    def update(self, observed_kl: float, num_rollouts: int) -> KLController:
+        """The controller after `num_rollouts` rollouts with mean k1 `observed_kl`."""
+        if self.target is None:
+            return self
+        error = min(max(observed_kl / self.target - 1, -0.2), 0.2)
+        return replace(self, coef=self.coef * (1 + error * num_rollouts / self.horizon))
