@@ -1,7 +1,8 @@
 """The generation actor: a Ray actor that owns one vLLM engine, and its client.
 
-The actor knows the version of the weights it holds and refuses to generate with any other. It holds none when it starts,
-and none after a restart (Ray restarts it with the weights it was created with), so no rollout can come from stale weights.
+The actor knows the version of the weights it holds and refuses to generate with any other. It holds none when it
+starts, and none after a restart (Ray restarts it with the weights it was created with), so no rollout can come from
+stale weights.
 """
 
 from __future__ import annotations
@@ -81,7 +82,7 @@ class GenerationActor:
 
 
 def _environment(generation: Generation) -> dict[str, str]:
-    """Must be in place before vLLM is imported: engine in-process, quiet, and as many threads as CPUs were asked for."""
+    """Must be in place before vLLM is imported: engine in-process, quiet, as many threads as CPUs were asked for."""
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         "VLLM_CPU_KVCACHE_SPACE": f"{generation.kv_cache_gib:g}",

@@ -1,8 +1,8 @@
 """The vLLM engine: the only module that imports vllm, and so the only one to change with its releases.
 
-The engine runs inside the process that makes it (no engine process, no HTTP), which is what lets weights be handed over in
-memory on any device. Import this module in a process of its own: vLLM's CPU worker patches torch. `environment` must be
-set before the import.
+The engine runs inside the process that makes it (no engine process, no HTTP), so weights are handed over in memory on
+any device. Import this module in a process of its own, whose environment the actor has set: vLLM reads it when it is
+imported, and its CPU worker patches torch.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ class Sample:
 class Engine:
     """One model in vLLM, sampling token ids to token ids.
 
-    top-p and top-k are off and log-probs are those of the distribution sampled from (`processed_logprobs`), so the trainer's
-    log-probs at the same temperature are directly comparable. `eos_id` ends a response and is kept in it.
+    top-p and top-k are off and log-probs are those of the distribution sampled from (`processed_logprobs`), so the
+    trainer's log-probs at the same temperature are directly comparable. `eos_id` ends a response and is kept in it.
     """
 
     def __init__(
         self, model_path: str, generation: Generation, *, max_model_len: int, eos_id: int, use_gpu: bool, seed: int
     ) -> None:
         self.eos_id = eos_id
-        # Prefills are never cut (chunked prefill off, room for the longest): a cut one with a seeded request ends vLLM's
-        # CPU engine, and makes log-probs depend on the batch.
+        # Prefills are never cut (chunked prefill off, room for the longest): a cut one with a seeded request ends
+        # vLLM's CPU engine.
         options: dict[str, Any] = {
             "enable_chunked_prefill": False,
             "max_num_batched_tokens": max(8192, max_model_len),
@@ -63,8 +63,10 @@ class Engine:
     def generate(
         self, prompts: Sequence[list[int]], *, max_tokens: int, temperature: float, seeds: Sequence[int]
     ) -> list[Sample]:
-        """One response of at most `max_tokens` per prompt, in order. `seeds`: one per prompt, so that what is sampled for a
-        prompt depends neither on the order nor on what shares its batch."""
+        """One response of at most `max_tokens` per prompt, in order.
+
+        `seeds`: one per prompt, so that what is sampled depends neither on the order nor on what shares its batch.
+        """
         params = [
             SamplingParams(
                 max_tokens=max_tokens,
@@ -85,7 +87,7 @@ class Engine:
         ]
 
     def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights, in memory. `tensors` is a whole transformers state dict, a tied `lm_head.weight` included."""
+        """Replace all weights, in memory: a whole transformers state dict, a tied `lm_head.weight` included."""
         self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(list(tensors))})
         if not self._llm.reset_prefix_cache():
             raise RuntimeError(

@@ -11,7 +11,7 @@ LOG_RATIO_LIMIT = 20.0
 
 
 def k1(logps: Tensor, reference_logps: Tensor) -> Tensor:
-    """log pi - log pi_ref per token, any shape, nats: unbiased for KL(pi || pi_ref) under samples of pi; may be negative."""
+    """log pi - log pi_ref per token, any shape, nats: unbiased for the KL under samples of pi; may be negative."""
     return logps - reference_logps
 
 
@@ -26,8 +26,11 @@ def k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class KLController:
-    """The weight of the KL penalty. With a target (nats a sequence) it adapts in proportion to the error, clipped to 20 %
-    and spread over `horizon` rollouts (arXiv 1909.08593, section 2.2); without one it is fixed."""
+    """The weight of the KL penalty; fixed without a target.
+
+    With a target (nats a sequence) it adapts in proportion to the relative error, clipped to 20 % and spread over
+    `horizon` rollouts (arXiv 1909.08593, section 2.2).
+    """
 
     coef: float
     target: float | None

@@ -54,7 +54,7 @@ def whiten(values: Tensor, mask: Tensor, mean: Tensor, variance: Tensor) -> Tens
 
 
 def importance_weights(logps: Tensor, generator_logps: Tensor, cap: float | None) -> Tensor:
-    """Truncated weights min(pi_trainer / pi_generator, cap) per token (arXiv 1606.02647's truncation); ones without a cap."""
+    """Truncated weights min(pi_trainer / pi_generator, cap) per token (Ionides 2008); ones without a cap."""
     if cap is None:
         return torch.ones_like(logps)
     return (logps - generator_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT).exp().clamp(max=cap)

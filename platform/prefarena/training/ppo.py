@@ -41,7 +41,6 @@ from prefarena.training.rollouts import (
     gather,
     minibatches,
     prompt_indices,
-    select,
     share,
 )
 from prefarena.training.worker import Worker, load_optimizer_tensors, optimizer_tensors
@@ -52,7 +51,7 @@ Reward = Callable[[Sequences], Tensor]
 def train_ppo(
     job: PPOJob, worker: Worker, source: RolloutSource | None = None, reward: Reward | None = None
 ) -> dict[str, Any]:
-    """Run all iterations from the last checkpoint on, and save the policy at `job.model_dir`. Returns the stage's costs.
+    """Run all iterations from the last checkpoint on, save the policy at `job.model_dir`, return the costs.
 
     `source` defaults to the generation actor that the job names, `reward` (sequences to [B]) to its reward model.
     The job's policy is both the start and the reference. Raises UserError where the batch is too small to share,
@@ -77,7 +76,7 @@ def _connect(job: PPOJob) -> RolloutSource:
 
 @dataclass
 class _Learner:
-    """A trained module with its own optimizer. `wrapped` is what runs forward in training (DDP with several workers)."""
+    """A trained module with its own optimizer. `wrapped` runs forward in training (DDP with several workers)."""
 
     module: nn.Module
     wrapped: nn.Module
@@ -107,11 +106,15 @@ class _Trainer:
         critic = load_reward_model(job.reward_model)
         self._policy = self._learner(self.policy, job.ppo.learning_rate)
         self._critic = self._learner(ScalarHead(critic), job.ppo.critic_learning_rate)
+        reference = load_policy(job.policy)
+        _freeze(reference, worker.device)
         if reward is None:
-            reward = partial(reward_scores, load_reward_model(job.reward_model).to(worker.device))
+            reward_model = load_reward_model(job.reward_model)
+            _freeze(reward_model, worker.device)
+            reward = partial(reward_scores, reward_model)
         self._scorers = Scorers(
             policy=self.policy,
-            reference=load_policy(job.policy).to(worker.device),
+            reference=reference,
             values=partial(_values, self._critic.module, critic),
             reward=reward,
             temperature=job.ppo.temperature,
@@ -277,6 +280,10 @@ class _Trainer:
     def _value_term(self, batch: Batch) -> ObjectiveOutput:
         values = self._train_values(batch.sequences)
         return value_loss(values, batch.values, batch.returns, batch.mask, clip=self.settings.value_clip)
+
+
+def _freeze(module: nn.Module, device: torch.device) -> None:
+    module.to(device).requires_grad_(False)
 
 
 def _values(head: nn.Module, critic: PreTrainedModel, sequences: Sequences) -> Tensor:

@@ -24,7 +24,7 @@ from prefarena.training.rollouts import Experience, select
 
 @dataclass(frozen=True)
 class Batch:
-    """Targets of the update; per-token fields are [B, T-1], zero outside the response. rewards: penalised, per token."""
+    """Targets of the update, [B, T-1], zero outside the response; rewards include the KL penalty."""
 
     sequences: Sequences
     generator_logps: Tensor
