@@ -66,7 +66,7 @@ def annotate_language(task: LanguageTask, reference: str, folder: Path) -> None:
         folder / "exact.npz", ref_logps=exact.logps, rewards=rewards, lengths=exact.lengths, covered=language.covered
     )
     wall = time.perf_counter() - started
-    counts = {"num_train_pairs": task.num_pairs, "num_test_pairs": task.num_test_pairs}
+    counts: dict[str, float] = {"num_train_pairs": task.num_pairs, "num_test_pairs": task.num_test_pairs}
     counts |= {"num_prompts": len(language.prompt_ids), "num_covered_prompts": int(language.covered.sum())}
     counts |= {"num_responses_enumerated": int(exact.logps.shape[1])}
     source = language.source_logps(exact.sequences)

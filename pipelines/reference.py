@@ -31,9 +31,7 @@ class ReferenceLogps:
     def __call__(self, batch: pa.Table) -> pa.Table:
         rows = batch.to_pydict()
         for side in ("chosen", "rejected"):
-            logps = response_logps(
-                self.model, rows["prompt_ids"], rows[f"{side}_ids"], self.pad_id, self.batch_size
-            )
+            logps = response_logps(self.model, rows["prompt_ids"], rows[f"{side}_ids"], self.pad_id, self.batch_size)
             batch = batch.append_column(f"ref_{side}_logp", pa.array(logps, pa.float32()))
         return pa.Table.from_pydict({name: batch[name] for name in REFERENCED_PAIRS.names}, schema=REFERENCED_PAIRS)
 
@@ -43,20 +41,25 @@ def add_reference_logps(
 ) -> None:
     """Write train_pairs/ and test_pairs/ with the two columns, and the manifest, to `folder`."""
     import ray.data
+    from ray.data import SaveMode
 
     started = time.perf_counter()
     num_tokens = 0
     for split in ("train_pairs", "test_pairs"):
-        dataset = ray.data.read_parquet(str(pairs / split)).repartition(num_actors).map_batches(
-            ReferenceLogps,
-            fn_constructor_args=(reference, batch_size, use_gpu),
-            batch_format="pyarrow",
-            batch_size=1024,
-            compute=ray.data.ActorPoolStrategy(size=num_actors),
-            num_cpus=1,
-            num_gpus=1 if use_gpu else 0,
+        dataset = (
+            ray.data.read_parquet(str(pairs / split))
+            .repartition(num_actors)
+            .map_batches(
+                ReferenceLogps,
+                fn_constructor_args=(reference, batch_size, use_gpu),
+                batch_format="pyarrow",
+                batch_size=1024,
+                compute=ray.data.ActorPoolStrategy(size=num_actors),
+                num_cpus=1,
+                num_gpus=1 if use_gpu else 0,
+            )
         )
-        dataset.write_parquet(str(folder / split), mode="overwrite")
+        dataset.write_parquet(str(folder / split), mode=SaveMode.OVERWRITE)
         table = read_rows(folder / split)
         num_tokens += sum(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in table[name].to_pylist())
     wall = time.perf_counter() - started

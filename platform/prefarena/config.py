@@ -68,7 +68,7 @@ class LanguageTask(Section):
     response_limit: int = Field(4, ge=1, le=4, description="Most tokens in a response, its eos included.")
     num_demonstrations: int = Field(16384, ge=1, description="Drawn from the source, over all prompts.")
     covered_share: float = Field(0.5, gt=0, le=1, description="Share of the prompts that have preference pairs.")
-    num_pairs: int = Field(4096, ge=2, description="Training pairs, drawn from the reference policy on covered prompts.")
+    num_pairs: int = Field(16384, ge=2, description="Training pairs, drawn from the reference policy on covered prompts.")
     num_test_pairs: int = Field(1024, ge=2, description="Held-out pairs, on the same covered prompts.")
     labels: Literal["deterministic", "bradley_terry"] = "deterministic"
     label_temperature: float = Field(1.0, gt=0, description="Bradley-Terry labels: P(y1 > y2) = sigmoid((r1 - r2) / T).")

@@ -19,7 +19,8 @@ def token_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     hidden = body(
         input_ids=sequences.input_ids, attention_mask=sequences.attention_mask, use_cache=False
     ).last_hidden_state
-    return model.score(hidden)[..., 0].float()
+    head: torch.nn.Linear = model.score
+    return head(hidden)[..., 0].float()
 
 
 class ScalarHead(torch.nn.Module):

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from prefarena.config import Resources
-from prefarena.errors import UserError
 from prefarena.stages import is_finished
 from prefarena.training.jobs import Job
 
@@ -63,19 +62,3 @@ def _worker_loop(config: dict[str, Any]) -> None:
     for job in config["jobs"]:
         if not is_finished(job.stage_dir):
             run_job(job, RayTrainWorker(job.stage_dir))
-
-
-def check_resources(resources: Resources, generation_cpus: float, available: dict[str, float]) -> None:
-    """Raise UserError when the cluster can never hold what is asked for at the same time."""
-    asked_cpus = resources.num_workers * resources.cpus_per_worker + (0 if resources.use_gpu else generation_cpus)
-    asked_cpus = max(asked_cpus, resources.num_workers * resources.cpus_per_worker * resources.concurrent_runs)
-    asked = {
-        "CPU": asked_cpus,
-        "GPU": float(resources.num_workers + (generation_cpus > 0)) if resources.use_gpu else 0.0,
-    }
-    for kind, amount in asked.items():
-        if amount > available.get(kind, 0.0):
-            raise UserError(
-                f"the cluster has {available.get(kind, 0.0):g} {kind}s, {amount:g} are asked for "
-                "(resources.num_workers x cpus_per_worker, concurrent_runs, and generation.cpus); lower one of them"
-            )

@@ -1,0 +1,124 @@
+"""The `prefarena` command."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from typing import Any
+
+from prefarena.errors import UserError
+
+_EPILOG = """\
+what is written where (under `output`, by default ./runs):
+  stages/KIND-LABEL-HASH/   every finished step: tables (parquet), models (transformers folders), metrics.jsonl,
+                            and manifest.json, written last. The hash is that of everything the step depends on:
+                            the same settings reuse it, changed settings get a folder of their own.
+  NAME-HASH/                the comparison's run folder: config.yaml (resolved), results.json, report.md, figures/,
+                            checkpoints/ (links to the trained models)
+  ray_train/                Ray Train's checkpoints of runs under way
+
+exit status: 0 done; 2 input that cannot be used (one sentence says what); 1 anything else, with a traceback.
+"""
+
+_STEPS = {
+    "compare": "run the whole comparison and print its table",
+    "prepare": "only data, base model, reference policy, pairs and reference log-probs",
+    "train": "up to the entries' training",
+    "evaluate": "up to the evaluation of every policy",
+    "report": "write the report again from finished stages (runs what is missing)",
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """All commands and options."""
+    parser = argparse.ArgumentParser(
+        prog="prefarena",
+        description="Should we run RLHF, or an off-policy method, on our model and our preference data?",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, text in _STEPS.items():
+        command = commands.add_parser(
+            name,
+            help=text,
+            description=text + ".",
+            epilog=_EPILOG,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="default: the embedded default")
+        command.add_argument(
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY.PATH=VALUE",
+            help="override a setting, e.g. --set entries.dpo.method.beta=0.3 --set seeds=[0,1,2] (repeatable)",
+        )
+    commands.add_parser("methods", help="the methods and their settings with defaults")
+    return parser
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Entry point. Returns the exit status."""
+    arguments = build_parser().parse_args(argv)
+    try:
+        if arguments.command == "methods":
+            return _methods()
+        return _run(arguments.command, arguments.config, arguments.set)
+    except UserError as error:
+        print(f"prefarena: {error}", file=sys.stderr)
+        return 2
+
+
+def _run(command: str, path: str | None, overrides: list[str]) -> int:
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    from rich.console import Console
+
+    from pipelines.compare import compare
+    from prefarena.config import load_config
+
+    config = load_config(path, overrides)
+    compare(config, Console(), "report" if command == "compare" else command)
+    return 0
+
+
+def _methods() -> int:
+    """The settings of every method, from the types that check them."""
+    from prefarena.config import DPO, IPO, MPO, RLHF, SFT
+
+    for kind in (MPO, DPO, IPO, SFT, RLHF):
+        print(f"{kind.model_fields['kind'].default}: {(kind.__doc__ or '').strip()}")
+        for name, default, text in _settings(kind, ""):
+            print(f"    {name} = {default}" + (f"    # {text}" if text else ""))
+        print()
+    return 0
+
+
+def _settings(kind: Any, prefix: str) -> list[tuple[str, Any, str]]:
+    """(dotted name, default, description) of every setting of a config type."""
+    from pydantic import BaseModel
+
+    found: list[tuple[str, Any, str]] = []
+    for name, field in kind.model_fields.items():
+        if name == "kind":
+            continue
+        default = field.get_default(call_default_factory=True)
+        if isinstance(default, BaseModel):
+            values = default.model_dump()
+            inner = _settings(type(default), f"{prefix}{name}.")
+            found += [(key, _at(values, key.removeprefix(f"{prefix}{name}.")), text) for key, _, text in inner]
+        else:
+            found.append((prefix + name, default, field.description or ""))
+    return found
+
+
+def _at(tree: Any, key: str) -> Any:
+    for part in key.split("."):
+        tree = tree[part]
+    return tree
+
+
+if __name__ == "__main__":
+    sys.exit(main())

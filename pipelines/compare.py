@@ -1,0 +1,127 @@
+"""The head-to-head: `python -m pipelines.compare [CONFIG]`, or `prefarena compare`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from pipelines.evaluate import evaluate
+from pipelines.plan import SeedPlan, make_plan, max_length
+from pipelines.preferences import check_text_task
+from pipelines.prepare import prepare
+from pipelines.report import report, run_folder
+from pipelines.train import train
+from prefarena.cluster.session import check_resources, ray_session, requested
+from prefarena.config import Comparison, PretrainedModel, TextTask
+from prefarena.errors import UserError
+from prefarena.modeling.load import load_tokenizer
+from prefarena.report.tables import terminal_table
+from prefarena.stages import Stage
+from prefarena.tasks.language import Language
+
+STEPS = ("prepare", "train", "evaluate", "report")
+
+
+def compare(config: Comparison, console: Console, last: str = "report") -> Path:
+    """Run the comparison up to and including the step `last`. Returns the run folder.
+
+    Finished stages are reused; input that cannot be used raises UserError before Ray is started.
+    """
+    check_input(config)
+    plans = make_plan(config)
+    reused = {stage for stage in all_stages(plans) if stage.finished}
+    show_plan(config, plans, console)
+    wanted = STEPS[: STEPS.index(last) + 1]
+    if any(not stage.finished for stage in all_stages(plans)):
+        with ray_session() as available:
+            check_resources(config, available)
+            for step, work in zip(STEPS, (prepare, train, evaluate), strict=False):
+                if step in wanted:
+                    work(config, plans, console)
+    if last != "report":
+        return run_folder(config, plans)
+    folder, results = report(config, plans, reused)
+    console.print(terminal_table(results))
+    console.print(f"report: {folder / 'report.md'}")
+    return folder
+
+
+def check_input(config: Comparison) -> None:
+    """Everything that can be found wrong without any work. Raises UserError."""
+    if isinstance(config.task, TextTask):
+        check_text_task(config.task)
+    else:
+        Language(config.task)
+    if isinstance(config.model, PretrainedModel):
+        if not isinstance(config.task, TextTask):
+            raise UserError("model.kind: pretrained models need a text task; the enumerable language has its own")
+        load_tokenizer(config.model.path, config.model.revision)
+    else:
+        width = config.model.hidden_size // config.model.num_heads
+        if width not in (32, 64, 128, 256):
+            raise UserError(
+                f"model: hidden_size / num_heads is {width}; vLLM's attention takes 32, 64, 128 or 256 - change one"
+            )
+    workers = config.resources.num_workers
+    for name, training in _optimisations(config):
+        if training % workers:
+            raise UserError(f"{name}: {training} cannot be shared evenly by resources.num_workers = {workers}")
+
+
+def _optimisations(config: Comparison) -> list[tuple[str, int]]:
+    sizes = [("reference.training.batch_size", config.reference.training.batch_size)]
+    for entry in config.entries:
+        where = f"entries.{entry.name}.method"
+        if entry.method.kind == "rlhf":
+            sizes.append((f"{where}.reward_model.training.batch_size", entry.method.reward_model.training.batch_size))
+            ppo = entry.method.ppo
+            sizes.append((f"{where}.ppo.rollouts_per_iteration", ppo.rollouts_per_iteration))
+            if ppo.rollouts_per_iteration % ppo.num_minibatches:
+                raise UserError(
+                    f"{where}.ppo: rollouts_per_iteration {ppo.rollouts_per_iteration} cannot be cut into "
+                    f"{ppo.num_minibatches} minibatches of one size"
+                )
+        else:
+            sizes.append((f"{where}.training.batch_size", entry.method.training.batch_size))
+    return sizes
+
+
+def all_stages(plans: list[SeedPlan]) -> list[Stage]:
+    """Every stage of a comparison, in order, without repeats."""
+    stages: list[Stage] = []
+    for plan in plans:
+        stages += plan.shared()
+        for trained in plan.trained:
+            stages += [*([trained.reward_model] if trained.reward_model else []), trained.training, trained.evaluation]
+        stages.append(plan.evaluation)
+    return list(dict.fromkeys(stages))
+
+
+def show_plan(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
+    """What will be done, what is reused, and what is asked of the cluster."""
+    stages = all_stages(plans)
+    table = Table(title=f"plan of comparison {config.name!r}", title_justify="left")
+    table.add_column("stage")
+    table.add_column("folder", overflow="fold")
+    table.add_column("")
+    for stage in stages if len(stages) <= 40 else []:
+        state = "[green]reused[/green]" if stage.finished else "to do"
+        table.add_row(f"{stage.kind} ({stage.label})", stage.folder.name, state)
+    if table.row_count:
+        console.print(table)
+    num_reused = sum(stage.finished for stage in stages)
+    console.print(
+        f"{len(stages)} stages: {num_reused} reused, {len(stages) - num_reused} to do; "
+        f"stages are under {stages[0].folder.parent}"
+    )
+    asked = ", ".join(f"{amount:g} {kind}s ({why})" for kind, (amount, why) in requested(config).items())
+    console.print(f"asked of the cluster: {asked}; sequences of up to {max_length(config.task)} tokens")
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["compare", *sys.argv[1:]]))

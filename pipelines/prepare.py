@@ -1,0 +1,108 @@
+"""Everything that entries share: data, base model, reference policy, pairs, reference log-probs, judge."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+
+from rich.console import Console
+
+from pipelines.annotate import annotate_language
+from pipelines.plan import SeedPlan, judge_job, max_length, model_of, reference_job
+from pipelines.preferences import prepare_text
+from pipelines.progress import stage_line, watch
+from pipelines.reference import add_reference_logps
+from prefarena.config import Comparison, LanguageTask, PretrainedModel, Resources, TextTask
+from prefarena.data.tables import write_rows
+from prefarena.modeling.load import base_model, load_tokenizer, new_policy, save_policy
+from prefarena.records import DEMONSTRATIONS, PROMPTS
+from prefarena.stages import Stage, is_finished, write_manifest
+from prefarena.tasks.language import Language
+from prefarena.training.jobs import Job
+from prefarena.training.launch import run_jobs
+
+
+def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
+    """Run the shared stages that are not finished. Needs Ray."""
+    for plan in plans:
+        run_once(console, plan.data, partial(_write_data, config, plan.task))
+        run_once(console, plan.base, partial(_write_base, config, plan))
+    if config.reference.train:
+        run(config.resources, [reference_job(config, plan) for plan in plans], config, console)
+    for plan in plans:
+        if isinstance(plan.task, LanguageTask):
+            run_once(console, plan.pairs, partial(_write_pairs, plan.task, plan))
+        run_once(console, plan.logps, partial(_write_logps, config, plan))
+    run(config.resources, [judge_job(config, plan, plan.judge) for plan in plans if plan.judge], config, console)
+
+
+def run(resources: Resources, jobs: Sequence[Job], config: Comparison, console: Console) -> None:
+    """Run training jobs that are not finished, `resources.concurrent_runs` groups of them at a time."""
+    storage = str(Path(config.output).absolute() / "ray_train")
+    jobs = list(dict.fromkeys(jobs))
+    waiting = [job for job in jobs if not is_finished(job.stage_dir)]
+    if not waiting:
+        return
+    groups = [jobs[start :: resources.concurrent_runs] for start in range(min(resources.concurrent_runs, len(jobs)))]
+    title = f"training {', '.join(job.name for job in waiting)}"
+    with stage_line(console, title), watch(console, waiting), ThreadPoolExecutor(len(groups)) as pool:
+        for group in [pool.submit(run_jobs, group, resources, storage) for group in groups]:
+            group.result()
+
+
+def run_once(console: Console, stage: Stage, work: Callable[[Path], None]) -> None:
+    """Do `work` in the stage's empty folder unless the stage is finished; `work` writes the manifest last."""
+    if not stage.finished:
+        with stage_line(console, f"{stage.kind} ({stage.label})"):
+            work(stage.begin())
+
+
+def _write_data(config: Comparison, task: LanguageTask | TextTask, folder: Path) -> None:
+    started = time.perf_counter()
+    if isinstance(task, LanguageTask):
+        language = Language(task)
+        language.save_tokenizer(folder / "tokenizer")
+        write_rows(language.prompts(), folder / "prompts" / "part-0.parquet", PROMPTS)
+        demonstrations = language.sample_demonstrations()
+        write_rows(demonstrations, folder / "demonstrations" / "part-0.parquet", DEMONSTRATIONS)
+        counts = {"num_demonstrations": demonstrations.num_rows}
+    else:
+        counts = prepare_text(task, None, config.model, folder)
+    wall = time.perf_counter() - started
+    write_manifest(folder, {"data": counts, "costs": {"wall_seconds": wall, "device_seconds": wall}})
+
+
+def _write_base(config: Comparison, plan: SeedPlan, folder: Path) -> None:
+    started = time.perf_counter()
+    length = max_length(plan.task)
+    if isinstance(config.model, PretrainedModel):
+        tokenizer = load_tokenizer(config.model.path, config.model.revision)
+        model = base_model(config.model, length)
+    else:
+        tokenizer = load_tokenizer(plan.data.folder / "tokenizer")
+        model = new_policy(config.model, tokenizer, length, config.reference.seed)
+    save_policy(model, tokenizer, folder / "model")
+    wall = time.perf_counter() - started
+    contents = {"num_parameters": model.num_parameters(), "costs": {"wall_seconds": wall, "device_seconds": wall}}
+    write_manifest(folder, contents)
+
+
+def _write_pairs(task: LanguageTask, plan: SeedPlan, folder: Path) -> None:
+    import ray
+
+    annotate = ray.remote(num_cpus=1)(annotate_language)
+    ray.get(annotate.remote(task, model_of(plan.reference), folder))
+
+
+def _write_logps(config: Comparison, plan: SeedPlan, folder: Path) -> None:
+    add_reference_logps(
+        plan.pairs.folder,
+        model_of(plan.reference),
+        folder,
+        num_actors=config.resources.num_workers,
+        batch_size=config.evaluation.batch_size,
+        use_gpu=config.resources.use_gpu,
+    )

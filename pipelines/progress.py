@@ -1,0 +1,90 @@
+"""What the terminal shows while stages run: the rows that workers log, as rate and time left."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from prefarena.stages import is_finished
+from prefarena.training.jobs import Job
+
+_PLAIN_INTERVAL_S = 15.0  # seconds between lines where the output is not a terminal
+
+
+@contextmanager
+def stage_line(console: Console, name: str) -> Iterator[None]:
+    """Say that a stage starts, and how long it took."""
+    started = time.perf_counter()
+    console.print(f"[bold]{name}[/bold] …")
+    yield
+    console.print(f"[green]✓[/green] {name}  {time.perf_counter() - started:.1f} s")
+
+
+@contextmanager
+def watch(console: Console, jobs: list[Job]) -> Iterator[None]:
+    """Follow the metric rows of `jobs` until the block ends: a bar each on a terminal, lines elsewhere."""
+    stop = threading.Event()
+    follow = _bars if console.is_terminal else _lines
+    thread = threading.Thread(target=follow, args=(console, jobs, stop), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _bars(console: Console, jobs: list[Job], stop: threading.Event) -> None:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        tasks = {job: progress.add_task(job.name, total=None, start=False, rate="waiting") for job in jobs}
+        while True:
+            last_round = stop.wait(0.5)
+            for job, task in tasks.items():
+                row = last_row(job)
+                if row is None:
+                    continue
+                progress.start_task(task)
+                rate = "done" if is_finished(job.stage_dir) else f"{row.get('steps_per_second', 0):.1f} steps/s"
+                progress.update(task, completed=row["step"], total=row["num_steps"], rate=rate)
+                if is_finished(job.stage_dir):
+                    progress.stop_task(task)
+            if last_round:
+                return
+
+
+def _lines(console: Console, jobs: list[Job], stop: threading.Event) -> None:
+    said: dict[Job, float] = {}
+    while True:
+        last_round = stop.wait(_PLAIN_INTERVAL_S)
+        for job in jobs:
+            row = last_row(job)
+            if row is None or said.get(job) == row["step"]:
+                continue
+            said[job] = row["step"]
+            rate = float(row.get("steps_per_second", 0))
+            left = f", {(row['num_steps'] - row['step']) / rate:.0f} s left" if rate > 0 else ""
+            console.print(f"  {job.name}: step {row['step']}/{row['num_steps']}, {rate:.1f} steps/s{left}")
+        if last_round:
+            return
+
+
+def last_row(job: Job) -> dict[str, float] | None:
+    """The newest complete metric row of a job."""
+    path = Path(job.stage_dir) / "metrics.jsonl"
+    if not path.exists():
+        return None
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - 8192))
+        lines = file.read().split(b"\n")
+    for line in reversed(lines[:-1]):
+        if line.startswith(b"{"):
+            return json.loads(line)
+    return None

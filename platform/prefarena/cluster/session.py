@@ -1,0 +1,75 @@
+"""Ray: join the cluster that is there, or start a small local one."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefarena.config import RLHF, Comparison
+from prefarena.errors import UserError
+
+_LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+
+
+@contextmanager
+def ray_session() -> Iterator[dict[str, float]]:
+    """Yields the cluster's total resources. A cluster that was started here is shut down at the end.
+
+    RAY_ADDRESS (set inside a Ray job) names a cluster to join; without it a local one is started, with as many
+    CPUs as this machine has.
+    """
+    import ray
+
+    if ray.is_initialized():
+        yield ray.cluster_resources()
+        return
+    os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    # Workers pass over reported checkpoints every so often; a short interval loses fewer steps on a failure.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        ray.init(log_to_driver=False, logging_level=logging.ERROR)
+    else:
+        ray.init(
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
+        )
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.execution_options.preserve_order = True
+    try:
+        yield ray.cluster_resources()
+    finally:
+        ray.shutdown()
+
+
+def check_resources(config: Comparison, available: dict[str, float]) -> None:
+    """Raise UserError when the cluster can never hold at once what is asked for."""
+    asked = requested(config)
+    for kind, (amount, why) in asked.items():
+        if amount > available.get(kind, 0.0):
+            raise UserError(
+                f"the cluster has {available.get(kind, 0.0):g} {kind}s, but {amount:g} are asked for ({why}); "
+                "lower the setting, or use a larger cluster"
+            )
+
+
+def requested(config: Comparison) -> dict[str, tuple[float, str]]:
+    """What must be there at once, by kind of resource, and which settings ask for it."""
+    resources = config.resources
+    workers = resources.num_workers * resources.cpus_per_worker
+    asked = {"CPU": (workers * resources.concurrent_runs, "resources.num_workers x cpus_per_worker x concurrent_runs")}
+    has_rollouts = any(isinstance(entry.method, RLHF) for entry in config.entries) or config.task.kind == "text"
+    if has_rollouts and not resources.use_gpu and workers + config.generation.cpus > asked["CPU"][0]:
+        asked["CPU"] = (
+            workers + config.generation.cpus,
+            "resources.num_workers x cpus_per_worker for PPO, and generation.cpus",
+        )
+    if resources.use_gpu:
+        num_gpus = max(resources.num_workers * resources.concurrent_runs, resources.num_workers + has_rollouts)
+        asked["GPU"] = (float(num_gpus), "one a training worker, and one for the generation actor")
+    return asked
