@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 
@@ -19,3 +20,24 @@ def ray_session() -> Iterator[None]:
     ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A folder with a random Llama over 16 tokens, untied."""
+    from tests.tiny import save_tiny_policy
+
+    return save_tiny_policy(tmp_path_factory.mktemp("tiny") / "policy")
+
+
+@pytest.fixture(scope="session")
+def generator(ray_session: None, tiny_policy: str) -> Iterator[Any]:
+    """The one vLLM engine of a test run, started from `tiny_policy`. Every test gives it its own weights first."""
+    from prefarena.config import Generation
+    from prefarena.generation.actor import Generator
+
+    running = Generator.start(
+        tiny_policy, Generation(kv_cache_gib=0.25), max_model_len=512, use_gpu=False, name="test-generator", seed=0
+    )
+    yield running
+    running.stop()

@@ -7,6 +7,7 @@ stale weights.
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -46,6 +47,9 @@ class GenerationActor:
 
     def ready(self) -> bool:
         return True
+
+    def pid(self) -> int:
+        return os.getpid()
 
     def version(self) -> str | None:
         return self._version
