@@ -65,7 +65,7 @@ def check_text_task(task: TextTask) -> list[Part]:
 
 
 def prepare_tokenizer(task: TextTask, model: Model, folder: str | Path) -> str:
-    """Path of the task's tokenizer: the pretrained model's own, or a BPE learnt from the training split into `folder`."""
+    """Path of the task's tokenizer: the pretrained model's own, or a BPE learnt from the training split."""
     if isinstance(model, PretrainedModel):
         return model.path
     train_tokenizer(_training_texts(task), model.vocab_size, folder)
@@ -213,7 +213,7 @@ def _stream(
 
 
 class _Prepare:
-    """Raw rows to token pairs, or to reasons; errors travel as rows, so that the driver can say them in one sentence."""
+    """Raw rows to token pairs or to reasons; errors travel as rows, for the driver to say them in one sentence."""
 
     def __init__(self, task: TextTask, path: str, revision: str | None) -> None:
         self.task = task
@@ -267,7 +267,7 @@ class _Pieces:
 
 
 def _write_pretraining(task: TextTask, path: str, revision: str | None, folder: Path, most: int | None) -> int:
-    """Write the pretraining table; the number of its pieces. Raises UserError at a broken line, or if there are none."""
+    """Write the pretraining table; the number of its pieces. Raises UserError at a broken line, or if it is empty."""
     rows = ParquetRows(folder / "pretraining", PRETRAINING)
     parts = find_parts(str(task.pretraining_text), task.split)
     try:
@@ -288,6 +288,6 @@ def _rules(task: TextTask) -> dict[str, str]:
     prompts = "are dropped" if task.long_prompts == "drop" else "keep their bos and last tokens"
     return {
         "long prompts": f"prompts of more than {task.max_prompt_tokens} tokens {prompts}",
-        "long responses": f"responses of more than {task.max_response_tokens} tokens keep their first tokens, without eos",
+        "long responses": f"responses of more than {task.max_response_tokens} tokens keep their first, without eos",
         "splits": f"by a hash of the dialogue's opening with seed {task.split_seed}",
     }

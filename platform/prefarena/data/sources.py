@@ -11,9 +11,9 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import IO, Any, Literal
+from typing import Any, Literal
 
 import fsspec
 import pyarrow.parquet as pq
@@ -82,6 +82,16 @@ def read_part(part: Part, columns: tuple[str, ...], limit: int | None = None) ->
         yield row
 
 
+def column_names(part: Part) -> list[str]:
+    """The columns of a part's first rows."""
+    if part.kind == "jsonl":
+        return sorted({name for raw in read_part(part, (), 20) for name in parse(raw)})
+    if part.kind == "parquet":
+        with fsspec.open(part.path, "rb") as raw_file:
+            return list(pq.read_schema(raw_file).names)
+    return list(_load_table(part.kind, part.path, part.split).column_names)
+
+
 def parse(row: RawRow) -> dict[str, Any]:
     """The JSON object of a row. Raises BrokenRow naming file and line."""
     try:
@@ -110,7 +120,7 @@ def _read_jsonl(part: Part, columns: tuple[str, ...]) -> Iterator[RawRow]:
     number = 0
     try:
         with fsspec.open(part.path, "rb") as raw:
-            lines: IO[bytes] = gzip.GzipFile(fileobj=raw) if part.path.endswith(".gz") else raw
+            lines: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if part.path.endswith(".gz") else raw
             for number, line in enumerate(lines, start=1):  # binary files split at b"\n" alone
                 if line.strip():
                     yield RawRow(part.path, number, line)
@@ -125,7 +135,8 @@ def _read_parquet(part: Part, columns: tuple[str, ...]) -> Iterator[RawRow]:
             file = pq.ParquetFile(raw)
             names = [name for name in file.schema_arrow.names if name in columns]
             for batch in file.iter_batches(batch_size=_READ_BATCH, columns=names):
-                for number, row in enumerate(batch.to_pylist(), start=number + 1):
+                for row in batch.to_pylist():
+                    number += 1
                     yield RawRow(part.path, number, _as_json(row))
     except (pq.lib.ArrowException, OSError) as error:
         first_line = _what(error).splitlines()[0]
