@@ -25,7 +25,7 @@ def ray_session() -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
     """A folder with a random Llama over 16 tokens, untied."""
-    from tests.tiny import save_tiny_policy
+    from tiny import save_tiny_policy
 
     return save_tiny_policy(tmp_path_factory.mktemp("tiny") / "policy")
 
@@ -37,7 +37,7 @@ def generator(ray_session: None, tiny_policy: str) -> Iterator[Any]:
     from prefarena.generation.actor import Generator
 
     running = Generator.start(
-        tiny_policy, Generation(kv_cache_gib=0.25), max_model_len=512, use_gpu=False, name="test-generator", seed=0
+        tiny_policy, Generation(), max_model_len=512, use_gpu=False, name="test-generator", seed=0
     )
     yield running
     running.stop()

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import ray
 import torch
+from tiny import BOS, EOS, FIRST_LETTER, VOCABULARY, save_tiny_policy
 from transformers import PreTrainedModel
 
 from prefarena.config import Generation
@@ -18,7 +19,6 @@ from prefarena.generation.interface import GeneratorLostError, Sampling, StaleWe
 from prefarena.modeling.load import load_policy
 from prefarena.modeling.logprobs import collate, token_logps
 from prefarena.records import Rollout
-from tests.tiny import BOS, EOS, FIRST_LETTER, VOCABULARY, save_tiny_policy
 
 PROMPTS = [[BOS, FIRST_LETTER + i % 13, FIRST_LETTER + (3 * i + i // 13) % 13] for i in range(64)]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import torch
+from tiny import BOS, EOS, FIRST_LETTER
 from torch import Tensor
 
 from prefarena.config import Generation, PPOStep
@@ -23,7 +24,6 @@ from prefarena.training.jobs import PPOJob
 from prefarena.training.ppo import train_ppo
 from prefarena.training.rollouts import minibatches, prompt_indices, share
 from prefarena.training.worker import Worker
-from tests.tiny import BOS, EOS, FIRST_LETTER
 
 LIKED = 5
 

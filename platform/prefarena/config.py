@@ -242,7 +242,7 @@ class Generation(Section):
 
     cpus: float = Field(1, ge=0, description="CPUs (and OpenMP threads) of the actor; used when use_gpu is false.")
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
-    kv_cache_gib: float = Field(1, gt=0, description="KV cache on CPU, GiB.")
+    kv_cache_gib: int = Field(1, ge=1, description="KV cache on CPU, whole GiB.")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     max_num_seqs: int = Field(256, ge=1)
     start_timeout_s: float = Field(300, gt=0)

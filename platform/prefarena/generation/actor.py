@@ -89,7 +89,7 @@ def _environment(generation: Generation) -> dict[str, str]:
     """Must be in place before vLLM is imported: engine in-process, quiet, as many threads as CPUs were asked for."""
     return {
         "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-        "VLLM_CPU_KVCACHE_SPACE": f"{generation.kv_cache_gib:g}",
+        "VLLM_CPU_KVCACHE_SPACE": f"{generation.kv_cache_gib}",
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         "OMP_NUM_THREADS": str(max(1, int(generation.cpus))),
         "VLLM_LOGGING_LEVEL": "ERROR",
