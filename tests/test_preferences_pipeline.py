@@ -1,0 +1,132 @@
+"""The Ray Data pipeline, from raw files to token tables."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from transformers import PreTrainedTokenizerFast
+
+from pipelines.preferences import check_text_task, prepare_text
+from prefarena.config import ScratchModel, TextTask
+from prefarena.data import formats
+from prefarena.data.tables import read_rows
+from prefarena.data.token_tables import DUPLICATE
+from prefarena.errors import UserError
+from prefarena.records import DEMONSTRATIONS, PAIRS, PRETRAINING, PROMPTS
+
+MODEL = ScratchModel(vocab_size=400)
+
+
+def hh(question: str, answer: str, other: str) -> dict[str, Any]:
+    prompt = f"\n\nHuman: {question}\n\nAssistant:"
+    return {"chosen": f"{prompt} {answer}", "rejected": f"{prompt} {other}"}
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    return [hh(f"Question {i}?\u2028Really?", f"I think yes {i}", f"I think no {i}") for i in range(count)]
+
+
+def write(path: Path, lines: list[Any]) -> str:
+    data = b"".join((x if isinstance(x, bytes) else json.dumps(x, ensure_ascii=False).encode()) + b"\n" for x in lines)
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return str(path)
+
+
+def test_transcripts_become_tables_and_every_dropped_row_is_listed(ray_session: None, tmp_path: Path) -> None:
+    good = rows(60)
+    bad = [hh("q", "same", "same"), {**hh("a", "x", "y"), "rejected": hh("b", "x", "y")["rejected"]}, good[0]]
+    extra = write(tmp_path / "text.jsonl", [{"text": "Some text. " * 40}, {"text": "More."}])
+    data = write(tmp_path / "hh.jsonl.gz", good + [b""] + bad)
+    task = TextTask(data=data, pretraining_text=extra, max_prompt_tokens=60, max_response_tokens=20)
+    summary = prepare_text(task, None, MODEL, tmp_path / "out", num_tokenisers=1)
+
+    dropped = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["reason"]) for row in dropped] == [
+        (62, formats.IDENTICAL),
+        (63, formats.PROMPTS_DIFFER),
+        (64, DUPLICATE),
+    ]
+    assert summary["num_rows"] == 63 and summary["num_dropped"] == 3
+    tables = {name: read_rows(tmp_path / "out" / name) for name in ("train_pairs", "judge_pairs", "test_pairs")}
+    assert sum(table.num_rows for table in tables.values()) == 60
+    assert all(table.num_rows > 0 and table.schema.equals(PAIRS) for table in tables.values())
+    prompts = [{tuple(ids) for ids in table["prompt_ids"].to_pylist()} for table in tables.values()]
+    assert sum(map(len, prompts)) == len(set.union(*prompts)) == 60
+
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(summary["tokenizer"])
+    whole = {
+        tokenizer.decode(r["prompt_ids"][1:] + r["chosen_ids"][:-1]) for t in tables.values() for r in t.to_pylist()
+    }
+    assert whole == {row["chosen"] for row in good}
+
+    demonstrations, listed = (read_rows(tmp_path / "out" / name) for name in ("demonstrations", "prompts"))
+    assert demonstrations.schema.equals(DEMONSTRATIONS) and listed.schema.equals(PROMPTS)
+    assert demonstrations.num_rows == tables["train_pairs"].num_rows == sum(listed["covered"].to_pylist())
+    assert listed.num_rows - demonstrations.num_rows == listed["split"].to_pylist().count("test")
+    pretraining = read_rows(tmp_path / "out/pretraining")
+    assert pretraining.schema.equals(PRETRAINING) and pretraining.num_rows == summary["num_pretraining"] > 2
+
+
+def test_the_same_rows_from_any_source_give_the_same_tables(ray_session: None, tmp_path: Path) -> None:
+    good = rows(40)
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts/a.jsonl", good[:25])
+    pq.write_table(pa.Table.from_pylist(good[25:]), tmp_path / "parts/b.parquet")
+    datasets.DatasetDict({"train": datasets.Dataset.from_list(good)}).save_to_disk(str(tmp_path / "saved"))
+    columns = ["id", "prompt_ids", "chosen_ids", "rejected_ids"]
+    results = []
+    for i, data in enumerate([tmp_path / "parts", tmp_path / "saved", tmp_path / "saved"]):
+        prepare_text(TextTask(data=str(data)), None, MODEL, tmp_path / f"out{i}", num_tokenisers=1)
+        results.append(read_rows(tmp_path / f"out{i}/train_pairs"))
+    assert results[0].select(columns).equals(results[1].select(columns))
+    assert results[1].equals(results[2])
+    assert (tmp_path / "out1/train_pairs/part-0.parquet").read_bytes() == (
+        tmp_path / "out2/train_pairs/part-0.parquet"
+    ).read_bytes()
+
+
+def test_a_broken_line_deep_in_a_file_is_named(ray_session: None, tmp_path: Path) -> None:
+    data = write(tmp_path / "broken.jsonl", [*rows(50), b'{"chosen": "a', *rows(3)])
+    task = TextTask(data=data)
+    assert check_text_task(task)  # the first rows are good
+    with pytest.raises(UserError, match=r"broken\.jsonl:51: the line is not valid JSON"):
+        prepare_text(task, None, MODEL, tmp_path / "out")
+    tokenizer = tmp_path / "out/good/tokenizer"
+    prepare_text(TextTask(data=data, max_rows=50), None, MODEL, tmp_path / "out/good", num_tokenisers=1)
+    with pytest.raises(UserError, match=r"broken\.jsonl:51: the line is not valid JSON"):
+        prepare_text(task, str(tokenizer), MODEL, tmp_path / "again", num_tokenisers=1)
+
+
+def test_too_many_unusable_rows_stop_the_run(ray_session: None, tmp_path: Path) -> None:
+    data = write(tmp_path / "bad.jsonl", [*rows(20), *[hh("q", "same", "same")] * 21])
+    with pytest.raises(UserError, match=r"21 of 41 rows cannot be trained on \(identical responses 21\)"):
+        prepare_text(TextTask(data=data), None, MODEL, tmp_path / "out", num_tokenisers=1)
+
+
+def test_what_cannot_be_read_is_said_before_ray_starts(tmp_path: Path) -> None:
+    def complaint(data: str, **settings: Any) -> str:
+        with pytest.raises(UserError) as caught:
+            check_text_task(TextTask(data=data, **settings))
+        return str(caught.value)
+
+    assert "no such file" in complaint(str(tmp_path / "absent.jsonl"))
+    assert "there are no rows" in complaint(write(tmp_path / "empty.jsonl", [b"", b" "]))
+    columns = complaint(write(tmp_path / "columns.jsonl", [{"question": "q", "chosen": "a"}]))
+    assert "no column 'rejected'; its columns are chosen, question" in columns
+    assert "first.jsonl:2: the line is not a JSON object but list" in complaint(
+        write(tmp_path / "first.jsonl", [rows(1)[0], [1]])
+    )
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(rows(9)).encode())[:-20])
+    assert "cut.jsonl.gz:1: the compressed file is damaged" in complaint(str(tmp_path / "cut.jsonl.gz"))
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 this is not one")
+    assert "not readable as parquet" in complaint(str(tmp_path / "bad.parquet"))
+    datasets.Dataset.from_list(rows(2)).train_test_split(1).save_to_disk(str(tmp_path / "saved"))
+    assert "no split 'validation'; there are train, test" in complaint(str(tmp_path / "saved"), split="validation")
+    assert "cannot be read as a hub dataset" in complaint("nobody/no-such-data-set")
