@@ -45,13 +45,15 @@ class LocalGenerator:
     def generate(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
         if version != self.version:
             raise StaleWeightsError(f"holds {self.version}, asked for {version}")
-        random = torch.Generator().manual_seed(sampling.seed)
+        randoms = [torch.Generator().manual_seed(seed) for seed in sampling.request_seeds(len(prompts))]
         ids, ended = torch.tensor(prompts), torch.zeros(len(prompts), dtype=torch.bool)
         responses: list[list[int]] = [[] for _ in prompts]
         logps: list[list[float]] = [[] for _ in prompts]
         for _ in range(sampling.max_tokens):
             log_softmax = torch.log_softmax(self.model(ids).logits[:, -1] / sampling.temperature, -1)
-            tokens = torch.multinomial(log_softmax.exp(), 1, generator=random)
+            tokens = torch.stack(
+                [torch.multinomial(row.exp(), 1, generator=g) for row, g in zip(log_softmax, randoms, strict=True)]
+            )
             for row in (~ended).nonzero()[:, 0].tolist():
                 responses[row].append(int(tokens[row]))
                 logps[row].append(float(log_softmax[row, tokens[row]]))
@@ -138,6 +140,34 @@ def test_an_interrupted_run_ends_in_the_same_weights_bit_for_bit(job: PPOJob, tm
         for run in (job, again)
     ]
     assert timeless[0] == timeless[1]
+
+
+class GlooWorker(Worker):
+    """One of several workers in processes that the test started."""
+
+    world_size = 2
+
+    def __init__(self, stage_dir: str, rank: int) -> None:
+        self.rank = rank
+        super().__init__(stage_dir)
+
+
+def run_as_one_of_two(rank: int, job: PPOJob, rendezvous: str) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
+    train_ppo(job, GlooWorker(job.stage_dir, rank), LocalGenerator(job.policy), reward=count_liked)
+    torch.distributed.destroy_process_group()
+
+
+def test_two_workers_do_what_one_does(job: PPOJob, tmp_path: Path) -> None:
+    job = replace(job, ppo=job.ppo.model_copy(update={"num_iterations": 2, "rollouts_per_iteration": 51}))
+    train_ppo(job, Worker(job.stage_dir), LocalGenerator(job.policy), reward=count_liked)
+    shared = replace(job, stage_dir=str(tmp_path / "shared"))
+    torch.multiprocessing.spawn(run_as_one_of_two, args=(shared, str(tmp_path / "rendezvous")), nprocs=2)
+    for alone, together in zip(metric_rows(job), metric_rows(shared), strict=True):
+        assert alone.keys() == together.keys()
+        for name in (name for name in alone if not name.startswith("time/")):
+            assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
 
 
 def test_a_generator_that_lost_its_weights_is_given_them_again(job: PPOJob) -> None:
