@@ -46,8 +46,8 @@ def _read_rows(path: Path) -> list[dict[str, float]]:
 def curve_figures(results: Results, folder: Path) -> dict[str, Figure]:
     """Figures by file name: off-policy methods (at most six a figure), then on-policy ones.
 
-    Relative paths in `results.curves` are taken from `folder`. A method is on-policy when it logs an on-policy metric
-    that no off-policy method has.
+    Relative paths in `results.curves` are taken from `folder`. A method is on-policy when it logs the reward of its
+    own rollouts.
     """
     read = {}
     for entry in results.trained():
@@ -55,7 +55,7 @@ def curve_figures(results: Results, folder: Path) -> dict[str, Figure]:
         existing = [path for path in paths if path.is_file()]
         if existing:
             read[entry.name] = read_curves(existing, OFF_POLICY_METRICS + ON_POLICY_METRICS)
-    on_policy = [name for name, curves in read.items() if any(curves[metric] for metric in ON_POLICY_METRICS)]
+    on_policy = [name for name, curves in read.items() if curves[ON_POLICY_METRICS[0]]]
     off_policy = [name for name in read if name not in on_policy]
     figures: dict[str, Figure] = {}
     for stem, names, metrics in (

@@ -41,8 +41,15 @@ def place_labels(axes: Axes, labels: list[Label], obstacles: np.ndarray) -> None
     taken: list[Bbox] = []
     for index, label in enumerate(labels):
         text = axes.annotate(
-            label.text, (label.x, label.y), (0, 0), textcoords="offset points", color=label.colour, fontsize=9,
-            ha="center", va="center", zorder=6,
+            label.text,
+            (label.x, label.y),
+            (0, 0),
+            textcoords="offset points",
+            color=label.colour,
+            fontsize=9,
+            ha="center",
+            va="center",
+            zorder=6,
         )
         size = text.get_window_extent(renderer)
         offset, radius = _best_offset(pixels[index], size.width, size.height, pixels, taken, frame, scale)
@@ -50,7 +57,10 @@ def place_labels(axes: Axes, labels: list[Label], obstacles: np.ndarray) -> None
         taken.append(_box(pixels[index] + offset, size.width, size.height))
         if radius > _LEADER_FROM:
             axes.annotate(
-                "", (label.x, label.y), (_to_edge(offset, size) / scale).tolist(), textcoords="offset points",
+                "",
+                (label.x, label.y),
+                (_to_edge(offset, size) / scale).tolist(),
+                textcoords="offset points",
                 arrowprops={"arrowstyle": "-", "color": label.colour, "linewidth": 0.6, "shrinkA": 0, "shrinkB": 4},
             )
 

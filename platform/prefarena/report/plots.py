@@ -28,8 +28,12 @@ def reward_kl_figure(results: Results) -> Figure:
             _titles(left, "Reward and KL on prompts with pairs", "KL(π ‖ reference), nats", "expected gold reward")
             drifting = [entry for entry in found.entries if entry.kind != "optimum"]
             _points(right, found, drifting, "gain/covered", "kl/uncovered", [])
-            _titles(right, "Drift on prompts without pairs: lower is better", "gain in reward on prompts with pairs",
-                    "KL(π ‖ reference) without pairs, nats")
+            _titles(
+                right,
+                "Drift on prompts without pairs: lower is better",
+                "gain in reward on prompts with pairs",
+                "KL(π ‖ reference) without pairs, nats",
+            )
         else:
             _points(left, found, found.entries, "kl", "judge_score", [])
             _titles(left, "Judge score and KL on held-out prompts", "KL(π ‖ reference), nats", "mean judge score")
@@ -72,9 +76,7 @@ def grid_lines(axes: Axes, curves: dict[str, list[tuple[Aggregate, Aggregate]]])
         place_labels(axes, labels, np.concatenate(obstacles))
 
 
-def _points(
-    axes: Axes, results: Results, entries: list[EntryResult], x: str, y: str, lines: list[np.ndarray]
-) -> None:
+def _points(axes: Axes, results: Results, entries: list[EntryResult], x: str, y: str, lines: list[np.ndarray]) -> None:
     """Every entry's mean with its error, its seeds as small open marks, and its name beside the mean."""
     styles = looks([entry.name for entry in results.entries], [entry.kind for entry in results.entries])
     labels, obstacles, largest = [], [], 0.0
@@ -106,8 +108,19 @@ def _points(
 def _mark(axes: Axes, a: Aggregate, b: Aggregate, look: Look) -> None:
     size = 10 if look.marker == "*" else 6
     axes.errorbar(
-        a.mean, b.mean, xerr=a.stderr, yerr=b.stderr, color=look.colour, marker=look.marker, markersize=size,
-        markeredgecolor="white", markeredgewidth=0.6, elinewidth=1.0, capsize=2, linestyle="none", zorder=4,
+        a.mean,
+        b.mean,
+        xerr=a.stderr,
+        yerr=b.stderr,
+        color=look.colour,
+        marker=look.marker,
+        markersize=size,
+        markeredgecolor="white",
+        markeredgewidth=0.6,
+        elinewidth=1.0,
+        capsize=2,
+        linestyle="none",
+        zorder=4,
     )
 
 
@@ -140,7 +153,9 @@ def _win_rates(axes: Axes, results: Results) -> None:
     rows = [(entry, rate) for entry, rate in found if rate is not None]
     for index, (entry, rate) in enumerate(rows):
         look = styles[entry.name]
-        axes.errorbar(rate.mean, index, xerr=rate.stderr, color=look.colour, marker=look.marker, capsize=3, markersize=7)
+        axes.errorbar(
+            rate.mean, index, xerr=rate.stderr, color=look.colour, marker=look.marker, capsize=3, markersize=7
+        )
     axes.axvline(0.5, color=GREY, linewidth=1)
     axes.set_yticks(range(len(rows)), [entry.name for entry, _ in rows])
     for tick, (entry, _) in zip(axes.get_yticklabels(), rows, strict=True):

@@ -154,8 +154,10 @@ def _error_note(results: Results, values: list[Aggregate]) -> str:
         if within:
             notes.append("over prompts or pairs where all seeds share one value")
     elif within:
-        notes.append("±: one standard error within the one run, over prompts or pairs; it does not cover what another "
-                     "training seed would change")
+        notes.append(
+            "±: one standard error within the one run, over prompts or pairs; it does not cover what another "
+            "training seed would change"
+        )
     if not over_seeds and len(results.seeds) == 1:
         notes.append("one seed: numbers without ± have no error to give")
     return "; ".join(notes)[:1].upper() + "; ".join(notes)[1:] + "." if notes else ""
@@ -210,7 +212,16 @@ def cost_table(results: Results) -> Table | None:
             strong.add(len(rows))
             counted = [its_costs for its_costs in stages.values() if not its_costs[0].is_evaluation]
             rows.append((name, "total", *_cost_cells(counted), ""))
-    header = ("policy", "stage", "wall, s", "device, s", "peak memory, MiB", "tokens trained", "tokens generated", "reused")
+    header = (
+        "policy",
+        "stage",
+        "wall, s",
+        "device, s",
+        "peak memory, MiB",
+        "tokens trained",
+        "tokens generated",
+        "reused",
+    )
     caption = (
         "For one seed: means over seeds; a peak is the largest. Totals leave evaluation out. A reused stage shows what it "
         "cost when it ran. Device seconds: wall seconds times the devices held."

@@ -1,0 +1,181 @@
+"""The report of a comparison: report.md with its figures, for whoever must decide which method to run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from prefarena.report.curves import curve_figures
+from prefarena.report.leakage import GAIN, baseline_of, leakage, leakage_tables
+from prefarena.report.plots import grid_figure, reward_kl_figure
+from prefarena.report.results import Aggregate, Results
+from prefarena.report.style import write_figure
+from prefarena.report.tables import Table, cost_table, main_table, number, plus_minus, win_table
+from prefarena.report.verdict import verdict
+
+_WIDEST_WIN_MATRIX = 12
+
+
+def write_report(results: Results, folder: str | Path) -> Path:
+    """Write report.md and figures/ (PNG and SVG) into `folder`; returns the path of report.md.
+
+    Relative paths of metrics in `results.curves` are taken from `folder`.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    sections = [
+        f"# {results.name}\n\n{_compared(results)}\n",
+        _verdict(results),
+        _section("Results", main_table(results)),
+        *_sweep(results, target),
+        _figure("Reward and KL", reward_kl_text(results), target, reward_kl_figure(results), "reward_kl"),
+        _wins(results),
+        *_curves(results, target),
+        _section("Costs", cost_table(results)),
+        _listing("Data", [f"{_words(key)}: {_shown(value)}" for key, value in _flat(results.data)]),
+        _listing("Notes and limits", [*results.notes, *_limits(results)]),
+        _listing("Versions", [f"{name} {version}" for name, version in results.versions.items()]),
+        _reproduce(results),
+    ]
+    page = target / "report.md"
+    temporary = page.with_name(f".report.md.{os.getpid()}")
+    temporary.write_text("\n".join(section for section in sections if section), encoding="utf-8")
+    os.replace(temporary, page)
+    return page
+
+
+def _compared(results: Results) -> str:
+    names = ", ".join(entry.name for entry in results.trained())
+    seeds = "one seed" if len(results.seeds) == 1 else f"{len(results.seeds)} seeds"
+    how = (
+        "every response is listed, so reward and KL are exact"
+        if results.exact
+        else "KL, scores and win rates are estimated from samples on held-out prompts"
+    )
+    return f"Compared on the task `{results.task.get('kind', '?')}`, {seeds}: {names}. In it {how}."
+
+
+def _verdict(results: Results) -> str:
+    return "## In short\n\n" + "".join(f"- {sentence}\n" for sentence in [*_leaks(results), *verdict(results)])
+
+
+def _leaks(results: Results) -> list[str]:
+    """The sweep's answer: drift without pairs at equal gain, as a ratio to the baseline."""
+    found = leakage(results) if results.is_sweep else None
+    if found is None:
+        return []
+    base = baseline_of(found)
+    parts = [f"{group} {_ratio(ratios[-1])} times" for group, ratios in found.ratios(base).items() if group != base]
+    return [
+        f"**At equal gain** on prompts with pairs, KL on prompts without pairs, against {base}'s: {', '.join(parts)} "
+        f"(geometric means over gains {found.levels[0]:.2f} to {found.levels[-1]:.2f}, paired by seed)."
+    ]
+
+
+def _ratio(value: tuple[float, float | None]) -> str:
+    return plus_minus(Aggregate(value[0], value[1], 0, True), 2)
+
+
+def _sweep(results: Results, folder: Path) -> list[str]:
+    """Tables and plot of a sweep: KL at equal gain, without pairs and with them."""
+    if not results.is_sweep or not results.exact:
+        return []
+    sections = []
+    for measure, where in (("kl/uncovered", "without"), ("kl/covered", "with")):
+        found = leakage(results, measure)
+        if found is not None:
+            title = f"KL on prompts {where} pairs, at equal gain on prompts with pairs"
+            sections += [_section(table.title, table) for table in leakage_tables(found, title)]
+    if not sections:
+        sections.append(
+            "## At equal gain\n\nThe methods' grids share no range of gains, so nothing can be read at equal gain.\n"
+        )
+    figure = grid_figure(
+        results,
+        GAIN,
+        "kl/uncovered",
+        "Drift without pairs against gain with pairs: lower is better",
+        "gain in reward on prompts with pairs",
+        "KL(π ‖ reference) on prompts without pairs, nats",
+    )
+    text = "Each line is one method over its grid of settings: means over seeds, with one standard error both ways."
+    return [*sections, _figure("Drift against gain", text, folder, figure, "drift")]
+
+
+def reward_kl_text(results: Results) -> str:
+    if not results.exact:
+        return "Left: what each policy gains and how far it moves. Right: who wins against the reference; the line is one half."
+    return (
+        "Left: no policy can lie above the frontier, π* ∝ π_ref·exp(r/β); the vertical distance to it is the regret. "
+        "Right: how far each policy moves on prompts for which it saw no pairs. Small open marks are seeds."
+    )
+
+
+def _figure(title: str, text: str, folder: Path, figure: Any, name: str) -> str:
+    write_figure(figure, folder / "figures", name)
+    return f"## {title}\n\n{text}\n\n![{title}](figures/{name}.png)\n\n[SVG](figures/{name}.svg)\n"
+
+
+def _wins(results: Results) -> str:
+    table = win_table(results)
+    if table is not None and len(table.rows) > _WIDEST_WIN_MATRIX:
+        return (
+            f"## Win rates\n\nThe {len(table.rows)} × {len(table.rows)} matrix is in results.json, key `win_matrix`.\n"
+        )
+    return _section("Win rates", table)
+
+
+def _curves(results: Results, folder: Path) -> list[str]:
+    sections = []
+    for name, figure in curve_figures(results, folder).items():
+        title = f"Training curves: {name.removeprefix('curves_').replace('_', ' ')}"
+        text = (
+            "One line for each seed. A metric has one scale for all methods, but for the losses, which do not compare."
+        )
+        sections.append(_figure(title, text, folder, figure, name))
+    return sections
+
+
+def _section(title: str, table: Table | None) -> str:
+    return f"## {title}\n\n{table.markdown()}" if table is not None else ""
+
+
+def _listing(title: str, items: list[str]) -> str:
+    return f"## {title}\n\n" + "".join(f"- {item}\n" for item in items) if items else ""
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+    rows: list[tuple[str, Any]] = []
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        rows += _flat(value, f"{name}, ") if isinstance(value, dict) else [(name, value)]
+    return rows
+
+
+def _words(key: str) -> str:
+    return key.replace("num_", "").replace("_", " ")
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return str(value)
+    return number(value, 0 if isinstance(value, int) else 4)
+
+
+def _limits(results: Results) -> list[str]:
+    limits = []
+    if len(results.seeds) == 1:
+        limits.append("One seed: the order of methods that lie close together may be chance.")
+    if not results.exact:
+        limits.append(
+            "The KL estimate is noisy where policies are far apart, and may come out negative where they are near."
+        )
+    return limits
+
+
+def _reproduce(results: Results) -> str:
+    return (
+        "## To reproduce\n\n`config.yaml` beside this page holds every setting, defaults included; finished stages are "
+        "reused.\n\n```\nprefarena compare config.yaml\n```\n\nAll numbers are in `results.json`.\n"
+    )

@@ -1,0 +1,205 @@
+"""What the numbers say, in plain words. Every sentence is computed; none is written beforehand.
+
+"Clear" means: more than two standard errors. Over few seeds that is weaker than the usual 95 %, and the text says so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, paired_difference, with_gains
+from prefarena.report.tables import number, plus_minus, wall_seconds
+
+NEAR_FRONTIER = 0.95  # share of the possible gain
+_LONGER = 1.2
+
+
+def verdict(results: Results) -> list[str]:
+    """Sentences for whoever must decide, most important first."""
+    found = with_gains(results)
+    entries = found.trained()
+    if not entries:
+        return ["No method was trained: there is nothing to compare."]
+    sentences = _exact(found, entries) if found.exact else _judged(found, entries)
+    return [sentence for sentence in [*sentences, _costs(found, entries), _strength(found)] if sentence]
+
+
+def _exact(results: Results, entries: list[EntryResult]) -> list[str]:
+    return [
+        _leader(entries, "reward/covered", "the highest expected reward on prompts with pairs", True),
+        _efficiency(results, entries),
+        _leader(entries, "regret/covered", "the least reward lost to the optimum at its own KL (regret)", False),
+        _dominated(entries, "kl/covered", "reward/covered"),
+        _drift(entries),
+    ]
+
+
+def _judged(results: Results, entries: list[EntryResult]) -> list[str]:
+    return [
+        _against_chance(entries, "win_rate", "the reference", "responses"),
+        _leader(entries, "judge_score", "the highest judge score", True),
+        _dominated(entries, "kl", "judge_score"),
+        _against_chance(entries, "preference_accuracy", "chance", "held-out pairs"),
+        _lengths(results, entries),
+    ]
+
+
+def is_clear(difference: Aggregate) -> bool | None:
+    """Whether a difference is more than two standard errors from zero; None where no error is known."""
+    return None if difference.stderr is None else abs(difference.mean) > 2 * difference.stderr
+
+
+def _leader(entries: list[EntryResult], key: str, what: str, high: bool) -> str:
+    """Who is first in `key`, and by how much over the second."""
+    known = [(entry, value) for entry in entries if (value := aggregate(entry, key)) is not None]
+    if not known:
+        return ""
+    known.sort(key=lambda pair: pair[1].mean, reverse=high)
+    first, value = known[0]
+    text = f"**{first.name}** has {what}: {plus_minus(value, 3)}"
+    if len(known) < 2:
+        return f"{text}."
+    second = known[1][0]
+    difference = paired_difference(first, second, key)
+    if difference is None:
+        return f"{text}; {second.name} is next ({plus_minus(known[1][1], 3)}), with no seed in common."
+    size = plus_minus(difference._replace(mean=abs(difference.mean)), 3)
+    return f"{text}; {second.name} is next, {size} behind{_clarity(difference)}."
+
+
+def _clarity(difference: Aggregate) -> str:
+    clear = is_clear(difference)
+    if clear is None:
+        return " (one run each: nothing says whether another seed would keep the order)"
+    return " (outside two standard errors)" if clear else " (within two standard errors: not told apart)"
+
+
+def _efficiency(results: Results, entries: list[EntryResult]) -> str:
+    """Who is near the frontier: gain as a share of the largest gain possible at the policy's own KL."""
+    shares = {entry.name: share for entry in entries if (share := _share_of_gain(entry)) is not None}
+    if not shares:
+        return ""
+    near = [name for name, share in shares.items() if share >= NEAR_FRONTIER]
+    listed = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda pair: -pair[1]))
+    who = f"{_names(near)} {'is' if len(near) == 1 else 'are'}" if near else "No method is"
+    return f"{who} within {1 - NEAR_FRONTIER:.0%} of the optimal frontier; share of the gain possible at the same KL: {listed}."
+
+
+def _share_of_gain(entry: EntryResult) -> float | None:
+    keys = ("gain/covered", "regret/covered")
+    rows = [row for row in entry.seeds.values() if all(key in row for key in keys)]
+    possible = sum(row["gain/covered"] + row["regret/covered"] for row in rows)
+    return sum(row["gain/covered"] for row in rows) / possible if rows and possible > 0 else None
+
+
+def _dominated(entries: list[EntryResult], kl: str, reward: str) -> str:
+    """Entries that another one beats on both axes: less KL and more reward, both clearly or with one run each."""
+    found = []
+    for entry in entries:
+        better = [other for other in entries if other is not entry and _dominates(other, entry, kl, reward)]
+        if better:
+            found.append(f"{entry.name} by {_names([other.name for other in better])}")
+    seeded = any(len(entry.seeds) > 1 for entry in entries)
+    how = "beyond two standard errors on both" if seeded else "in this run"
+    return f"Beaten at less KL and more reward, {how}: {'; '.join(found)}." if found else ""
+
+
+def _dominates(other: EntryResult, entry: EntryResult, kl: str, reward: str) -> bool:
+    more = paired_difference(other, entry, reward)
+    less = paired_difference(other, entry, kl)
+    if more is None or less is None or more.mean <= 0 or less.mean >= 0:
+        return False
+    return is_clear(more) is not False and is_clear(less) is not False
+
+
+def _drift(entries: list[EntryResult]) -> str:
+    """KL on prompts without pairs for each unit of reward gained on prompts with them."""
+    rates = {}
+    for entry in entries:
+        gain, kl = aggregate(entry, "gain/covered"), aggregate(entry, "kl/uncovered")
+        if gain is not None and kl is not None and gain.mean > 0:
+            rates[entry.name] = kl.mean / gain.mean
+    if not rates:
+        return ""
+    listed = ", ".join(f"{name} {rate:.2f}" for name, rate in sorted(rates.items(), key=lambda pair: pair[1]))
+    return (
+        f"Drift where there are no pairs, as nats of KL for each unit of reward gained where there are: {listed}. KL grows "
+        "faster than gain, so methods with unequal gains are not settled by this; a sweep at equal gain is."
+    )
+
+
+def _against_chance(entries: list[EntryResult], key: str, rival: str, of: str) -> str:
+    """Which entries' `key` is clearly over one half, under it, or neither."""
+    sides: dict[str, list[str]] = {"above": [], "below": [], "not told from": []}
+    for entry in entries:
+        value = aggregate(entry, key)
+        if value is None:
+            continue
+        clear = is_clear(value._replace(mean=value.mean - 0.5))
+        side = "not told from" if not clear else "above" if value.mean > 0.5 else "below"
+        sides[side].append(f"{entry.name} ({plus_minus(value, 3)})")
+    if not any(sides.values()):
+        return ""
+    verb = "Preferred to" if key == "win_rate" else "Orders pairs better than"
+    parts = [
+        f"{verb} {rival} on {of}, beyond two standard errors: {_names(sides['above']) or 'none'}",
+        f"worse: {_names(sides['below'])}" if sides["below"] else "",
+        f"not told from one half: {_names(sides['not told from'])}" if sides["not told from"] else "",
+    ]
+    return "; ".join(part for part in parts if part) + "."
+
+
+def _lengths(results: Results, entries: list[EntryResult]) -> str:
+    reference = results.reference()
+    base = aggregate(reference, "response_length") if reference is not None else None
+    if base is None or base.mean <= 0:
+        return ""
+    lengths = {
+        entry.name: value.mean for entry in entries if (value := aggregate(entry, "response_length")) is not None
+    }
+    odd = [
+        f"{name} ({length / base.mean:.1f} times the reference's)"
+        for name, length in lengths.items()
+        if not 1 / _LONGER < length / base.mean < _LONGER
+    ]
+    return f"Lengths differ, and judges may favour length: {_names(odd)}." if odd else ""
+
+
+def _costs(results: Results, entries: list[EntryResult]) -> str:
+    seconds = {entry.name: value.mean for entry in entries if (value := wall_seconds(results, entry)) is not None}
+    if len(seconds) < 2 or min(seconds.values()) <= 0:
+        return ""
+    cheap, dear = min(seconds, key=_of(seconds)), max(seconds, key=_of(seconds))
+    return (
+        f"Cost of one seed, own stages: {cheap} is the cheapest ({number(seconds[cheap], 1)} s), {dear} the dearest "
+        f"({number(seconds[dear], 1)} s, {seconds[dear] / seconds[cheap]:.1f} times as much)."
+    )
+
+
+def _of(values: dict[str, float]) -> Callable[[str], float]:
+    return lambda name: values[name]
+
+
+def _strength(results: Results) -> str:
+    """What two standard errors are worth with this number of seeds."""
+    num_seeds = len(results.seeds)
+    if num_seeds < 2:
+        return "There is one seed: differences between methods may be due to it. More seeds give standard errors."
+    return (
+        f"Standard errors are over {num_seeds} seeds; if the seeds' values are normal, ± two of them hold the true mean in "
+        f"{student_coverage(2.0, num_seeds - 1):.0%} of cases."
+    )
+
+
+def student_coverage(width: float, degrees: int, num_steps: int = 2000) -> float:
+    """P(|t| < width) for Student's t with `degrees` of freedom, by Simpson's rule."""
+    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
+    step = width / num_steps
+    weights = [1 if index in (0, num_steps) else 4 if index % 2 else 2 for index in range(num_steps + 1)]
+    heights = [(1 + (index * step) ** 2 / degrees) ** (-(degrees + 1) / 2) for index in range(num_steps + 1)]
+    return 2 * scale * step / 3 * sum(weight * height for weight, height in zip(weights, heights, strict=True))
+
+
+def _names(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}" if names else ""
