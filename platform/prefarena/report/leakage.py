@@ -136,7 +136,10 @@ def leakage_tables(found: Leakage, title: str) -> tuple[Table, Table]:
         f"Nats a response, where each method's grid of settings reaches the same gain in reward on prompts with pairs; "
         f"interpolated for each seed, linear in √KL between settings; {errors}.{left}"
     )
-    ratio_caption = f"Ratios to {base} at equal gain, paired by seed; the last column is their geometric mean over the gains; {errors}."
+    ratio_caption = (
+        f"Ratios to {base} at equal gain, paired by seed; the last column is "
+        f"their geometric mean over the gains; {errors}."
+    )
     return (
         Table(title, header, rows, caption),
         Table(f"{title}, as a ratio to {base}", (*header, "all"), ratio_rows, ratio_caption),

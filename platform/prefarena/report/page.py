@@ -29,7 +29,7 @@ def write_report(results: Results, folder: str | Path) -> Path:
         _verdict(results),
         _section("Results", main_table(results)),
         *_sweep(results, target),
-        _figure("Reward and KL", reward_kl_text(results), target, reward_kl_figure(results), "reward_kl"),
+        _figure("Reward and KL", _reward_kl_text(results), target, reward_kl_figure(results), "reward_kl"),
         _wins(results),
         *_curves(results, target),
         _section("Costs", cost_table(results)),
@@ -103,9 +103,12 @@ def _sweep(results: Results, folder: Path) -> list[str]:
     return [*sections, _figure("Drift against gain", text, folder, figure, "drift")]
 
 
-def reward_kl_text(results: Results) -> str:
+def _reward_kl_text(results: Results) -> str:
     if not results.exact:
-        return "Left: what each policy gains and how far it moves. Right: who wins against the reference; the line is one half."
+        return (
+            "Left: what each policy gains and how far it moves. "
+            "Right: who wins against the reference; the line is one half."
+        )
     return (
         "Left: no policy can lie above the frontier, π* ∝ π_ref·exp(r/β); the vertical distance to it is the regret. "
         "Right: how far each policy moves on prompts for which it saw no pairs. Small open marks are seeds."

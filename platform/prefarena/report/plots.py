@@ -97,7 +97,7 @@ def _points(axes: Axes, results: Results, entries: list[EntryResult], x: str, y:
         axes.plot(shown[:, 0], shown[:, 1], color=BLACK, linewidth=1.1, zorder=1)
         obstacles.append(_along(shown))
     if lines and len(shown):
-        labels.append(Label(*shown[-1], "optimal frontier", BLACK))
+        labels.append(Label(float(shown[-1, 0]), float(shown[-1, 1]), "optimal frontier", BLACK))
     axes.margins(0.12)
     if len(labels) > _MOST_LABELS:
         axes.text(0, -0.2, f"{len(labels)} policies: the table names them", transform=axes.transAxes, color=GREY)

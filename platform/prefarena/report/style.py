@@ -24,7 +24,7 @@ _OTHERS = ("#5B4BB7", "#7A7A00", "#8C4A3C", "#2F8F9D", "#A0522D", "#6B8E23")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
 GREY, BLACK = "#767676", "#222222"
 
-_SETTINGS: dict[str, Any] = {
+_SETTINGS: Any = {
     "font.size": 9.5,
     "axes.titlesize": 10.5,
     "axes.titlelocation": "left",

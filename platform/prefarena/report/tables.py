@@ -137,9 +137,9 @@ def _legend(results: Results) -> str:
     )
     if results.exact:
         return (
-            "Exact values over all responses. `pairs` / `no pairs`: on prompts with / without preference pairs; forward "
-            "KL, KL(ref ‖ π), and entropy on all prompts; KL is KL(π ‖ ref); all in nats a response. Regret: the best "
-            f"reward possible at the policy's own KL, less its reward. {common}"
+            "Exact values over all responses. `pairs` / `no pairs`: on prompts with / without preference pairs; "
+            "forward KL, KL(ref ‖ π), and entropy on all prompts; KL is KL(π ‖ ref); all in nats a response. Regret: the "
+            f"best reward possible at the policy's own KL, less its reward. {common}"
         )
     return f"KL(π ‖ ref) in nats a response, estimated from samples. {common}"
 
@@ -223,8 +223,8 @@ def cost_table(results: Results) -> Table | None:
         "reused",
     )
     caption = (
-        "For one seed: means over seeds; a peak is the largest. Totals leave evaluation out. A reused stage shows what it "
-        "cost when it ran. Device seconds: wall seconds times the devices held."
+        "For one seed: means over seeds; a peak is the largest. Totals leave evaluation out. A reused stage shows what "
+        "it cost when it ran. Device seconds: wall seconds times the devices held."
     )
     return Table(f"{results.name}: costs", header, tuple(rows), caption, 2, frozenset(strong))
 

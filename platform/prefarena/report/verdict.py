@@ -83,7 +83,10 @@ def _efficiency(results: Results, entries: list[EntryResult]) -> str:
     near = [name for name, share in shares.items() if share >= NEAR_FRONTIER]
     listed = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda pair: -pair[1]))
     who = f"{_names(near)} {'is' if len(near) == 1 else 'are'}" if near else "No method is"
-    return f"{who} within {1 - NEAR_FRONTIER:.0%} of the optimal frontier; share of the gain possible at the same KL: {listed}."
+    return (
+        f"{who} within {1 - NEAR_FRONTIER:.0%} of the optimal frontier; "
+        f"share of the gain possible at the same KL: {listed}."
+    )
 
 
 def _share_of_gain(entry: EntryResult) -> float | None:
@@ -124,8 +127,8 @@ def _drift(entries: list[EntryResult]) -> str:
         return ""
     listed = ", ".join(f"{name} {rate:.2f}" for name, rate in sorted(rates.items(), key=lambda pair: pair[1]))
     return (
-        f"Drift where there are no pairs, as nats of KL for each unit of reward gained where there are: {listed}. KL grows "
-        "faster than gain, so methods with unequal gains are not settled by this; a sweep at equal gain is."
+        f"Drift where there are no pairs, as nats of KL for each unit of reward gained where there are: {listed}. KL "
+        "grows faster than gain, so methods with unequal gains are not settled by this; a sweep at equal gain is."
     )
 
 
@@ -187,8 +190,8 @@ def _strength(results: Results) -> str:
     if num_seeds < 2:
         return "There is one seed: differences between methods may be due to it. More seeds give standard errors."
     return (
-        f"Standard errors are over {num_seeds} seeds; if the seeds' values are normal, ± two of them hold the true mean in "
-        f"{student_coverage(2.0, num_seeds - 1):.0%} of cases."
+        f"Standard errors are over {num_seeds} seeds; if the seeds' values are normal, ± two of them hold the true "
+        f"mean in {student_coverage(2.0, num_seeds - 1):.0%} of cases."
     )
 
 
