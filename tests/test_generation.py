@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -129,7 +130,8 @@ def test_a_killed_actor_comes_back_without_weights_and_serves_after_a_sync(
     sampling = Sampling(4, 1.0, seed=9)
     generator.sync(weights.items(), "before")
     before = generator.generate(PROMPTS, sampling, "before")
-    os.kill(ray.get(ray.get_actor(generator.name).pid.remote()), 9)
+    actor: Any = ray.get_actor(generator.name)
+    os.kill(ray.get(actor.pid.remote()), 9)
     time.sleep(0.2)
     with pytest.raises(StaleWeightsError, match="no weights yet"):
         generator.generate(PROMPTS, sampling, "before")

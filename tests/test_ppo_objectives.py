@@ -134,8 +134,9 @@ def test_any_split_into_micro_batches_gives_the_same_gradient(parts: list[int]) 
                 *(tensor.split(sizes) for tensor in (logps, old, advantages, mask, weights)), strict=True
             )
         ]
-        count = sum(output.loss.count for output in outputs)
-        return torch.autograd.grad(sum(output.loss.total for output in outputs) / count, logps)[0]
+        count = torch.stack([output.loss.count for output in outputs]).sum()
+        total = torch.stack([output.loss.total for output in outputs]).sum()
+        return torch.autograd.grad(total / count, logps)[0]
 
     torch.testing.assert_close(gradient(parts), gradient([5]), rtol=0, atol=1e-12)
 
