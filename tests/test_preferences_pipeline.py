@@ -43,7 +43,7 @@ def test_transcripts_become_tables_and_every_dropped_row_is_listed(ray_session: 
     good = rows(60)
     bad = [hh("q", "same", "same"), {**hh("a", "x", "y"), "rejected": hh("b", "x", "y")["rejected"]}, good[0]]
     extra = write(tmp_path / "text.jsonl", [{"text": "Some text. " * 40}, {"text": "More."}])
-    data = write(tmp_path / "hh.jsonl.gz", good + [b""] + bad)
+    data = write(tmp_path / "hh.jsonl.gz", [*good, b"", *bad])
     task = TextTask(data=data, pretraining_text=extra, max_prompt_tokens=60, max_response_tokens=20)
     summary = prepare_text(task, None, MODEL, tmp_path / "out", num_tokenisers=1)
 

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import fsspec
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefarena.errors import UserError
@@ -138,7 +139,7 @@ def _read_parquet(part: Part, columns: tuple[str, ...]) -> Iterator[RawRow]:
                 for row in batch.to_pylist():
                     number += 1
                     yield RawRow(part.path, number, _as_json(row))
-    except (pq.lib.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError) as error:
         first_line = _what(error).splitlines()[0]
         raise BrokenRow(f"{part.path}: row {number + 1}: not readable as parquet ({first_line})") from None
 
