@@ -394,7 +394,7 @@ def test_report_of_an_exact_comparison(tmp_path: Path) -> None:
 
 def test_report_of_a_sweep_and_of_text(tmp_path: Path) -> None:
     sweep = write_report(sweep_results(), tmp_path / "sweep").read_text(encoding="utf-8")
-    assert "**At equal gain**" in sweep and "mpo 0.50 ± 0.00 times" in sweep
+    assert "mpo (5 settings)" in sweep and "**At equal gain**" in sweep and "mpo 0.50 ± 0.00 times" in sweep
     assert_shows_something(tmp_path / "sweep" / "figures" / "drift.png")
     text = write_report(text_results(), tmp_path / "text").read_text(encoding="utf-8")
     assert "estimated from samples" in text and "One seed" in text

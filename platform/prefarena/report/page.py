@@ -47,6 +47,8 @@ def write_report(results: Results, folder: str | Path) -> Path:
 
 def _compared(results: Results) -> str:
     names = ", ".join(entry.name for entry in results.trained())
+    if results.is_sweep:
+        names = ", ".join(f"{group} ({len(entries)} settings)" for group, entries in results.groups().items())
     seeds = "one seed" if len(results.seeds) == 1 else f"{len(results.seeds)} seeds"
     how = (
         "every response is listed, so reward and KL are exact"

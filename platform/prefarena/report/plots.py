@@ -11,6 +11,8 @@ from prefarena.report.results import Aggregate, EntryResult, Results, aggregate,
 from prefarena.report.style import BLACK, GREY, Look, house_style, looks
 
 _MOST_LABELS = 12
+_GAIN_LABEL = "gain in reward on prompts with pairs"
+_DRIFT_LABEL = "KL(π ‖ reference) on prompts without pairs, nats"
 
 
 def reward_kl_figure(results: Results) -> Figure:
@@ -24,21 +26,16 @@ def reward_kl_figure(results: Results) -> Figure:
         left, right = figure.subplots(1, 2)
         found = with_gains(results)
         if results.exact:
-            _points(left, found, found.entries, "kl/covered", "reward/covered", _frontier_lines(found, "covered"))
             _titles(left, "Reward and KL on prompts with pairs", "KL(π ‖ reference), nats", "expected gold reward")
-            drifting = [entry for entry in found.entries if entry.kind != "optimum"]
-            _points(right, found, drifting, "gain/covered", "kl/uncovered", [])
-            _titles(
-                right,
-                "Drift on prompts without pairs: lower is better",
-                "gain in reward on prompts with pairs",
-                "KL(π ‖ reference) without pairs, nats",
-            )
+            _titles(right, "Drift on prompts without pairs: lower is better", _GAIN_LABEL, _DRIFT_LABEL)
+            draw = _lines if results.is_sweep else _points
+            draw(left, found, "kl/covered", "reward/covered", _frontiers(found, "covered"))
+            draw(right, found, "gain/covered", "kl/uncovered", [])
         else:
-            _points(left, found, found.entries, "kl", "judge_score", [])
             _titles(left, "Judge score and KL on held-out prompts", "KL(π ‖ reference), nats", "mean judge score")
-            _win_rates(right, found)
             _titles(right, "Win rate against the reference", "share of comparisons won (± standard error)", "")
+            _points(left, found, "kl", "judge_score", [])
+            _win_rates(right, found)
     return figure
 
 
@@ -50,40 +47,48 @@ def grid_figure(results: Results, x: str, y: str, title: str, x_label: str, y_la
     with house_style():
         figure = Figure(figsize=(8.2, 5.4), layout="constrained")
         axes = figure.subplots()
-        curves = {}
-        for group, entries in with_gains(results).groups().items():
-            points = [(a, b) for a, b in ((aggregate(e, x), aggregate(e, y)) for e in entries) if a and b]
-            if points:
-                curves[group] = sorted(points, key=lambda point: point[0].mean)
-        grid_lines(axes, curves)
         _titles(axes, title, x_label, y_label)
+        _lines(axes, with_gains(results), x, y, [])
     return figure
 
 
-def grid_lines(axes: Axes, curves: dict[str, list[tuple[Aggregate, Aggregate]]]) -> None:
-    """Each curve's points joined in order, with error bars, named at its last point."""
+def _group_curves(results: Results, x: str, y: str) -> dict[str, list[tuple[Aggregate, Aggregate]]]:
+    """Each group's settings as points (x, y), in order of x."""
+    curves = {}
+    for group, entries in results.groups().items():
+        points = [(a, b) for a, b in ((aggregate(e, x), aggregate(e, y)) for e in entries) if a and b]
+        if points:
+            curves[group] = sorted(points, key=lambda point: point[0].mean)
+    return curves
+
+
+def _lines(axes: Axes, results: Results, x: str, y: str, frontiers: list[np.ndarray]) -> None:
+    """Each group's points joined in order, with error bars, named at its last point."""
+    curves = _group_curves(results, x, y)
     styles = looks(list(curves), list(curves))
-    labels, obstacles = [], []
+    labels, obstacles, largest = [], [], 0.0
     for name, points in curves.items():
-        xs, ys = [a.mean for a, _ in points], [b.mean for _, b in points]
-        axes.plot(xs, ys, color=styles[name].colour, linewidth=1.2, alpha=0.8)
+        line = np.array([(a.mean, b.mean) for a, b in points])
+        axes.plot(line[:, 0], line[:, 1], color=styles[name].colour, linewidth=1.2, alpha=0.8)
         for a, b in points:
             _mark(axes, a, b, styles[name])
-        labels.append(Label(xs[-1], ys[-1], name, styles[name].colour))
-        obstacles.append(_along(np.array([xs, ys]).T))
-    if labels:
-        axes.margins(x=0.1, y=0.12)
-        place_labels(axes, labels, np.concatenate(obstacles))
+        labels.append(Label(float(line[-1, 0]), float(line[-1, 1]), name, styles[name].colour))
+        obstacles.append(_along(line))
+        largest = max(largest, float(line[-1, 0]))
+    _finish(axes, labels, obstacles, frontiers, largest)
 
 
-def _points(axes: Axes, results: Results, entries: list[EntryResult], x: str, y: str, lines: list[np.ndarray]) -> None:
-    """Every entry's mean with its error, its seeds as small open marks, and its name beside the mean."""
+def _points(axes: Axes, results: Results, x: str, y: str, frontiers: list[np.ndarray]) -> None:
+    """Every entry's mean with its error, its seeds as small open marks, and its name beside the mean.
+
+    The optimum is shown where there is a frontier.
+    """
     styles = looks([entry.name for entry in results.entries], [entry.kind for entry in results.entries])
     labels, obstacles, largest = [], [], 0.0
-    for entry in entries:
+    for entry in results.entries:
         seeds = np.array([(row[x], row[y]) for row in entry.seeds.values() if x in row and y in row])
         a, b = aggregate(entry, x), aggregate(entry, y)
-        if a is None or b is None or not len(seeds):
+        if a is None or b is None or not len(seeds) or (entry.kind == "optimum" and not frontiers):
             continue
         look = styles[entry.name]
         if len(np.unique(seeds, axis=0)) > 1:
@@ -92,12 +97,22 @@ def _points(axes: Axes, results: Results, entries: list[EntryResult], x: str, y:
         labels.append(Label(a.mean, b.mean, entry.name, look.colour))
         obstacles.append(seeds)
         largest = max(largest, float(seeds[:, 0].max()))
-    for line in lines:
+    _finish(axes, labels, obstacles, frontiers, largest)
+
+
+def _finish(
+    axes: Axes, labels: list[Label], obstacles: list[np.ndarray], frontiers: list[np.ndarray], largest: float
+) -> None:
+    """Draw the frontiers up to a little beyond the `largest` KL shown, then write all labels."""
+    labels, obstacles = list(labels), list(obstacles)
+    for index, line in enumerate(frontiers):
         shown = line[line[:, 0] <= 1.25 * largest] if largest > 0 else line
+        if not len(shown):
+            continue
         axes.plot(shown[:, 0], shown[:, 1], color=BLACK, linewidth=1.1, zorder=1)
         obstacles.append(_along(shown))
-    if lines and len(shown):
-        labels.append(Label(float(shown[-1, 0]), float(shown[-1, 1]), "optimal frontier", BLACK))
+        if index == 0:
+            labels.append(Label(float(shown[-1, 0]), float(shown[-1, 1]), "optimal frontier", BLACK))
     axes.margins(0.12)
     if len(labels) > _MOST_LABELS:
         axes.text(0, -0.2, f"{len(labels)} policies: the table names them", transform=axes.transAxes, color=GREY)
@@ -124,7 +139,7 @@ def _mark(axes: Axes, a: Aggregate, b: Aggregate, look: Look) -> None:
     )
 
 
-def _frontier_lines(results: Results, group: str) -> list[np.ndarray]:
+def _frontiers(results: Results, group: str) -> list[np.ndarray]:
     """The different frontiers among seeds, each [N, 2] of (KL, reward)."""
     different: list[np.ndarray] = []
     for by_group in (results.frontier or {}).values():

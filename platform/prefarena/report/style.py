@@ -21,7 +21,7 @@ _KINDS = {
     "ipo+eta": "#56B4E9",
 }
 _OTHERS = ("#5B4BB7", "#7A7A00", "#8C4A3C", "#2F8F9D", "#A0522D", "#6B8E23")
-_MARKERS = ("o", "s", "^", "D", "v", "P", "X", "<", ">", "h")
+_MARKERS = ("o", "s", "^", "D", "v", "p", "<", ">", "h", "8")
 GREY, BLACK = "#767676", "#222222"
 
 _SETTINGS: Any = {

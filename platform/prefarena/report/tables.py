@@ -138,8 +138,8 @@ def _legend(results: Results) -> str:
     if results.exact:
         return (
             "Exact values over all responses. `pairs` / `no pairs`: on prompts with / without preference pairs; "
-            "forward KL, KL(ref ‖ π), and entropy on all prompts; KL is KL(π ‖ ref); all in nats a response. Regret: the "
-            f"best reward possible at the policy's own KL, less its reward. {common}"
+            "forward KL, KL(ref ‖ π), and entropy on all prompts; KL is KL(π ‖ ref); all in nats a response. "
+            f"Regret: the best reward possible at the policy's own KL, less its reward. {common}"
         )
     return f"KL(π ‖ ref) in nats a response, estimated from samples. {common}"
 

@@ -26,9 +26,12 @@ def verdict(results: Results) -> list[str]:
 
 
 def _exact(results: Results, entries: list[EntryResult]) -> list[str]:
+    first = _leader(entries, "reward/covered", "the highest expected reward on prompts with pairs", True)
+    if results.is_sweep:  # dozens of settings: what a sweep shows is read at equal gain, not entry by entry
+        return [first, _nearest(results)]
     return [
-        _leader(entries, "reward/covered", "the highest expected reward on prompts with pairs", True),
-        _efficiency(results, entries),
+        first,
+        _efficiency(entries),
         _leader(entries, "regret/covered", "the least reward lost to the optimum at its own KL (regret)", False),
         _dominated(entries, "kl/covered", "reward/covered"),
         _drift(entries),
@@ -75,7 +78,19 @@ def _clarity(difference: Aggregate) -> str:
     return " (outside two standard errors)" if clear else " (within two standard errors: not told apart)"
 
 
-def _efficiency(results: Results, entries: list[EntryResult]) -> str:
+def _nearest(results: Results) -> str:
+    """Each group's setting that is nearest to the frontier."""
+    best = {}
+    for group, entries in results.groups().items():
+        shares = {entry.name: share for entry in entries if (share := _share_of_gain(entry)) is not None}
+        if shares:
+            name = max(shares, key=_of(shares))
+            best[group] = f"{group} {shares[name]:.0%} ({name})"
+    listed = ", ".join(best.values())
+    return f"Largest share of the gain possible at the same KL, by method: {listed}." if listed else ""
+
+
+def _efficiency(entries: list[EntryResult]) -> str:
     """Who is near the frontier: gain as a share of the largest gain possible at the policy's own KL."""
     shares = {entry.name: share for entry in entries if (share := _share_of_gain(entry)) is not None}
     if not shares:
@@ -171,7 +186,7 @@ def _lengths(results: Results, entries: list[EntryResult]) -> str:
 
 def _costs(results: Results, entries: list[EntryResult]) -> str:
     seconds = {entry.name: value.mean for entry in entries if (value := wall_seconds(results, entry)) is not None}
-    if len(seconds) < 2 or min(seconds.values()) <= 0:
+    if results.is_sweep or min(seconds.values(), default=0.0) <= 0 or len(set(seconds.values())) < 2:
         return ""
     cheap, dear = min(seconds, key=_of(seconds)), max(seconds, key=_of(seconds))
     return (
