@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prefarena.report.labels import Label, place_labels
-from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, with_gains
+from prefarena.report.results import Aggregate, Results, aggregate, with_gains
 from prefarena.report.style import BLACK, GREY, Look, house_style, looks
 
 _MOST_LABELS = 12
