@@ -73,12 +73,13 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(command: str, path: str | None, overrides: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     from rich.console import Console
+    from transformers.utils import logging as transformers_logging
 
     from pipelines.compare import compare
     from prefarena.config import load_config
 
+    transformers_logging.disable_progress_bar()
     config = load_config(path, overrides)
     compare(config, Console(), "report" if command == "compare" else command)
     return 0

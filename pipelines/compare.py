@@ -18,7 +18,7 @@ from prefarena.cluster.session import check_resources, ray_session, requested
 from prefarena.config import Comparison, PretrainedModel, TextTask
 from prefarena.errors import UserError
 from prefarena.modeling.load import load_tokenizer
-from prefarena.report.tables import terminal_table
+from prefarena.report.tables import main_table
 from prefarena.stages import Stage
 from prefarena.tasks.language import Language
 
@@ -44,7 +44,7 @@ def compare(config: Comparison, console: Console, last: str = "report") -> Path:
     if last != "report":
         return run_folder(config, plans)
     folder, results = report(config, plans, reused)
-    console.print(terminal_table(results))
+    console.print(main_table(results).rich())
     console.print(f"report: {folder / 'report.md'}")
     return folder
 

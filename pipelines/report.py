@@ -45,7 +45,7 @@ def gather(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> Res
     entries = [EntryResult(name="reference", kind="reference", seeds={str(p.seed): _row(p.evaluation) for p in plans})]
     for position, entry in enumerate(config.entries):
         rows = {str(plan.seed): _entry_row(plan.trained[position]) for plan in plans}
-        settings = entry.method.model_dump(mode="json")
+        settings = {**entry.method.model_dump(mode="json"), **({"group": entry.group} if entry.group else {})}
         entries.append(EntryResult(name=entry.name, kind=entry.method.kind, settings=settings, seeds=rows))
     if exact:
         entries.append(_optimum(config, plans, entries[1:]))

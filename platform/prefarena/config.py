@@ -231,6 +231,7 @@ class Entry(Section):
     """A method with settings, in a comparison."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=-]*$", description="Unique; used in tables and folder names.")
+    group: str | None = Field(None, description="Name of the grid it belongs to in a sweep; none: the method's name.")
     method: Method
 
 

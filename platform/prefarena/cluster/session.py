@@ -38,6 +38,7 @@ def ray_session() -> Iterator[dict[str, float]]:
             logging_level=logging.ERROR,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
         )
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True

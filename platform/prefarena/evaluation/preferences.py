@@ -27,5 +27,9 @@ def preference_accuracy(
     }
 
 
+#: Margins (nats) below this are ties: reference log-probs are stored in float32, and differ by as much from a new pass.
+TIE = 1e-5
+
+
 def _ordered(margin: np.ndarray) -> np.ndarray:
-    return (np.sign(margin) + 1) / 2
+    return (np.sign(np.where(np.abs(margin) < TIE, 0.0, margin)) + 1) / 2

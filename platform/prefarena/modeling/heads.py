@@ -19,8 +19,8 @@ def token_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     hidden = body(
         input_ids=sequences.input_ids, attention_mask=sequences.attention_mask, use_cache=False
     ).last_hidden_state
-    head: torch.nn.Linear = model.score
-    return head(hidden)[..., 0].float()
+    score = model.get_submodule("score")
+    return score(hidden)[..., 0].float()
 
 
 class ScalarHead(torch.nn.Module):

@@ -74,8 +74,10 @@ def new_reward_model(policy_path: str | Path, seed: int) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(str(policy_path), num_labels=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        model = AutoModelForSequenceClassification.from_pretrained(str(policy_path), config=config, dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_config(config).float()
         torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
+    body = load_policy(policy_path).base_model.state_dict()
+    model.base_model.load_state_dict(body)
     return model.eval()
 
 

@@ -1,0 +1,63 @@
+"""The architecture, as imports show it."""
+
+from __future__ import annotations
+
+import ast
+import platform
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = ROOT / "platform" / "prefarena"
+BOTTOM = {"records", "config", "errors", "stages"}
+#: What each part may import of the package, beside itself and the bottom.
+ALLOWED = {
+    "objectives": set(),
+    "modeling": {"objectives"},
+    "data": {"modeling", "objectives"},
+    "tasks": {"data", "modeling", "objectives"},
+    "generation": {"tasks", "data", "modeling", "objectives"},
+    "evaluation": {"tasks", "data", "modeling", "objectives"},
+    "training": {"generation", "tasks", "data", "modeling", "objectives"},
+    "report": {"tasks", "data", "modeling", "objectives"},
+    "cluster": {"tasks", "data", "modeling", "objectives"},
+}
+
+
+def imported(path: Path) -> set[str]:
+    names: set[str] = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def modules() -> list[Path]:
+    return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_the_source_root_does_not_shadow_the_standard_library() -> None:
+    assert not (ROOT / "platform" / "__init__.py").exists()
+    assert platform.python_version()
+
+
+@pytest.mark.parametrize("path", modules(), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_run_one_way(path: Path) -> None:
+    names = imported(path)
+    part = path.relative_to(PACKAGE).parts[0]
+    inside = {name.split(".")[1] for name in names if name.startswith("prefarena.")}
+    if part in ALLOWED:
+        assert inside - {part} - BOTTOM <= ALLOWED[part]
+    else:
+        assert inside <= BOTTOM
+    assert not any(name.split(".")[0] == "pipelines" for name in names)
+    if part in ("objectives", "modeling", "data", "tasks", "report"):
+        assert not any(name.split(".")[0] == "ray" for name in names)
+    if part == "objectives":
+        tops = {name.split(".")[0] for name in names}
+        assert tops <= {"torch", "prefarena", "__future__", "dataclasses", "typing", "collections", "math"}
+    if any(name.split(".")[0] == "vllm" for name in names):
+        assert path == PACKAGE / "generation" / "engine.py"

@@ -1,0 +1,184 @@
+"""The preference objectives against algebra: the facts that the methods' papers state, in float64."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from prefarena.objectives import preference
+from prefarena.objectives.likelihood import negative_log_likelihood
+from prefarena.objectives.output import ObjectiveOutput
+from prefarena.objectives.preference import PairLogps
+from prefarena.objectives.reward_model import bradley_terry
+
+ONES = PairLogps(torch.ones(1, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+
+
+def random_pairs(seed: int, size: int = 7) -> tuple[PairLogps, PairLogps, Tensor, PairLogps]:
+    generator = torch.Generator().manual_seed(seed)
+    draws = -5 * torch.rand(4, size, dtype=torch.float64, generator=generator)
+    labels = torch.rand(size, dtype=torch.float64, generator=generator)
+    counts = torch.randint(1, 9, (2, size), generator=generator).double()
+    return PairLogps(draws[0], draws[1]), PairLogps(draws[2], draws[3]), labels, PairLogps(counts[0], counts[1])
+
+
+def loss_of(output: ObjectiveOutput) -> Tensor:
+    return output.loss.total / output.loss.count
+
+
+@given(seed=st.integers(0, 10_000), beta=st.floats(0.05, 3.0))
+@settings(max_examples=30, deadline=None)
+def test_mpo_gradient_is_the_importance_sampled_policy_gradient(seed: int, beta: float) -> None:
+    """grad(-sigma(h)) = -pi^p grad log pi^p, as arXiv 2312.16430 derives it."""
+    policy, reference, _, counts = random_pairs(seed)
+    labels = torch.ones_like(policy.chosen)
+    leaves = [policy.chosen.clone().requires_grad_(), policy.rejected.clone().requires_grad_()]
+    output = preference.mpo(PairLogps(*leaves), reference, labels, counts, beta=beta)
+    ours = torch.autograd.grad(output.loss.total, leaves)
+
+    again = [leaf.detach().clone().requires_grad_() for leaf in leaves]
+    h = beta * ((again[0] - reference.chosen) - (again[1] - reference.rejected))
+    preference_policy = torch.sigmoid(h)
+    surrogate = -(preference_policy.detach() * torch.log(preference_policy)).sum()
+    expected = torch.autograd.grad(surrogate, again)
+    for found, wanted in zip(ours, expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-10, atol=1e-12)
+
+
+def test_mpo_with_a_soft_label_is_the_mean_of_both_orderings() -> None:
+    policy, reference, labels, counts = random_pairs(1)
+    swapped = PairLogps(policy.rejected, policy.chosen), PairLogps(reference.rejected, reference.chosen)
+    swapped_counts = PairLogps(counts.rejected, counts.chosen)
+    soft = loss_of(preference.mpo(policy, reference, labels, counts, beta=0.7))
+    ones = torch.ones_like(labels[:1])
+    parts = []
+    for i, label in enumerate(labels):
+        one = lambda pair, i=i: PairLogps(pair.chosen[i : i + 1], pair.rejected[i : i + 1])  # noqa: E731
+        forward = loss_of(preference.mpo(one(policy), one(reference), ones, one(counts), beta=0.7))
+        backward = loss_of(preference.mpo(one(swapped[0]), one(swapped[1]), ones, one(swapped_counts), beta=0.7))
+        parts.append(label * forward + (1 - label) * backward)
+    torch.testing.assert_close(soft, torch.stack(parts).mean())
+
+
+def test_mpo_without_reference_ignores_it_in_the_loss_and_keeps_it_in_the_metrics() -> None:
+    policy, reference, labels, counts = random_pairs(2)
+    free = preference.mpo(policy, reference, labels, counts, beta=1.0, reference_free=True)
+    none = preference.mpo(policy, None, labels, counts, beta=1.0)
+    torch.testing.assert_close(free.loss.total, none.loss.total)
+    assert "logratio/chosen" in free.metrics and "logratio/chosen" not in none.metrics
+
+
+def bandit_optimum(loss: Callable[[Tensor], Tensor], steps: int = 4000) -> float:
+    """The probability of the preferred arm of a two-armed softmax bandit after minimising `loss`(log-probs [2])."""
+    logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-12, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        value = loss(torch.log_softmax(logits, 0))
+        value.backward()
+        return value
+
+    for _ in range(steps // 200):
+        optimizer.step(closure)
+    return float(torch.softmax(logits, 0)[0].detach())
+
+
+def arms(logps: Tensor) -> PairLogps:
+    return PairLogps(logps[:1], logps[1:])
+
+
+UNIFORM = PairLogps(torch.full((1,), math.log(0.5)).double(), torch.full((1,), math.log(0.5)).double())
+CERTAIN = torch.ones(1, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0, 3.0])
+def test_mpo_bandit_stationary_point(eta: float) -> None:
+    """(2p - 1) / (p (1 - p)) = 2 / eta; p = 1/sqrt(2) at eta = 1."""
+
+    def loss(logps: Tensor) -> Tensor:
+        demonstrations = negative_log_likelihood(logps, torch.ones(2, dtype=torch.float64))
+        preferred = preference.mpo(arms(logps), UNIFORM, CERTAIN, ONES, beta=1.0)
+        return loss_of(preferred) + eta * loss_of(demonstrations)
+
+    p = bandit_optimum(loss)
+    assert (2 * p - 1) / (p * (1 - p)) == pytest.approx(2 / eta, rel=1e-6)
+    if eta == 1.0:
+        assert p == pytest.approx(1 / math.sqrt(2), rel=1e-7)
+
+
+@pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
+def test_dpo_never_lets_go_of_a_deterministic_preference(beta: float) -> None:
+    p = bandit_optimum(lambda logps: loss_of(preference.dpo(arms(logps), UNIFORM, CERTAIN, ONES, beta=beta)))
+    assert p > 0.98
+
+
+@pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
+def test_ipo_bandit_optimum(tau: float) -> None:
+    """p = sigma(1 / (2 tau)), arXiv 2310.12036."""
+    p = bandit_optimum(lambda logps: loss_of(preference.ipo(arms(logps), UNIFORM, CERTAIN, ONES, tau=tau)))
+    assert p == pytest.approx(1 / (1 + math.exp(-1 / (2 * tau))), rel=1e-6)
+
+
+def test_dpo_starts_at_ln_2_and_matches_the_formula() -> None:
+    policy, reference, _, counts = random_pairs(3)
+    ones = torch.ones_like(policy.chosen)
+    start = loss_of(preference.dpo(reference, reference, ones, counts, beta=0.1))
+    assert float(start) == pytest.approx(math.log(2))
+    h = 0.3 * ((policy.chosen - reference.chosen) - (policy.rejected - reference.rejected))
+    smoothed = loss_of(preference.dpo(policy, reference, ones, counts, beta=0.3, label_smoothing=0.1))
+    expected = (0.9 * torch.log1p(torch.exp(-h)) + 0.1 * torch.log1p(torch.exp(h))).mean()
+    torch.testing.assert_close(smoothed, expected)
+
+
+def test_length_normalisation_divides_each_log_ratio_by_its_own_tokens() -> None:
+    policy, reference, _, counts = random_pairs(4)
+    ones = torch.ones_like(policy.chosen)
+    ratio_w = (policy.chosen - reference.chosen) / counts.chosen
+    ratio_l = (policy.rejected - reference.rejected) / counts.rejected
+    found = loss_of(preference.ipo(policy, reference, ones, counts, tau=0.25, length_normalise=True))
+    torch.testing.assert_close(found, ((ratio_w - ratio_l - 2.0) ** 2).mean())
+
+
+def test_metrics_mean_the_same_for_every_method() -> None:
+    policy, reference, labels, counts = random_pairs(5)
+    outputs = [
+        preference.mpo(policy, reference, labels, counts, beta=1.0),
+        preference.dpo(policy, reference, labels, counts, beta=0.1),
+        preference.ipo(policy, reference, labels, counts, tau=0.1),
+        preference.sft(policy, reference, labels, counts),
+    ]
+    shared = {"logps/chosen", "logps/rejected", "logratio/chosen", "logratio/rejected", "preference/accuracy"}
+    for name in shared:
+        values = {float(output.metrics[name].value) for output in outputs}
+        assert len(values) == 1, name
+    margin = policy.minus(reference).margin
+    agrees = ((margin > 0) == (labels > 0.5)).double().mean()
+    assert float(outputs[0].metrics["preference/accuracy"].value) == pytest.approx(float(agrees))
+
+
+def test_means_add_up_over_micro_batches() -> None:
+    policy, reference, labels, counts = random_pairs(6, size=8)
+    whole = preference.dpo(policy, reference, labels, counts, beta=0.5)
+    parts = []
+    for rows in (slice(0, 3), slice(3, 8)):
+        cut = [PairLogps(p.chosen[rows], p.rejected[rows]) for p in (policy, reference, counts)]
+        parts.append(preference.dpo(cut[0], cut[1], labels[rows], cut[2], beta=0.5))
+    torch.testing.assert_close((parts[0].loss + parts[1].loss).value, whole.loss.value)
+
+
+def test_bradley_terry_matches_the_formula_and_centring_only_shifts() -> None:
+    chosen, rejected = torch.tensor([1.0, -0.5]).double(), torch.tensor([0.2, 0.5]).double()
+    labels = torch.tensor([1.0, 0.25]).double()
+    found = loss_of(bradley_terry(chosen, rejected, labels))
+    d = chosen - rejected
+    expected = (labels * torch.log1p(torch.exp(-d)) + (1 - labels) * torch.log1p(torch.exp(d))).mean()
+    torch.testing.assert_close(found, expected)
+    centred = loss_of(bradley_terry(chosen, rejected, labels, centre_weight=0.1))
+    torch.testing.assert_close(centred - found, 0.1 * ((chosen + rejected) ** 2).mean())

@@ -1,0 +1,201 @@
+"""The off-policy loop on a real tiny Llama: accumulation, workers and interruptions change nothing."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from prefarena.config import (
+    DPO,
+    IPO,
+    MPO,
+    SFT,
+    LanguageTask,
+    OffPolicyMethod,
+    Optimisation,
+    Resources,
+    RewardModel,
+    ScratchModel,
+)
+from prefarena.data.tables import read_rows, write_rows
+from prefarena.modeling.load import load_policy, load_tokenizer, new_policy, save_policy
+from prefarena.modeling.logprobs import collate, sequence_logps
+from prefarena.records import DEMONSTRATIONS, REFERENCED_PAIRS
+from prefarena.stages import read_manifest
+from prefarena.tasks.language import Language
+from prefarena.training.jobs import OffPolicyJob, ReferenceJob, RewardModelJob
+from prefarena.training.off_policy import learning_rate
+from prefarena.training.run_job import run_job
+from prefarena.training.worker import Worker
+
+TASK = LanguageTask(num_letters=5, num_prompts=12, prompt_letters=2, num_demonstrations=256)
+QUICK = Optimisation(num_steps=8, batch_size=16, micro_batch_size=16, log_every=1, warmup_steps=2)
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """model/, demonstrations/ and pairs/: random pairs whose reference log-probs are the model's own."""
+    folder = tmp_path_factory.mktemp("inputs")
+    language = Language(TASK)
+    language.save_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    model = new_policy(ScratchModel(), tokenizer, 8, 0)
+    save_policy(model, tokenizer, folder / "model")
+    write_rows(language.sample_demonstrations(), folder / "demonstrations" / "part.parquet", DEMONSTRATIONS)
+    rng, rows = np.random.default_rng(0), []
+    for i in range(48):
+        prompt = language.prompt_ids[i % 12]
+        chosen, rejected = ([int(t) for t in rng.integers(3, 8, rng.integers(1, 4))] + [2] for _ in range(2))
+        with torch.no_grad():
+            logps = sequence_logps(model, collate([prompt] * 2, [chosen, rejected], 0)).tolist()
+        rows.append(
+            {"id": f"{i:03}", "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "label": 1.0,
+             "source": "test", "ref_chosen_logp": logps[0], "ref_rejected_logp": logps[1]}
+        )  # fmt: skip
+    write_rows(pa.Table.from_pylist(rows, REFERENCED_PAIRS), folder / "pairs" / "part.parquet", REFERENCED_PAIRS)
+    return folder
+
+
+def off_policy_job(inputs: Path, folder: Path, method: OffPolicyMethod) -> OffPolicyJob:
+    return OffPolicyJob(
+        stage_dir=str(folder), name=folder.name, policy=str(inputs / "model"), seed=3, method=method,
+        pairs=str(inputs / "pairs"), demonstrations=str(inputs / "demonstrations"),
+    )  # fmt: skip
+
+
+def metric_rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(str(folder / "model"), dtype=torch.float32).state_dict()
+
+
+@pytest.mark.parametrize("mean", ["sequences", "tokens"])
+def test_gradient_accumulation_changes_nothing(inputs: Path, tmp_path: Path, mean: Any) -> None:
+    for micro in (16, 5):
+        training = QUICK.model_copy(update={"micro_batch_size": micro})
+        method = MPO(demonstration_weight=0.3, demonstration_mean=mean, training=training)
+        run_job(off_policy_job(inputs, tmp_path / str(micro), method), Worker(str(tmp_path / str(micro))))
+    whole, parts = metric_rows(tmp_path / "16"), metric_rows(tmp_path / "5")
+    for key in ("loss", "grad_norm", "preference/margin", "demonstration/nll"):
+        np.testing.assert_allclose([r[key] for r in whole], [r[key] for r in parts], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+class KilledError(RuntimeError):
+    pass
+
+
+class DyingWorker(Worker):
+    """Dies at a step, after its checkpoint."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        super().log(row)
+        if row["step"] == 7:
+            raise KilledError
+
+
+def test_an_interrupted_run_ends_in_the_same_weights_bit_for_bit(inputs: Path, tmp_path: Path) -> None:
+    method = MPO(demonstration_weight=0.1, training=QUICK.model_copy(update={"checkpoint_every": 3}))
+    run_job(off_policy_job(inputs, tmp_path / "straight", method), Worker(str(tmp_path / "straight")))
+    broken = off_policy_job(inputs, tmp_path / "broken", method)
+    with pytest.raises(KilledError):
+        run_job(broken, DyingWorker(broken.stage_dir))
+    run_job(broken, Worker(broken.stage_dir))
+    straight, resumed = weights(tmp_path / "straight"), weights(tmp_path / "broken")
+    assert all(torch.equal(straight[name], resumed[name]) for name in straight)
+    losses = [[row["loss"] for row in metric_rows(tmp_path / name)] for name in ("straight", "broken")]
+    assert losses[0] == losses[1] and len(losses[0]) == 8
+
+
+def test_one_and_two_ray_train_workers_give_the_same_losses(ray_session: None, inputs: Path, tmp_path: Path) -> None:
+    """And the same command twice the same bits. Three methods and a reward model share each worker group."""
+    from prefarena.training.launch import run_jobs
+
+    methods = {"mpo": MPO(demonstration_weight=0.1, training=QUICK), "ipo": IPO(training=QUICK)}
+    for num_workers in (1, 2):
+        root = tmp_path / str(num_workers)
+        jobs = [off_policy_job(inputs, root / name, method) for name, method in methods.items()]
+        jobs.append(reward_model_job(inputs, root / "rm"))
+        run_jobs(jobs, Resources(num_workers=num_workers), str(tmp_path / "ray"))
+        run_jobs(jobs, Resources(num_workers=num_workers), str(tmp_path / "ray"))  # finished: nothing to do
+    for name in ("mpo", "ipo", "rm"):
+        one, two = (metric_rows(tmp_path / n / name) for n in ("1", "2"))
+        assert len(one) == len(two) == 8
+        for key in ("loss", "grad_norm"):
+            np.testing.assert_allclose([r[key] for r in one], [r[key] for r in two], rtol=1e-5, atol=1e-5)
+    run_job(off_policy_job(inputs, tmp_path / "again", methods["mpo"]), Worker(str(tmp_path / "again")))
+    again, first = weights(tmp_path / "again"), weights(tmp_path / "1" / "mpo")
+    assert all(torch.equal(again[name], first[name]) for name in again)
+
+
+def reward_model_job(inputs: Path, folder: Path) -> RewardModelJob:
+    return RewardModelJob(
+        stage_dir=str(folder), name="rm", policy=str(inputs / "model"), seed=0, settings=RewardModel(training=QUICK),
+        pairs=str(inputs / "pairs"), test_pairs=str(inputs / "pairs"),
+    )  # fmt: skip
+
+
+def test_a_reward_model_learns_and_its_scores_are_normalised(inputs: Path, tmp_path: Path) -> None:
+    job = reward_model_job(inputs, tmp_path / "rm")
+    training = QUICK.model_copy(update={"num_steps": 60, "learning_rate": 3e-3})
+    job = RewardModelJob(**(vars(job) | {"settings": RewardModel(training=training)}))
+    run_job(job, Worker(job.stage_dir))
+    assert read_manifest(job.stage_dir)["reward_model"]["accuracy"] > 0.9  # its own training pairs
+    from prefarena.evaluation.judges import RewardModelJudge
+
+    table = read_rows(inputs / "pairs").to_pydict()
+    judge = RewardModelJudge(job.model_dir)
+    scores = judge.score(table["prompt_ids"] * 2, table["chosen_ids"] + table["rejected_ids"])
+    assert np.mean(scores) == pytest.approx(0, abs=1e-4) and np.std(scores) == pytest.approx(1, abs=1e-3)
+    alone = judge.score(table["prompt_ids"][:1], table["chosen_ids"][:1])
+    assert alone[0] == pytest.approx(scores[0], abs=1e-4)  # neither batch nor padding counts
+    model = AutoModelForSequenceClassification.from_pretrained(job.model_dir)
+    assert model.config.num_labels == 1
+
+
+@pytest.mark.parametrize(
+    "method", [DPO(beta=0.5), IPO(tau=0.5), MPO(demonstration_weight=0.0), SFT()], ids=lambda method: method.kind
+)
+def test_every_method_learns_its_pairs_and_ends_in_a_plain_checkpoint(
+    inputs: Path, tmp_path: Path, method: OffPolicyMethod
+) -> None:
+    training = QUICK.model_copy(update={"num_steps": 40, "learning_rate": 3e-3})
+    job = off_policy_job(inputs, tmp_path / method.kind, method.model_copy(update={"training": training}))
+    run_job(job, Worker(job.stage_dir))
+    rows = metric_rows(Path(job.stage_dir))
+    assert rows[-1]["loss"] < rows[0]["loss"] - 0.05
+    assert rows[-1]["logratio/chosen"] - rows[-1]["logratio/rejected"] > 0.3
+    assert load_policy(job.model_dir).num_parameters() == load_policy(inputs / "model").num_parameters()
+    costs = read_manifest(job.stage_dir)["costs"]
+    assert costs["num_tokens_trained"] > 0 and costs["wall_seconds"] > 0 and costs["peak_memory_mib"] > 50
+
+
+def test_the_reference_learns_demonstrations_and_can_learn_prompts_too(inputs: Path, tmp_path: Path) -> None:
+    first: list[float] = []
+    training = QUICK.model_copy(update={"num_steps": 30, "learning_rate": 3e-3})
+    demonstrations = str(inputs / "demonstrations")
+    for folder, loss_on in ((tmp_path / "response", "response"), (tmp_path / "all", "all")):
+        assert loss_on == "response" or loss_on == "all"
+        job = ReferenceJob(str(folder), "ref", str(inputs / "model"), 0, training, demonstrations, loss_on)
+        run_job(job, Worker(str(folder)))
+        rows = metric_rows(folder)
+        assert rows[-1]["loss"] < rows[0]["loss"] - 1
+        first.append(rows[0]["demonstration/nll"])
+    assert first[1] > first[0] + 1  # two more letters to predict
+
+
+def test_schedules() -> None:
+    cosine = Optimisation(learning_rate=1.0, warmup_steps=4, schedule="cosine")
+    rates = [learning_rate(cosine, step, 20) for step in range(20)]
+    assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
+    assert rates[4] == 1.0 and rates[12] == pytest.approx(0.5) and 0 < rates[19] < 0.02
+    linear = Optimisation(learning_rate=2.0, warmup_steps=0, schedule="linear")
+    assert [learning_rate(linear, step, 4) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
