@@ -21,6 +21,7 @@ what is written where (under `output`, by default ./runs):
 exit status: 0 done; 2 input that cannot be used (one sentence says what); 1 anything else, with a traceback.
 """
 
+_PLAIN_WIDTH = 170  # of lines that go to a file or a job's log
 _STEPS = {
     "compare": "run the whole comparison and print its table",
     "prepare": "only data, base model, reference policy, pairs and reference log-probs",
@@ -81,7 +82,8 @@ def _run(command: str, path: str | None, overrides: list[str]) -> int:
 
     transformers_logging.disable_progress_bar()
     config = load_config(path, overrides)
-    compare(config, Console(), "report" if command == "compare" else command)
+    console = Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
+    compare(config, console, "report" if command == "compare" else command)
     return 0
 
 

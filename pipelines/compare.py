@@ -22,6 +22,7 @@ from prefarena.report.tables import main_table
 from prefarena.stages import Stage
 from prefarena.tasks.language import Language
 
+_WIDE = 150  # characters from which the whole table fits
 STEPS = ("prepare", "train", "evaluate", "report")
 
 
@@ -44,7 +45,7 @@ def compare(config: Comparison, console: Console, last: str = "report") -> Path:
     if last != "report":
         return run_folder(config, plans)
     folder, results = report(config, plans, reused)
-    console.print(main_table(results).rich())
+    console.print(main_table(results, brief=console.width < _WIDE).rich())
     console.print(f"report: {folder / 'report.md'}")
     return folder
 

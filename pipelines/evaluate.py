@@ -57,7 +57,9 @@ def _evaluate_exactly(config: Comparison, waiting: dict[Stage, tuple[SeedPlan, s
 
     task = ray.remote(num_cpus=1)(evaluate_exactly)
     running = [
-        task.remote(_language(plan), model, plan.pairs.folder, plan.logps.folder, stage.begin(), config.evaluation.win_matrix)
+        task.remote(
+            _language(plan), model, plan.pairs.folder, plan.logps.folder, stage.begin(), config.evaluation.win_matrix
+        )
         for stage, (plan, model) in waiting.items()
     ]
     ray.get(running)

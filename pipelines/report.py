@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from prefarena.report.page import write_report
 
 from pipelines.evaluate import exact_frontier, exact_optimum, pairwise_wins
 from pipelines.plan import SeedPlan, Trained
 from prefarena.config import Comparison, LanguageTask, dump_config
+from prefarena.report.page import write_report
 from prefarena.report.results import Cost, EntryResult, Results, WinMatrix, save_results
 from prefarena.stages import Stage
 

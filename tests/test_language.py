@@ -220,7 +220,7 @@ def test_pairs_are_independent_draws_that_differ(language: Language, gold: GoldR
         rows = _pairs(language, np.log(mass), gold)
     index = np.stack([RESPONSES.index([row[key] for row in rows]) for key in ("chosen_ids", "rejected_ids")])
     distinct = {(0, 10): 0.36, (0, 100): 0.12, (10, 100): 0.06}
-    observed = {key: float((key == np.sort(index, axis=0).T).all(axis=1).mean()) for key in distinct}
+    observed = {key: float(np.equal(key, np.sort(index, axis=0).T).all(axis=1).mean()) for key in distinct}
     for key, weight in distinct.items():
         expected = weight / sum(distinct.values())
         assert observed[key] == pytest.approx(expected, abs=4 * np.sqrt(expected * (1 - expected) / 3000))

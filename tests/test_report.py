@@ -376,7 +376,8 @@ def assert_shows_something(path: Path) -> None:
         assert image.format == "PNG" and image.width > 600 and image.height > 300
         colours = image.convert("RGB").getcolors(maxcolors=1 << 24)
     assert colours is not None
-    strong = [colour for count, colour in colours if count > 20 and max(colour) - min(colour) > 60]
+    shades = [(count, colour) for count, colour in colours if isinstance(colour, tuple)]
+    strong = [colour for count, colour in shades if count > 20 and max(colour) - min(colour) > 60]
     assert len(strong) >= 2
     svg = path.with_suffix(".svg").read_text(encoding="utf-8")
     assert "<svg" in svg and svg.count("<path") > 20

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +30,7 @@ from prefarena.modeling.logprobs import collate, sequence_logps
 from prefarena.records import DEMONSTRATIONS, REFERENCED_PAIRS
 from prefarena.stages import read_manifest
 from prefarena.tasks.language import Language
-from prefarena.training.jobs import OffPolicyJob, ReferenceJob, RewardModelJob
+from prefarena.training.jobs import Job, OffPolicyJob, ReferenceJob, RewardModelJob
 from prefarena.training.off_policy import learning_rate
 from prefarena.training.run_job import run_job
 from prefarena.training.worker import Worker
@@ -119,10 +119,13 @@ def test_one_and_two_ray_train_workers_give_the_same_losses(ray_session: None, i
     """And the same command twice the same bits. Three methods and a reward model share each worker group."""
     from prefarena.training.launch import run_jobs
 
-    methods = {"mpo": MPO(demonstration_weight=0.1, training=QUICK), "ipo": IPO(training=QUICK)}
+    methods: dict[str, OffPolicyMethod] = {
+        "mpo": MPO(demonstration_weight=0.1, training=QUICK),
+        "ipo": IPO(training=QUICK),
+    }
     for num_workers in (1, 2):
         root = tmp_path / str(num_workers)
-        jobs = [off_policy_job(inputs, root / name, method) for name, method in methods.items()]
+        jobs: list[Job] = [off_policy_job(inputs, root / name, method) for name, method in methods.items()]
         jobs.append(reward_model_job(inputs, root / "rm"))
         run_jobs(jobs, Resources(num_workers=num_workers), str(tmp_path / "ray"))
         run_jobs(jobs, Resources(num_workers=num_workers), str(tmp_path / "ray"))  # finished: nothing to do
@@ -145,7 +148,7 @@ def reward_model_job(inputs: Path, folder: Path) -> RewardModelJob:
 
 def test_a_reward_model_learns_and_its_scores_are_normalised(inputs: Path, tmp_path: Path) -> None:
     job = reward_model_job(inputs, tmp_path / "rm")
-    training = QUICK.model_copy(update={"num_steps": 60, "learning_rate": 3e-3})
+    training = QUICK.model_copy(update={"num_steps": 150, "learning_rate": 3e-3})
     job = RewardModelJob(**(vars(job) | {"settings": RewardModel(training=training)}))
     run_job(job, Worker(job.stage_dir))
     assert read_manifest(job.stage_dir)["reward_model"]["accuracy"] > 0.9  # its own training pairs
@@ -182,8 +185,9 @@ def test_the_reference_learns_demonstrations_and_can_learn_prompts_too(inputs: P
     first: list[float] = []
     training = QUICK.model_copy(update={"num_steps": 30, "learning_rate": 3e-3})
     demonstrations = str(inputs / "demonstrations")
-    for folder, loss_on in ((tmp_path / "response", "response"), (tmp_path / "all", "all")):
-        assert loss_on == "response" or loss_on == "all"
+    choices: tuple[Literal["response", "all"], ...] = ("response", "all")
+    for loss_on in choices:
+        folder = tmp_path / loss_on
         job = ReferenceJob(str(folder), "ref", str(inputs / "model"), 0, training, demonstrations, loss_on)
         run_job(job, Worker(str(folder)))
         rows = metric_rows(folder)

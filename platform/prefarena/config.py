@@ -34,7 +34,9 @@ class ScratchModel(Section):
     num_layers: int = Field(2, ge=1)
     num_heads: int = Field(2, ge=1)
     intermediate_size: int = Field(192, ge=8)
-    vocab_size: int = Field(2048, ge=300, description="Text tasks: size of the byte-level BPE trained on the task's own text.")
+    vocab_size: int = Field(
+        2048, ge=300, description="Text tasks: size of the byte-level BPE trained on the task's own text."
+    )
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> ScratchModel:
@@ -68,10 +70,14 @@ class LanguageTask(Section):
     response_limit: int = Field(4, ge=1, le=4, description="Most tokens in a response, its eos included.")
     num_demonstrations: int = Field(16384, ge=1, description="Drawn from the source, over all prompts.")
     covered_share: float = Field(0.5, gt=0, le=1, description="Share of the prompts that have preference pairs.")
-    num_pairs: int = Field(16384, ge=2, description="Training pairs, drawn from the reference policy on covered prompts.")
+    num_pairs: int = Field(
+        16384, ge=2, description="Training pairs, drawn from the reference policy on covered prompts."
+    )
     num_test_pairs: int = Field(1024, ge=2, description="Held-out pairs, on the same covered prompts.")
     labels: Literal["deterministic", "bradley_terry"] = "deterministic"
-    label_temperature: float = Field(1.0, gt=0, description="Bradley-Terry labels: P(y1 > y2) = sigmoid((r1 - r2) / T).")
+    label_temperature: float = Field(
+        1.0, gt=0, description="Bradley-Terry labels: P(y1 > y2) = sigmoid((r1 - r2) / T)."
+    )
 
 
 class TextTask(Section):
@@ -81,7 +87,8 @@ class TextTask(Section):
     data: str = Field(description="jsonl(.gz) or parquet file or folder, a folder saved by `datasets`, or a hub id.")
     split: str = Field("train", description="Split to read, for a saved DatasetDict or a hub id.")
     format: Literal["auto", "standard", "conversational", "hh"] = Field(
-        "auto", description="Row format; `auto` recognises TRL's formats (explicit and implicit prompt) and raw HH-RLHF."
+        "auto",
+        description="Row format; `auto` recognises TRL's formats (explicit and implicit prompt) and raw HH-RLHF.",
     )
     max_rows: int | None = Field(None, ge=1, description="Use only the first rows.")
     test_share: float = Field(0.2, gt=0, lt=1, description="Share of prompts held out for evaluation.")
@@ -115,7 +122,9 @@ class Optimisation(Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: tuple[float, float] = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
-    precision: Literal["float32", "bfloat16"] = Field("float32", description="bfloat16: autocast, float32 master weights.")
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: autocast, float32 master weights."
+    )
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(10, ge=1, description="Steps between metric rows.")
 
@@ -181,7 +190,9 @@ class RewardModel(Section):
     """Bradley-Terry reward model on the pairs, started from the reference policy's body."""
 
     training: Optimisation = Optimisation()
-    centre_weight: float = Field(0.0, ge=0, description="Weight of (r_w + r_l)^2, which keeps scores near zero (2312.09244).")
+    centre_weight: float = Field(
+        0.0, ge=0, description="Weight of (r_w + r_l)^2, which keeps scores near zero (2312.09244)."
+    )
 
 
 class PPOStep(Section):
@@ -198,14 +209,18 @@ class PPOStep(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     warmup_iterations: int = Field(2, ge=0, description="Linear learning-rate warm-up.")
     kl_coef: float = Field(0.2, ge=0)
-    target_kl: float | None = Field(None, gt=0, description="Adaptive KL controller's target (nats a sequence); none: fixed.")
+    target_kl: float | None = Field(
+        None, gt=0, description="Adaptive KL controller's target (nats a sequence); none: fixed."
+    )
     kl_horizon: int = Field(2048, ge=1, description="Adaptive KL controller's horizon, in rollouts.")
     discount: float = Field(1.0, gt=0, le=1)
     gae_lambda: float = Field(0.95, ge=0, le=1)
     clip: float = Field(0.2, gt=0)
     value_clip: float = Field(0.2, gt=0)
     temperature: float = Field(1.0, gt=0)
-    missing_eos_penalty: float = Field(0.0, ge=0, description="Subtracted from the score of a response cut off without eos.")
+    missing_eos_penalty: float = Field(
+        0.0, ge=0, description="Subtracted from the score of a response cut off without eos."
+    )
     reward_clip: float = Field(10.0, gt=0)
     importance_cap: float | None = Field(
         2.0, gt=0, description="Cap of the truncated trainer/generator importance weights; none turns them off."

@@ -38,8 +38,9 @@ def ray_session() -> Iterator[dict[str, float]]:
             logging_level=logging.ERROR,
             object_store_memory=_LOCAL_OBJECT_STORE_BYTES,
         )
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
     context = ray.data.DataContext.get_current()
+    # After the line above: importing ray.data sets its own level.
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     try:

@@ -72,6 +72,7 @@ class Column:
     title: str
     value: Callable[[Results, EntryResult], Aggregate | None]
     digits: int
+    brief: bool = True  # shown on a narrow terminal, too
 
 
 def wall_seconds(results: Results, entry: EntryResult) -> Aggregate | None:
@@ -99,11 +100,11 @@ EXACT_COLUMNS = (
     Column("best reward at that KL", _measured("frontier_reward/covered"), 3),
     Column("regret", _measured("regret/covered"), 3),
     Column("KL, no pairs", _measured("kl/uncovered"), 3),
-    Column("forward KL", _measured("forward_kl/all"), 3),
-    Column("entropy", _measured("entropy/all"), 3),
+    Column("forward KL", _measured("forward_kl/all"), 3, brief=False),
+    Column("entropy", _measured("entropy/all"), 3, brief=False),
     Column("win rate", _measured("win_rate"), 3),
-    Column("accuracy", _measured("preference_accuracy"), 3),
-    Column("length", _measured("response_length"), 2),
+    Column("accuracy", _measured("preference_accuracy"), 3, brief=False),
+    Column("length", _measured("response_length"), 2, brief=False),
     _WALL,
 )
 TEXT_COLUMNS = (
@@ -116,9 +117,9 @@ TEXT_COLUMNS = (
 )
 
 
-def main_table(results: Results) -> Table:
-    """Reference, every entry and the optimum, one row each."""
-    columns = EXACT_COLUMNS if results.exact else TEXT_COLUMNS
+def main_table(results: Results, *, brief: bool = False) -> Table:
+    """Reference, every entry and the optimum, one row each. `brief` keeps the columns that fit a narrow terminal."""
+    columns = [column for column in (EXACT_COLUMNS if results.exact else TEXT_COLUMNS) if column.brief or not brief]
     cells = [[column.value(results, entry) for column in columns] for entry in results.entries]
     rows = [
         (entry.name, *(plus_minus(cell, column.digits) for cell, column in zip(row, columns, strict=True)))

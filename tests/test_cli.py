@@ -1,0 +1,90 @@
+"""Bad input from the command line: one clear sentence, status 2, before anything is started or written."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import ray
+
+from pipelines.cli import build_parser, main
+
+
+def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """Run the command, check status 2, and return its one message."""
+    assert main(list(arguments)) == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("prefarena: ") and "\n" not in error and "Traceback" not in error
+    return error
+
+
+def text_config(folder: Path, data: str, **task: object) -> str:
+    path = folder / "config.json"  # JSON is YAML
+    tree = {
+        "name": "bad",
+        "output": str(folder / "runs"),
+        "task": {"kind": "text", "data": str(folder / data), **task},
+        "entries": [{"name": "dpo", "method": {"kind": "dpo"}}],
+    }
+    path.write_text(json.dumps(tree), encoding="utf-8")
+    return str(path)
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("task.sede=1", "unknown key 'task.sede'; did you mean 'seed'?"),
+        ("entries.dpo.method.beta=high", "entries.2.method.beta"),
+        ("task.num_prompts=5000", "make only 2197"),
+        ("model.num_heads=4", "hidden_size / num_heads is 16"),
+        ("resources.num_workers=3", "cannot be shared evenly"),
+        ("entries.rlhf.method.ppo.num_minibatches=7", "cannot be cut into 7 minibatches"),
+        ("entries.dpo.method.pretraining_weight=1", "needs task.pretraining_text"),
+    ],
+)
+def test_settings_that_cannot_work(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, override: str, says: str
+) -> None:
+    assert says in refused(capsys, "compare", "--set", f"output={tmp_path}", "--set", override)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "data.jsonl"),
+        ("", "data.jsonl"),
+        ('{"chosen": "a b", "rejected": "a c", "prompt": "x"}\n{"chosen": \n', "data.jsonl:2"),
+        ('{"text": "a"}\n', "chosen"),
+    ],
+    ids=["missing file", "empty file", "broken line", "missing columns"],
+)
+def test_data_that_cannot_be_used(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, content: str | None, says: str
+) -> None:
+    if content is not None:
+        (tmp_path / "data.jsonl").write_text(content, encoding="utf-8")
+    assert says in refused(capsys, "compare", text_config(tmp_path, "data.jsonl"))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_too_few_resources(ray_session: None, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    cpus = int(ray.cluster_resources()["CPU"])
+    settings = [f"output={tmp_path}", "resources.num_workers=64"]
+    arguments = [argument for setting in settings for argument in ("--set", setting)]
+    error = refused(capsys, "compare", *arguments)
+    assert f"the cluster has {cpus} CPUs, but 65 are asked for" in error and "generation.cpus" in error
+
+
+def test_methods_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods"]) == 0
+    text = capsys.readouterr().out
+    for line in ("mpo: Maximum Preference Optimization", "beta = 0.1", "tau = 0.1", "ppo.gae_lambda = 0.95"):
+        assert line in text
+
+
+def test_help_says_what_is_written_where() -> None:
+    text = build_parser().format_help()
+    for word in ("results.json", "report.md", "manifest.json", "exit status"):
+        assert word in text

@@ -1,0 +1,170 @@
+"""Whole comparisons in miniature, by the command: real Ray Data, Ray Train, vLLM and transformers."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from pipelines.cli import main
+from prefarena.data.tables import read_rows
+from prefarena.report.results import Results, load_results
+from prefarena.tasks.gold import GoldReward
+
+QUICK = {"num_steps": 12, "batch_size": 16, "micro_batch_size": 16, "log_every": 4}
+PPO = {"num_iterations": 3, "rollouts_per_iteration": 32, "micro_batch_size": 16, "num_minibatches": 2}
+ENTRIES = [
+    {"name": "sft", "method": {"kind": "sft", "training": QUICK}},
+    {"name": "mpo", "method": {"kind": "mpo", "training": QUICK}},
+    {"name": "dpo", "method": {"kind": "dpo", "training": QUICK}},
+    {"name": "ipo", "method": {"kind": "ipo", "training": QUICK}},
+    {"name": "rlhf", "method": {"kind": "rlhf", "reward_model": {"training": QUICK}, "ppo": PPO}},
+]
+LANGUAGE = {
+    "name": "mini",
+    "task": {
+        "kind": "language", "num_letters": 4, "num_prompts": 6, "prompt_letters": 2, "response_limit": 3,
+        "num_demonstrations": 512, "num_pairs": 128, "num_test_pairs": 64,
+    },
+    "reference": {"training": {**QUICK, "num_steps": 60, "learning_rate": 3e-3}},
+    "entries": ENTRIES,
+}  # fmt: skip
+
+
+def run(tree: dict, folder: Path, *arguments: str) -> Results:
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**tree, "output": str(folder / "runs")}), encoding="utf-8")
+    before = {report.parent for report in (folder / "runs").glob("*/results.json")}
+    assert main(["compare", str(path), *arguments]) == 0
+    found = {report.parent for report in (folder / "runs").glob("*/results.json")} - before
+    return load_results((found or before).pop())
+
+
+@pytest.fixture(scope="module")
+def language_run(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Results]:
+    folder = tmp_path_factory.mktemp("language")
+    return folder, run(LANGUAGE, folder)
+
+
+def test_the_table_holds_every_policy(language_run: tuple[Path, Results]) -> None:
+    _, results = language_run
+    names = [entry.name for entry in results.entries]
+    assert names[:6] == ["reference", "sft", "mpo", "dpo", "ipo", "rlhf"] and results.entries[6].kind == "optimum"
+    for entry in results.entries:
+        row = entry.seeds["0"]
+        assert row["regret/covered"] >= -1e-9 and row["kl/all"] >= -1e-12
+    reference = results.entry("reference").seeds["0"]
+    assert reference["kl/all"] == pytest.approx(0, abs=1e-9) and reference["reward/all"] == pytest.approx(0, abs=1e-9)
+    assert reference["preference_accuracy"] == 0.5
+    assert results.entry("dpo").seeds["0"]["preference_accuracy"] > 0.55
+
+
+def test_the_run_folder_is_complete(language_run: tuple[Path, Results]) -> None:
+    folder, _ = language_run
+    (run_folder,) = (path.parent for path in (folder / "runs").glob("*/results.json"))
+    for name in ("config.yaml", "report.md", "figures/reward_kl.png", "figures/reward_kl.svg"):
+        assert (run_folder / name).stat().st_size > 200, name
+    for name in ("reference", "sft-s0", "mpo-s0", "dpo-s0", "ipo-s0", "rlhf-s0"):
+        AutoModelForCausalLM.from_pretrained(str(run_folder / "checkpoints" / name))
+        AutoTokenizer.from_pretrained(str(run_folder / "checkpoints" / name))
+    costs = json.loads((run_folder / "results.json").read_text(encoding="utf-8"))["costs"]
+    ppo = next(cost for cost in costs if cost["entry"] == "rlhf" and cost["stage"] == "training")
+    assert ppo["num_tokens_generated"] > 0 and ppo["num_tokens_trained"] > 0 and ppo["peak_memory_mib"] > 50
+
+
+def test_plain_transformers_reproduces_the_exact_numbers(language_run: tuple[Path, Results]) -> None:
+    """Every response of every prompt by itertools, a forward pass each, float64: reward and KL to 1e-4."""
+    folder, results = language_run
+    (run_folder,) = (path.parent for path in (folder / "runs").glob("*/results.json"))
+    (pairs,) = (folder / "runs" / "stages").glob("pairs-*")
+    (data,) = (folder / "runs" / "stages").glob("data-*")
+    prompts = read_rows(data / "prompts").to_pylist()
+    gold = GoldReward.load(pairs / "gold.json")
+    tokens = [token for token in range(7) if token != 2]
+    responses = [[*body, 2] for n in range(3) for body in itertools.product(tokens, repeat=n)]
+    responses += [list(body) for body in itertools.product(tokens, repeat=3)]
+    for name in ("dpo-s0", "rlhf-s0"):
+        kl, reward = [], []
+        for row in prompts:
+            logps = {}
+            for model_name in (name, "reference"):
+                model = AutoModelForCausalLM.from_pretrained(
+                    str(run_folder / "checkpoints" / model_name), dtype=torch.float64
+                )
+                totals = []
+                for length in (1, 2, 3):
+                    batch = [response for response in responses if len(response) == length]
+                    ids = torch.tensor([[*row["prompt_ids"], *response] for response in batch])
+                    with torch.no_grad():
+                        steps = model(ids).logits.log_softmax(-1)[:, len(row["prompt_ids"]) - 1 : -1]
+                    totals.append(steps.gather(-1, ids[:, len(row["prompt_ids"]) :, None])[..., 0].sum(1))
+                logps[model_name] = torch.cat(totals).numpy()
+            ordered = [response for length in (1, 2, 3) for response in responses if len(response) == length]
+            p = np.exp(logps[name])
+            assert p.sum() == pytest.approx(1, abs=1e-6)
+            kl.append((p * (logps[name] - logps["reference"])).sum())
+            reward.append((p * gold.score([row["prompt_ids"]] * len(ordered), ordered)).sum())
+        found = results.entry(name.removesuffix("-s0")).seeds["0"]
+        assert np.mean(kl) == pytest.approx(found["kl/all"], abs=1e-4)
+        assert np.mean(reward) == pytest.approx(found["reward/all"], abs=1e-4)
+
+
+def test_finished_stages_are_reused_and_a_changed_setting_reruns_what_depends_on_it(
+    language_run: tuple[Path, Results], capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, first = language_run
+    again = run(LANGUAGE, folder)
+    assert "0 to do" in capsys.readouterr().out
+    assert all(cost.reused for cost in again.costs)
+    assert [entry.seeds for entry in again.entries] == [entry.seeds for entry in first.entries]
+    changed = run(LANGUAGE, folder, "--set", "entries.ipo.method.tau=0.5")
+    assert "2 to do" in capsys.readouterr().out  # its training and its evaluation
+    fresh = {(cost.entry, cost.stage) for cost in changed.costs if not cost.reused}
+    assert fresh == {("ipo", "training"), ("ipo", "evaluation")}
+    assert changed.entry("ipo").seeds != first.entry("ipo").seeds
+    assert changed.entry("dpo").seeds == first.entry("dpo").seeds
+    assert len(list((folder / "runs").glob("mini-*/results.json"))) == 2  # nothing was overwritten
+
+
+def transcripts(path: Path, number: int) -> None:
+    """Raw HH-RLHF rows in which polite answers are preferred."""
+    rng = random.Random(0)
+    words = ["tea", "bread", "rain", "music", "garden", "river", "winter", "paper"]
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(number):
+            question = f"\n\nHuman: tell me about {' '.join(rng.choices(words, k=3))} number {i}\n\nAssistant:"
+            chosen = f" Gladly, {' and '.join(rng.choices(words, k=3))} are lovely."
+            rejected = f" No, {' or '.join(rng.choices(words, k=rng.randint(1, 4)))}."
+            file.write(json.dumps({"chosen": question + chosen, "rejected": question + rejected}) + "\n")
+
+
+def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
+    transcripts(tmp_path / "data.jsonl", 160)
+    tree = {
+        "name": "text",
+        "task": {
+            "kind": "text", "data": str(tmp_path / "data.jsonl"), "max_prompt_tokens": 64, "max_response_tokens": 24,
+        },
+        "model": {"kind": "scratch", "vocab_size": 320},
+        "reference": {"training": {**QUICK, "num_steps": 40, "learning_rate": 3e-3}, "loss_on": "all"},
+        "judge": {"training": {**QUICK, "num_steps": 40}},
+        "entries": [
+            {"name": "dpo", "method": {"kind": "dpo", "training": {**QUICK, "num_steps": 30}}},
+            {"name": "rlhf", "method": {**ENTRIES[4]["method"], "prompts": "all"}},  # type: ignore[dict-item]
+        ],
+        "evaluation": {"num_prompts": 8, "samples_per_prompt": 2},
+    }  # fmt: skip
+    results = run(tree, tmp_path)
+    assert not results.exact and results.data["num_train_pairs"] > 60
+    dpo = results.entry("dpo").seeds["0"]
+    assert dpo["preference_accuracy"] - 2 * dpo["preference_accuracy_stderr"] > 0.5
+    assert dpo["kl_stderr"] > 0 and dpo["win_rate_stderr"] >= 0 and dpo["logp_gap/max"] < 1e-3
+    assert results.entry("reference").seeds["0"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert any("reward model trained on pairs that no entry saw" in note for note in results.notes)
