@@ -73,6 +73,7 @@ def check_input(config: Comparison) -> None:
 
 
 def _optimisations(config: Comparison) -> list[tuple[str, int]]:
+    """Batch sizes that workers must share evenly, by key. Raises UserError for entries that cannot train."""
     sizes = [("reference.training.batch_size", config.reference.training.batch_size)]
     for entry in config.entries:
         where = f"entries.{entry.name}.method"
@@ -87,6 +88,9 @@ def _optimisations(config: Comparison) -> list[tuple[str, int]]:
                 )
         else:
             sizes.append((f"{where}.training.batch_size", entry.method.training.batch_size))
+            has_text = isinstance(config.task, TextTask) and config.task.pretraining_text is not None
+            if entry.method.pretraining_weight > 0 and not has_text:
+                raise UserError(f"{where}.pretraining_weight: above 0 it needs task.pretraining_text (text tasks)")
     return sizes
 
 

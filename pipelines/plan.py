@@ -15,7 +15,6 @@ from typing import Any
 from pydantic import BaseModel
 
 from prefarena.config import RLHF, Comparison, Entry, LanguageTask, TextTask
-from prefarena.errors import UserError
 from prefarena.stages import Stage
 from prefarena.training.jobs import Job, OffPolicyJob, PPOJob, ReferenceJob, RewardModelJob
 
@@ -181,8 +180,6 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
     folder, name = str(trained.training.folder), f"{trained.entry.name}-s{trained.seed}"
     if not isinstance(method, RLHF):
         pretraining = plan.data.folder / "pretraining"
-        if method.pretraining_weight > 0 and not (isinstance(plan.task, TextTask) and plan.task.pretraining_text):
-            raise UserError(f"entry {trained.entry.name}: pretraining_weight > 0 needs task.pretraining_text")
         return OffPolicyJob(
             stage_dir=folder,
             name=name,

@@ -41,8 +41,21 @@ def watch(console: Console, jobs: list[Job]) -> Iterator[None]:
         thread.join()
 
 
+class Rate:
+    """Steps a second of each job, measured from the first row that was seen."""
+
+    def __init__(self) -> None:
+        self._first: dict[Job, tuple[float, float]] = {}
+
+    def of(self, job: Job, row: dict[str, float]) -> float:
+        step, seen = self._first.setdefault(job, (row["step"], time.perf_counter()))
+        elapsed = time.perf_counter() - seen
+        return (row["step"] - step) / elapsed if elapsed > 0 else 0.0
+
+
 def _bars(console: Console, jobs: list[Job], stop: threading.Event) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
+    rates = Rate()
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         tasks = {job: progress.add_task(job.name, total=None, start=False, rate="waiting") for job in jobs}
         while True:
@@ -52,7 +65,7 @@ def _bars(console: Console, jobs: list[Job], stop: threading.Event) -> None:
                 if row is None:
                     continue
                 progress.start_task(task)
-                rate = "done" if is_finished(job.stage_dir) else f"{row.get('steps_per_second', 0):.1f} steps/s"
+                rate = "done" if is_finished(job.stage_dir) else f"{rates.of(job, row):.2g} steps/s"
                 progress.update(task, completed=row["step"], total=row["num_steps"], rate=rate)
                 if is_finished(job.stage_dir):
                     progress.stop_task(task)
@@ -62,16 +75,19 @@ def _bars(console: Console, jobs: list[Job], stop: threading.Event) -> None:
 
 def _lines(console: Console, jobs: list[Job], stop: threading.Event) -> None:
     said: dict[Job, float] = {}
+    rates, next_lines = Rate(), time.perf_counter() + _PLAIN_INTERVAL_S
     while True:
-        last_round = stop.wait(_PLAIN_INTERVAL_S)
-        for job in jobs:
-            row = last_row(job)
-            if row is None or said.get(job) == row["step"]:
-                continue
-            said[job] = row["step"]
-            rate = float(row.get("steps_per_second", 0))
-            left = f", {(row['num_steps'] - row['step']) / rate:.0f} s left" if rate > 0 else ""
-            console.print(f"  {job.name}: step {row['step']}/{row['num_steps']}, {rate:.1f} steps/s{left}")
+        last_round = stop.wait(0.5)
+        rows = {job: row for job in jobs if (row := last_row(job)) is not None}
+        speeds = {job: rates.of(job, row) for job, row in rows.items()}
+        if last_round or time.perf_counter() >= next_lines:
+            next_lines = time.perf_counter() + _PLAIN_INTERVAL_S
+            for job, row in rows.items():
+                if said.get(job) == row["step"]:
+                    continue
+                said[job] = row["step"]
+                left = f", {(row['num_steps'] - row['step']) / speeds[job]:.0f} s left" if speeds[job] > 0 else ""
+                console.print(f"  {job.name}: step {row['step']}/{row['num_steps']}, {speeds[job]:.2g} steps/s{left}")
         if last_round:
             return
 
