@@ -15,7 +15,7 @@ from pipelines.prepare import prepare
 from pipelines.report import report, run_folder
 from pipelines.train import train
 from prefarena.cluster.session import check_resources, ray_session, requested
-from prefarena.config import Comparison, PretrainedModel, TextTask
+from prefarena.config import RLHF, Comparison, PretrainedModel, TextTask
 from prefarena.errors import UserError
 from prefarena.modeling.load import load_tokenizer
 from prefarena.report.tables import main_table
@@ -75,6 +75,8 @@ def check_input(config: Comparison) -> None:
 def _optimisations(config: Comparison) -> list[tuple[str, int]]:
     """Batch sizes that workers must share evenly, by key. Raises UserError for entries that cannot train."""
     sizes = [("reference.training.batch_size", config.reference.training.batch_size)]
+    if isinstance(config.task, TextTask):
+        sizes.append(("judge.training.batch_size", config.judge.training.batch_size))
     for entry in config.entries:
         where = f"entries.{entry.name}.method"
         if entry.method.kind == "rlhf":
@@ -122,6 +124,13 @@ def show_plan(config: Comparison, plans: list[SeedPlan], console: Console) -> No
         f"{len(stages)} stages: {num_reused} reused, {len(stages) - num_reused} to do; "
         f"stages are under {stages[0].folder.parent}"
     )
+    for entry in config.entries:
+        if isinstance(entry.method, RLHF):
+            ppo = entry.method.ppo
+            console.print(
+                f"{entry.name}: {ppo.num_epochs} epochs x {ppo.num_minibatches} minibatches = "
+                f"{ppo.num_epochs * ppo.num_minibatches} updates on each of {ppo.num_iterations} rollout batches"
+            )
     asked = ", ".join(f"{amount:g} {kind}s ({why})" for kind, (amount, why) in requested(config).items())
     console.print(f"asked of the cluster: {asked}; sequences of up to {max_length(config.task)} tokens")
 

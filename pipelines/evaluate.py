@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from rich.console import Console
 
 from pipelines.annotate import ExactReference
@@ -125,7 +126,7 @@ def _evaluate_from_samples(config: Comparison, waiting: dict[Stage, tuple[SeedPl
 
     settings = config.evaluation
     generator = start_generator(config, next(iter(waiting.values()))[0], console)
-    scorer = ray.remote(num_cpus=1)(score_samples)
+    scorer = ray.remote(num_cpus=1, num_gpus=1 if config.resources.use_gpu else 0)(score_samples)
     running = []
     try:
         for stage, (plan, model) in waiting.items():
@@ -163,11 +164,16 @@ def score_samples(
 ) -> None:
     """Measures of a policy from its samples, and its held-out preference accuracy. Runs in a Ray task."""
     started = time.perf_counter() - generation_seconds
+    device = "cuda" if torch.cuda.is_available() else "cpu"  # Ray shows a task the GPUs that it was given
     policy, reference_policy = load_policy(model), load_policy(reference)
+    for module in (policy, reference_policy):
+        torch.nn.Module.to(module, device)
     pad_id = load_tokenizer(model).pad_token_id
     own = rollout_logps(policy, rollouts, pad_id, settings.batch_size, settings.temperature)
     ref = rollout_logps(reference_policy, rollouts, pad_id, settings.batch_size, settings.temperature)
-    scores = RewardModelJudge(judge).score([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+    scores = RewardModelJudge(judge, settings.batch_size, device).score(
+        [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
+    )
     row = sampled_metrics(rollouts, own, ref, scores)
     test = read_rows(logps / "test_pairs")
     prompts = test["prompt_ids"].to_pylist()

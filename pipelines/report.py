@@ -44,7 +44,7 @@ def gather(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> Res
     exact = isinstance(config.task, LanguageTask)
     entries = [EntryResult(name="reference", kind="reference", seeds={str(p.seed): _row(p.evaluation) for p in plans})]
     for position, entry in enumerate(config.entries):
-        rows = {str(plan.seed): _entry_row(plan.trained[position]) for plan in plans}
+        rows = {str(plan.seed): _entry_row(plan, plan.trained[position]) for plan in plans}
         settings = {**entry.method.model_dump(mode="json"), **({"group": entry.group} if entry.group else {})}
         entries.append(EntryResult(name=entry.name, kind=entry.method.kind, settings=settings, seeds=rows))
     if exact:
@@ -73,8 +73,11 @@ def _row(stage: Stage) -> dict[str, float]:
     return json.loads((stage.folder / "row.json").read_text(encoding="utf-8"))
 
 
-def _entry_row(trained: Trained) -> dict[str, float]:
+def _entry_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
     row = _row(trained.evaluation)
+    if not isinstance(plan.task, LanguageTask):  # sampled policies meet here for the first time
+        rates, errors = pairwise_wins(plan, [trained.evaluation, plan.evaluation])
+        row |= {"win_rate": float(rates[0, 1]), "win_rate_stderr": float(errors[0, 1])}
     if trained.reward_model is not None:
         quality = trained.reward_model.manifest()["reward_model"]
         row |= {f"reward_model_{name}": value for name, value in quality.items()}

@@ -105,7 +105,7 @@ def test_the_reward_rises_and_every_metric_is_there(job: PPOJob) -> None:
     assert max(row["logp_gap/max"] for row in rows) < 1e-4
     assert min(row["importance/ess"] for row in rows) > 0.999
     assert rows[-1]["kl/coef"] != rows[0]["kl/coef"]
-    assert costs["num_tokens_trained"] == 2 * costs["num_tokens_generated"] == rows[-1]["num_tokens_trained"]
+    assert costs["num_tokens_trained"] == rows[-1]["num_tokens_trained"] > 2 * costs["num_tokens_generated"]
     expected = {
         "reward/mean", "reward/penalised", "kl/k1", "kl/k3", "entropy", "policy/clip_fraction", "value/clip_fraction",
         "value/explained_variance", "logp_gap/mean", "logp_gap/max", "response_length", "truncation_rate",

@@ -93,7 +93,7 @@ class TextTask(Section):
     max_rows: int | None = Field(None, ge=1, description="Use only the first rows.")
     test_share: float = Field(0.2, gt=0, lt=1, description="Share of prompts held out for evaluation.")
     judge_share: float = Field(
-        0.2, ge=0, lt=1, description="Share of prompts held out to train the evaluation judge (a second reward model)."
+        0.2, gt=0, lt=1, description="Share of prompts held out to train the evaluation judge (a second reward model)."
     )
     split_seed: int = 0
     max_prompt_tokens: int = Field(256, ge=1, description="Longer prompts keep their last tokens or are dropped.")
@@ -196,7 +196,7 @@ class RewardModel(Section):
 
 
 class PPOStep(Section):
-    """Proximal Policy Optimization with a critic, as in METHODS.md."""
+    """Proximal Policy Optimization with a critic, arXiv 1707.06347; docs/methods.md says what is done exactly."""
 
     num_iterations: int = Field(40, ge=1, description="Rollout batches.")
     rollouts_per_iteration: int = Field(256, ge=2)
@@ -316,6 +316,8 @@ class Comparison(Section):
                 raise ValueError(f"entry name {name!r} is used twice or reserved")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds holds a seed twice")
+        if self.seeds_vary == "task" and self.task.kind != "language":
+            raise ValueError("seeds_vary: task is for the enumerable language; a text task has one set of data")
         return self
 
 

@@ -55,8 +55,7 @@ def train(
     `module` holds the trained parameters in float32 (master weights; `precision: bfloat16` computes under
     autocast). Raises TrainingDivergedError when a logged loss or gradient norm is not finite.
     """
-    trained = worker.wrap(module)
-    trained.train()
+    trained = worker.wrap(module.eval())  # dropout off: policy and reference agree at the start, and runs repeat
     optimizer = torch.optim.AdamW(
         module.parameters(), lr=training.learning_rate, betas=training.betas, weight_decay=training.weight_decay
     )
@@ -77,7 +76,6 @@ def train(
             worker.log(row | {"steps_per_second": (done - first) / (time.perf_counter() - started)})
         if done % training.checkpoint_every == 0 and done < num_steps:
             worker.save(done, _tensors(module, optimizer), {})
-    module.eval()
     return {
         "num_steps": num_steps,
         "num_tokens_trained": sum(term.num_tokens(step) for term in terms for step in range(first, num_steps)),

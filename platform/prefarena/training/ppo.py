@@ -65,7 +65,9 @@ def train_ppo(
             worker.save(trainer.iteration, trainer.tensors(), trainer.state())
     if worker.rank == 0:
         save_policy(trainer.policy, trainer.tokenizer, job.model_dir)
-    return {"costs": worker.costs(num_steps=job.ppo.num_iterations, **trainer.counts)}
+    costs = worker.costs(num_steps=job.ppo.num_iterations, **trainer.counts)
+    costs["device_seconds"] += costs["wall_seconds"]  # the generation actor's device is held all the while
+    return {"costs": costs}
 
 
 def _connect(job: PPOJob) -> RolloutSource:
@@ -182,7 +184,7 @@ class _Trainer:
             row |= self._update(batch)
         num_tokens = int(experience.mask.sum())
         self.counts["num_tokens_generated"] += num_tokens
-        self.counts["num_tokens_trained"] += num_tokens * self.settings.num_epochs
+        self.counts["num_tokens_trained"] += experience.num_sequence_tokens * self.settings.num_epochs
         self.iteration = iteration + 1
         with phases("sync"):
             self._push()

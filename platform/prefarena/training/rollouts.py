@@ -60,6 +60,11 @@ class Experience:
     def mask(self) -> Tensor:
         return self.sequences.response_mask
 
+    @property
+    def num_sequence_tokens(self) -> int:
+        """Prompt and response tokens of the batch."""
+        return int(self.sequences.attention_mask.sum())
+
     def __len__(self) -> int:
         return len(self.scores)
 
