@@ -318,13 +318,24 @@ def test_a_group_without_a_grid_is_left_out_and_said() -> None:
     assert "sft is left out" in leakage_tables(found, "KL")[0].caption
 
 
-def test_grids_that_do_not_meet_have_no_table() -> None:
-    results = sweep_results()
+def beyond_the_others(results: Results, *kinds: str) -> Results:
+    """The kinds' gains moved out of reach, each by another distance."""
     for entry in results.entries:
-        if entry.kind == "dpo":
+        if entry.kind in kinds:
             for row in entry.seeds.values():
-                row["reward/covered"] += 5
-    assert leakage(results) is None
+                row["reward/covered"] += 5 * (1 + kinds.index(entry.kind))
+    return results
+
+
+def test_a_grid_that_does_not_meet_the_others_is_left_out_and_said() -> None:
+    found = leakage(beyond_the_others(sweep_results(), "dpo"))
+    assert found is not None and set(found.kls) == {"mpo", "ipo"}
+    assert "does not meet" in found.left_out["dpo"]
+    np.testing.assert_allclose(found.levels[[0, -1]], [0.2, 1.8])
+
+
+def test_grids_of_which_no_two_meet_have_no_table() -> None:
+    assert leakage(beyond_the_others(sweep_results(), "dpo", "ipo")) is None
 
 
 def test_demonstration_term_makes_its_own_group() -> None:

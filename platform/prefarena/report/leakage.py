@@ -86,8 +86,8 @@ def leakage(results: Results, measure: str = "kl/uncovered", num_levels: int = 5
     """`measure` at `num_levels` evenly spaced gains that every group reaches with every seed.
 
     Gains under a tenth of the largest are not used: both KLs are near zero there, and their ratio says little. A
-    group is left out, with the reason, when it has fewer than two settings, lacks a seed, or reaches no gain above
-    the reference. None when no two groups share a range of gains.
+    group is left out, with the reason, when it has fewer than two settings, lacks a seed, reaches no gain above the
+    reference, or stands in the way of a range of gains that the others share. None when no two groups share one.
     """
     curves = curves_of(results, measure)
     seeds = [str(seed) for seed in results.seeds]
@@ -100,9 +100,13 @@ def leakage(results: Results, measure: str = "kl/uncovered", num_levels: int = 5
         elif any(by_seed[seed][:, 0].max() <= 0 for seed in seeds):
             left_out[group] = "no gain over the reference"
     kept = {group: by_seed for group, by_seed in curves.items() if group not in left_out}
-    if len(kept) < 2:
-        return None
-    common = shared_range([by_seed[seed] for by_seed in kept.values() for seed in seeds])
+    common = None
+    while len(kept) >= 2 and common is None:
+        common = shared_range([by_seed[seed] for by_seed in kept.values() for seed in seeds])
+        if common is None:
+            stray = max(kept, key=lambda group: _overlap(kept, seeds, without=group))
+            del kept[stray]
+            left_out[stray] = "its grid does not meet the other methods' gains with every seed"
     if common is None or common[1] <= 0:
         return None
     levels = np.linspace(max(common[0], 0.1 * common[1]), common[1], num_levels)
@@ -111,6 +115,12 @@ def leakage(results: Results, measure: str = "kl/uncovered", num_levels: int = 5
         for group, by_seed in kept.items()
     }
     return Leakage(measure, seeds, levels, kls, left_out)
+
+
+def _overlap(kept: dict[str, dict[str, np.ndarray]], seeds: list[str], without: str) -> float:
+    """The width of the gains shared by all groups but one; negative where a gap parts them."""
+    gains = [by_seed[seed][:, 0] for group, by_seed in kept.items() if group != without for seed in seeds]
+    return float(min(values.max() for values in gains) - max(values.min() for values in gains))
 
 
 def baseline_of(found: Leakage) -> str:
