@@ -77,7 +77,9 @@ def test_mpo_without_reference_ignores_it_in_the_loss_and_keeps_it_in_the_metric
 def bandit_optimum(loss: Callable[[Tensor], Tensor], steps: int = 4000) -> float:
     """The probability of the preferred arm of a two-armed softmax bandit after minimising `loss`(log-probs [2])."""
     logits = torch.zeros(2, dtype=torch.float64, requires_grad=True)
-    optimizer = torch.optim.LBFGS([logits], max_iter=200, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe")
+    optimizer = torch.optim.LBFGS(
+        [logits], max_iter=200, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
+    )
 
     def closure() -> Tensor:
         optimizer.zero_grad()
