@@ -17,11 +17,13 @@ from prefarena.config import LanguageTask
 from prefarena.data.tables import write_rows
 from prefarena.evaluation.enumeration import enumerate_responses
 from prefarena.modeling.load import load_policy
-from prefarena.records import PAIRS
+from prefarena.records import DEMONSTRATIONS, PAIRS
 from prefarena.stages import write_manifest
 from prefarena.tasks.gold import GoldReward
 from prefarena.tasks.language import EOS_ID, Language
-from prefarena.tasks.pairs import sample_pairs
+from prefarena.tasks.pairs import reference_samples, sample_pairs
+
+_SAMPLES_PER_PROMPT = 16  # of the reference, on every prompt: what reward models are normalised on
 
 
 @dataclass(frozen=True)
@@ -40,7 +42,7 @@ class ExactReference:
 
 
 def annotate_language(task: LanguageTask, reference: str, folder: Path) -> None:
-    """Write train_pairs/, test_pairs/, gold.json, exact.npz and the manifest to `folder`."""
+    """Write train_pairs/, test_pairs/, reference_samples/, gold.json, exact.npz and the manifest to `folder`."""
     started = time.perf_counter()
     torch.set_num_threads(1)
     language = Language(task)
@@ -62,6 +64,8 @@ def annotate_language(task: LanguageTask, reference: str, folder: Path) -> None:
             split="train" if split == "train" else "test",
         )
         write_rows(table, folder / f"{split}_pairs" / "part-0.parquet", PAIRS)
+    samples = reference_samples(language.prompt_ids, exact.sequences, exact.logps, _SAMPLES_PER_PROMPT, task.seed)
+    write_rows(samples, folder / "reference_samples" / "part-0.parquet", DEMONSTRATIONS)
     np.savez(
         folder / "exact.npz", ref_logps=exact.logps, rewards=rewards, lengths=exact.lengths, covered=language.covered
     )

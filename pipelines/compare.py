@@ -15,7 +15,7 @@ from pipelines.prepare import prepare
 from pipelines.report import report, run_folder
 from pipelines.train import train
 from prefarena.cluster.session import check_resources, ray_session, requested
-from prefarena.config import RLHF, Comparison, PretrainedModel, TextTask
+from prefarena.config import BestOfN, Comparison, OnPolicyMethod, PretrainedModel, RewardModel, TextTask
 from prefarena.errors import UserError
 from prefarena.modeling.load import load_tokenizer
 from prefarena.report.tables import main_table
@@ -75,18 +75,21 @@ def check_input(config: Comparison) -> None:
 def _optimisations(config: Comparison) -> list[tuple[str, int]]:
     """Batch sizes that workers must share evenly, by key. Raises UserError for entries that cannot train."""
     sizes = [("reference.training.batch_size", config.reference.training.batch_size)]
-    if isinstance(config.task, TextTask):
+    if isinstance(config.task, TextTask) and isinstance(config.judge, RewardModel):
         sizes.append(("judge.training.batch_size", config.judge.training.batch_size))
     for entry in config.entries:
         where = f"entries.{entry.name}.method"
-        if entry.method.kind == "rlhf":
-            sizes.append((f"{where}.reward_model.training.batch_size", entry.method.reward_model.training.batch_size))
-            ppo = entry.method.ppo
-            sizes.append((f"{where}.ppo.rollouts_per_iteration", ppo.rollouts_per_iteration))
-            if ppo.rollouts_per_iteration % ppo.num_minibatches:
+        if isinstance(entry.method, OnPolicyMethod | BestOfN):
+            if isinstance(entry.method.reward, RewardModel):
+                sizes.append((f"{where}.reward.training.batch_size", entry.method.reward.training.batch_size))
+            if isinstance(entry.method, BestOfN):
+                continue
+            training = entry.method.training
+            sizes.append((f"{where}.training.rollouts_per_iteration", training.rollouts_per_iteration))
+            if training.rollouts_per_iteration % training.num_minibatches:
                 raise UserError(
-                    f"{where}.ppo: rollouts_per_iteration {ppo.rollouts_per_iteration} cannot be cut into "
-                    f"{ppo.num_minibatches} minibatches of one size"
+                    f"{where}.training: rollouts_per_iteration {training.rollouts_per_iteration} cannot be cut into "
+                    f"{training.num_minibatches} minibatches of one size"
                 )
         else:
             sizes.append((f"{where}.training.batch_size", entry.method.training.batch_size))
@@ -125,8 +128,8 @@ def show_plan(config: Comparison, plans: list[SeedPlan], console: Console) -> No
         f"stages are under {stages[0].folder.parent}"
     )
     for entry in config.entries:
-        if isinstance(entry.method, RLHF):
-            ppo = entry.method.ppo
+        if isinstance(entry.method, OnPolicyMethod):
+            ppo = entry.method.training
             console.print(
                 f"{entry.name}: {ppo.num_epochs} epochs x {ppo.num_minibatches} minibatches = "
                 f"{ppo.num_epochs * ppo.num_minibatches} updates on each of {ppo.num_iterations} rollout batches"

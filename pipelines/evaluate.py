@@ -24,10 +24,10 @@ from prefarena.config import Comparison, Evaluation, LanguageTask
 from prefarena.data.tables import read_rows
 from prefarena.evaluation.enumeration import enumerate_responses
 from prefarena.evaluation.exact import exact_metrics, frontiers, win_rates
-from prefarena.evaluation.judges import RewardModelJudge
 from prefarena.evaluation.preferences import preference_accuracy
 from prefarena.evaluation.sampled import prompt_clusters, response_logps, rollout_logps, sampled_metrics, win_rate
 from prefarena.generation.interface import Sampling
+from prefarena.judges.models import RewardModelJudge
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.records import Rollout
 from prefarena.stages import Stage, write_json, write_manifest

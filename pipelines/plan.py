@@ -14,9 +14,20 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from prefarena.config import RLHF, Comparison, Entry, LanguageTask, TextTask
+from prefarena.config import (
+    BestOfN,
+    Comparison,
+    Entry,
+    JudgeSettings,
+    LanguageTask,
+    OffPolicyMethod,
+    OnPolicyMethod,
+    RewardModel,
+    TextTask,
+)
+from prefarena.judges.spec import JudgeSpec
 from prefarena.stages import Stage
-from prefarena.training.jobs import Job, OffPolicyJob, PPOJob, ReferenceJob, RewardModelJob
+from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 
 GENERATOR = "prefarena-generator"
 
@@ -77,7 +88,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     pairs, judge = data, None
     if isinstance(task, LanguageTask):
         pairs = Stage.at(root, "pairs", task.kind, [reference.key, task.model_dump(mode="json")])
-    else:
+    elif isinstance(config.judge, RewardModel):
         judge = Stage.at(root, "judge", task.kind, [pairs.key, reference.key, _dump(config.judge), _layout(config)])
     logps = Stage.at(root, "logps", task.kind, [pairs.key, reference.key])
     evaluate = [logps.key, judge.key if judge else None, _dump(config.evaluation)]
@@ -89,10 +100,12 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
 def _trained(config: Comparison, entry: Entry, seed: int, root: Path, logps: Stage, evaluate: list[Any]) -> Trained:
     method, label, reward_model = entry.method, f"{entry.name}-s{seed}", None
     inputs: list[Any] = [logps.key, _dump(method), seed, _layout(config)]
-    if isinstance(method, RLHF):
-        rm_inputs = [logps.key, _dump(method.reward_model), seed, _layout(config)]
-        reward_model = Stage.at(root, "reward_model", f"s{seed}", rm_inputs)
-        inputs += [reward_model.key, config.generation.dtype]
+    if isinstance(method, OnPolicyMethod | BestOfN):
+        if isinstance(method.reward, RewardModel):
+            rm_inputs = [logps.key, _dump(method.reward), seed, _layout(config)]
+            reward_model = Stage.at(root, "reward_model", f"s{seed}", rm_inputs)
+            inputs.append(reward_model.key)
+        inputs.append(config.generation.dtype)
     training = Stage.at(root, method.kind, label, inputs)
     evaluation = Stage.at(root, "evaluation", label, [training.key, evaluate])
     return Trained(entry, seed, training, reward_model, evaluation)
@@ -149,6 +162,8 @@ def reference_job(config: Comparison, plan: SeedPlan) -> ReferenceJob:
 
 
 def judge_job(config: Comparison, plan: SeedPlan, judge: Stage) -> RewardModelJob:
+    if not isinstance(config.judge, RewardModel):
+        raise TypeError(f"a {config.judge.kind} judge is not trained")
     return RewardModelJob(
         stage_dir=str(judge.folder),
         name="judge",
@@ -157,20 +172,23 @@ def judge_job(config: Comparison, plan: SeedPlan, judge: Stage) -> RewardModelJo
         settings=config.judge,
         pairs=str(plan.pairs.folder / "judge_pairs"),
         test_pairs=str(plan.pairs.folder / "test_pairs"),
+        samples=str(plan.pairs.folder / "reference_samples"),
     )
 
 
 def reward_model_job(plan: SeedPlan, trained: Trained) -> RewardModelJob:
-    if not isinstance(trained.entry.method, RLHF) or trained.reward_model is None:
+    settings = getattr(trained.entry.method, "reward", None)
+    if not isinstance(settings, RewardModel) or trained.reward_model is None:
         raise TypeError(f"{trained.entry.name} has no reward model")
     return RewardModelJob(
         stage_dir=str(trained.reward_model.folder),
         name=f"reward-model-s{trained.seed}",
         policy=model_of(plan.reference),
         seed=trained.seed,
-        settings=trained.entry.method.reward_model,
+        settings=settings,
         pairs=str(plan.logps.folder / "train_pairs"),
         test_pairs=str(plan.logps.folder / "test_pairs"),
+        samples=str(plan.pairs.folder / "reference_samples"),
     )
 
 
@@ -178,7 +196,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
     """The training job of an entry at a seed."""
     method = trained.entry.method
     folder, name = str(trained.training.folder), f"{trained.entry.name}-s{trained.seed}"
-    if not isinstance(method, RLHF):
+    if isinstance(method, OffPolicyMethod):
         pretraining = plan.data.folder / "pretraining"
         return OffPolicyJob(
             stage_dir=folder,
@@ -190,21 +208,39 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
             demonstrations=str(plan.data.folder / "demonstrations"),
             pretraining=str(pretraining) if method.pretraining_weight > 0 else None,
         )
-    if trained.reward_model is None:
-        raise TypeError(f"{trained.entry.name} has no reward model")
-    return PPOJob(
+    if isinstance(method, BestOfN):
+        raise TypeError("best-of-n trains nothing")
+    return OnPolicyJob(
         stage_dir=folder,
         name=name,
         policy=model_of(plan.reference),
         seed=trained.seed,
-        ppo=method.ppo,
-        reward_model=model_of(trained.reward_model),
+        training=method.training,
+        reward=judge_spec(plan, method.reward, trained.reward_model),
         prompts=str(plan.data.folder / "prompts"),
         covered_only=method.prompts == "covered",
-        generator=GENERATOR,
+        generators=generator_names(config),
         generation=config.generation,
         response_limit=response_limit(plan.task),
+        critic=model_of(trained.reward_model) if trained.reward_model else None,
     )
+
+
+def judge_spec(plan: SeedPlan, settings: JudgeSettings, reward_model: Stage | None) -> JudgeSpec:
+    """A judge as workers load it; `reward_model` is the stage of a learned one."""
+    path = None
+    if isinstance(settings, RewardModel):
+        if reward_model is None:
+            raise TypeError("a learned judge has a stage")
+        path = model_of(reward_model)
+    elif settings.kind == "gold":
+        path = str(plan.pairs.folder / "gold.json")
+    return JudgeSpec(settings, path, model_of(plan.reference))
+
+
+def generator_names(config: Comparison) -> tuple[str, ...]:
+    """The Ray names of the generation actors."""
+    return tuple(f"{GENERATOR}-{index}" for index in range(config.generation.num_actors))
 
 
 def response_limit(task: LanguageTask | TextTask) -> int:

@@ -6,20 +6,22 @@ import sys
 
 from rich.console import Console
 
-from pipelines.plan import GENERATOR, SeedPlan, Trained, entry_job, max_length, model_of, reward_model_job
+from pipelines.plan import SeedPlan, Trained, entry_job, generator_names, max_length, model_of, reward_model_job
 from pipelines.prepare import run
 from pipelines.progress import stage_line
-from prefarena.config import RLHF, Comparison
+from prefarena.config import Comparison, OffPolicyMethod, OnPolicyMethod
 from prefarena.generation.actor import Generator
 
 
 def train(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
     """Run every entry's training that is not finished. The shared stages must be. Needs Ray."""
     every = [(plan, trained) for plan in plans for trained in plan.trained]
-    off_policy = [entry_job(config, plan, trained) for plan, trained in every if trained.reward_model is None]
+    off_policy = [
+        entry_job(config, plan, trained) for plan, trained in every if isinstance(trained.entry.method, OffPolicyMethod)
+    ]
     reward_models = [reward_model_job(plan, trained) for plan, trained in every if trained.reward_model is not None]
     run(config.resources, [*off_policy, *reward_models], config, console)
-    on_policy = [(plan, trained) for plan, trained in every if isinstance(trained.entry.method, RLHF)]
+    on_policy = [(plan, trained) for plan, trained in every if isinstance(trained.entry.method, OnPolicyMethod)]
     if any(not trained.training.finished for _, trained in on_policy):
         _train_on_policy(config, on_policy, console)
 
@@ -41,7 +43,7 @@ def start_generator(config: Comparison, plan: SeedPlan, console: Console) -> Gen
             config.generation,
             max_model_len=max_length(plan.task),
             use_gpu=config.resources.use_gpu,
-            name=GENERATOR,
+            name=generator_names(config)[0],
             seed=config.seeds[0],
         )
 

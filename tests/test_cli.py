@@ -39,7 +39,7 @@ def text_config(folder: Path, data: str, **task: object) -> str:
         ("task.num_prompts=5000", "make only 2197"),
         ("model.num_heads=4", "hidden_size / num_heads is 16"),
         ("resources.num_workers=3", "cannot be shared evenly"),
-        ("entries.rlhf.method.ppo.num_minibatches=7", "cannot be cut into 7 minibatches"),
+        ("entries.rlhf.method.training.num_minibatches=7", "cannot be cut into 7 minibatches"),
         ("entries.dpo.method.pretraining_weight=1", "needs task.pretraining_text"),
     ],
 )
@@ -80,7 +80,7 @@ def test_too_few_resources(ray_session: None, capsys: pytest.CaptureFixture[str]
 def test_methods_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods"]) == 0
     text = capsys.readouterr().out
-    for line in ("mpo: Maximum Preference Optimization", "beta = 0.1", "tau = 0.1", "ppo.gae_lambda = 0.95"):
+    for line in ("mpo: Maximum Preference Optimization", "beta = 0.1", "tau = 0.1", "training.gae_lambda = 0.95"):
         assert line in text
 
 

@@ -25,7 +25,7 @@ ENTRIES = [
     {"name": "mpo", "method": {"kind": "mpo", "training": QUICK}},
     {"name": "dpo", "method": {"kind": "dpo", "training": QUICK}},
     {"name": "ipo", "method": {"kind": "ipo", "training": QUICK}},
-    {"name": "rlhf", "method": {"kind": "rlhf", "reward_model": {"training": QUICK}, "ppo": PPO}},
+    {"name": "rlhf", "method": {"kind": "rlhf", "reward": {"kind": "learned", "training": QUICK}, "training": PPO}},
 ]
 LANGUAGE = {
     "name": "mini",

@@ -17,9 +17,10 @@ ALLOWED = {
     "modeling": {"objectives"},
     "data": {"modeling", "objectives"},
     "tasks": {"data", "modeling", "objectives"},
+    "judges": {"tasks", "data", "modeling", "objectives"},
     "generation": {"tasks", "data", "modeling", "objectives"},
-    "evaluation": {"tasks", "data", "modeling", "objectives"},
-    "training": {"generation", "tasks", "data", "modeling", "objectives"},
+    "evaluation": {"judges", "tasks", "data", "modeling", "objectives"},
+    "training": {"generation", "judges", "tasks", "data", "modeling", "objectives"},
     "report": {"tasks", "data", "modeling", "objectives"},
     "cluster": {"tasks", "data", "modeling", "objectives"},
 }

@@ -13,14 +13,15 @@ import torch
 from tiny import BOS, EOS, FIRST_LETTER
 from torch import Tensor
 
-from prefarena.config import Generation, PPOStep
+from prefarena.config import Generation, PPOTraining, RewardModel
 from prefarena.data.tables import write_rows
 from prefarena.errors import UserError
 from prefarena.generation.interface import Sampling, StaleWeightsError
+from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.load import load_policy, load_tokenizer, new_reward_model, save_policy
 from prefarena.modeling.logprobs import Sequences
 from prefarena.records import PROMPTS, Rollout
-from prefarena.training.jobs import PPOJob
+from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.ppo import train_ppo
 from prefarena.training.rollouts import minibatches, prompt_indices, share
 from prefarena.training.worker import Worker
@@ -71,7 +72,7 @@ def count_liked(sequences: Sequences) -> Tensor:
 
 
 @pytest.fixture
-def job(tmp_path: Path, tiny_policy: str) -> PPOJob:
+def job(tmp_path: Path, tiny_policy: str) -> OnPolicyJob:
     prompts = {
         "id": [f"{i:02d}" for i in range(8)],
         "prompt_ids": [[BOS, FIRST_LETTER + i, FIRST_LETTER + 2] for i in range(8)],
@@ -80,22 +81,23 @@ def job(tmp_path: Path, tiny_policy: str) -> PPOJob:
     }
     write_rows(pa.table(prompts), tmp_path / "prompts.parquet", PROMPTS)
     save_policy(new_reward_model(tiny_policy, 0), load_tokenizer(tiny_policy), tmp_path / "reward")
-    settings = PPOStep(
+    settings = PPOTraining(
         num_iterations=8, rollouts_per_iteration=48, num_minibatches=3, micro_batch_size=10, kl_coef=0.05,
         target_kl=0.5, kl_horizon=200, checkpoint_every=2,
     )  # fmt: skip
-    return PPOJob(
-        stage_dir=str(tmp_path / "stage"), name="rlhf", policy=tiny_policy, seed=0, ppo=settings,
-        reward_model=str(tmp_path / "reward"), prompts=str(tmp_path / "prompts.parquet"), covered_only=True,
-        generator="none", generation=Generation(), response_limit=4,
+    return OnPolicyJob(
+        stage_dir=str(tmp_path / "stage"), name="rlhf", policy=tiny_policy, seed=0, training=settings,
+        reward=JudgeSpec(RewardModel(), str(tmp_path / "reward"), tiny_policy), critic=str(tmp_path / "reward"),
+        prompts=str(tmp_path / "prompts.parquet"), covered_only=True,
+        generators=("none",), generation=Generation(), response_limit=4,
     )  # fmt: skip
 
 
-def metric_rows(job: PPOJob) -> list[dict[str, float]]:
+def metric_rows(job: OnPolicyJob) -> list[dict[str, float]]:
     return [json.loads(line) for line in (Path(job.stage_dir) / "metrics.jsonl").read_text().splitlines()]
 
 
-def test_the_reward_rises_and_every_metric_is_there(job: PPOJob) -> None:
+def test_the_reward_rises_and_every_metric_is_there(job: OnPolicyJob) -> None:
     source = LocalGenerator(job.policy)
     costs = train_ppo(job, Worker(job.stage_dir), source, reward=count_liked)["costs"]
     rows = metric_rows(job)
@@ -119,8 +121,8 @@ def test_the_reward_rises_and_every_metric_is_there(job: PPOJob) -> None:
         assert torch.equal(tensor, source.model.state_dict()[name])
 
 
-def test_an_interrupted_run_ends_in_the_same_weights_bit_for_bit(job: PPOJob, tmp_path: Path) -> None:
-    job = replace(job, ppo=job.ppo.model_copy(update={"num_iterations": 5}))
+def test_an_interrupted_run_ends_in_the_same_weights_bit_for_bit(job: OnPolicyJob, tmp_path: Path) -> None:
+    job = replace(job, training=job.training.model_copy(update={"num_iterations": 5}))
     train_ppo(job, Worker(job.stage_dir), LocalGenerator(job.policy))
 
     class Dying(LocalGenerator):
@@ -152,15 +154,15 @@ class GlooWorker(Worker):
         super().__init__(stage_dir)
 
 
-def run_as_one_of_two(rank: int, job: PPOJob, rendezvous: str) -> None:
+def run_as_one_of_two(rank: int, job: OnPolicyJob, rendezvous: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
     train_ppo(job, GlooWorker(job.stage_dir, rank), LocalGenerator(job.policy), reward=count_liked)
     torch.distributed.destroy_process_group()
 
 
-def test_two_workers_do_what_one_does(job: PPOJob, tmp_path: Path) -> None:
-    job = replace(job, ppo=job.ppo.model_copy(update={"num_iterations": 2, "rollouts_per_iteration": 51}))
+def test_two_workers_do_what_one_does(job: OnPolicyJob, tmp_path: Path) -> None:
+    job = replace(job, training=job.training.model_copy(update={"num_iterations": 2, "rollouts_per_iteration": 51}))
     train_ppo(job, Worker(job.stage_dir), LocalGenerator(job.policy), reward=count_liked)
     shared = replace(job, stage_dir=str(tmp_path / "shared"))
     torch.multiprocessing.spawn(run_as_one_of_two, args=(shared, str(tmp_path / "rendezvous")), nprocs=2)
@@ -170,21 +172,21 @@ def test_two_workers_do_what_one_does(job: PPOJob, tmp_path: Path) -> None:
             assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
 
 
-def test_a_generator_that_lost_its_weights_is_given_them_again(job: PPOJob) -> None:
+def test_a_generator_that_lost_its_weights_is_given_them_again(job: OnPolicyJob) -> None:
     class Forgetful(LocalGenerator):
         def generate(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
             if version == "rlhf@1" and self.num_syncs == 2:
                 self.version = None
             return super().generate(prompts, sampling, version)
 
-    job = replace(job, ppo=job.ppo.model_copy(update={"num_iterations": 2}))
+    job = replace(job, training=job.training.model_copy(update={"num_iterations": 2}))
     source = Forgetful(job.policy)
     train_ppo(job, Worker(job.stage_dir), source, reward=count_liked)
     assert source.num_syncs == 4 and source.version == "rlhf@2"
 
 
-def test_too_few_rollouts_to_share_is_one_clear_sentence(job: PPOJob) -> None:
-    job = replace(job, ppo=job.ppo.model_copy(update={"rollouts_per_iteration": 2}))
+def test_too_few_rollouts_to_share_is_one_clear_sentence(job: OnPolicyJob) -> None:
+    job = replace(job, training=job.training.model_copy(update={"rollouts_per_iteration": 2}))
     with pytest.raises(UserError, match="rollouts_per_iteration 2 is fewer than one rollout for each of 3"):
         train_ppo(job, Worker(job.stage_dir), LocalGenerator(job.policy))
 

@@ -12,7 +12,6 @@ from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassifi
 from prefarena.config import LanguageTask
 from prefarena.evaluation.enumeration import Enumeration, enumerate_responses
 from prefarena.evaluation.exact import exact_metrics, win_rates
-from prefarena.evaluation.judges import GoldJudge, Judge, RewardModelJudge
 from prefarena.evaluation.sampled import (
     kl_estimates,
     prompt_clusters,
@@ -22,6 +21,8 @@ from prefarena.evaluation.sampled import (
     win_matrix,
     win_rate,
 )
+from prefarena.judges.models import GoldRewardJudge, RewardModelJudge
+from prefarena.judges.spec import Judge
 from prefarena.modeling.heads import scores
 from prefarena.modeling.logprobs import collate
 from prefarena.records import Rollout
@@ -48,7 +49,7 @@ class Arena:
         ref = self.exact[0]
         gold = GoldReward.fit(TASK, self.language.prompt_ids, ref.sequences, ref.logps)
         gold.save(folder / "gold.json")
-        self.judge: Judge = GoldJudge(folder / "gold.json")
+        self.judge: Judge = GoldRewardJudge(folder / "gold.json")
         self.rewards = gold.table(self.language.prompt_ids, ref.sequences)
 
     def sample(self, policy: Enumeration, per_prompt: int, seed: int) -> tuple[list[Rollout], np.ndarray]:

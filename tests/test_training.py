@@ -142,7 +142,7 @@ def test_one_and_two_ray_train_workers_give_the_same_losses(ray_session: None, i
 def reward_model_job(inputs: Path, folder: Path) -> RewardModelJob:
     return RewardModelJob(
         stage_dir=str(folder), name="rm", policy=str(inputs / "model"), seed=0, settings=RewardModel(training=QUICK),
-        pairs=str(inputs / "pairs"), test_pairs=str(inputs / "pairs"),
+        pairs=str(inputs / "pairs"), test_pairs=str(inputs / "pairs"), samples=str(inputs / "demonstrations"),
     )  # fmt: skip
 
 
@@ -152,7 +152,7 @@ def test_a_reward_model_learns_and_its_scores_are_normalised(inputs: Path, tmp_p
     job = RewardModelJob(**(vars(job) | {"settings": RewardModel(training=training)}))
     run_job(job, Worker(job.stage_dir))
     assert read_manifest(job.stage_dir)["reward_model"]["accuracy"] > 0.9  # its own training pairs
-    from prefarena.evaluation.judges import RewardModelJudge
+    from prefarena.judges.models import RewardModelJudge
 
     table = read_rows(inputs / "pairs").to_pydict()
     judge = RewardModelJudge(job.model_dir)

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prefarena.config import RLHF, Comparison
+from prefarena.config import Comparison, OnPolicyMethod
 from prefarena.errors import UserError
 
 _LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
@@ -65,7 +65,9 @@ def requested(config: Comparison) -> dict[str, tuple[float, str]]:
     resources = config.resources
     workers = resources.num_workers * resources.cpus_per_worker
     asked = {"CPU": (workers * resources.concurrent_runs, "resources.num_workers x cpus_per_worker x concurrent_runs")}
-    has_rollouts = any(isinstance(entry.method, RLHF) for entry in config.entries) or config.task.kind == "text"
+    has_rollouts = (
+        any(isinstance(entry.method, OnPolicyMethod) for entry in config.entries) or config.task.kind == "text"
+    )
     if has_rollouts and not resources.use_gpu and workers + config.generation.cpus > asked["CPU"][0]:
         asked["CPU"] = (
             workers + config.generation.cpus,

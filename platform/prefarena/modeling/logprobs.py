@@ -33,6 +33,15 @@ class Sequences:
         start = self.prompt_lengths[:, None]
         return (position >= start) & (position < start + self.response_lengths[:, None])
 
+    def ids(self) -> tuple[list[list[int]], list[list[int]]]:
+        """The prompts and the responses, as lists of token ids."""
+        prompts, responses = [], []
+        lengths = zip(self.prompt_lengths.tolist(), self.response_lengths.tolist(), strict=True)
+        for row, (start, length) in zip(self.input_ids.tolist(), lengths, strict=True):
+            prompts.append(row[:start])
+            responses.append(row[start : start + length])
+        return prompts, responses
+
     @property
     def last_positions(self) -> Tensor:
         """[B]: the position of each sequence's last token."""

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from prefarena.errors import UserError
-from prefarena.records import PAIRS, content_id
+from prefarena.records import DEMONSTRATIONS, PAIRS, content_id
 from prefarena.tasks.language import seeded, unpadded
 
 _MOST_REDRAWS = 10_000
@@ -68,6 +68,23 @@ def sample_responses(rng: np.random.Generator, logps: np.ndarray, number: int) -
     cumulative = np.cumsum(np.exp(logps))
     draws = np.searchsorted(cumulative, rng.random(number) * cumulative[-1], side="right")
     return np.minimum(draws, len(logps) - 1)
+
+
+def reference_samples(
+    prompts: list[list[int]], sequences: np.ndarray, ref_logps: np.ndarray, per_prompt: int, seed: int
+) -> pa.Table:
+    """`per_prompt` independent draws from the reference for each of P prompts, as records.DEMONSTRATIONS.
+
+    sequences: [N, L], -1 behind the response. ref_logps: [P, N].
+    """
+    rng = seeded(seed, "reference-samples")
+    rows = []
+    for prompt, logps in zip(prompts, ref_logps, strict=True):
+        for place, draw in enumerate(sample_responses(rng, logps, per_prompt)):
+            response = unpadded(sequences[draw])
+            identity = content_id("sample", seed, place, prompt, response)
+            rows.append({"id": identity, "prompt_ids": prompt, "response_ids": response})
+    return pa.Table.from_pylist(rows, schema=DEMONSTRATIONS)
 
 
 def _draw_different(

@@ -10,7 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from prefarena.config import Generation, OffPolicyMethod, Optimisation, PPOStep, RewardModel
+from prefarena.config import (
+    Generation,
+    GRPOTraining,
+    OffPolicyMethod,
+    Optimisation,
+    PPOTraining,
+    RewardModel,
+    RLOOTraining,
+)
+from prefarena.judges.spec import JudgeSpec
 
 
 @dataclass(frozen=True)
@@ -48,21 +57,31 @@ class OffPolicyJob(Job):
 
 @dataclass(frozen=True)
 class RewardModelJob(Job):
-    """A Bradley-Terry reward model from the policy's body, scores normalised on the pairs' own responses."""
+    """A Bradley-Terry reward model from the policy's body, its scores normalised on samples of the reference.
+
+    samples: a table with prompt_ids and response_ids, drawn from the reference policy.
+    """
 
     settings: RewardModel
     pairs: str
     test_pairs: str
+    samples: str
 
 
 @dataclass(frozen=True)
-class PPOJob(Job):
-    """PPO from `policy` against `reward_model`, with rollouts from the named generation actor."""
+class OnPolicyJob(Job):
+    """PPO, GRPO or RLOO (by the type of `training`) from `policy`, with rollouts from the named generation actors.
 
-    ppo: PPOStep
-    reward_model: str
+    reward: what is maximised. monitor: another judge whose mean score on the rollouts is logged as `reward/judge` and
+    never learned from. critic: the reward model that the critic starts from; none: the policy's body, a head of zeros.
+    """
+
+    training: PPOTraining | GRPOTraining | RLOOTraining
+    reward: JudgeSpec
     prompts: str
     covered_only: bool
-    generator: str
+    generators: tuple[str, ...]
     generation: Generation
     response_limit: int
+    critic: str | None = None
+    monitor: JudgeSpec | None = None

@@ -18,19 +18,19 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefarena.config import PPOStep
+from prefarena.config import PPOTraining
 from prefarena.data.tables import read_rows
 from prefarena.errors import UserError
 from prefarena.generation.interface import RolloutSource, Sampling, StaleWeightsError
+from prefarena.judges.spec import Judge, load_judge
 from prefarena.modeling.heads import ScalarHead
-from prefarena.modeling.heads import scores as reward_scores
-from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, save_policy
+from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_policy
 from prefarena.modeling.logprobs import Sequences, token_logps
 from prefarena.objectives.kl import KLController
 from prefarena.objectives.output import ObjectiveOutput
 from prefarena.objectives.ppo import importance_weights, policy_loss, value_loss
 from prefarena.records import Rollout
-from prefarena.training.jobs import PPOJob
+from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.off_policy import TrainingDivergedError, Window
 from prefarena.training.ppo_batch import Batch, experience_metrics, learnable
 from prefarena.training.rollouts import (
@@ -49,7 +49,7 @@ Reward = Callable[[Sequences], Tensor]
 
 
 def train_ppo(
-    job: PPOJob, worker: Worker, source: RolloutSource | None = None, reward: Reward | None = None
+    job: OnPolicyJob, worker: Worker, source: RolloutSource | None = None, reward: Reward | None = None
 ) -> dict[str, Any]:
     """Run all iterations from the last checkpoint on, save the policy at `job.model_dir`, return the costs.
 
@@ -59,21 +59,21 @@ def train_ppo(
     """
     trainer = _Trainer(job, worker, source or _connect(job), reward)
     trainer.restore()
-    for iteration in range(trainer.iteration, job.ppo.num_iterations):
+    for iteration in range(trainer.iteration, job.training.num_iterations):
         worker.log(trainer.run(iteration))
-        if trainer.iteration % job.ppo.checkpoint_every == 0 and trainer.iteration < job.ppo.num_iterations:
+        if trainer.iteration % job.training.checkpoint_every == 0 and trainer.iteration < job.training.num_iterations:
             worker.save(trainer.iteration, trainer.tensors(), trainer.state())
     if worker.rank == 0:
         save_policy(trainer.policy, trainer.tokenizer, job.model_dir)
-    costs = worker.costs(num_steps=job.ppo.num_iterations, **trainer.counts)
+    costs = worker.costs(num_steps=job.training.num_iterations, **trainer.counts)
     costs["device_seconds"] += costs["wall_seconds"]  # the generation actor's device is held all the while
     return {"costs": costs}
 
 
-def _connect(job: PPOJob) -> RolloutSource:
+def _connect(job: OnPolicyJob) -> RolloutSource:
     from prefarena.generation.actor import Generator
 
-    return Generator.connect(job.generator, job.generation)
+    return Generator.connect(job.generators[0], job.generation)
 
 
 @dataclass
@@ -100,32 +100,33 @@ class _Phases:
 
 
 class _Trainer:
-    def __init__(self, job: PPOJob, worker: Worker, source: RolloutSource, reward: Reward | None) -> None:
-        self.job, self.worker, self.source, self.settings = job, worker, source, job.ppo
-        _check_sizes(job.ppo, worker.world_size)
+    def __init__(self, job: OnPolicyJob, worker: Worker, source: RolloutSource, reward: Reward | None) -> None:
+        self.job, self.worker, self.source = job, worker, source
+        if not isinstance(job.training, PPOTraining):
+            raise NotImplementedError(type(job.training).__name__)
+        self.settings = job.training
+        _check_sizes(self.settings, worker.world_size)
         self.tokenizer = load_tokenizer(job.policy)
         self.policy = load_policy(job.policy)
-        critic = load_reward_model(job.reward_model)
-        self._policy = self._learner(self.policy, job.ppo.learning_rate)
-        self._critic = self._learner(ScalarHead(critic), job.ppo.critic_learning_rate)
+        critic = load_reward_model(job.critic) if job.critic else new_reward_model(job.policy, job.seed)
+        self._policy = self._learner(self.policy, job.training.learning_rate)
+        self._critic = self._learner(ScalarHead(critic), self.settings.critic_learning_rate)
         reference = load_policy(job.policy)
         _freeze(reference, worker.device)
         if reward is None:
-            reward_model = load_reward_model(job.reward_model)
-            _freeze(reward_model, worker.device)
-            reward = partial(reward_scores, reward_model)
+            reward = _judged(load_judge(job.reward, job.training.micro_batch_size, worker.device))
         self._scorers = Scorers(
             policy=self.policy,
             reference=reference,
             values=partial(_values, self._critic.module, critic),
             reward=reward,
-            temperature=job.ppo.temperature,
-            micro_batch_size=job.ppo.micro_batch_size,
+            temperature=job.training.temperature,
+            micro_batch_size=job.training.micro_batch_size,
             autocast=self._autocast,
         )
         self._train_values = partial(_values, self._critic.wrapped, critic)
         self.prompts = _read_prompts(job)
-        self.controller = KLController(job.ppo.kl_coef, job.ppo.target_kl, job.ppo.kl_horizon)
+        self.controller = KLController(job.training.kl_coef, job.training.target_kl, job.training.kl_horizon)
         self.counts = {"num_tokens_generated": 0, "num_tokens_trained": 0}
         self.iteration = 0
 
@@ -284,6 +285,16 @@ class _Trainer:
         return value_loss(values, batch.values, batch.returns, batch.mask, clip=self.settings.value_clip)
 
 
+def _judged(judge: Judge) -> Reward:
+    """A judge as a function of sequences [B] to scores [B]."""
+
+    def reward(sequences: Sequences) -> Tensor:
+        prompts, responses = sequences.ids()
+        return torch.from_numpy(judge.score(prompts, responses)).float().to(sequences.input_ids.device)
+
+    return reward
+
+
 def _freeze(module: nn.Module, device: torch.device) -> None:
     module.to(device).requires_grad_(False)
 
@@ -294,7 +305,7 @@ def _values(head: nn.Module, critic: PreTrainedModel, sequences: Sequences) -> T
     return (head(sequences)[:, :-1] - mean) / scale
 
 
-def _read_prompts(job: PPOJob) -> list[list[int]]:
+def _read_prompts(job: OnPolicyJob) -> list[list[int]]:
     """The training prompts, or those of them with pairs."""
     rows = read_rows(job.prompts, ["prompt_ids", "covered", "split"]).to_pylist()
     prompts = [
@@ -305,7 +316,7 @@ def _read_prompts(job: PPOJob) -> list[list[int]]:
     return prompts
 
 
-def _check_sizes(settings: PPOStep, world_size: int) -> None:
+def _check_sizes(settings: PPOTraining, world_size: int) -> None:
     if settings.rollouts_per_iteration < settings.num_minibatches * world_size:
         raise UserError(
             f"rollouts_per_iteration {settings.rollouts_per_iteration} is fewer than one rollout for each of "

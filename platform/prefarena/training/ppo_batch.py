@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from prefarena.config import PPOStep
+from prefarena.config import PPOTraining
 from prefarena.modeling.logprobs import Sequences
 from prefarena.objectives.kl import k1, k3
 from prefarena.objectives.ppo import (
@@ -47,7 +47,7 @@ class Batch:
         return replace(self, sequences=sequences, **tensors)
 
 
-def learnable(experience: Experience, settings: PPOStep, kl_coef: float) -> Batch:
+def learnable(experience: Experience, settings: PPOTraining, kl_coef: float) -> Batch:
     """Clip and penalise the scores, add the KL penalty per token, and whiten the advantages over the whole batch."""
     mask = experience.mask
     scores = experience.scores.clamp(-settings.reward_clip, settings.reward_clip)

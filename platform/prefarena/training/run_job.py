@@ -8,10 +8,11 @@ import numpy as np
 import torch
 
 from prefarena.data.tables import read_rows
+from prefarena.judges.models import RewardModelJudge
 from prefarena.modeling.heads import ScalarHead, last_token
 from prefarena.modeling.load import load_policy, load_tokenizer, new_reward_model, save_policy
 from prefarena.stages import write_manifest
-from prefarena.training.jobs import Job, OffPolicyJob, PPOJob, ReferenceJob, RewardModelJob
+from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 from prefarena.training.off_policy import train
 from prefarena.training.terms import (
     LikelihoodTerm,
@@ -32,7 +33,7 @@ def run_job(job: Job, worker: Worker) -> None:
             contents = _train_policy(job, worker)
         case RewardModelJob():
             contents = _train_reward_model(job, worker)
-        case PPOJob():
+        case OnPolicyJob():
             from prefarena.training.ppo import train_ppo
 
             contents = train_ppo(job, worker)
@@ -84,10 +85,10 @@ def _train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
     counts = train(head, [term], settings.training, worker)
     contents: dict[str, Any] = {}
     if worker.rank == 0:
-        chosen, rejected = pair_scores(head, job.pairs, tokenizer.pad_token_id, worker.device)
-        both = np.concatenate([chosen, rejected])
-        model.config.reward_mean = float(both.mean())
-        model.config.reward_scale = float(max(both.std(), 1e-6))
+        samples = read_rows(job.samples)
+        raw = RewardModelJudge.of(model).score(samples["prompt_ids"].to_pylist(), samples["response_ids"].to_pylist())
+        model.config.reward_mean = float(raw.mean())
+        model.config.reward_scale = float(max(raw.std(), 1e-6))
         held_out = pair_scores(head, job.test_pairs, tokenizer.pad_token_id, worker.device)
         contents["reward_model"] = _quality(*held_out)
         save_policy(model, tokenizer, job.model_dir)

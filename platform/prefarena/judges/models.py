@@ -1,12 +1,12 @@
-"""Judges: what scores a response to a prompt in an evaluation."""
+"""The judges that this project trains or defines: a reward model, and the language's gold reward."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 import torch
+from transformers import PreTrainedModel
 
 from prefarena.modeling.heads import scores
 from prefarena.modeling.load import load_reward_model
@@ -14,15 +14,7 @@ from prefarena.modeling.logprobs import collate
 from prefarena.tasks.gold import GoldReward
 
 
-class Judge(Protocol):
-    """Anything that scores responses; higher is better."""
-
-    def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-        """Scores float64 [N] of N responses to N prompts, all as token ids (eos kept where it was produced)."""
-        ...
-
-
-class GoldJudge:
+class GoldRewardJudge:
     """The gold reward of the enumerable language, from the JSON that its stage wrote."""
 
     def __init__(self, path: str | Path) -> None:
@@ -41,6 +33,13 @@ class RewardModelJudge:
         self._model = load_reward_model(path)
         torch.nn.Module.to(self._model, device)
         self._batch_size = batch_size
+
+    @classmethod
+    def of(cls, model: PreTrainedModel, batch_size: int = 64) -> RewardModelJudge:
+        """A judge of a model that is in memory; it scores where the model is, with the model's normalisation."""
+        judge = cls.__new__(cls)
+        judge._model, judge._batch_size = model, batch_size
+        return judge
 
     @torch.no_grad()
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:

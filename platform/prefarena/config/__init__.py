@@ -1,0 +1,86 @@
+"""Typed configuration: the one home of every default.
+
+A comparison is `entries x seeds` on one `task`. Unknown keys are errors that suggest the right one (see
+`load_config`). Every model here is frozen: a resolved configuration is a value, and stages hash it.
+"""
+
+from prefarena.config.comparison import (
+    Comparison,
+    Entry,
+    Evaluation,
+    Generation,
+    Method,
+    Reference,
+    Resources,
+)
+from prefarena.config.judges import (
+    ClassifierJudge,
+    EndpointJudge,
+    FunctionJudge,
+    GoldJudge,
+    JudgeSettings,
+    RewardModel,
+)
+from prefarena.config.loading import DEFAULT_CONFIG, dump_config, load_config, parse_config
+from prefarena.config.models import Model, PretrainedModel, ScratchModel
+from prefarena.config.off_policy import DPO, IPO, MPO, SFT, OffPolicy, OffPolicyMethod, Optimisation
+from prefarena.config.on_policy import (
+    GRPO,
+    RLHF,
+    RLOO,
+    BestOfN,
+    GroupTraining,
+    GRPOTraining,
+    OnPolicy,
+    OnPolicyMethod,
+    OnPolicyTraining,
+    PPOTraining,
+    RLOOTraining,
+)
+from prefarena.config.section import Section
+from prefarena.config.tasks import LanguageTask, Task, TextTask
+
+__all__ = [
+    "DEFAULT_CONFIG",
+    "DPO",
+    "GRPO",
+    "IPO",
+    "MPO",
+    "RLHF",
+    "RLOO",
+    "SFT",
+    "BestOfN",
+    "ClassifierJudge",
+    "Comparison",
+    "EndpointJudge",
+    "Entry",
+    "Evaluation",
+    "FunctionJudge",
+    "GRPOTraining",
+    "Generation",
+    "GoldJudge",
+    "GroupTraining",
+    "JudgeSettings",
+    "LanguageTask",
+    "Method",
+    "Model",
+    "OffPolicy",
+    "OffPolicyMethod",
+    "OnPolicy",
+    "OnPolicyMethod",
+    "OnPolicyTraining",
+    "Optimisation",
+    "PPOTraining",
+    "PretrainedModel",
+    "RLOOTraining",
+    "Reference",
+    "Resources",
+    "RewardModel",
+    "ScratchModel",
+    "Section",
+    "Task",
+    "TextTask",
+    "dump_config",
+    "load_config",
+    "parse_config",
+]

@@ -1,0 +1,116 @@
+"""A comparison: entries x seeds on one task, and what it is given to run on."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from prefarena.config.judges import JudgeSettings, RewardModel
+from prefarena.config.models import Model, ScratchModel
+from prefarena.config.off_policy import DPO, IPO, MPO, SFT, Optimisation
+from prefarena.config.on_policy import GRPO, RLHF, RLOO, BestOfN
+from prefarena.config.section import Section
+from prefarena.config.tasks import LanguageTask, Task
+
+Method = Annotated[MPO | DPO | IPO | SFT | RLHF | GRPO | RLOO | BestOfN, Field(discriminator="kind")]
+
+
+class Reference(Section):
+    """How the reference policy is made from the base model: SFT on the demonstrations."""
+
+    train: bool = Field(True, description="False: the base model is the reference as it is.")
+    loss_on: Literal["response", "all"] = Field("response", description="`all` also learns the prompt's tokens.")
+    seed: int = 0
+    training: Optimisation = Optimisation(learning_rate=3e-3, num_steps=400, batch_size=256, micro_batch_size=256)
+
+
+class Entry(Section):
+    """A method with settings, in a comparison."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=-]*$", description="Unique; used in tables and folder names.")
+    group: str | None = Field(None, description="Name of the grid it belongs to in a sweep; none: the method's name.")
+    method: Method
+
+
+class Generation(Section):
+    """The vLLM engines behind the generation actors."""
+
+    num_actors: int = Field(1, ge=1, description="Generation actors; prompts are balanced over them.")
+    cpus: float = Field(1, ge=0, description="CPUs (and OpenMP threads) of the actor; used when use_gpu is false.")
+    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    kv_cache_gib: int = Field(1, ge=1, description="KV cache on CPU, whole GiB.")
+    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
+    max_num_seqs: int = Field(256, ge=1)
+    weight_sync: Literal["host", "nccl", "ipc"] = Field(
+        "host",
+        description="How new weights reach the engines: through host memory and Ray's object store (any device), NCCL "
+        "(trainer and engine on different GPUs), or CUDA IPC (on the same GPU).",
+    )
+    verify_weights: bool = Field(True, description="Compare a checksum of what each engine holds with what was sent.")
+    start_timeout_s: float = Field(300, gt=0)
+    generate_timeout_s: float = Field(600, gt=0)
+    sync_timeout_s: float = Field(120, gt=0)
+
+
+class Resources(Section):
+    """What is asked of the cluster."""
+
+    num_workers: int = Field(1, ge=1, description="Ray Train workers of a training run.")
+    cpus_per_worker: float = Field(1, ge=1, description="CPUs, and torch threads, of each worker.")
+    use_gpu: bool = False
+    concurrent_runs: int = Field(1, ge=1, description="Off-policy Ray Train runs at the same time.")
+    start_timeout_s: float = Field(300, gt=0, description="Longest wait for workers to be placed and started.")
+    max_failures: int = Field(2, ge=0, description="Worker failures that a Ray Train run recovers from.")
+
+
+class Evaluation(Section):
+    """How every entry is evaluated. Enumerable tasks are evaluated exactly; these settings are for the others."""
+
+    num_prompts: int = Field(128, ge=1, description="Held-out prompts to sample on.")
+    samples_per_prompt: int = Field(2, ge=1)
+    temperature: float = Field(1.0, gt=0)
+    batch_size: int = Field(64, ge=1, description="Sequences per forward pass.")
+    win_matrix: bool = Field(True, description="Win rates between all entries, not only against the reference.")
+    seed: int = 0
+
+
+class Comparison(Section):
+    """Entries x seeds on one task: what `prefarena compare` runs."""
+
+    name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
+    output: str = Field("runs", description="Folder for stages and run folders.")
+    seeds: tuple[int, ...] = Field((0,), min_length=1)
+    seeds_vary: Literal["training", "task"] = Field(
+        "training",
+        description="`training`: seeds share task, reference and pairs. `task`: on the enumerable language every seed "
+        "is another language with its own reference and pairs, so that standard errors speak of more than one.",
+    )
+    task: Task = LanguageTask()
+    model: Model = ScratchModel()
+    reference: Reference = Reference()
+    entries: tuple[Entry, ...] = Field(min_length=1)
+    judge: JudgeSettings = Field(
+        RewardModel(), description="Text tasks: the evaluation's judge; a learned one is trained on pairs of its own."
+    )
+    generation: Generation = Generation()
+    resources: Resources = Resources()
+    evaluation: Evaluation = Evaluation()
+
+    @model_validator(mode="after")
+    def _check(self) -> Comparison:
+        names = [entry.name for entry in self.entries]
+        for name in names:
+            if names.count(name) > 1 or name == "reference":
+                raise ValueError(f"entry name {name!r} is used twice or reserved")
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds holds a seed twice")
+        for entry in self.entries:
+            reward = getattr(entry.method, "reward", None)
+            if reward is not None and reward.kind == "gold" and self.task.kind != "language":
+                raise ValueError(f"entry {entry.name!r}: reward kind gold is the enumerable language's own")
+        if self.judge.kind == "gold" and self.task.kind != "language":
+            raise ValueError("judge kind gold is the enumerable language's own")
+        if self.seeds_vary == "task" and self.task.kind != "language":
+            raise ValueError("seeds_vary: task is for the enumerable language; a text task has one set of data")
+        return self

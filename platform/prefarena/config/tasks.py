@@ -1,0 +1,56 @@
+"""What is learned: the enumerable language, or preference data as people have it."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from prefarena.config.section import Section
+
+
+class LanguageTask(Section):
+    """The enumerable language: every response to every prompt can be listed, so nothing is estimated."""
+
+    kind: Literal["language"] = "language"
+    seed: int = Field(0, description="Seed of the source of demonstrations and of the gold reward.")
+    num_letters: int = Field(13, ge=2, le=13, description="Letters; with pad, bos and eos at most 16 tokens.")
+    num_prompts: int = Field(64, ge=2)
+    prompt_letters: int = Field(3, ge=1, le=6)
+    response_limit: int = Field(4, ge=1, le=4, description="Most tokens in a response, its eos included.")
+    num_demonstrations: int = Field(16384, ge=1, description="Drawn from the source, over all prompts.")
+    covered_share: float = Field(0.5, gt=0, le=1, description="Share of the prompts that have preference pairs.")
+    num_pairs: int = Field(
+        16384, ge=2, description="Training pairs, drawn from the reference policy on covered prompts."
+    )
+    num_test_pairs: int = Field(1024, ge=2, description="Held-out pairs, on the same covered prompts.")
+    labels: Literal["deterministic", "bradley_terry"] = "deterministic"
+    label_temperature: float = Field(
+        1.0, gt=0, description="Bradley-Terry labels: P(y1 > y2) = sigmoid((r1 - r2) / T)."
+    )
+
+
+class TextTask(Section):
+    """Preference data as people have it: files, a saved dataset, or a hub id."""
+
+    kind: Literal["text"] = "text"
+    data: str = Field(description="jsonl(.gz) or parquet file or folder, a folder saved by `datasets`, or a hub id.")
+    split: str = Field("train", description="Split to read, for a saved DatasetDict or a hub id.")
+    format: Literal["auto", "standard", "conversational", "hh"] = Field(
+        "auto",
+        description="Row format; `auto` recognises TRL's formats (explicit and implicit prompt) and raw HH-RLHF.",
+    )
+    max_rows: int | None = Field(None, ge=1, description="Use only the first rows.")
+    test_share: float = Field(0.2, gt=0, lt=1, description="Share of prompts held out for evaluation.")
+    judge_share: float = Field(
+        0.2, gt=0, lt=1, description="Share of prompts held out to train the evaluation judge (a second reward model)."
+    )
+    split_seed: int = 0
+    max_prompt_tokens: int = Field(256, ge=1, description="Longer prompts keep their last tokens or are dropped.")
+    long_prompts: Literal["drop", "keep_end"] = "drop"
+    max_response_tokens: int = Field(128, ge=1, description="Longer responses keep their first tokens (and lose eos).")
+    max_rejected_share: float = Field(0.5, ge=0, le=1, description="More rows than this dropped stops the run.")
+    pretraining_text: str | None = Field(None, description="jsonl(.gz) with a `text` column, for gamma > 0.")
+
+
+Task = Annotated[LanguageTask | TextTask, Field(discriminator="kind")]

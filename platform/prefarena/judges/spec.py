@@ -1,0 +1,58 @@
+"""Judges: what scores a response to a prompt, in an evaluation and as the reward of on-policy training."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+
+from prefarena.config import (
+    ClassifierJudge,
+    EndpointJudge,
+    FunctionJudge,
+    GoldJudge,
+    JudgeSettings,
+    RewardModel,
+)
+
+
+@dataclass(frozen=True)
+class JudgeSpec:
+    """A judge as it is sent to a worker: its settings, and the paths that a run knows.
+
+    path: the trained reward model's folder (`learned`) or the gold reward's JSON (`gold`); none for the others.
+    tokenizer: the folder of the policy's tokenizer, with which judges of text decode.
+    """
+
+    settings: JudgeSettings
+    path: str | None
+    tokenizer: str
+
+
+class Judge(Protocol):
+    """Anything that scores responses; higher is better."""
+
+    def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
+        """Scores float64 [N] of N responses to N prompts, all as token ids (eos kept where it was produced)."""
+        ...
+
+
+def load_judge(spec: JudgeSpec, batch_size: int = 64, device: str | torch.device = "cpu") -> Judge:
+    """The judge, ready to score on this worker. Raises UserError where it cannot be made."""
+    from prefarena.judges.models import GoldRewardJudge, RewardModelJudge
+
+    match spec.settings:
+        case RewardModel():
+            return RewardModelJudge(_path(spec), batch_size, device)
+        case GoldJudge():
+            return GoldRewardJudge(_path(spec))
+        case FunctionJudge() | EndpointJudge() | ClassifierJudge():
+            raise NotImplementedError(spec.settings.kind)
+
+
+def _path(spec: JudgeSpec) -> str:
+    if spec.path is None:
+        raise TypeError(f"a {spec.settings.kind} judge needs a path")
+    return spec.path
