@@ -1,7 +1,10 @@
-"""Every response to a prompt with its exact probability, from any transformers causal language model."""
+"""Every response to a prompt with its exact probability under a language model, or its score by a reward model."""
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +12,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 
 from prefarena.errors import UserError
+from prefarena.modeling.heads import normalised
 from prefarena.tasks.language import PADDING, padded
 
 _MOST_RESPONSES = 5_000_000
@@ -26,6 +30,11 @@ class Responses:
     sequences: np.ndarray
     lengths: np.ndarray
     vocab_size: int
+
+    @property
+    def limit(self) -> int:
+        """L, the most tokens in a response."""
+        return self.sequences.shape[1]
 
     @classmethod
     def listed(cls, vocab_size: int, response_limit: int, eos_id: int) -> Responses:
@@ -105,42 +114,109 @@ def enumerate_responses(
     are in float64. `max_rows` bounds the prefixes in one forward pass (one prompt's widest level is the least).
     Raises UserError when the responses are too many to list or a prompt is empty.
     """
-    if not all(prompts):
-        raise UserError("an empty prompt cannot be enumerated: a language model needs a token to start from")
     vocab_size = int(model.config.get_text_config().vocab_size)
     responses = Responses.listed(vocab_size, response_limit, eos_id)
-    logps = np.empty((len(prompts), len(responses.lengths)))
     chunk = max(1, max_rows // (vocab_size - 1) ** (response_limit - 1))
-    rows_by_length: dict[int, list[int]] = {}
-    for row, prompt in enumerate(prompts):
-        rows_by_length.setdefault(len(prompt), []).append(row)
-    was_training = model.training
-    model.eval()
-    try:
-        for rows in rows_by_length.values():
-            for start in range(0, len(rows), chunk):
-                some = rows[start : start + chunk]
-                logps[some] = _tree_logps(model, torch.tensor([prompts[row] for row in some]), response_limit, eos_id)
-    finally:
-        model.train(was_training)
+    with _evaluating(model):
+        logps = _by_prompt(prompts, chunk, lambda some: _tree_logps(model, some.to(model.device), responses, eos_id))
     return Enumeration(responses, logps)
 
 
-def _tree_logps(model: PreTrainedModel, prompts: torch.Tensor, response_limit: int, eos_id: int) -> np.ndarray:
+@torch.no_grad()
+def enumerate_scores(
+    model: PreTrainedModel,
+    prompts: list[list[int]],
+    response_limit: int,
+    eos_id: int,
+    max_rows: int = 8192,
+) -> np.ndarray:
+    """The reward model's normalised score, float64 [P, N], of every response in the order of `Responses`.
+
+    `modeling.heads.scores` of each sequence, by the same walk: the score is read at the response's last token, so here
+    the leaves do need a forward pass, and it is made for at most `max_rows` sequences at a time. Raises UserError as
+    `enumerate_responses` does.
+    """
+    vocab_size = int(model.config.get_text_config().vocab_size)
+    responses = Responses.listed(vocab_size, response_limit, eos_id)
+    chunk = max(1, max_rows // (vocab_size - 1) ** (response_limit - 1))
+    with _evaluating(model):
+        return _by_prompt(
+            prompts, chunk, lambda some: _tree_scores(model, some.to(model.device), responses, eos_id, max_rows)
+        )
+
+
+def _by_prompt(prompts: list[list[int]], chunk: int, walk: Callable[[torch.Tensor], np.ndarray]) -> np.ndarray:
+    """[P, N] from walks of [B, T] prompts of one length, at most `chunk` at a time."""
+    if not all(prompts):
+        raise UserError("an empty prompt cannot be enumerated: a language model needs a token to start from")
+    rows_by_length: dict[int, list[int]] = {}
+    for row, prompt in enumerate(prompts):
+        rows_by_length.setdefault(len(prompt), []).append(row)
+    found: dict[int, np.ndarray] = {}
+    for rows in rows_by_length.values():
+        for start in range(0, len(rows), chunk):
+            some = rows[start : start + chunk]
+            found |= zip(some, walk(torch.tensor([prompts[row] for row in some])), strict=True)
+    return np.stack([found[row] for row in range(len(prompts))])
+
+
+@contextmanager
+def _evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Dropout off; the model is left as it was."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+
+
+def _tree_logps(model: PreTrainedModel, tokens: torch.Tensor, responses: Responses, eos_id: int) -> np.ndarray:
     """[B, N] log-probs in the order of `Responses` for B prompts [B, T] of one length."""
-    tokens, cache = prompts.to(model.device), DynamicCache(config=model.config)
-    num_prompts, blocks = len(tokens), []
+    cache, blocks, num_prompts = DynamicCache(config=model.config), [], len(tokens)
+    others = torch.from_numpy(_other_tokens(responses.vocab_size, eos_id)).to(model.device)
     totals = torch.zeros(num_prompts, 1, dtype=torch.float64, device=model.device)  # [B, prefixes]
-    for level in range(response_limit):
+    for level in range(responses.limit):
         logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]
         following = logits.double().log_softmax(dim=-1).view(num_prompts, -1, logits.shape[-1]) + totals[..., None]
-        others = torch.from_numpy(_other_tokens(logits.shape[-1], eos_id)).to(model.device)
         blocks.append(following[..., eos_id])
         totals = following[..., others].flatten(1)
-        if level + 1 < response_limit:
+        if level + 1 < responses.limit:
             cache.batch_repeat_interleave(len(others))
             tokens = others.repeat(len(tokens))[:, None]
     return torch.cat([*blocks, totals], dim=1).cpu().numpy()
+
+
+def _tree_scores(
+    model: PreTrainedModel, tokens: torch.Tensor, responses: Responses, eos_id: int, max_rows: int
+) -> np.ndarray:
+    """[B, N] normalised scores in the order of `Responses` for B prompts [B, T] of one length."""
+    cache, blocks, num_prompts = DynamicCache(config=model.config), [], len(tokens)
+    others = torch.from_numpy(_other_tokens(responses.vocab_size, eos_id)).to(model.device)
+    eos = torch.tensor([eos_id], device=model.device)
+    for level in range(responses.limit):
+        model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
+        blocks.append(_scores_after(model, cache, len(tokens), eos, max_rows).view(num_prompts, -1))
+        if level + 1 < responses.limit:
+            cache.batch_repeat_interleave(len(others))
+            tokens = others.repeat(len(tokens))[:, None]
+    blocks.append(_scores_after(model, cache, len(tokens), others, max_rows).view(num_prompts, -1))
+    return torch.cat(blocks, dim=1).double().cpu().numpy()
+
+
+def _scores_after(
+    model: PreTrainedModel, cache: DynamicCache, num_rows: int, following: torch.Tensor, max_rows: int
+) -> torch.Tensor:
+    """Scores [num_rows * F] at each of F `following` tokens behind each row of the cache, which stays as it is."""
+    parts = []
+    for rows in torch.arange(num_rows, device=following.device).split(max(1, max_rows // len(following))):
+        extended = copy.copy(cache)  # selecting and extending give a layer new tensors: the old ones are not touched
+        extended.layers = [copy.copy(layer) for layer in cache.layers]
+        extended.batch_select_indices(rows.repeat_interleave(len(following)))
+        tokens = following.repeat(len(rows))[:, None]
+        hidden = model.base_model(input_ids=tokens, past_key_values=extended, use_cache=True).last_hidden_state
+        parts.append(normalised(model, model.get_submodule("score")(hidden)[:, -1, 0].float()))
+    return torch.cat(parts)
 
 
 def _other_tokens(vocab_size: int, eos_id: int) -> np.ndarray:

@@ -41,7 +41,11 @@ def last_token(token_values: Tensor, sequences: Sequences) -> Tensor:
 
 def scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """Normalised rewards [B] of whole sequences."""
-    raw = last_token(token_scores(model, sequences), sequences)
+    return normalised(model, last_token(token_scores(model, sequences), sequences))
+
+
+def normalised(model: PreTrainedModel, raw: Tensor) -> Tensor:
+    """Raw scores of any shape, normalised by the mean and scale in the model's config."""
     return (raw - getattr(model.config, "reward_mean", 0.0)) / getattr(model.config, "reward_scale", 1.0)
 
 

@@ -1,0 +1,53 @@
+"""Best-of-n: the response that a score ranks first among n independent samples of the reference.
+
+Nothing is trained, so it is the baseline of whatever a score is optimised with. Where all responses are listed its
+distribution is known exactly; where they are not, the KL divergence has an analytic upper bound.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+
+def best_of_n_logps(ref_logps: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
+    """log pi(y|x) [P, N], nats, of the best of `n` samples of the reference; a tie of samples is broken at random.
+
+    With F(s) the probability that a sample scores at most s, the best sample scores s with probability
+    F(s)^n - F(s-)^n, which responses of equal score share in proportion to their probability under the reference.
+    `ref_logps`, `scores` [P, N]; rows of `ref_logps` sum to 1 in probability. Raises ValueError where n < 1.
+    """
+    if n < 1:
+        raise ValueError(f"the best of {n} samples is not defined")
+    return np.stack([_best_of_n(logps, values, n) for logps, values in zip(ref_logps, scores, strict=True)])
+
+
+def _best_of_n(ref_logps: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
+    """[N] for one prompt."""
+    order = np.argsort(scores, kind="stable")
+    is_first = np.diff(scores[order], prepend=-np.inf) > 0  # of each run of equal scores
+    is_first[0] = True
+    run = np.empty(len(order), dtype=np.int64)
+    run[order] = np.cumsum(is_first) - 1
+    masses = np.bincount(run, weights=np.exp(ref_logps))
+    masses = masses / masses.sum()
+    at_most = np.minimum(np.cumsum(masses), 1.0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        # (F^n - (F - m)^n) / m in logarithms: neither a small mass nor a large n loses digits
+        share = np.where(masses > 0, np.minimum(masses / at_most, 1.0), 0.0)
+        gained = n * np.log(at_most) + np.log(-np.expm1(n * np.log1p(-share))) - np.log(masses)
+    return ref_logps + np.where(masses > 0, gained, 0.0)[run]
+
+
+def kl_bound(n: int) -> float:
+    """log n - (n - 1) / n, nats a sequence: no less than KL(best of n || reference), whatever the score.
+
+    It is the KL where no two samples are ever alike or tied, which on long responses is nearly so (arXiv 2401.01879).
+    """
+    return math.log(n) - (n - 1) / n
+
+
+def pick_best(scores: np.ndarray, n: int) -> np.ndarray:
+    """Indices [M] of the best of each of M consecutive groups of n samples, from scores [M * n]; the first of a tie."""
+    return np.arange(0, len(scores), n) + scores.reshape(-1, n).argmax(axis=1)

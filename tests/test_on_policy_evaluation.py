@@ -1,0 +1,146 @@
+"""Exact evaluation of on-policy entries: scores of every response, best-of-n, trajectories, KL estimates."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import (
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForSequenceClassification,
+    PreTrainedModel,
+)
+
+from prefarena.errors import UserError
+from prefarena.evaluation.agreement import kl_agreement
+from prefarena.evaluation.best_of_n import best_of_n_logps, kl_bound, pick_best
+from prefarena.evaluation.enumeration import Responses, enumerate_scores
+from prefarena.evaluation.exact import exact_metrics
+from prefarena.modeling.heads import scores
+from prefarena.modeling.logprobs import collate
+
+VOCAB_SIZE, LIMIT, EOS = 6, 3, 2
+PROMPTS = [[1, 3, 4], [1, 5], [1, 4, 4]]
+RESPONSES = Responses.listed(VOCAB_SIZE, LIMIT, EOS)
+
+
+def reward_model(kind: str) -> PreTrainedModel:
+    """Random weights with a normalisation that matters."""
+    torch.manual_seed(0)
+    shared: dict[str, Any] = {"vocab_size": VOCAB_SIZE, "initializer_range": 0.4, "num_labels": 1, "pad_token_id": 0}
+    sizes: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "intermediate_size": 48}
+    sizes["num_attention_heads"] = 2
+    model: PreTrainedModel
+    if kind == "gpt2":
+        config = GPT2Config(n_embd=32, n_layer=2, n_head=2, n_positions=16, **shared)
+        model = GPT2ForSequenceClassification(config)
+    elif kind == "mistral":  # its attention window is shorter than the sequences
+        model = MistralForSequenceClassification(
+            MistralConfig(sliding_window=3, num_key_value_heads=1, **sizes, **shared)
+        )
+    else:
+        model = LlamaForSequenceClassification(LlamaConfig(num_key_value_heads=2, **sizes, **shared))
+    model.config.reward_mean, model.config.reward_scale = 0.3, 1.7
+    return model
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "llama", "mistral"])
+@pytest.mark.parametrize("max_rows", [1, 7, 8192])
+def test_enumerated_scores_are_those_of_each_sequence(kind: str, max_rows: int) -> None:
+    model = reward_model(kind).train()  # with dropout
+    found = enumerate_scores(model, PROMPTS, LIMIT, EOS, max_rows)
+    assert model.training and found.dtype == np.float64
+    responses = [[int(token) for token in row if token >= 0] for row in RESPONSES.sequences]
+    for row, prompt in zip(found, PROMPTS, strict=True):
+        with torch.no_grad():
+            expected = scores(model.eval(), collate([prompt] * len(responses), responses, 0)).numpy()
+        assert np.ptp(expected) > 1
+        np.testing.assert_allclose(row, expected, atol=2e-5)
+
+
+def test_an_empty_prompt_has_no_scores() -> None:
+    with pytest.raises(UserError, match="empty prompt"):
+        enumerate_scores(reward_model("llama"), [[1], []], LIMIT, EOS)
+
+
+# ---------------------------------------------------------------------------------------------- best-of-n
+
+
+def reference(seed: int = 0, num_prompts: int = 3, num_responses: int = 5) -> np.ndarray:
+    logits = np.random.default_rng(seed).normal(size=(num_prompts, num_responses))
+    return logits - np.logaddexp.reduce(logits, axis=1, keepdims=True)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 4])
+def test_best_of_n_agrees_with_all_draws(n: int) -> None:
+    """Every tuple of n draws with its probability; equal scores share."""
+    ref = reference()
+    values = np.array([[0.0, 1.0, 1.0, 2.0, -1.0], [5.0, 5.0, 5.0, 5.0, 5.0], [3.0, 1.0, 4.0, 1.0, 5.0]])
+    expected = np.zeros_like(ref)
+    for x in range(len(ref)):
+        for draws in itertools.product(range(5), repeat=n):
+            probability = math.exp(sum(ref[x, y] for y in draws))
+            best = [y for y in draws if values[x, y] == max(values[x, z] for z in draws)]
+            for y in best:
+                expected[x, y] += probability / len(best)
+    np.testing.assert_allclose(np.exp(best_of_n_logps(ref, values, n)), expected, rtol=1e-12)
+
+
+def test_best_of_one_is_the_reference_and_an_indifferent_score_changes_nothing() -> None:
+    ref = reference()
+    np.testing.assert_allclose(best_of_n_logps(ref, np.random.default_rng(1).normal(size=ref.shape), 1), ref)
+    np.testing.assert_allclose(best_of_n_logps(ref, np.zeros_like(ref), 16), ref)
+
+
+@pytest.mark.parametrize("n", [2, 16, 1000])
+def test_the_kl_of_best_of_n_nears_its_bound_from_below(n: int) -> None:
+    """With 20,000 responses the mass of any one is small, and the KL as good as log n - (n - 1) / n."""
+    ref = reference(num_prompts=2, num_responses=20_000)
+    values = np.random.default_rng(1).normal(size=ref.shape)
+    logps = best_of_n_logps(ref, values, n)
+    np.testing.assert_allclose(np.exp(logps).sum(axis=1), 1, rtol=1e-9)
+    row = exact_metrics(logps, ref, values, np.array([True, False]), np.ones(20_000))
+    assert row["kl"] <= kl_bound(n) and row["kl"] == pytest.approx(kl_bound(n), abs=0.03)
+    assert math.isfinite(row["forward_kl/all"])  # the least probable response keeps its probability
+    few = exact_metrics(
+        best_of_n_logps(ref[:, :5], values[:, :5], n), ref[:, :5], values[:, :5], np.array([True, False]), np.ones(5)
+    )
+    assert few["kl"] < kl_bound(n)
+
+
+def test_responses_of_no_probability_stay_so() -> None:
+    ref = np.log(np.array([[0.5, 0.5, 1e-320]]))
+    ref[0, 2] = -np.inf
+    np.testing.assert_allclose(np.exp(best_of_n_logps(ref, np.array([[0.0, 1.0, 2.0]]), 2)), [[0.25, 0.75, 0.0]])
+    with pytest.raises(ValueError, match="best of 0"):
+        best_of_n_logps(ref, ref, 0)
+
+
+def test_the_best_of_each_group_is_picked() -> None:
+    values = np.array([0.0, 3.0, 1.0, 7.0, 7.0, -1.0])
+    np.testing.assert_array_equal(pick_best(values, 3), [1, 3])
+    np.testing.assert_array_equal(pick_best(values, 1), np.arange(6))
+
+
+# ------------------------------------------------------------------------------------------- KL estimates
+
+
+def test_a_snapshot_is_held_against_the_next_iterations_rollouts() -> None:
+    trajectory = [{"step": 0, "kl": 0.0}, {"step": 5, "kl": 1.0}, {"step": 6, "kl": 2.0}, {"step": 9, "kl": 3.0}]
+    metrics = [
+        {"step": 1, "kl/k1": 0.0, "kl/k1_stderr": 0.0, "kl/k3": 0.0, "kl/k3_stderr": 0.0},
+        {"step": 5, "kl/k1": 50.0, "kl/k1_stderr": 0.1},
+        {"step": 6, "kl/k1": 1.2, "kl/k1_stderr": 0.1, "kl/k3": 0.9, "kl/k3_stderr": 0.2, "staleness": 0.0},
+        {"step": 7, "kl/k1": 2.2, "kl/k1_stderr": 0.1, "staleness": 1.0},
+    ]
+    (row,) = kl_agreement(trajectory, metrics)
+    assert (row["step"], row["exact"], row["k1"], row["k3"]) == (5, 1.0, 1.2, 0.9)
+    assert (row["k1_z"], row["k3_z"]) == (pytest.approx(2.0), pytest.approx(-0.5))
