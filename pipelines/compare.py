@@ -15,7 +15,7 @@ from pipelines.prepare import prepare
 from pipelines.report import report, run_folder
 from pipelines.train import train
 from prefarena.cluster.session import check_resources, ray_session, requested
-from prefarena.config import BestOfN, Comparison, OnPolicyMethod, PretrainedModel, RewardModel, TextTask
+from prefarena.config import BestOfN, Comparison, EndpointJudge, OnPolicyMethod, PretrainedModel, RewardModel, TextTask
 from prefarena.errors import UserError
 from prefarena.modeling.load import load_tokenizer
 from prefarena.report.tables import main_table
@@ -83,6 +83,8 @@ def _optimisations(config: Comparison) -> list[tuple[str, int]]:
             if isinstance(entry.method.reward, RewardModel):
                 sizes.append((f"{where}.reward.training.batch_size", entry.method.reward.training.batch_size))
             if isinstance(entry.method, BestOfN):
+                if isinstance(entry.method.reward, EndpointJudge) and not isinstance(config.task, TextTask):
+                    raise UserError(f"{where}.reward: an endpoint cannot score every response of the language")
                 continue
             training = entry.method.training
             sizes.append((f"{where}.training.rollouts_per_iteration", training.rollouts_per_iteration))
@@ -105,7 +107,7 @@ def all_stages(plans: list[SeedPlan]) -> list[Stage]:
     for plan in plans:
         stages += plan.shared()
         for trained in plan.trained:
-            stages += [*([trained.reward_model] if trained.reward_model else []), trained.training, trained.evaluation]
+            stages += trained.stages()
         stages.append(plan.evaluation)
     return list(dict.fromkeys(stages))
 

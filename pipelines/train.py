@@ -22,7 +22,7 @@ def train(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
     reward_models = [reward_model_job(plan, trained) for plan, trained in every if trained.reward_model is not None]
     run(config.resources, [*off_policy, *reward_models], config, console)
     on_policy = [(plan, trained) for plan, trained in every if isinstance(trained.entry.method, OnPolicyMethod)]
-    if any(not trained.training.finished for _, trained in on_policy):
+    if any(not (trained.training and trained.training.finished) for _, trained in on_policy):
         _train_on_policy(config, on_policy, console)
 
 

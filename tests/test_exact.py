@@ -23,7 +23,7 @@ from transformers import (
 from prefarena.config import LanguageTask
 from prefarena.errors import UserError
 from prefarena.evaluation.enumeration import Responses, enumerate_responses
-from prefarena.evaluation.exact import Frontier, exact_metrics, frontiers, win_rates
+from prefarena.evaluation.exact import Frontier, exact_metrics, expected_scores, frontiers, win_rates
 from prefarena.evaluation.preferences import preference_accuracy
 from prefarena.tasks.gold import GoldReward
 from prefarena.tasks.language import Language
@@ -152,6 +152,14 @@ def test_metrics_agree_with_plain_loops() -> None:
         assert row[f"regret/{group}"] == pytest.approx(row[f"frontier_reward/{group}"] - row[f"reward/{group}"])
         assert row[f"regret/{group}"] > 0
     assert (row["kl"], row["judge_score"], row["kl_stderr"]) == (row["kl/all"], row["reward/all"], 0.0)
+
+
+def test_expected_scores_agree_with_plain_loops() -> None:
+    logps, values = distributions(3), np.random.default_rng(9).normal(size=(4, 30))
+    found = expected_scores(logps, values, COVERED)
+    for group, prompts in {"all": [0, 1, 2, 3], "covered": [0, 2, 3], "uncovered": [1]}.items():
+        total = sum(math.exp(logps[x][y]) * values[x][y] for x in prompts for y in range(30))
+        assert found[f"proxy_reward/{group}"] == pytest.approx(total / len(prompts), abs=1e-12)
 
 
 def test_the_reference_is_at_the_frontiers_origin() -> None:

@@ -31,6 +31,7 @@ from prefarena.report.results import (
 )
 from prefarena.report.style import write_figure
 from prefarena.report.tables import cost_table, main_table, number, win_table
+from prefarena.report.trajectories import agreement_summary, agreement_table, summary_table, trajectory_table
 from prefarena.report.verdict import student_coverage, verdict
 
 
@@ -380,6 +381,89 @@ def test_gains_are_over_the_reference_and_leave_the_results_alone() -> None:
 
 
 # ---------------------------------------------------------------------------------------- figures and page
+
+
+def trained_results(tmp_path: Path) -> Results:
+    """An over-optimised entry and one on the gold reward: seed s adds s / 10 to every reward but the first."""
+    results = exact_results(tmp_path, seeds=(0, 1))
+
+    def row(step: int, kl: float, gold: float, proxy: float) -> dict[str, float]:
+        row = {"step": step, "kl": kl, "reward": gold, "proxy_reward": proxy, "frontier_reward": best(kl)}
+        return row | {"regret": best(kl) - gold, "entropy": 5 - kl}
+
+    def rows(seed: int, proxy: bool) -> list[dict[str, float]]:
+        made = [(0, 0.0, 0.0, 0.0), (20, 1.0, 1.2, 1.3), (40, 2.0, 1.5, 2.2), (60, 4.0, 1.1, 3.0)]
+        shift = seed / 10
+        return [row(s, kl, g + shift * (s > 0), (p if proxy else g) + shift * (s > 0)) for s, kl, g, p in made]
+
+    settings = {"reward": {"kind": "learned"}, "prompts": "covered"}
+    results.entries[5] = results.entries[5].model_copy(update={"settings": settings})
+    gold = {"reward": {"kind": "gold"}, "prompts": "covered"}
+    results.entries.insert(6, EntryResult(name="grpo", kind="grpo", settings=gold, seeds=results.entries[5].seeds))
+    results.trajectories = {
+        "rlhf": {str(seed): rows(seed, True) for seed in (0, 1)},
+        "grpo": {str(seed): rows(seed, False) for seed in (0, 1)},
+    }
+    results.kl_agreement["rlhf"] = {
+        "0": [
+            {"step": 20, "exact": 1.0, "k1": 1.05, "k1_stderr": 0.05, "k1_z": 1.0, "k3": 0.7, "k3_stderr": 0.05}
+            | {"k3_z": -6.0},
+            {"step": 40, "exact": 2.0, "k1": 1.9, "k1_stderr": 0.05, "k1_z": -2.0},
+        ]
+    }
+    return results
+
+
+def test_through_training_to_the_digit(tmp_path: Path) -> None:
+    results = trained_results(tmp_path)
+    table = summary_table(results)
+    assert table is not None
+    rows = {row[0]: row[1:] for row in table.rows}
+    # peaks 1.5 and 1.6; ends 1.1 and 1.2, proxies 3.0 and 3.1: s = 0.0707, / sqrt(2) = 0.05
+    assert rows["rlhf"][:5] == ("1.550 ± 0.050", "40 / 40", "2.000 ± 0.000", "1.150 ± 0.050", "4.000 ± 0.000")
+    assert rows["rlhf"][6:] == ("3.050 ± 0.050", "1.900 ± 0.000")
+    assert rows["grpo"][-1] == "–"
+    found = trajectory_table(results, results.entry("rlhf"))
+    assert found.header == ("step", "KL", "gold reward", "proxy reward", "best reward at that KL", "regret", "entropy")
+    assert found.rows[2][:4] == ("40", "2.000 ± 0.000", "1.550 ± 0.050", "2.250 ± 0.050")
+    assert "proxy reward" not in trajectory_table(results, results.entry("grpo")).header
+
+
+def test_logged_kl_beside_exact_kl(tmp_path: Path) -> None:
+    results = trained_results(tmp_path)
+    table = agreement_table(results, results.entry("rlhf"))
+    assert table is not None and agreement_table(results, results.entry("grpo")) is None
+    assert table.rows[0] == ("20", "0", "1.000", "1.050 ± 0.050", "1.00", "0.700 ± 0.050", "-6.00")
+    assert table.rows[1][-2:] == ("–", "–")
+    text = agreement_summary(results)
+    assert "k1: 2 of 2 within three standard errors, the largest |z| 2.00" in text
+    assert "k3: 0 of 1 within three standard errors, the largest |z| 6.00" in text
+
+
+def test_the_page_shows_training_exactly_or_as_logged(tmp_path: Path) -> None:
+    text = write_report(trained_results(tmp_path), tmp_path).read_text(encoding="utf-8")
+    assert text.index("## Reward and KL through training") < text.index("## Logged KL against exact KL")
+    assert text.index("### rlhf") < text.index("### grpo")
+    assert_shows_something(tmp_path / "figures" / "through_training.png")
+    results = text_results()
+    logged = [{"step": i, "kl/k1": i / 9, "reward/mean": i / 10, "reward/judge": 1 - i / 30} for i in range(30)]
+    (tmp_path / "ppo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in logged))
+    results.entries.append(EntryResult(name="rlhf", kind="rlhf", seeds=results.entries[1].seeds))
+    results.curves = {"rlhf": {"0": "ppo.jsonl"}}
+    text = write_report(results, tmp_path).read_text(encoding="utf-8")
+    assert "Below: the judge of the evaluation" in text
+    assert_shows_something(tmp_path / "figures" / "through_training.png")
+
+
+def test_best_of_n_has_a_bound_in_place_of_a_kl() -> None:
+    results = text_results()
+    assert "KL at most" not in main_table(results).header
+    row = {"judge_score": 0.7, "judge_score_stderr": 0.05, "kl_bound": 0.6363, "response_length": 40.0}
+    results.entries.append(EntryResult(name="best of 4", kind="best_of_n", seeds={"0": row}))
+    table = main_table(results)
+    cells = dict(zip(table.header, table.rows[-1], strict=True))
+    assert (cells["KL"], cells["KL at most"], cells["accuracy"]) == ("–", "0.636", "–")
+    assert "best-of-n's analytic bound" in table.caption
 
 
 def assert_shows_something(path: Path) -> None:

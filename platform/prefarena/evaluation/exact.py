@@ -137,6 +137,12 @@ def exact_metrics(
     return row
 
 
+def expected_scores(logps: np.ndarray, scores: np.ndarray, covered: np.ndarray) -> dict[str, float]:
+    """`proxy_reward/group`: E_pi[score] for each group, of a score [P, N] that need not be the gold reward."""
+    by_prompt = (np.exp(logps) * scores).sum(axis=1)
+    return {f"proxy_reward/{group}": float(by_prompt[mask].mean()) for group, mask in groups(covered).items()}
+
+
 def _by_prompt(
     logps: np.ndarray, ref_logps: np.ndarray, rewards: np.ndarray, lengths: np.ndarray
 ) -> dict[str, np.ndarray]:

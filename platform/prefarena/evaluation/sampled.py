@@ -61,22 +61,21 @@ def kl_estimates(logps: np.ndarray, ref_logps: np.ndarray, clusters: np.ndarray)
 
 
 def sampled_metrics(
-    rollouts: list[Rollout], logps: np.ndarray, ref_logps: np.ndarray, scores: np.ndarray
+    rollouts: list[Rollout], logps: np.ndarray | None, ref_logps: np.ndarray | None, scores: np.ndarray
 ) -> dict[str, float]:
     """Every estimate for one policy from its rollouts: `logps`, `ref_logps` and judge `scores` [N] belong to them.
 
     kl (k1), kl_k3, judge_score, response_length and truncation_rate (share cut off without eos), each with its
-    `_stderr`.
+    `_stderr`. Without log-probs (best-of-n, whose own probabilities nobody knows) there are no KLs.
     """
     clusters = prompt_clusters(rollouts)
-    kl, kl_k3 = kl_estimates(logps, ref_logps, clusters)
     estimates = {
-        "kl": kl,
-        "kl_k3": kl_k3,
         "judge_score": clustered(scores, clusters),
         "response_length": clustered([len(rollout.response_ids) for rollout in rollouts], clusters),
         "truncation_rate": clustered([not rollout.finished for rollout in rollouts], clusters),
     }
+    if logps is not None and ref_logps is not None:
+        estimates["kl"], estimates["kl_k3"] = kl_estimates(logps, ref_logps, clusters)
     row: dict[str, float] = {}
     for name, estimate in estimates.items():
         row |= {name: estimate.mean, f"{name}_stderr": estimate.stderr}

@@ -25,7 +25,7 @@ def read_curves(paths: list[Path], metrics: tuple[str, ...]) -> Curves:
     """Each metric's rows in every file. Raises UserError naming the file and line that is not JSON."""
     found: Curves = {metric: [] for metric in metrics}
     for path in paths:
-        rows = _read_rows(path)
+        rows = read_metrics(path)
         for metric in metrics:
             points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None and "step" in row]
             if points:
@@ -33,7 +33,8 @@ def read_curves(paths: list[Path], metrics: tuple[str, ...]) -> Curves:
     return found
 
 
-def _read_rows(path: Path) -> list[dict[str, float]]:
+def read_metrics(path: Path) -> list[dict[str, float]]:
+    """The rows of a metrics.jsonl. Raises UserError naming the file and the line that is not JSON."""
     rows = []
     for index, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
         try:

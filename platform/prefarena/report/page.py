@@ -9,9 +9,19 @@ from typing import Any
 from prefarena.report.curves import curve_figures
 from prefarena.report.leakage import GAIN, baseline_of, leakage, leakage_tables
 from prefarena.report.plots import grid_figure, reward_kl_figure
-from prefarena.report.results import Aggregate, Results
+from prefarena.report.results import Aggregate, EntryResult, Results
 from prefarena.report.style import write_figure
 from prefarena.report.tables import Table, cost_table, main_table, number, plus_minus, win_table
+from prefarena.report.trajectories import (
+    MOST_PANELS,
+    agreement_summary,
+    agreement_table,
+    estimated_figure,
+    on_policy,
+    summary_table,
+    trajectory_figure,
+    trajectory_table,
+)
 from prefarena.report.verdict import verdict
 
 _WIDEST_WIN_MATRIX = 12
@@ -30,6 +40,7 @@ def write_report(results: Results, folder: str | Path) -> Path:
         _section("Results", main_table(results)),
         *_sweep(results, target),
         _figure("Reward and KL", _reward_kl_text(results), target, reward_kl_figure(results), "reward_kl"),
+        *_through_training(results, target),
         _wins(results),
         *_curves(results, target),
         _section("Costs", cost_table(results)),
@@ -120,6 +131,41 @@ def _reward_kl_text(results: Results) -> str:
 def _figure(title: str, text: str, folder: Path, figure: Any, name: str) -> str:
     write_figure(figure, folder / "figures", name)
     return f"## {title}\n\n{text}\n\n![{title}](figures/{name}.png)\n\n[SVG](figures/{name}.svg)\n"
+
+
+def _through_training(results: Results, folder: Path) -> list[str]:
+    """On-policy methods on the way: exact where it can be, else from the rows that training logged."""
+    if not results.exact:
+        figure = estimated_figure(results, folder)
+        text = (
+            "Each dot is one iteration's rollouts, the line their running mean over five. Above: the reward that is "
+            "learned from. Below: the judge of the evaluation, which is not; where it falls behind, the reward is "
+            "over-optimised."
+        )
+        return [_figure("Reward and KL through training", text, folder, figure, "through_training")] if figure else []
+    entries = on_policy(results)
+    if not entries:
+        return []
+    text = (
+        "Exact, on the prompts that each entry samples on: policies before, during and after training, one line for "
+        "each seed. Solid: the gold reward; dashed: the reward that is learned from. Where the dashed line rises and "
+        "the solid one does not follow, the reward is over-optimised."
+    )
+    sections = [_figure("Reward and KL through training", text, folder, trajectory_figure(results), "through_training")]
+    sections.append(_section("On-policy methods: peak and end", summary_table(results)))
+    for entry in entries[:MOST_PANELS]:
+        sections.append(f"### {entry.name}\n\n{trajectory_table(results, entry).markdown()}")
+    if len(entries) > MOST_PANELS:
+        sections.append(f"The other {len(entries) - MOST_PANELS} are in results.json, key `trajectories`.\n")
+    return [*sections, *_agreement(results, entries)]
+
+
+def _agreement(results: Results, entries: list[EntryResult]) -> list[str]:
+    tables = {entry.name: agreement_table(results, entry) for entry in entries[:MOST_PANELS]}
+    if not any(tables.values()):
+        return []
+    parts = [f"### {name}\n\n{table.markdown()}" for name, table in tables.items() if table]
+    return [f"## Logged KL against exact KL\n\n{agreement_summary(results)}\n", *parts]
 
 
 def _wins(results: Results) -> str:

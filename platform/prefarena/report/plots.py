@@ -29,7 +29,7 @@ def reward_kl_figure(results: Results) -> Figure:
             _titles(left, "Reward and KL on prompts with pairs", "KL(π ‖ reference), nats", "expected gold reward")
             _titles(right, "Drift on prompts without pairs: lower is better", _GAIN_LABEL, _DRIFT_LABEL)
             draw = _lines if results.is_sweep else _points
-            draw(left, found, "kl/covered", "reward/covered", _frontiers(found, "covered"))
+            draw(left, found, "kl/covered", "reward/covered", frontier_lines(found, "covered"))
             draw(right, found, "gain/covered", "kl/uncovered", [])
         else:
             _titles(left, "Judge score and KL on held-out prompts", "KL(π ‖ reference), nats", "mean judge score")
@@ -73,7 +73,7 @@ def _lines(axes: Axes, results: Results, x: str, y: str, frontiers: list[np.ndar
         for a, b in points:
             _mark(axes, a, b, styles[name])
         labels.append(Label(float(line[-1, 0]), float(line[-1, 1]), name, styles[name].colour))
-        obstacles.append(_along(line))
+        obstacles.append(along(line))
         largest = max(largest, float(line[-1, 0]))
     _finish(axes, labels, obstacles, frontiers, largest)
 
@@ -110,7 +110,7 @@ def _finish(
         if not len(shown):
             continue
         axes.plot(shown[:, 0], shown[:, 1], color=BLACK, linewidth=1.1, zorder=1)
-        obstacles.append(_along(shown))
+        obstacles.append(along(shown))
         if index == 0:
             labels.append(Label(float(shown[-1, 0]), float(shown[-1, 1]), "optimal frontier", BLACK))
     axes.margins(0.12)
@@ -139,7 +139,7 @@ def _mark(axes: Axes, a: Aggregate, b: Aggregate, look: Look) -> None:
     )
 
 
-def _frontiers(results: Results, group: str) -> list[np.ndarray]:
+def frontier_lines(results: Results, group: str) -> list[np.ndarray]:
     """The different frontiers among seeds, each [N, 2] of (KL, reward)."""
     different: list[np.ndarray] = []
     for by_group in (results.frontier or {}).values():
@@ -150,7 +150,7 @@ def _frontiers(results: Results, group: str) -> list[np.ndarray]:
     return different
 
 
-def _along(line: np.ndarray, num_points: int = 60) -> np.ndarray:
+def along(line: np.ndarray, num_points: int = 60) -> np.ndarray:
     """Points [num_points, 2] evenly spread along a polyline [N, 2], for labels to keep clear of."""
     if len(line) < 2:
         return line

@@ -102,6 +102,12 @@ class Results(Part):
     )
     win_matrix: WinMatrix | None = None
     curves: dict[str, dict[str, str]] = Field({}, description="entry -> seed -> path of its metrics.jsonl.")
+    trajectories: dict[str, dict[str, list[EvalRow]]] = Field(
+        {}, description="entry -> seed -> exact measures before, during and after training; `step` counts updates."
+    )
+    kl_agreement: dict[str, dict[str, list[EvalRow]]] = Field(
+        {}, description="entry -> seed -> logged KL estimates beside the exact KL of the policy that was sampled."
+    )
     costs: list[Cost] = []
 
     def entry(self, name: str) -> EntryResult:

@@ -16,11 +16,14 @@ _KINDS = {
     "dpo": "#D55E00",
     "ipo": "#008060",
     "rlhf": "#B03A80",
+    "grpo": "#5B4BB7",
+    "rloo": "#2F8F9D",
+    "best_of_n": "#8C4A3C",
     "sft": "#9A6A00",
     "dpo+eta": "#E69F00",
     "ipo+eta": "#56B4E9",
 }
-_OTHERS = ("#5B4BB7", "#7A7A00", "#8C4A3C", "#2F8F9D", "#A0522D", "#6B8E23")
+_OTHERS = ("#7A7A00", "#A0522D", "#6B8E23", "#4A6FA5", "#8E4585", "#55705A")
 _MARKERS = ("o", "s", "^", "D", "v", "p", "<", ">", "h", "8")
 GREY, BLACK = "#767676", "#222222"
 

@@ -73,6 +73,7 @@ class Column:
     value: Callable[[Results, EntryResult], Aggregate | None]
     digits: int
     brief: bool = True  # shown on a narrow terminal, too
+    optional: bool = False  # left out where no policy has a value
 
 
 def wall_seconds(results: Results, entry: EntryResult) -> Aggregate | None:
@@ -111,6 +112,7 @@ TEXT_COLUMNS = (
     Column("judge score", _measured("judge_score"), 3),
     Column("win rate", _measured("win_rate"), 3),
     Column("KL", _measured("kl"), 3),
+    Column("KL at most", _measured("kl_bound"), 3, optional=True),
     Column("accuracy", _measured("preference_accuracy"), 3),
     Column("length", _measured("response_length"), 1),
     _WALL,
@@ -119,7 +121,12 @@ TEXT_COLUMNS = (
 
 def main_table(results: Results, *, brief: bool = False) -> Table:
     """Reference, every entry and the optimum, one row each. `brief` keeps the columns that fit a narrow terminal."""
-    columns = [column for column in (EXACT_COLUMNS if results.exact else TEXT_COLUMNS) if column.brief or not brief]
+    columns = [
+        column
+        for column in (EXACT_COLUMNS if results.exact else TEXT_COLUMNS)
+        if (column.brief or not brief)
+        and not (column.optional and all(column.value(results, entry) is None for entry in results.entries))
+    ]
     cells = [[column.value(results, entry) for column in columns] for entry in results.entries]
     rows = [
         (entry.name, *(plus_minus(cell, column.digits) for cell, column in zip(row, columns, strict=True)))
@@ -142,7 +149,9 @@ def _legend(results: Results) -> str:
             "forward KL, KL(ref ‖ π), and entropy on all prompts; KL is KL(π ‖ ref); all in nats a response. "
             f"Regret: the best reward possible at the policy's own KL, less its reward. {common}"
         )
-    return f"KL(π ‖ ref) in nats a response, estimated from samples. {common}"
+    bound = " KL at most: best-of-n's analytic bound, log n − (n − 1)/n, in place of an estimate."
+    has_bound = any(aggregate(entry, "kl_bound") for entry in results.entries)
+    return f"KL(π ‖ ref) in nats a response, estimated from samples.{bound if has_bound else ''} {common}"
 
 
 def _error_note(results: Results, values: list[Aggregate]) -> str:

@@ -1,0 +1,273 @@
+"""On-policy methods through training: gold and own ("proxy") reward against KL, and logged against exact KL."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from prefarena.report.curves import read_metrics
+from prefarena.report.labels import Label, place_labels
+from prefarena.report.plots import along, frontier_lines
+from prefarena.report.results import Aggregate, EntryResult, Results, mean_and_error
+from prefarena.report.style import BLACK, GREY, house_style, looks
+from prefarena.report.tables import Table, number, plus_minus
+
+MOST_PANELS = 12
+_COLUMNS = 3
+_SMOOTHED_OVER = 5  # iterations in the running mean of an estimated curve
+
+Rows = list[dict[str, float]]
+
+
+def on_policy(results: Results) -> list[EntryResult]:
+    """Entries whose policies were measured through training, in order."""
+    return [entry for entry in results.trained() if results.trajectories.get(entry.name)]
+
+
+def is_gold(entry: EntryResult) -> bool:
+    """Whether the entry learned from the gold reward itself, so that there is no proxy."""
+    return bool(entry.settings.get("reward", {}).get("kind") == "gold")
+
+
+# ------------------------------------------------------------------------------------------------ tables
+
+
+def summary_table(results: Results) -> Table | None:
+    """One row an entry: the best gold reward on the way, and what is left of it at the end."""
+    entries = on_policy(results)
+    if not entries:
+        return None
+    rows = []
+    for entry in entries:
+        seeds = list(results.trajectories[entry.name].values())
+        peaks = [max(rows, key=_reward) for rows in seeds]
+        ends = [rows[-1] for rows in seeds]
+        gaps = [end["proxy_reward"] - end["reward"] for end in ends if "proxy_reward" in end and not is_gold(entry)]
+        rows.append(
+            (
+                entry.name,
+                _mean([peak["reward"] for peak in peaks]),
+                " / ".join(f"{peak['step']:.0f}" for peak in peaks),
+                _mean([peak["kl"] for peak in peaks]),
+                _mean([end["reward"] for end in ends]),
+                _mean([end["kl"] for end in ends]),
+                _mean([end["regret"] for end in ends]),
+                _mean([end["proxy_reward"] for end in ends if "proxy_reward" in end]),
+                _mean(gaps),
+            )
+        )
+    header = (
+        *("policy", "peak gold reward", "at step", "KL there"),
+        *("gold at the end", "KL at the end", "regret at the end", "proxy at the end", "proxy − gold at the end"),
+    )
+    caption = (
+        "Exact, on the prompts that the entry samples on; means over seeds ± one standard error, steps by seed. The "
+        "peak is the highest among the policies measured (start, snapshots, end). Proxy: the reward that the entry "
+        "learned from, which like the gold one has mean 0 and variance 1 under the reference (a learned one on samples "
+        "of it). Proxy − gold: over-optimisation; none where the gold reward itself was learned from."
+    )
+    return Table(f"{results.name}: through training", header, tuple(rows), caption)
+
+
+def trajectory_table(results: Results, entry: EntryResult) -> Table:
+    """Every measured policy of one entry, in order; means over seeds."""
+    by_step: dict[float, Rows] = {}
+    for rows in results.trajectories[entry.name].values():
+        for row in rows:
+            by_step.setdefault(row["step"], []).append(row)
+    columns = {"KL": "kl", "gold reward": "reward", "proxy reward": "proxy_reward"}
+    columns |= {"best reward at that KL": "frontier_reward", "regret": "regret", "entropy": "entropy"}
+    if is_gold(entry) or not any("proxy_reward" in row for rows in by_step.values() for row in rows):
+        del columns["proxy reward"]
+    cells = tuple(
+        (f"{step:.0f}", *(_mean([row[key] for row in found if key in row]) for key in columns.values()))
+        for step, found in sorted(by_step.items())
+    )
+    return Table(f"{entry.name}: through training", ("step", *columns), cells)
+
+
+def agreement_table(results: Results, entry: EntryResult) -> Table | None:
+    """Logged KL estimates beside the exact KL, a row for each policy and seed; None where nothing can be compared."""
+    by_seed = results.kl_agreement.get(entry.name, {})
+    rows = [
+        (
+            f"{row['step']:.0f}",
+            seed,
+            number(row["exact"], 3),
+            *(cell for name in ("k1", "k3") for cell in _estimate(row, name)),
+        )
+        for seed, found in by_seed.items()
+        for row in found
+    ]
+    if not rows:
+        return None
+    header = ("step", "seed", "exact KL", "k1", "z of k1", "k3", "z of k3")
+    return Table(f"{entry.name}: KL estimates", header, tuple(rows), num_labels=2)
+
+
+def agreement_summary(results: Results) -> str:
+    """How many of all comparisons are within three standard errors, and how the comparison is made."""
+    found = [row for by_seed in results.kl_agreement.values() for rows in by_seed.values() for row in rows]
+    parts = []
+    for name in ("k1", "k3"):
+        sizes = [abs(row[f"{name}_z"]) for row in found if f"{name}_z" in row]
+        if sizes:
+            within = sum(size <= 3 for size in sizes)
+            parts.append(
+                f"{name}: {within} of {len(sizes)} within three standard errors, the largest |z| {max(sizes):.2f}"
+            )
+    return (
+        f"{'; '.join(parts)}. The exact KL of the policy after a step, over the prompts that the entry samples on, and "
+        "what the next iteration logged, whose rollouts that policy drew; z is the difference in standard errors. The "
+        "error is over sequences, as if prompts were drawn too; where every iteration uses each prompt equally often "
+        "it overstates the error, so that a large z remains a finding. k3 is heavy-tailed far from the reference: its "
+        "error is then too small, and k1 is the one to rely on."
+    )
+
+
+def _estimate(row: dict[str, float], name: str) -> tuple[str, str]:
+    if name not in row:
+        return number(None, 3), number(None, 2)
+    return plus_minus(Aggregate(row[name], row[f"{name}_stderr"], 1, False), 3), number(row[f"{name}_z"], 2)
+
+
+def _mean(values: Sequence[float]) -> str:
+    return plus_minus(Aggregate(*mean_and_error(list(values)), len(values), True) if values else None, 3)
+
+
+def _reward(row: dict[str, float]) -> float:
+    return row["reward"]
+
+
+# ----------------------------------------------------------------------------------------------- figures
+
+
+def trajectory_figure(results: Results) -> Figure | None:
+    """A panel for each entry (the first twelve): exact gold and proxy reward over KL, under the optimal frontier."""
+    entries = on_policy(results)[:MOST_PANELS]
+    if not entries:
+        return None
+    with house_style():
+        figure, panels = _panels(len(entries))
+        colours = _colours(results)
+        for axes, entry in zip(panels, entries, strict=False):
+            _draw_exact(axes, results, entry, colours[entry.name])
+            axes.set_title(entry.name, color=colours[entry.name])
+            axes.set_xlabel("KL(π ‖ reference), nats")
+        panels[0].set_ylabel("expected reward")
+        for axes, entry in zip(panels, entries, strict=False):
+            _label(axes, results, entry, colours[entry.name])
+        return figure
+
+
+def _draw_exact(axes: Axes, results: Results, entry: EntryResult, colour: str) -> None:
+    furthest = 0.0
+    for rows in results.trajectories[entry.name].values():
+        axes.plot(*_line(rows, "reward"), color=colour, marker="o", markersize=3.5, linewidth=1.3, zorder=4)
+        if not is_gold(entry):
+            style: dict[str, Any] = {
+                "linestyle": (0, (4, 2)),
+                "marker": "s",
+                "markersize": 3,
+                "markerfacecolor": "white",
+            }
+            axes.plot(*_line(rows, "proxy_reward"), color=colour, linewidth=1.1, zorder=3, **style)
+        furthest = max(furthest, *(row["kl"] for row in rows))
+    for line in _frontiers(results, entry):
+        shown = line[line[:, 0] <= 1.1 * furthest + 1e-9]
+        axes.plot(shown[:, 0], shown[:, 1], color=BLACK, linewidth=1.1, zorder=1)
+    axes.margins(0.1)
+
+
+def _label(axes: Axes, results: Results, entry: EntryResult, colour: str) -> None:
+    """Names beside the ends of the first seed's lines and the frontier, clear of all lines."""
+    seeds = list(results.trajectories[entry.name].values())
+    end = seeds[0][-1]
+    labels = [Label(end["kl"], end["reward"], "gold reward", colour)]
+    obstacles = [along(np.stack(_line(rows, "reward"), axis=1)) for rows in seeds]
+    if not is_gold(entry) and "proxy_reward" in end:
+        labels.append(Label(end["kl"], end["proxy_reward"], "reward learned from", colour))
+        obstacles += [along(np.stack(_line(rows, "proxy_reward"), axis=1)) for rows in seeds]
+    for index, line in enumerate(_frontiers(results, entry)):
+        kls = np.linspace(0, 1.1 * end["kl"], 40)
+        shown = np.stack([kls, np.interp(kls, line[:, 0], line[:, 1])], axis=1)
+        if index == 0:
+            labels.append(Label(float(shown[20, 0]), float(shown[20, 1]), "optimal frontier (gold)", BLACK))
+        obstacles.append(shown)
+    place_labels(axes, labels, np.concatenate(obstacles))
+
+
+def _line(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
+    kept = [row for row in rows if key in row]
+    return np.array([row["kl"] for row in kept]), np.array([row[key] for row in kept])
+
+
+def _frontiers(results: Results, entry: EntryResult) -> list[np.ndarray]:
+    """On the prompts that the entry samples on."""
+    return frontier_lines(results, "covered" if entry.settings.get("prompts") == "covered" else "all")
+
+
+def estimated_figure(results: Results, folder: Path) -> Figure | None:
+    """Where nothing can be listed: what each iteration's rollouts scored against their k1, from metrics.jsonl.
+
+    A column for each on-policy entry (the first six): above the reward learned from, below the judge, which it does
+    not learn from. Relative paths in `results.curves` are taken from `folder`.
+    """
+    found: dict[str, list[Rows]] = {}
+    for entry in results.trained():
+        paths = [folder / path for path in results.curves.get(entry.name, {}).values()]
+        seeds = [[row for row in read_metrics(path) if "kl/k1" in row] for path in paths if path.is_file()]
+        if any(seeds):
+            found[entry.name] = [rows for rows in seeds if rows]
+    if not found:
+        return None
+    names = list(found)[: MOST_PANELS // 2]
+    keys = {"reward/mean": "reward learned from", "reward/judge": "judge, not learned from"}
+    shown = [key for key in keys if any(key in rows[0] for name in names for rows in found[name])]
+    with house_style():
+        figure = Figure(figsize=(max(4.2, 1.0 + 3.2 * len(names)), 0.7 + 2.6 * len(shown)), layout="constrained")
+        grid = figure.subplots(len(shown), len(names), squeeze=False, sharex="col", sharey="row")
+        colours = _colours(results)
+        for column, name in enumerate(names):
+            grid[0, column].set_title(name, color=colours[name])
+            grid[-1, column].set_xlabel("KL(π ‖ reference), k1, nats")
+            for row, key in enumerate(shown):
+                for rows in found[name]:
+                    _draw_estimates(grid[row, column], rows, key, colours[name])
+        for row, key in enumerate(shown):
+            grid[row, 0].set_ylabel(keys[key])
+        return figure
+
+
+def _draw_estimates(axes: Axes, rows: Rows, key: str, colour: str) -> None:
+    """Iterations as dots, and their running mean as a line with a mark at its end."""
+    points = np.array([(row["kl/k1"], row[key]) for row in rows if key in row])
+    if not len(points):
+        axes.text(0.5, 0.5, "not logged", ha="center", va="center", color=GREY, transform=axes.transAxes)
+        return
+    axes.scatter(points[:, 0], points[:, 1], s=9, color=colour, alpha=0.35, linewidths=0)
+    width = min(_SMOOTHED_OVER, len(points))
+    smooth = np.stack([np.convolve(points[:, i], np.full(width, 1 / width), mode="valid") for i in (0, 1)], axis=1)
+    axes.plot(smooth[:, 0], smooth[:, 1], color=colour, linewidth=1.4)
+    axes.plot(smooth[-1:, 0], smooth[-1:, 1], color=colour, marker="o", markersize=5, markeredgecolor="white")
+    axes.margins(0.08)
+
+
+def _panels(number_of: int) -> tuple[Figure, list[Axes]]:
+    columns = min(_COLUMNS, number_of)
+    rows = -(-number_of // columns)
+    figure = Figure(figsize=(max(5.6, 4.3 * columns), 0.4 + 3.6 * rows), layout="constrained")
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey=True).ravel())
+    for axes in panels[number_of:]:
+        axes.set_visible(False)
+    return figure, panels
+
+
+def _colours(results: Results) -> dict[str, str]:
+    styles = looks([entry.name for entry in results.entries], [entry.kind for entry in results.entries])
+    return {name: look.colour for name, look in styles.items()}
