@@ -2,104 +2,39 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
-import pyarrow as pa
 import pytest
 import torch
-from tiny import BOS, EOS, FIRST_LETTER
+from on_policy import LikedCount, LocalGenerator, make_job, metric_rows, timeless
 from torch import Tensor
 
-from prefarena.config import Generation, PPOTraining, RewardModel
-from prefarena.data.tables import write_rows
+from prefarena.config import PPOTraining
 from prefarena.errors import UserError
-from prefarena.generation.interface import Sampling, StaleWeightsError
-from prefarena.judges.spec import JudgeSpec
-from prefarena.modeling.load import load_policy, load_tokenizer, new_reward_model, save_policy
-from prefarena.modeling.logprobs import Sequences
-from prefarena.records import PROMPTS, Rollout
+from prefarena.generation.interface import Sampling
+from prefarena.modeling.load import load_policy
+from prefarena.records import Rollout
 from prefarena.training.jobs import OnPolicyJob
-from prefarena.training.ppo import train_ppo
+from prefarena.training.on_policy import train_on_policy
 from prefarena.training.rollouts import minibatches, prompt_indices, share
 from prefarena.training.worker import Worker
-
-LIKED = 5
-
-
-class LocalGenerator:
-    """Samples with transformers from the weights it was last given; refuses other versions, as the actor does."""
-
-    def __init__(self, policy: str) -> None:
-        self.model = load_policy(policy)
-        self.version: str | None = None
-        self.num_syncs = 0
-
-    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        self.model.load_state_dict({name: tensor.clone() for name, tensor in named_tensors})
-        self.version = version
-        self.num_syncs += 1
-
-    @torch.no_grad()
-    def generate(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
-        if version != self.version:
-            raise StaleWeightsError(f"holds {self.version}, asked for {version}")
-        randoms = [torch.Generator().manual_seed(seed) for seed in sampling.request_seeds(len(prompts))]
-        ids, ended = torch.tensor(prompts), torch.zeros(len(prompts), dtype=torch.bool)
-        responses: list[list[int]] = [[] for _ in prompts]
-        logps: list[list[float]] = [[] for _ in prompts]
-        for _ in range(sampling.max_tokens):
-            log_softmax = torch.log_softmax(self.model(ids).logits[:, -1] / sampling.temperature, -1)
-            tokens = torch.stack(
-                [torch.multinomial(row.exp(), 1, generator=g) for row, g in zip(log_softmax, randoms, strict=True)]
-            )
-            for row in (~ended).nonzero()[:, 0].tolist():
-                responses[row].append(int(tokens[row]))
-                logps[row].append(float(log_softmax[row, tokens[row]]))
-            ended |= tokens[:, 0] == EOS
-            ids = torch.cat([ids, tokens], 1)
-        return [
-            Rollout(prompt, response, logp, response[-1] == EOS, version)
-            for prompt, response, logp in zip(prompts, responses, logps, strict=True)
-        ]
-
-
-def count_liked(sequences: Sequences) -> Tensor:
-    """A reward that every response token can earn."""
-    return ((sequences.input_ids[:, 1:] == LIKED) & sequences.response_mask).sum(1).float()
 
 
 @pytest.fixture
 def job(tmp_path: Path, tiny_policy: str) -> OnPolicyJob:
-    prompts = {
-        "id": [f"{i:02d}" for i in range(8)],
-        "prompt_ids": [[BOS, FIRST_LETTER + i, FIRST_LETTER + 2] for i in range(8)],
-        "covered": [True] * 6 + [False] * 2,
-        "split": ["train"] * 8,
-    }
-    write_rows(pa.table(prompts), tmp_path / "prompts.parquet", PROMPTS)
-    save_policy(new_reward_model(tiny_policy, 0), load_tokenizer(tiny_policy), tmp_path / "reward")
     settings = PPOTraining(
         num_iterations=8, rollouts_per_iteration=48, num_minibatches=3, micro_batch_size=10, kl_coef=0.05,
         target_kl=0.5, kl_horizon=200, checkpoint_every=2,
     )  # fmt: skip
-    return OnPolicyJob(
-        stage_dir=str(tmp_path / "stage"), name="rlhf", policy=tiny_policy, seed=0, training=settings,
-        reward=JudgeSpec(RewardModel(), str(tmp_path / "reward"), tiny_policy), critic=str(tmp_path / "reward"),
-        prompts=str(tmp_path / "prompts.parquet"), covered_only=True,
-        generators=("none",), generation=Generation(), response_limit=4,
-    )  # fmt: skip
-
-
-def metric_rows(job: OnPolicyJob) -> list[dict[str, float]]:
-    return [json.loads(line) for line in (Path(job.stage_dir) / "metrics.jsonl").read_text().splitlines()]
+    return make_job(tmp_path, tiny_policy, settings)
 
 
 def test_the_reward_rises_and_every_metric_is_there(job: OnPolicyJob) -> None:
     source = LocalGenerator(job.policy)
-    costs = train_ppo(job, Worker(job.stage_dir), source, reward=count_liked)["costs"]
+    judges = {"reward": LikedCount(), "monitor": LikedCount()}
+    costs = train_on_policy(job, Worker(job.stage_dir), source, **judges)["costs"]
     rows = metric_rows(job)
     assert [row["step"] for row in rows] == list(range(1, 9))
     assert rows[-1]["reward/mean"] > rows[0]["reward/mean"] + 0.5
@@ -109,21 +44,23 @@ def test_the_reward_rises_and_every_metric_is_there(job: OnPolicyJob) -> None:
     assert rows[-1]["kl/coef"] != rows[0]["kl/coef"]
     assert costs["num_tokens_trained"] == rows[-1]["num_tokens_trained"] > 2 * costs["num_tokens_generated"]
     expected = {
-        "reward/mean", "reward/penalised", "kl/k1", "kl/k3", "entropy", "policy/clip_fraction", "value/clip_fraction",
-        "value/explained_variance", "logp_gap/mean", "logp_gap/max", "response_length", "truncation_rate",
-        "importance/ess", "time/generate", "time/score", "time/logprobs", "time/update", "time/sync",
-        "num_tokens_generated", "num_tokens_trained", "step", "num_steps",
+        "reward/mean", "reward/judge", "reward/penalised", "kl/k1", "kl/k3", "kl/k1_stderr", "kl/k3_stderr", "kl/coef",
+        "entropy", "policy/loss", "policy/clip_fraction", "policy/update_kl", "value/loss", "value/clip_fraction",
+        "value/explained_variance", "importance/ess", "importance/capped", "logp_gap/mean", "logp_gap/max",
+        "response_length", "truncation_rate", "staleness", "learning_rate", "grad_norm", "critic_grad_norm",
+        "time/generate", "time/score", "time/logprobs", "time/values", "time/update", "time/sync",
+        "tokens_per_second", "num_tokens_generated", "num_tokens_trained", "step", "num_steps",
     }  # fmt: skip
-    assert expected <= rows[0].keys()
+    assert rows[0].keys() == expected
     trained = load_policy(job.model_dir)
-    assert source.version == "rlhf@8" and source.num_syncs == 9
-    for name, tensor in trained.state_dict().items():
-        assert torch.equal(tensor, source.model.state_dict()[name])
+    assert source.version == "rlhf@7" and source.num_syncs == 8
+    initial = load_policy(job.policy).state_dict()
+    assert all(not torch.equal(tensor, initial[name]) for name, tensor in trained.state_dict().items())
 
 
 def test_an_interrupted_run_ends_in_the_same_weights_bit_for_bit(job: OnPolicyJob, tmp_path: Path) -> None:
     job = replace(job, training=job.training.model_copy(update={"num_iterations": 5}))
-    train_ppo(job, Worker(job.stage_dir), LocalGenerator(job.policy))
+    train_on_policy(job, Worker(job.stage_dir), LocalGenerator(job.policy))
 
     class Dying(LocalGenerator):
         def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
@@ -133,15 +70,11 @@ def test_an_interrupted_run_ends_in_the_same_weights_bit_for_bit(job: OnPolicyJo
 
     again = replace(job, stage_dir=str(tmp_path / "interrupted"))
     with pytest.raises(ConnectionError):
-        train_ppo(again, Worker(again.stage_dir), Dying(job.policy))
-    train_ppo(again, Worker(again.stage_dir), LocalGenerator(job.policy))
+        train_on_policy(again, Worker(again.stage_dir), Dying(job.policy))
+    train_on_policy(again, Worker(again.stage_dir), LocalGenerator(job.policy))
     whole, resumed = load_policy(job.model_dir).state_dict(), load_policy(again.model_dir).state_dict()
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
-    timeless = [
-        [{key: value for key, value in row.items() if not key.startswith("time/")} for row in metric_rows(run)]
-        for run in (job, again)
-    ]
-    assert timeless[0] == timeless[1]
+    assert timeless(job) == timeless(again)
 
 
 class GlooWorker(Worker):
@@ -157,38 +90,38 @@ class GlooWorker(Worker):
 def run_as_one_of_two(rank: int, job: OnPolicyJob, rendezvous: str) -> None:
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    train_ppo(job, GlooWorker(job.stage_dir, rank), LocalGenerator(job.policy), reward=count_liked)
+    train_on_policy(job, GlooWorker(job.stage_dir, rank), LocalGenerator(job.policy), reward=LikedCount())
     torch.distributed.destroy_process_group()
 
 
 def test_two_workers_do_what_one_does(job: OnPolicyJob, tmp_path: Path) -> None:
     job = replace(job, training=job.training.model_copy(update={"num_iterations": 2, "rollouts_per_iteration": 51}))
-    train_ppo(job, Worker(job.stage_dir), LocalGenerator(job.policy), reward=count_liked)
+    train_on_policy(job, Worker(job.stage_dir), LocalGenerator(job.policy), reward=LikedCount())
     shared = replace(job, stage_dir=str(tmp_path / "shared"))
     torch.multiprocessing.spawn(run_as_one_of_two, args=(shared, str(tmp_path / "rendezvous")), nprocs=2)
-    for alone, together in zip(metric_rows(job), metric_rows(shared), strict=True):
+    for alone, together in zip(timeless(job), timeless(shared), strict=True):
         assert alone.keys() == together.keys()
-        for name in (name for name in alone if not name.startswith("time/")):
+        for name in alone:
             assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
 
 
 def test_a_generator_that_lost_its_weights_is_given_them_again(job: OnPolicyJob) -> None:
     class Forgetful(LocalGenerator):
-        def generate(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
+        def _sample(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
             if version == "rlhf@1" and self.num_syncs == 2:
                 self.version = None
-            return super().generate(prompts, sampling, version)
+            return super()._sample(prompts, sampling, version)
 
     job = replace(job, training=job.training.model_copy(update={"num_iterations": 2}))
     source = Forgetful(job.policy)
-    train_ppo(job, Worker(job.stage_dir), source, reward=count_liked)
-    assert source.num_syncs == 4 and source.version == "rlhf@2"
+    train_on_policy(job, Worker(job.stage_dir), source, reward=LikedCount())
+    assert source.num_syncs == 3 and source.version == "rlhf@1"
 
 
 def test_too_few_rollouts_to_share_is_one_clear_sentence(job: OnPolicyJob) -> None:
     job = replace(job, training=job.training.model_copy(update={"rollouts_per_iteration": 2}))
     with pytest.raises(UserError, match="rollouts_per_iteration 2 is fewer than one rollout for each of 3"):
-        train_ppo(job, Worker(job.stage_dir), LocalGenerator(job.policy))
+        train_on_policy(job, Worker(job.stage_dir), LocalGenerator(job.policy))
 
 
 def test_prompts_are_used_equally_often_and_shared_without_overlap() -> None:

@@ -31,8 +31,8 @@ from prefarena.records import DEMONSTRATIONS, REFERENCED_PAIRS
 from prefarena.stages import read_manifest
 from prefarena.tasks.language import Language
 from prefarena.training.jobs import Job, OffPolicyJob, ReferenceJob, RewardModelJob
-from prefarena.training.off_policy import learning_rate
 from prefarena.training.run_job import run_job
+from prefarena.training.schedule import warmed_up
 from prefarena.training.worker import Worker
 
 TASK = LanguageTask(num_letters=5, num_prompts=12, prompt_letters=2, num_demonstrations=256)
@@ -197,9 +197,8 @@ def test_the_reference_learns_demonstrations_and_can_learn_prompts_too(inputs: P
 
 
 def test_schedules() -> None:
-    cosine = Optimisation(learning_rate=1.0, warmup_steps=4, schedule="cosine")
-    rates = [learning_rate(cosine, step, 20) for step in range(20)]
+    rates = [warmed_up(1.0, "cosine", step, 20, warmup=4) for step in range(20)]
     assert rates[:4] == pytest.approx([0.2, 0.4, 0.6, 0.8])
     assert rates[4] == 1.0 and rates[12] == pytest.approx(0.5) and 0 < rates[19] < 0.02
-    linear = Optimisation(learning_rate=2.0, warmup_steps=0, schedule="linear")
-    assert [learning_rate(linear, step, 4) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
+    assert [warmed_up(2.0, "linear", step, 4, warmup=0) for step in range(4)] == [2.0, 1.5, 1.0, 0.5]
+    assert [warmed_up(3.0, "constant", step, 4, warmup=1) for step in range(3)] == [1.5, 3.0, 3.0]

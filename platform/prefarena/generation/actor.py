@@ -100,6 +100,11 @@ def _environment(generation: Generation) -> dict[str, str]:
     }
 
 
+class _Asked:
+    def __init__(self, generate: Callable[[], list[Rollout]]) -> None:
+        self.result = generate
+
+
 class Generator:
     """A client of one generation actor. Every call has a time limit, and names what it waited for when it passes.
 
@@ -148,6 +153,10 @@ class Generator:
     def load_checkpoint(self, path: str, version: str) -> None:
         """Replace all weights by those of a transformers folder that the actor's node can read."""
         self._wait("load_checkpoint", f"to load {path}", "sync_timeout_s", path, version)
+
+    def submit(self, prompts: list[list[int]], sampling: Sampling, version: str) -> _Asked:
+        """Ask for one rollout per prompt when the result is wanted."""
+        return _Asked(lambda: self.generate(prompts, sampling, version))
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
         """One rollout per prompt, in order.

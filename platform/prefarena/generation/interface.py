@@ -43,11 +43,23 @@ class GeneratorLostError(RuntimeError):
     """The generator failed to start, or died and cannot be restarted."""
 
 
+class Pending(Protocol):
+    """A batch of rollouts that was asked for."""
+
+    def result(self) -> list[Rollout]:
+        """One rollout per prompt, in order. Raises StaleWeightsError where other weights were held than asked for."""
+        ...
+
+
 class RolloutSource(Protocol):
     """A generator with versioned weights, as training loops use it."""
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         """Replace all weights; from then on the source holds `version`."""
+        ...
+
+    def submit(self, prompts: list[list[int]], sampling: Sampling, version: str) -> Pending:
+        """Ask for one rollout per prompt; returns at once."""
         ...
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:

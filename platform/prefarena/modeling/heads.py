@@ -10,17 +10,17 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefarena.modeling.logprobs import Sequences
+from prefarena.modeling.logprobs import Sequences, at_least_float32
 
 
 def token_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """The raw head at every position, [B, T] float32, for a sequence-classification model with one label."""
+    """The raw head at every position, [B, T] float32, for a sequence-classification model with one label.
+
+    The body is causal and padding is on the right, so no attention mask is needed (see `modeling/logprobs.py`).
+    """
     body = getattr(model, model.base_model_prefix)
-    hidden = body(
-        input_ids=sequences.input_ids, attention_mask=sequences.attention_mask, use_cache=False
-    ).last_hidden_state
-    score = model.get_submodule("score")
-    return score(hidden)[..., 0].float()
+    hidden = body(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
+    return at_least_float32(model.get_submodule("score")(hidden)[..., 0])
 
 
 class ScalarHead(torch.nn.Module):
@@ -32,6 +32,13 @@ class ScalarHead(torch.nn.Module):
 
     def forward(self, sequences: Sequences) -> Tensor:
         return token_scores(self.model, sequences)
+
+
+class ValueHead(ScalarHead):
+    """The same as a critic: forward gives `token_values`."""
+
+    def forward(self, sequences: Sequences) -> Tensor:
+        return token_values(self.model, sequences)
 
 
 def last_token(token_values: Tensor, sequences: Sequences) -> Tensor:
@@ -49,9 +56,6 @@ def normalised(model: PreTrainedModel, raw: Tensor) -> Tensor:
     return (raw - getattr(model.config, "reward_mean", 0.0)) / getattr(model.config, "reward_scale", 1.0)
 
 
-def token_values(model: PreTrainedModel | ScalarHead, sequences: Sequences) -> Tensor:
+def token_values(model: PreTrainedModel, sequences: Sequences) -> Tensor:
     """Critic values [B, T-1]: at t, of the state before token t+1; normalised like the reward it starts from."""
-    body = model.model if isinstance(model, ScalarHead) else model
-    mean, scale = getattr(body.config, "reward_mean", 0.0), getattr(body.config, "reward_scale", 1.0)
-    raw = model(sequences) if isinstance(model, ScalarHead) else token_scores(model, sequences)
-    return (raw[:, :-1] - mean) / scale
+    return normalised(model, token_scores(model, sequences)[:, :-1])

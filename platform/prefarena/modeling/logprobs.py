@@ -67,18 +67,19 @@ def token_logps_and_entropy(
 
     Zero outside the response. `temperature` divides the logits, as sampling does.
     """
-    mask = sequences.response_mask
-    log_softmax = _response_log_softmax(model, sequences, mask, temperature)
-    token_logps = log_softmax.gather(-1, sequences.input_ids[:, 1:][mask][:, None])[:, 0]
+    first, logits = _scoring_logits(model, sequences, temperature)
+    log_softmax = torch.log_softmax(logits, -1)
+    logps = log_softmax.gather(-1, sequences.input_ids[:, first + 1 :, None])[..., 0]
     entropy = -(log_softmax.exp() * log_softmax).sum(-1)
-    return _spread(token_logps, mask), _spread(entropy, mask)
+    return _at_responses(logps, first, sequences), _at_responses(entropy, first, sequences)
 
 
 def token_logps(model: PreTrainedModel | torch.nn.Module, sequences: Sequences, temperature: float = 1.0) -> Tensor:
     """Response token log-probs [B, T-1], nats, float32; zero outside the response."""
-    mask = sequences.response_mask
-    log_softmax = _response_log_softmax(model, sequences, mask, temperature)
-    return _spread(log_softmax.gather(-1, sequences.input_ids[:, 1:][mask][:, None])[:, 0], mask)
+    first, logits = _scoring_logits(model, sequences, temperature)
+    targets = sequences.input_ids[:, first + 1 :]
+    logps = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+    return _at_responses(logps.view(targets.shape), first, sequences)
 
 
 def sequence_logps(model: PreTrainedModel | torch.nn.Module, sequences: Sequences, temperature: float = 1.0) -> Tensor:
@@ -86,14 +87,26 @@ def sequence_logps(model: PreTrainedModel | torch.nn.Module, sequences: Sequence
     return token_logps(model, sequences, temperature).sum(-1)
 
 
-def _response_log_softmax(
-    model: PreTrainedModel | torch.nn.Module, sequences: Sequences, mask: Tensor, temperature: float
-) -> Tensor:
-    """log-softmax rows [num response tokens, V], of the positions that score a response token."""
-    logits = model(input_ids=sequences.input_ids, attention_mask=sequences.attention_mask, use_cache=False).logits
-    return torch.log_softmax(logits[:, :-1][mask].float() / temperature, dim=-1)
+def _scoring_logits(
+    model: PreTrainedModel | torch.nn.Module, sequences: Sequences, temperature: float
+) -> tuple[int, Tensor]:
+    """The first position [0, T-1) that scores a response token of any row, and logits [B, T-1-first, V] from there on.
+
+    No attention mask is passed: padding is on the right and attention is causal, so no token of a sequence sees it, and
+    the positions of tokens are what they are without it. Attention without a mask is the faster.
+    """
+    length = sequences.input_ids.shape[1]
+    first = max(0, int(sequences.prompt_lengths.min()) - 1)
+    scoring = torch.arange(first, length - 1, device=sequences.input_ids.device)
+    logits = model(input_ids=sequences.input_ids, use_cache=False, logits_to_keep=scoring).logits
+    return first, at_least_float32(logits) if temperature == 1 else at_least_float32(logits) / temperature
 
 
-def _spread(values: Tensor, mask: Tensor) -> Tensor:
-    """Values at the true positions of `mask` [B, T-1], zero elsewhere."""
-    return torch.zeros(mask.shape, dtype=values.dtype, device=values.device).masked_scatter(mask, values)
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """Half precision widened; float32 and float64 as they are."""
+    return tensor.float() if tensor.dtype.itemsize < 4 else tensor
+
+
+def _at_responses(values: Tensor, first: int, sequences: Sequences) -> Tensor:
+    """Values [B, T-1-first] as [B, T-1], zero outside the responses."""
+    return torch.nn.functional.pad(values, (first, 0)).masked_fill(~sequences.response_mask, 0.0)

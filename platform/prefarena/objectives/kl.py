@@ -15,6 +15,17 @@ def k1(logps: Tensor, reference_logps: Tensor) -> Tensor:
     return logps - reference_logps
 
 
+def k2(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """k1^2 / 2 per token, nats: biased, but its gradient under samples of pi is that of the KL."""
+    return 0.5 * (logps - reference_logps) ** 2
+
+
+def k3_straight_through(logps: Tensor, reference_logps: Tensor) -> Tensor:
+    """k3's value with k2's gradient."""
+    surrogate = k2(logps, reference_logps)
+    return k3(logps, reference_logps).detach() + surrogate - surrogate.detach()
+
+
 def k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
     """exp(-k1) - 1 + k1 per token, any shape, nats: unbiased too, never negative (http://joschu.net/blog/kl-approx.html).
 

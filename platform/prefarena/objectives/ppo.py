@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from prefarena.objectives.kl import LOG_RATIO_LIMIT, k3
+from prefarena.objectives.kl import LOG_RATIO_LIMIT, k2, k3, k3_straight_through
 from prefarena.objectives.output import Mean, ObjectiveOutput, mean_of
 
 
@@ -118,3 +118,16 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 def mean_per_sequence(token_values: Tensor, mask: Tensor) -> Mean:
     """The mean over sequences of sums over tokens."""
     return mean_of((token_values * mask).sum(1))
+
+
+def kl_loss(
+    logps: Tensor, reference_logps: Tensor, mask: Tensor, *, estimator: str, weights: Tensor | None = None
+) -> ObjectiveOutput:
+    """Sum over the mask of a per-token KL estimate (`k2`, `k3` or `k3_straight_through`), with `weights` [B, T]."""
+    estimate = {"k2": k2, "k3": k3, "k3_straight_through": k3_straight_through}[estimator](logps, reference_logps)
+    return ObjectiveOutput(mean_of(estimate if weights is None else estimate * weights.detach(), mask), {})
+
+
+def sequence_mean_weights(mask: Tensor) -> Tensor:
+    """[B, T]: 1 / the row's length inside the mask, so that a sum over tokens is one of token means."""
+    return mask / mask.sum(1, keepdim=True).clamp(min=1)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from prefarena.config import Optimisation
 from prefarena.objectives.output import Mean
+from prefarena.training.schedule import warmed_up
 from prefarena.training.terms import Term
 from prefarena.training.worker import Worker, load_optimizer_tensors, optimizer_tensors
 
@@ -63,7 +63,7 @@ def train(
     done = _restore(module, optimizer, worker)
     window, started, first = Window(), time.perf_counter(), done
     for step in range(done, num_steps):
-        rate = learning_rate(training, step, num_steps)
+        rate = warmed_up(training.learning_rate, training.schedule, step, num_steps, training.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
         gradient_norm = optimizer_step(trained, terms, step, optimizer, training, worker, window)
@@ -110,18 +110,6 @@ def optimizer_step(
     gradient_norm = nn.utils.clip_grad_norm_(module.parameters(), training.max_grad_norm)
     optimizer.step()
     return gradient_norm
-
-
-def learning_rate(training: Optimisation, step: int, num_steps: int) -> float:
-    """Linear warm-up, then constant, or linear or cosine decay to zero after the last step."""
-    warmup = min(1.0, (step + 1) / (training.warmup_steps + 1))
-    progress = max(0.0, step - training.warmup_steps) / max(1, num_steps - training.warmup_steps)
-    decay: dict[str, Callable[[float], float]] = {
-        "constant": lambda _: 1.0,
-        "linear": lambda done: 1.0 - done,
-        "cosine": lambda done: 0.5 * (1 + math.cos(math.pi * done)),
-    }
-    return training.learning_rate * warmup * decay[training.schedule](progress)
 
 
 def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

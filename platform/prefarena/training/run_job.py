@@ -34,9 +34,9 @@ def run_job(job: Job, worker: Worker) -> None:
         case RewardModelJob():
             contents = _train_reward_model(job, worker)
         case OnPolicyJob():
-            from prefarena.training.ppo import train_ppo
+            from prefarena.training.on_policy import train_on_policy
 
-            contents = train_ppo(job, worker)
+            contents = train_on_policy(job, worker)
         case _:
             raise TypeError(f"no loop for {type(job).__name__}")
     if worker.rank == 0:

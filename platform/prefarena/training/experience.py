@@ -1,0 +1,166 @@
+"""From rollouts to the tensors that the update learns from.
+
+Every worker scores the share that it generated, then all shares are gathered, so that each worker holds the whole
+rollout batch: whitening, groups, minibatches and metrics are the same for any number of workers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, fields, replace
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefarena.judges.spec import Judge
+from prefarena.modeling.logprobs import Sequences, collate, token_logps, token_logps_and_entropy
+from prefarena.records import Rollout
+from prefarena.training.rollouts import share
+from prefarena.training.worker import Worker
+
+Phase = Callable[[str], AbstractContextManager[None]]
+
+
+@dataclass(frozen=True)
+class Experience:
+    """A rollout batch. Per-token fields are [B, T-1] like `sequences.response_mask`, zero outside it.
+
+    generator_logps, old_logps, reference_logps, entropy: nats, at the sampling temperature. scores: [B] rewards as
+    judged, before clipping and penalties. finished: [B], ended by eos. staleness: [B], how many updates older than the
+    policy the weights are that generated it. values: of the critic that starts the iteration, where there is a critic.
+    monitor_scores: [B] of a judge that is not learned from.
+    """
+
+    sequences: Sequences
+    generator_logps: Tensor
+    old_logps: Tensor
+    reference_logps: Tensor
+    entropy: Tensor
+    scores: Tensor
+    finished: Tensor
+    staleness: Tensor
+    values: Tensor | None = None
+    monitor_scores: Tensor | None = None
+
+    @property
+    def num_sequence_tokens(self) -> int:
+        """Prompt and response tokens of the batch."""
+        return int((self.sequences.prompt_lengths + self.sequences.response_lengths).sum())
+
+    def __len__(self) -> int:
+        return len(self.scores)
+
+
+def select(sequences: Sequences, rows: Tensor) -> Sequences:
+    """Some rows of a batch, padding that none of them needs cut off."""
+    picked = replace(sequences, **{name: getattr(sequences, name)[rows] for name in sequences.__dataclass_fields__})
+    longest = int((picked.prompt_lengths + picked.response_lengths).max())
+    return replace(picked, input_ids=picked.input_ids[:, :longest], attention_mask=picked.attention_mask[:, :longest])
+
+
+def by_length(sequences: Sequences, rows: Tensor, size: int) -> list[Tensor]:
+    """`rows` in parts of at most `size` whose sequences are of similar length, for little padding."""
+    lengths = (sequences.prompt_lengths + sequences.response_lengths)[rows]
+    return list(rows[lengths.argsort(stable=True)].split(size))
+
+
+def generator_logps(rollouts: list[Rollout], mask: Tensor) -> Tensor:
+    """The log-probs that came with the rollouts, [B, T-1], where the trainer's stand (`mask`)."""
+    values = torch.tensor(list(chain.from_iterable(rollout.token_logps for rollout in rollouts)))
+    return torch.zeros(mask.shape).masked_scatter(mask, values)
+
+
+@dataclass(frozen=True)
+class Scorers:
+    """The models that turn rollouts into experience. critic: sequences to values [B, T-1]; none without one."""
+
+    policy: nn.Module
+    reference: nn.Module
+    critic: nn.Module | None
+    reward: Judge
+    monitor: Judge | None
+    temperature: float
+    batch_size: int
+    autocast: Callable[[], Any]
+    pad_id: int
+    device: torch.device
+
+    @torch.no_grad()
+    def experience(self, rollouts: list[Rollout], staleness: list[int], phase: Phase) -> Experience:
+        """One worker's experience; `phase` times its parts."""
+        prompts = [rollout.prompt_ids for rollout in rollouts]
+        responses = [rollout.response_ids for rollout in rollouts]
+        with phase("score"):
+            scores = self._judged(self.reward, prompts, responses)
+            monitored = None
+            if self.monitor is not None:
+                same = self.monitor is self.reward
+                monitored = scores if same else self._judged(self.monitor, prompts, responses)
+        with phase("logprobs"):
+            local = collate(prompts, responses, self.pad_id)
+            sequences = local.to(self.device)
+            logps = self._in_parts(sequences, self._log_probs)
+        values = None
+        if self.critic is not None:
+            with phase("values"):
+                values = self._in_parts(sequences, self._values)["values"]
+        return Experience(
+            sequences=sequences,
+            generator_logps=generator_logps(rollouts, local.response_mask).to(self.device),
+            scores=scores,
+            finished=torch.tensor([rollout.finished for rollout in rollouts], device=self.device).float(),
+            staleness=torch.tensor(staleness, device=self.device).float(),
+            values=values,
+            monitor_scores=monitored,
+            **logps,
+        )
+
+    def _judged(self, judge: Judge, prompts: list[list[int]], responses: list[list[int]]) -> Tensor:
+        return torch.from_numpy(judge.score(prompts, responses)).float().to(self.device)
+
+    def _log_probs(self, part: Sequences) -> dict[str, Tensor]:
+        with self.autocast():
+            old, entropy = token_logps_and_entropy(self.policy, part, self.temperature)
+            reference = token_logps(self.reference, part, self.temperature)
+        return {"old_logps": old, "entropy": entropy, "reference_logps": reference}
+
+    def _values(self, part: Sequences) -> dict[str, Tensor]:
+        with self.autocast():
+            return {"values": self.critic(part) * part.response_mask} if self.critic else {}
+
+    def _in_parts(self, sequences: Sequences, compute: Callable[[Sequences], dict[str, Tensor]]) -> dict[str, Tensor]:
+        """`compute` on parts of similar length, put together in the batch's order as [B, T-1]."""
+        shape = sequences.input_ids.shape[0], sequences.input_ids.shape[1] - 1
+        whole: dict[str, Tensor] = {}
+        for rows in by_length(sequences, torch.arange(shape[0], device=self.device), self.batch_size):
+            for name, value in compute(select(sequences, rows)).items():
+                whole.setdefault(name, value.new_zeros(shape))[rows, : value.shape[1]] = value
+        return whole
+
+
+def gather(local: Experience, num_rows: int, worker: Worker) -> Experience:
+    """The experience of all workers, in the order of the prompts, on every worker."""
+    if worker.world_size == 1:
+        return local
+    width = torch.zeros(worker.world_size, dtype=torch.long, device=worker.device)
+    width[worker.rank] = local.sequences.input_ids.shape[1]
+    longest = int(worker.sum(width).max())
+    rows = share(num_rows, worker.rank, worker.world_size)
+
+    def everywhere(tensor: Tensor, columns: int) -> Tensor:
+        """[b] or [b, T'] to the whole batch's [B] or [B, columns]."""
+        full = tensor.new_zeros((num_rows, columns)[: tensor.dim()])
+        full[rows] = tensor if tensor.dim() == 1 else nn.functional.pad(tensor, (0, columns - tensor.shape[1]))
+        return worker.sum(full)
+
+    sequences = {field.name: everywhere(getattr(local.sequences, field.name), longest) for field in fields(Sequences)}
+    present = {
+        field.name: getattr(local, field.name)
+        for field in fields(Experience)
+        if field.name != "sequences" and getattr(local, field.name) is not None
+    }
+    gathered = {name: everywhere(tensor, longest - 1) for name, tensor in present.items()}
+    return Experience(sequences=Sequences(**sequences), **gathered)

@@ -1,0 +1,315 @@
+"""The loop of all on-policy methods: rollouts from generators with versioned weights, a judge, a policy update.
+
+PPO learns a critic as well; GRPO and RLOO hold none. Nothing here draws from a global random state: prompts, samples
+and minibatches are pure functions of the job's seed and the iteration, so a checkpoint's iteration number is the whole
+state of the data and of the randomness.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining
+from prefarena.errors import UserError
+from prefarena.generation.interface import RolloutSource
+from prefarena.judges.spec import Judge, load_judge
+from prefarena.modeling.heads import ValueHead
+from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_policy
+from prefarena.modeling.logprobs import token_logps
+from prefarena.objectives.kl import KLController
+from prefarena.objectives.output import Mean, ObjectiveOutput
+from prefarena.objectives.ppo import kl_loss, policy_loss, value_loss
+from prefarena.training.experience import Experience, Scorers, by_length, gather
+from prefarena.training.jobs import OnPolicyJob
+from prefarena.training.learner import Learner, Term
+from prefarena.training.off_policy import TrainingDivergedError, Window
+from prefarena.training.on_policy_batch import Batch, experience_metrics, learnable
+from prefarena.training.rollouts import RolloutStream, minibatches, share, snapshot_iterations
+from prefarena.training.schedule import warmed_up
+from prefarena.training.worker import Worker
+
+#: Passes without gradients keep no activations, so more sequences fit into one.
+_FORWARD_SIZE = 4
+
+
+def train_on_policy(
+    job: OnPolicyJob,
+    worker: Worker,
+    source: RolloutSource | None = None,
+    reward: Judge | None = None,
+    monitor: Judge | None = None,
+) -> dict[str, Any]:
+    """Run all iterations from the last checkpoint on, save the policy at `job.model_dir`, return the costs.
+
+    `source`, `reward` and `monitor` default to those that the job names. The job's policy is both the start and the
+    reference. Raises UserError where the batch is too small to share, TrainingDivergedError when a loss is not finite,
+    StalenessError when a rollout is older than the mode allows, and what generator and judge raise.
+    """
+    trainer = OnPolicyTrainer(job, worker, source or _connect(job), reward, monitor)
+    trainer.restore()
+    num_iterations = job.training.num_iterations
+    snapshots = snapshot_iterations(num_iterations, job.training.num_snapshots)
+    for iteration in range(trainer.iteration, num_iterations):
+        worker.log(trainer.run(iteration))
+        if trainer.iteration in snapshots and worker.rank == 0:
+            trainer.save_snapshot()
+        if trainer.iteration % job.training.checkpoint_every == 0 and trainer.iteration < num_iterations:
+            worker.save(trainer.iteration, trainer.tensors(), trainer.state())
+    if worker.rank == 0:
+        save_policy(trainer.policy, trainer.tokenizer, job.model_dir)
+    costs = worker.costs(num_steps=num_iterations, **trainer.counts)
+    costs["device_seconds"] += costs["wall_seconds"] * len(job.generators)  # their devices are held all the while
+    return {"costs": costs}
+
+
+def _connect(job: OnPolicyJob) -> RolloutSource:
+    from prefarena.generation.actor import Generator
+
+    return Generator.connect(job.generators[0], job.generation)
+
+
+@dataclass
+class _Phases:
+    """Seconds per phase of an iteration."""
+
+    started: float = field(default_factory=time.perf_counter)
+    seconds: dict[str, float] = field(default_factory=dict)
+
+    @contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        key = f"time/{name}"
+        self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
+
+    def throughput(self, num_tokens: int) -> float:
+        """Tokens a second since the iteration began."""
+        return num_tokens / (time.perf_counter() - self.started)
+
+
+class OnPolicyTrainer:
+    """The policy, its critic where the method has one, and one iteration of learning."""
+
+    def __init__(
+        self,
+        job: OnPolicyJob,
+        worker: Worker,
+        source: RolloutSource,
+        reward: Judge | None = None,
+        monitor: Judge | None = None,
+    ) -> None:
+        self.job, self.worker, self.settings = job, worker, job.training
+        _check_sizes(self.settings, worker.world_size)
+        self.tokenizer = load_tokenizer(job.policy)
+        self.policy = load_policy(job.policy)
+        self._policy = self._learner("policy", self.policy)
+        self._critic: Learner | None = None
+        if isinstance(self.settings, PPOTraining):
+            self._critic = self._learner("critic", load_critic(job))
+        self._learners = [learner for learner in (self._policy, self._critic) if learner]
+        self._scorers = self._make_scorers(reward, monitor)
+        self.stream = RolloutStream(job, worker, source, lambda: self.policy.state_dict().items())
+        self.controller = KLController(job.training.kl_coef, job.training.target_kl, job.training.kl_horizon)
+        self.counts = {"num_tokens_generated": 0, "num_tokens_trained": 0}
+        self.iteration = 0
+
+    def _learner(self, name: str, module: nn.Module) -> Learner:
+        settings = self.settings
+        return Learner(name, module, self.worker, betas=settings.betas, max_grad_norm=settings.max_grad_norm)
+
+    def _make_scorers(self, reward: Judge | None, monitor: Judge | None) -> Scorers:
+        job, worker = self.job, self.worker
+        batch_size = self.settings.micro_batch_size * _FORWARD_SIZE
+        reward = reward or load_judge(job.reward, batch_size, worker.device)
+        if monitor is None and job.monitor is not None:
+            same = job.monitor == job.reward
+            monitor = reward if same else load_judge(job.monitor, batch_size, worker.device)
+        reference = load_policy(job.policy)
+        nn.Module.to(reference, worker.device).requires_grad_(False)
+        return Scorers(
+            policy=self.policy,
+            reference=reference,
+            critic=self._critic.module if self._critic else None,
+            reward=reward,
+            monitor=monitor,
+            temperature=self.settings.temperature,
+            batch_size=batch_size,
+            autocast=self._autocast,
+            pad_id=self.tokenizer.pad_token_id,
+            device=worker.device,
+        )
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
+
+    # --------------------------------------------------------------------------------- checkpoints, snapshots
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything learnt: the models and their optimizers."""
+        return {name: tensor for learner in self._learners for name, tensor in learner.tensors().items()}
+
+    def state(self) -> dict[str, Any]:
+        version = self.stream.version(self.iteration)
+        return {"kl_coef": self.controller.coef, "weight_version": version, **self.counts}
+
+    def restore(self) -> None:
+        """Load the job's last checkpoint, if there is one."""
+        checkpoint = self.worker.restore()
+        self.worker.forget_rows_after(checkpoint.step if checkpoint else 0)
+        if checkpoint is None:
+            return
+        for learner in self._learners:
+            learner.restore(checkpoint.tensors)
+        state, settings = checkpoint.state, self.settings
+        self.controller = KLController(state["kl_coef"], settings.target_kl, settings.kl_horizon)
+        self.counts = {name: state[name] for name in self.counts}
+        self.iteration = checkpoint.step
+
+    def save_snapshot(self) -> None:
+        """Keep the policy as it is at `snapshots/<updates done>`; the folder appears whole."""
+        folder = Path(self.job.stage_dir) / "snapshots" / f"{self.iteration:05d}"
+        partial_folder = folder.with_name(f".{folder.name}-{os.getpid()}")
+        save_policy(self.policy, self.tokenizer, partial_folder)
+        if folder.exists():  # of an attempt that was interrupted after it
+            shutil.rmtree(folder)
+        os.replace(partial_folder, folder)
+
+    # ---------------------------------------------------------------------------------------- iterations
+
+    def run(self, iteration: int) -> dict[str, Any]:
+        """One rollout batch: generate, judge, learn. Returns the row of metrics."""
+        phases = _Phases()
+        self.iteration = iteration
+        experience = self.make_experience(phases)
+        coef = self.controller.coef
+        targets = learnable(experience, self.settings, coef)
+        row: dict[str, Any] = {"step": iteration + 1, "num_steps": self.settings.num_iterations}
+        row |= experience_metrics(experience, targets, self.settings.importance_cap) | {"kl/coef": coef}
+        if not self.policy_frozen():
+            self.controller = self.controller.update(row["kl/k1"], len(experience))
+        with phases("update"):
+            row |= self._update(targets.batch, coef)
+        self.counts["num_tokens_generated"] += int(targets.batch.mask.sum())
+        self.counts["num_tokens_trained"] += experience.num_sequence_tokens * self.settings.num_epochs
+        self.iteration = iteration + 1
+        row["tokens_per_second"] = phases.throughput(experience.num_sequence_tokens)
+        return row | self.counts | phases.seconds
+
+    def make_experience(self, phases: _Phases) -> Experience:
+        """The rollouts of this iteration, scored, of all workers; in asynchronous mode the next ones are asked for."""
+        stream = self.stream
+        with phases("generate"):
+            rollouts = stream.take_ahead(self.iteration)
+        with phases("sync"):
+            stream.push(self.iteration)
+        with phases("generate"):
+            rollouts = rollouts or stream.take(self.iteration)
+            stream.ask_ahead(self.iteration)
+        staleness = stream.staleness(rollouts, self.iteration)
+        local = self._scorers.experience(rollouts, staleness, phases)
+        return gather(local, self.settings.rollouts_per_iteration, self.worker)
+
+    def policy_frozen(self) -> bool:
+        """Whether this iteration trains the critic alone."""
+        return self.iteration < _critic_warmup(self.settings)
+
+    def learning_rates(self) -> dict[str, float]:
+        """Of each learner in this iteration; the policy's course begins when the critic's warm-up is over."""
+        settings, frozen = self.settings, _critic_warmup(self.settings)
+
+        def rate(base: float, after: int) -> float:
+            length = settings.num_iterations - after
+            return warmed_up(base, settings.schedule, self.iteration - after, length, settings.warmup_iterations)
+
+        rates = {"policy": 0.0 if self.policy_frozen() else rate(settings.learning_rate, frozen)}
+        if isinstance(settings, PPOTraining):
+            rates["critic"] = rate(settings.critic_learning_rate, 0)
+        return rates
+
+    def _update(self, batch: Batch, kl_coef: float) -> dict[str, float]:
+        settings, window, rates = self.settings, Window(), self.learning_rates()
+        terms: list[tuple[Learner, Term, str]] = []
+        if not self.policy_frozen():
+            terms.append((self._policy, partial(self.policy_term, kl_coef=kl_coef), "grad_norm"))
+        if self._critic:
+            terms.append((self._critic, self.value_term, "critic_grad_norm"))
+        norms: dict[str, list[Tensor]] = {}
+        for epoch in range(settings.num_epochs):
+            for rows in minibatches(len(batch), settings.num_minibatches, self.job.seed, self.iteration, epoch):
+                parts = self.parts(batch, rows)
+                for learner, term, norm_name in terms:
+                    for metrics in learner.accumulate(parts, term, self.count(batch, rows), self._autocast):
+                        for name, mean in metrics.items():
+                            window.add(name, mean)
+                    norms.setdefault(norm_name, []).append(learner.apply(rates[learner.name]))
+        row = window.reduce(self.worker) | {name: float(torch.stack(parts).mean()) for name, parts in norms.items()}
+        bad = {name: value for name, value in row.items() if not math.isfinite(value)}
+        if bad:
+            raise TrainingDivergedError(f"not finite at iteration {self.iteration}: {bad}")
+        return row | {"learning_rate": rates["policy"]}
+
+    def parts(self, batch: Batch, rows: Tensor) -> list[Batch]:
+        """This worker's micro-batches of a minibatch."""
+        mine = rows[share(len(rows), self.worker.rank, self.worker.world_size)].to(batch.mask.device)
+        return [batch.select(part) for part in by_length(batch.sequences, mine, self.settings.micro_batch_size)]
+
+    def count(self, batch: Batch, rows: Tensor) -> Tensor:
+        """What a loss's sum over a minibatch, on all workers, is divided by: its tokens, or its sequences."""
+        mask = batch.mask[rows.to(batch.mask.device)]
+        by_sequence = isinstance(self.settings, GRPOTraining) and self.settings.loss_mean == "sequences"
+        return mask.any(1).sum() if by_sequence else mask.sum()
+
+    def policy_term(self, batch: Batch, kl_coef: float) -> ObjectiveOutput:
+        """Sum of the clipped losses of a micro-batch, with GRPO's KL penalty where it is part of the loss."""
+        logps = token_logps(self._policy.wrapped, batch.sequences, self.settings.temperature)
+        output = policy_loss(
+            logps, batch.old_logps, batch.advantages, batch.mask, clip=self.settings.clip, weights=batch.weights
+        )
+        if batch.reference_logps is None or not isinstance(self.settings, GRPOTraining):
+            return output
+        penalty = kl_loss(
+            logps, batch.reference_logps, batch.mask, estimator=self.settings.kl_estimator, weights=batch.weights
+        )
+        total = output.loss.total + kl_coef * penalty.loss.total
+        return ObjectiveOutput(Mean(total, output.loss.count), output.metrics)
+
+    def value_term(self, batch: Batch) -> ObjectiveOutput:
+        """Sum of the clipped squared errors of a micro-batch, and its metrics."""
+        settings = self.settings
+        if not (isinstance(settings, PPOTraining) and self._critic) or batch.values is None or batch.returns is None:
+            raise TypeError("there is no critic")
+        values = self._critic.wrapped(batch.sequences)
+        return value_loss(values, batch.values, batch.returns, batch.mask, clip=settings.value_clip)
+
+
+def load_critic(job: OnPolicyJob) -> ValueHead:
+    """The job's reward model; where it names none, the policy's body under a head of zeros."""
+    if job.critic:
+        return ValueHead(load_reward_model(job.critic))
+    critic = new_reward_model(job.policy, job.seed)
+    nn.init.zeros_(critic.get_parameter("score.weight"))
+    return ValueHead(critic)
+
+
+def _critic_warmup(settings: OnPolicyTraining) -> int:
+    return settings.critic_warmup_iterations if isinstance(settings, PPOTraining) else 0
+
+
+def _check_sizes(settings: OnPolicyTraining, world_size: int) -> None:
+    if settings.rollouts_per_iteration < settings.num_minibatches * world_size:
+        raise UserError(
+            f"rollouts_per_iteration {settings.rollouts_per_iteration} is fewer than one rollout for each of "
+            f"{settings.num_minibatches} minibatches on {world_size} workers; raise training.rollouts_per_iteration"
+        )

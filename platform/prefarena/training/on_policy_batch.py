@@ -1,0 +1,140 @@
+"""What an update learns from: each method's advantages over a whole rollout batch, and the batch's metrics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining, RLOOTraining
+from prefarena.modeling.logprobs import Sequences
+from prefarena.objectives.advantages import (
+    explained_variance,
+    generalised_advantages,
+    group_advantages,
+    leave_one_out_advantages,
+    masked_moments,
+    penalised_rewards,
+    whiten,
+)
+from prefarena.objectives.kl import k1, k3
+from prefarena.objectives.ppo import effective_sample_size, importance_weights, sequence_mean_weights
+from prefarena.training.experience import Experience, select
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Targets of the update. Tensors are [B, T-1], zero outside the response.
+
+    weights: of each token's loss, without gradient: the truncated importance weight, and 1 / length where the loss is
+    a mean over sequences. reference_logps: where the KL penalty is part of the loss. values and returns: with a critic.
+    """
+
+    sequences: Sequences
+    mask: Tensor
+    old_logps: Tensor
+    advantages: Tensor
+    weights: Tensor
+    reference_logps: Tensor | None = None
+    values: Tensor | None = None
+    returns: Tensor | None = None
+
+    def select(self, rows: Tensor) -> Batch:
+        """Some rollouts, padding that none of them needs cut off."""
+        sequences = select(self.sequences, rows)
+        width = sequences.input_ids.shape[1] - 1
+        named = {field.name: getattr(self, field.name) for field in fields(Batch) if field.name != "sequences"}
+        cut: dict[str, Any] = {name: None if whole is None else whole[rows, :width] for name, whole in named.items()}
+        return replace(self, sequences=sequences, **cut)
+
+    def __len__(self) -> int:
+        return len(self.mask)
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The batch to learn from, and the rewards [B] that its advantages compare, penalties included."""
+
+    batch: Batch
+    rewards: Tensor
+
+
+def learnable(experience: Experience, settings: OnPolicyTraining, kl_coef: float) -> Targets:
+    """Clip and penalise the scores, and turn them into advantages as the method does.
+
+    PPO: the KL penalty per token, GAE, advantages whitened over the whole batch. GRPO: the score against its group's
+    mean. RLOO: the score less the sequence's KL penalty, against the mean of the others in its group.
+    """
+    mask = experience.sequences.response_mask
+    scores = experience.scores.clamp(-settings.reward_clip, settings.reward_clip)
+    scores = scores - settings.missing_eos_penalty * (1 - experience.finished)
+    token_kl = k1(experience.old_logps, experience.reference_logps)
+    batch = Batch(
+        sequences=experience.sequences,
+        mask=mask,
+        old_logps=experience.old_logps,
+        advantages=torch.zeros_like(experience.old_logps),
+        weights=importance_weights(experience.old_logps, experience.generator_logps, settings.importance_cap) * mask,
+    )
+    match settings:
+        case PPOTraining():
+            return _with_critic(batch, experience, settings, penalised_rewards(scores, token_kl, mask, kl_coef))
+        case GRPOTraining():
+            in_loss = settings.kl_in == "loss"
+            rewards = scores if in_loss else scores - kl_coef * (token_kl * mask).sum(1)
+            if settings.loss_mean == "sequences":
+                batch = replace(batch, weights=batch.weights * sequence_mean_weights(mask))
+            if in_loss:
+                batch = replace(batch, reference_logps=experience.reference_logps)
+            advantages = group_advantages(rewards, settings.group_size, settings.normalise_std)
+        case RLOOTraining():
+            rewards = scores - kl_coef * (token_kl * mask).sum(1)
+            advantages = leave_one_out_advantages(rewards, settings.group_size)
+        case _:
+            raise TypeError(f"no advantages for {type(settings).__name__}")
+    return Targets(replace(batch, advantages=advantages[:, None] * mask), rewards)
+
+
+def _with_critic(batch: Batch, experience: Experience, settings: PPOTraining, rewards: Tensor) -> Targets:
+    if experience.values is None:
+        raise TypeError("PPO needs the critic's values")
+    advantages, returns = generalised_advantages(
+        rewards, experience.values, batch.mask, discount=settings.discount, gae_lambda=settings.gae_lambda
+    )
+    advantages = whiten(advantages, batch.mask, *masked_moments(advantages, batch.mask))
+    return Targets(replace(batch, advantages=advantages, values=experience.values, returns=returns), rewards.sum(1))
+
+
+@torch.no_grad()
+def experience_metrics(experience: Experience, targets: Targets, importance_cap: float | None) -> dict[str, float]:
+    """Of one rollout batch: KLs are sums over tokens, in nats a sequence; entropy is nats a token."""
+    mask = targets.batch.mask
+    log_weights = experience.old_logps - experience.generator_logps  # zero outside the response
+    gap = log_weights.abs()[mask]
+    row = {
+        "reward/mean": experience.scores.mean(),
+        "reward/penalised": targets.rewards.mean(),
+        "entropy": masked_moments(experience.entropy, mask)[0],
+        "logp_gap/mean": gap.mean(),
+        "logp_gap/max": gap.max(),
+        "response_length": mask.sum(1).double().mean(),
+        "truncation_rate": 1 - experience.finished.mean(),
+        "staleness": experience.staleness.mean(),
+        "importance/ess": effective_sample_size(log_weights.sum(1)),
+        "importance/capped": _share_above(log_weights.exp()[mask], importance_cap),
+    }
+    for name, estimator in (("k1", k1), ("k3", k3)):
+        per_sequence = (estimator(experience.old_logps, experience.reference_logps) * mask).sum(1).double()
+        row[f"kl/{name}"] = per_sequence.mean()
+        row[f"kl/{name}_stderr"] = per_sequence.std() / len(per_sequence) ** 0.5
+    if experience.monitor_scores is not None:
+        row["reward/judge"] = experience.monitor_scores.mean()
+    if targets.batch.returns is not None and targets.batch.values is not None:
+        row["value/explained_variance"] = explained_variance(targets.batch.values, targets.batch.returns, mask)
+    return {name: float(value) for name, value in row.items()}
+
+
+def _share_above(values: Tensor, cap: float | None) -> Tensor:
+    return torch.zeros(()) if cap is None else (values > cap).double().mean()
