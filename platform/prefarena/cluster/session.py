@@ -65,15 +65,13 @@ def requested(config: Comparison) -> dict[str, tuple[float, str]]:
     resources = config.resources
     workers = resources.num_workers * resources.cpus_per_worker
     asked = {"CPU": (workers * resources.concurrent_runs, "resources.num_workers x cpus_per_worker x concurrent_runs")}
-    has_rollouts = (
-        any(isinstance(entry.method, OnPolicyMethod) for entry in config.entries) or config.task.kind == "text"
-    )
-    if has_rollouts and not resources.use_gpu and workers + config.generation.cpus > asked["CPU"][0]:
-        asked["CPU"] = (
-            workers + config.generation.cpus,
-            "resources.num_workers x cpus_per_worker for PPO, and generation.cpus",
-        )
+    on_policy = any(isinstance(entry.method, OnPolicyMethod) for entry in config.entries)
+    num_actors = config.generation.num_actors if on_policy or config.task.kind == "text" else 0
+    with_rollouts = workers + num_actors * config.generation.cpus
+    if num_actors and not resources.use_gpu and with_rollouts > asked["CPU"][0]:
+        why = "resources.num_workers x cpus_per_worker for training, and generation.num_actors x cpus"
+        asked["CPU"] = (with_rollouts, why)
     if resources.use_gpu:
-        num_gpus = max(resources.num_workers * resources.concurrent_runs, resources.num_workers + has_rollouts)
-        asked["GPU"] = (float(num_gpus), "one a training worker, and one for the generation actor")
+        num_gpus = max(resources.num_workers * resources.concurrent_runs, resources.num_workers + num_actors)
+        asked["GPU"] = (float(num_gpus), "one a training worker, and one a generation actor")
     return asked
