@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from transformers import (
@@ -19,13 +22,21 @@ from transformers import (
     PreTrainedModel,
 )
 
+from pipelines.annotate import ExactReference, annotate_language
+from pipelines.exact import ExactJob, evaluate_exactly, score_responses
+from prefarena.config import GoldJudge, LanguageTask, RewardModel, ScratchModel
+from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import UserError
 from prefarena.evaluation.agreement import kl_agreement
 from prefarena.evaluation.best_of_n import best_of_n_logps, kl_bound, pick_best
-from prefarena.evaluation.enumeration import Responses, enumerate_scores
+from prefarena.evaluation.enumeration import Responses, enumerate_responses, enumerate_scores
 from prefarena.evaluation.exact import exact_metrics
+from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.heads import scores
+from prefarena.modeling.load import load_policy, new_policy, new_reward_model, save_policy
 from prefarena.modeling.logprobs import collate
+from prefarena.records import REFERENCED_PAIRS
+from prefarena.tasks.language import Language
 
 VOCAB_SIZE, LIMIT, EOS = 6, 3, 2
 PROMPTS = [[1, 3, 4], [1, 5], [1, 4, 4]]
@@ -144,3 +155,89 @@ def test_a_snapshot_is_held_against_the_next_iterations_rollouts() -> None:
     (row,) = kl_agreement(trajectory, metrics)
     assert (row["step"], row["exact"], row["k1"], row["k3"]) == (5, 1.0, 1.2, 0.9)
     assert (row["k1_z"], row["k3_z"]) == (pytest.approx(2.0), pytest.approx(-0.5))
+
+
+# ------------------------------------------------------------------------- evaluation stages of the language
+
+
+TASK = LanguageTask(
+    num_letters=4, num_prompts=6, prompt_letters=2, response_limit=3, num_pairs=64, num_test_pairs=32,
+    num_demonstrations=64,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stages(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """reference/, trained/ and reward/ are models, snapshots/ holds two policies, pairs/ and logps/ are stages."""
+    root, language = tmp_path_factory.mktemp("stages"), Language(TASK)
+    tokenizer = language.tokenizer()
+    for seed, name in enumerate(("reference", "snapshots/00003", "snapshots/00006", "trained")):
+        model = new_policy(ScratchModel(hidden_size=32, num_heads=1), tokenizer, 6, seed)
+        torch.nn.init.normal_(model.get_output_embeddings().weight, std=0.3)
+        save_policy(model, tokenizer, root / name)
+    reward = new_reward_model(root / "reference", 0)
+    reward.config.reward_mean, reward.config.reward_scale = 0.1, 0.5
+    save_policy(reward, tokenizer, root / "reward")
+    (root / "pairs").mkdir()
+    annotate_language(TASK, str(root / "reference"), root / "pairs")
+    test = read_rows(root / "pairs" / "test_pairs")
+    reference = enumerate_responses(load_policy(root / "reference"), language.prompt_ids, TASK.response_limit, EOS)
+    rows = language.prompt_rows(test["prompt_ids"].to_pylist())
+    for side in ("chosen", "rejected"):
+        logps = reference.response_logps(rows, test[f"{side}_ids"].to_pylist())
+        test = test.append_column(f"ref_{side}_logp", pa.array(logps, pa.float32()))
+    write_rows(test, root / "logps" / "test_pairs" / "part-0.parquet", REFERENCED_PAIRS)
+    spec = JudgeSpec(RewardModel(), str(root / "reward"), str(root / "reference"))
+    np.save(root / "scores.npy", np.concatenate([score_responses(TASK, spec, share)[0] for share in range(4)]))
+    return root
+
+
+def evaluated(stages: Path, folder: Path, **settings: Any) -> dict[str, float]:
+    folder.mkdir()
+    chosen = {"policy": str(stages / "trained"), **settings}
+    shared: dict[str, Any] = {"task": TASK, "pairs": stages / "pairs", "logps": stages / "logps", "folder": folder}
+    evaluate_exactly(ExactJob(**shared, keep_logps=True, **chosen))
+    return json.loads((folder / "row.json").read_text())
+
+
+def test_scores_of_a_judge_that_is_no_model_are_listed_in_the_same_order(stages: Path) -> None:
+    gold = JudgeSpec(GoldJudge(), str(stages / "pairs" / "gold.json"), str(stages / "reference"))
+    found = np.concatenate([score_responses(TASK, gold, share)[0] for share in range(4)])
+    np.testing.assert_allclose(found, ExactReference.load(stages / "pairs" / "exact.npz").rewards)
+
+
+def test_a_trajectory_holds_the_start_every_snapshot_and_the_end(stages: Path, tmp_path: Path) -> None:
+    settings: dict[str, Any] = {
+        "reward": stages / "scores.npy",
+        "snapshots": stages / "snapshots",
+        "num_steps": 9,
+        "group": "covered",
+    }
+    row = evaluated(stages, tmp_path / "e", **settings)
+    found = json.loads((tmp_path / "e" / "trajectory.json").read_text())
+    assert [point["step"] for point in found] == [0, 3, 6, 9]
+    start, _, third, end = found
+    assert start["kl"] == 0 and start["reward"] == pytest.approx(start["reward/covered"])
+    for name in ("kl", "reward", "proxy_reward", "regret", "entropy"):
+        assert end[name] == row[f"{name}/covered"] != row[f"{name}/all"]
+    scores, language = np.load(stages / "scores.npy"), Language(TASK)
+    policy = enumerate_responses(load_policy(stages / "snapshots/00006"), language.prompt_ids, TASK.response_limit, EOS)
+    by_prompt = (np.exp(policy.logps) * scores).sum(axis=1)
+    assert third["proxy_reward"] == pytest.approx(by_prompt[language.covered].mean(), abs=1e-12)
+    assert abs(third["proxy_reward"] - start["proxy_reward"]) > 1e-3
+
+
+def test_a_gold_reward_is_its_own_proxy(stages: Path, tmp_path: Path) -> None:
+    row = evaluated(stages, tmp_path / "gold", reward="gold")
+    assert row["proxy_reward/covered"] == pytest.approx(row["reward/covered"], abs=1e-12)
+    assert "proxy_reward/all" not in evaluated(stages, tmp_path / "none")
+
+
+def test_best_of_n_is_measured_without_a_policy(stages: Path, tmp_path: Path) -> None:
+    row = evaluated(stages, tmp_path / "four", policy="nowhere", reward="gold", best_of=4)
+    one = evaluated(stages, tmp_path / "one", policy="nowhere", reward="gold", best_of=1)
+    assert one["kl"] == pytest.approx(0, abs=1e-12) and one["preference_accuracy"] == 0.5
+    assert 0 < row["kl"] < row["kl_bound"] == pytest.approx(math.log(4) - 0.75)
+    assert row["reward/all"] > one["reward/all"] + 0.5 and row["win_rate"] > 0.7
+    assert row["preference_accuracy"] == 1  # it orders every pair as the reward that labelled them
+    assert np.load(tmp_path / "four" / "logps.npy").shape == (6, 259)
