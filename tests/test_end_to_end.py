@@ -19,13 +19,21 @@ from prefarena.report.results import Results, load_results
 from prefarena.tasks.gold import GoldReward
 
 QUICK = {"num_steps": 12, "batch_size": 16, "micro_batch_size": 16, "log_every": 4}
-PPO = {"num_iterations": 3, "rollouts_per_iteration": 32, "micro_batch_size": 16, "num_minibatches": 2}
+LEARNED = {"kind": "learned", "training": QUICK}
+PPO = {
+    "num_iterations": 3,
+    "num_snapshots": 1,
+    "rollouts_per_iteration": 32,
+    "micro_batch_size": 16,
+    "num_minibatches": 2,
+}
 ENTRIES = [
     {"name": "sft", "method": {"kind": "sft", "training": QUICK}},
     {"name": "mpo", "method": {"kind": "mpo", "training": QUICK}},
     {"name": "dpo", "method": {"kind": "dpo", "training": QUICK}},
     {"name": "ipo", "method": {"kind": "ipo", "training": QUICK}},
-    {"name": "rlhf", "method": {"kind": "rlhf", "reward": {"kind": "learned", "training": QUICK}, "training": PPO}},
+    {"name": "rlhf", "method": {"kind": "rlhf", "reward": LEARNED, "training": PPO}},
+    {"name": "best-of-4", "method": {"kind": "best_of_n", "reward": LEARNED}},
 ]
 LANGUAGE = {
     "name": "mini",
@@ -56,7 +64,8 @@ def language_run(ray_session: None, tmp_path_factory: pytest.TempPathFactory) ->
 def test_the_table_holds_every_policy(language_run: tuple[Path, Results]) -> None:
     _, results = language_run
     names = [entry.name for entry in results.entries]
-    assert names[:6] == ["reference", "sft", "mpo", "dpo", "ipo", "rlhf"] and results.entries[6].kind == "optimum"
+    assert names[:7] == ["reference", "sft", "mpo", "dpo", "ipo", "rlhf", "best-of-4"]
+    assert results.entries[7].kind == "optimum"
     for entry in results.entries:
         row = entry.seeds["0"]
         assert row["regret/covered"] >= -1e-9 and row["kl/all"] >= -1e-12
@@ -64,6 +73,30 @@ def test_the_table_holds_every_policy(language_run: tuple[Path, Results]) -> Non
     assert reference["kl/all"] == pytest.approx(0, abs=1e-9) and reference["reward/all"] == pytest.approx(0, abs=1e-9)
     assert reference["preference_accuracy"] == 0.5
     assert results.entry("dpo").seeds["0"]["preference_accuracy"] > 0.55
+
+
+def test_policies_on_the_way_are_measured(language_run: tuple[Path, Results]) -> None:
+    """Start, one snapshot and the end; the exact KL of start and snapshot meets what their rollouts told."""
+    _, results = language_run
+    assert set(results.trajectories) == {"rlhf"}
+    start, snapshot, end = results.trajectories["rlhf"]["0"]
+    row = results.entry("rlhf").seeds["0"]
+    assert start["kl"] == 0 < snapshot["step"] < end["step"] == 3
+    assert end["proxy_reward"] == row["proxy_reward/covered"] and end["reward"] == row["reward/covered"]
+    (compared,) = results.kl_agreement["rlhf"]["0"]
+    assert compared["step"] == snapshot["step"] and compared["exact"] == snapshot["kl"] > 0
+    assert abs(compared["k1_z"]) < 4
+
+
+def test_best_of_n_trains_nothing(language_run: tuple[Path, Results]) -> None:
+    folder, results = language_run
+    row = results.entry("best-of-4").seeds["0"]
+    assert 0 < row["kl"] <= row["kl_bound"] and row["proxy_reward/all"] > 0.5
+    assert row["preference_accuracy"] == pytest.approx(row["reward_model_accuracy"], abs=1e-9)
+    stages = {cost.stage for cost in results.costs if cost.entry == "best-of-4"}
+    assert stages == {"reward model", "evaluation (scores of all responses)", "evaluation"}
+    assert "best-of-4" not in results.curves and not list((folder / "runs").glob("*/checkpoints/best-of-4*"))
+    assert any("best-of-4 trains no policy" in note for note in results.notes)
 
 
 def test_the_run_folder_is_complete(language_run: tuple[Path, Results]) -> None:
@@ -154,10 +187,11 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
         },
         "model": {"kind": "scratch", "vocab_size": 320},
         "reference": {"training": {**QUICK, "num_steps": 40, "learning_rate": 3e-3}, "loss_on": "all"},
-        "judge": {"training": {**QUICK, "num_steps": 40}},
+        "judge": {"kind": "learned", "training": {**QUICK, "num_steps": 40}},
         "entries": [
             {"name": "dpo", "method": {"kind": "dpo", "training": {**QUICK, "num_steps": 30}}},
             {"name": "rlhf", "method": {**ENTRIES[4]["method"], "prompts": "all"}},  # type: ignore[dict-item]
+            {"name": "best-of-3", "method": {"kind": "best_of_n", "reward": LEARNED, "n": 3}},
         ],
         "evaluation": {"num_prompts": 8, "samples_per_prompt": 2},
     }  # fmt: skip
@@ -168,3 +202,10 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     assert dpo["kl_stderr"] > 0 and dpo["win_rate_stderr"] >= 0 and dpo["logp_gap/max"] < 1e-3
     assert results.entry("reference").seeds["0"]["kl"] == pytest.approx(0, abs=1e-6)
     assert any("reward model trained on pairs that no entry saw" in note for note in results.notes)
+    best = results.entry("best-of-3").seeds["0"]
+    assert best["kl_bound"] == pytest.approx(np.log(3) - 2 / 3) and best["win_rate_stderr"] >= 0
+    assert "kl" not in best and "preference_accuracy" not in best
+    tokens = {c.entry: c.num_tokens_generated for c in results.costs if c.stage.startswith("evaluation")}
+    assert 2 < tokens["best-of-3"] / tokens[None] < 4.5
+    rows = [json.loads(line) for line in Path(results.curves["rlhf"]["0"]).read_text().splitlines()]
+    assert all("reward/judge" in row for row in rows)

@@ -24,7 +24,8 @@ from transformers import (
 
 from pipelines.annotate import ExactReference, annotate_language
 from pipelines.exact import ExactJob, evaluate_exactly, score_responses
-from prefarena.config import GoldJudge, LanguageTask, RewardModel, ScratchModel
+from pipelines.plan import SeedPlan, entry_job, make_plan, model_of, policy_of
+from prefarena.config import Comparison, GoldJudge, LanguageTask, RewardModel, ScratchModel
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import UserError
 from prefarena.evaluation.agreement import kl_agreement
@@ -37,6 +38,7 @@ from prefarena.modeling.load import load_policy, new_policy, new_reward_model, s
 from prefarena.modeling.logprobs import collate
 from prefarena.records import REFERENCED_PAIRS
 from prefarena.tasks.language import Language
+from prefarena.training.jobs import OnPolicyJob
 
 VOCAB_SIZE, LIMIT, EOS = 6, 3, 2
 PROMPTS = [[1, 3, 4], [1, 5], [1, 4, 4]]
@@ -241,3 +243,51 @@ def test_best_of_n_is_measured_without_a_policy(stages: Path, tmp_path: Path) ->
     assert row["reward/all"] > one["reward/all"] + 0.5 and row["win_rate"] > 0.7
     assert row["preference_accuracy"] == 1  # it orders every pair as the reward that labelled them
     assert np.load(tmp_path / "four" / "logps.npy").shape == (6, 259)
+
+
+# ------------------------------------------------------------------------------------------------- the plan
+
+
+def planned(**changes: Any) -> tuple[Comparison, SeedPlan]:
+    """One entry of each shape on the language, or with `changes` to the whole tree."""
+    training = {"num_iterations": 2}
+    entries = [
+        {"name": "learned", "method": {"kind": "rlhf", "reward": {"kind": "learned"}, "training": training}},
+        {"name": "gold", "method": {"kind": "rloo", "reward": {"kind": "gold"}, "training": training}},
+        {"name": "best", "method": {"kind": "best_of_n", "reward": {"kind": "learned"}}},
+        {"name": "dpo", "method": {"kind": "dpo"}},
+    ]
+    config = Comparison.model_validate({"output": "nowhere", "entries": entries, **changes})
+    return config, make_plan(config)[0]
+
+
+def test_best_of_n_has_a_reward_model_and_no_training() -> None:
+    config, plan = planned()
+    learned, gold, best, dpo = plan.trained
+    assert best.training is None and policy_of(plan, best) == model_of(plan.reference)
+    assert best.reward_model == learned.reward_model and best.scores == learned.scores is not None
+    assert (gold.scores, gold.reward_model, dpo.scores) == (None, None, None)
+    assert best.stages() == [best.reward_model, best.scores, best.evaluation]
+    assert len({trained.evaluation for trained in plan.trained}) == 4
+    with pytest.raises(TypeError, match="trains nothing"):
+        entry_job(config, plan, best)
+    other = {"name": "best", "method": {"kind": "best_of_n", "reward": {"kind": "learned"}, "n": 5}}
+    assert planned(entries=[other])[1].trained[0].evaluation != best.evaluation
+
+
+def test_training_is_watched_by_what_it_does_not_learn_from() -> None:
+    config, plan = planned()
+    jobs = [entry_job(config, plan, trained) for trained in plan.trained[:2]]
+    assert all(isinstance(job, OnPolicyJob) for job in jobs)
+    monitors = [job.monitor for job in jobs if isinstance(job, OnPolicyJob)]
+    assert monitors[0] is not None and isinstance(monitors[0].settings, GoldJudge) and monitors[1] is None
+    entries = [{"name": "a", "method": {"kind": "grpo"}}, {"name": "b", "method": {"kind": "best_of_n"}}]
+    for judge in ("learned", "function"):
+        settings = {"kind": judge} | ({"function": "some.module:score"} if judge == "function" else {})
+        text, texts = planned(task={"kind": "text", "data": "x.jsonl"}, judge=settings, entries=entries)
+        job = entry_job(text, texts, texts.trained[0])
+        assert isinstance(job, OnPolicyJob)
+        assert (job.monitor is None) == (judge == "function")
+        if job.monitor is not None and texts.judge is not None:
+            assert job.monitor.path == model_of(texts.judge)
+        assert texts.trained[1].scores is None
