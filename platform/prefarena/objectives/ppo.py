@@ -97,7 +97,8 @@ def policy_loss(
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float) -> ObjectiveOutput:
     """sum max((v - R)^2, (v_clipped - R)^2) / 2 over the mask, v_clipped within `clip` of the old value."""
-    near = old_values + (values - old_values).clamp(-clip, clip)
+    # exactly `values` where nothing is clipped, so that rounding never counts as clipping
+    near = values.clamp(old_values - clip, old_values + clip)
     free, clipped = (values - returns) ** 2, (near - returns) ** 2
     losses = 0.5 * torch.maximum(free, clipped)
     with torch.no_grad():

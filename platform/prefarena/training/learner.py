@@ -22,9 +22,17 @@ class Learner:
     """A module, its AdamW and its largest gradient norm. `wrapped` runs forward in training (DDP where shared)."""
 
     def __init__(
-        self, name: str, module: nn.Module, worker: Worker, *, betas: tuple[float, float], max_grad_norm: float
+        self,
+        name: str,
+        norm_name: str,
+        module: nn.Module,
+        worker: Worker,
+        *,
+        betas: tuple[float, float],
+        max_grad_norm: float,
     ) -> None:
         self.name = name
+        self.norm_name = norm_name  # of the metric
         self.module = module
         self.wrapped = worker.wrap(module)
         self._worker = worker

@@ -81,7 +81,7 @@ def _connect(job: OnPolicyJob) -> RolloutSource:
 
 
 @dataclass
-class _Phases:
+class Phases:
     """Seconds per phase of an iteration."""
 
     started: float = field(default_factory=time.perf_counter)
@@ -114,20 +114,18 @@ class OnPolicyTrainer:
         _check_sizes(self.settings, worker.world_size)
         self.tokenizer = load_tokenizer(job.policy)
         self.policy = load_policy(job.policy)
-        self._policy = self._learner("policy", self.policy)
-        self._critic: Learner | None = None
+        self.learners = {"policy": self._learner("policy", "grad_norm", self.policy)}
         if isinstance(self.settings, PPOTraining):
-            self._critic = self._learner("critic", load_critic(job))
-        self._learners = [learner for learner in (self._policy, self._critic) if learner]
-        self._scorers = self._make_scorers(reward, monitor)
+            self.learners["critic"] = self._learner("critic", "critic_grad_norm", load_critic(job))
+        self.scorers = self._make_scorers(reward, monitor)
         self.stream = RolloutStream(job, worker, source, lambda: self.policy.state_dict().items())
         self.controller = KLController(job.training.kl_coef, job.training.target_kl, job.training.kl_horizon)
         self.counts = {"num_tokens_generated": 0, "num_tokens_trained": 0}
         self.iteration = 0
 
-    def _learner(self, name: str, module: nn.Module) -> Learner:
-        settings = self.settings
-        return Learner(name, module, self.worker, betas=settings.betas, max_grad_norm=settings.max_grad_norm)
+    def _learner(self, name: str, norm_name: str, module: nn.Module) -> Learner:
+        betas, max_grad_norm = self.settings.betas, self.settings.max_grad_norm
+        return Learner(name, norm_name, module, self.worker, betas=betas, max_grad_norm=max_grad_norm)
 
     def _make_scorers(self, reward: Judge | None, monitor: Judge | None) -> Scorers:
         job, worker = self.job, self.worker
@@ -141,24 +139,24 @@ class OnPolicyTrainer:
         return Scorers(
             policy=self.policy,
             reference=reference,
-            critic=self._critic.module if self._critic else None,
+            critic=self.learners["critic"].module if "critic" in self.learners else None,
             reward=reward,
             monitor=monitor,
             temperature=self.settings.temperature,
             batch_size=batch_size,
-            autocast=self._autocast,
+            autocast=self.autocast,
             pad_id=self.tokenizer.pad_token_id,
             device=worker.device,
         )
 
-    def _autocast(self) -> torch.autocast:
+    def autocast(self) -> torch.autocast:
         return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
     # --------------------------------------------------------------------------------- checkpoints, snapshots
 
     def tensors(self) -> dict[str, Tensor]:
         """Everything learnt: the models and their optimizers."""
-        return {name: tensor for learner in self._learners for name, tensor in learner.tensors().items()}
+        return {name: tensor for learner in self.learners.values() for name, tensor in learner.tensors().items()}
 
     def state(self) -> dict[str, Any]:
         version = self.stream.version(self.iteration)
@@ -170,7 +168,7 @@ class OnPolicyTrainer:
         self.worker.forget_rows_after(checkpoint.step if checkpoint else 0)
         if checkpoint is None:
             return
-        for learner in self._learners:
+        for learner in self.learners.values():
             learner.restore(checkpoint.tensors)
         state, settings = checkpoint.state, self.settings
         self.controller = KLController(state["kl_coef"], settings.target_kl, settings.kl_horizon)
@@ -190,7 +188,7 @@ class OnPolicyTrainer:
 
     def run(self, iteration: int) -> dict[str, Any]:
         """One rollout batch: generate, judge, learn. Returns the row of metrics."""
-        phases = _Phases()
+        phases = Phases()
         self.iteration = iteration
         experience = self.make_experience(phases)
         coef = self.controller.coef
@@ -207,7 +205,7 @@ class OnPolicyTrainer:
         row["tokens_per_second"] = phases.throughput(experience.num_sequence_tokens)
         return row | self.counts | phases.seconds
 
-    def make_experience(self, phases: _Phases) -> Experience:
+    def make_experience(self, phases: Phases) -> Experience:
         """The rollouts of this iteration, scored, of all workers; in asynchronous mode the next ones are asked for."""
         stream = self.stream
         with phases("generate"):
@@ -218,7 +216,7 @@ class OnPolicyTrainer:
             rollouts = rollouts or stream.take(self.iteration)
             stream.ask_ahead(self.iteration)
         staleness = stream.staleness(rollouts, self.iteration)
-        local = self._scorers.experience(rollouts, staleness, phases)
+        local = self.scorers.experience(rollouts, staleness, phases)
         return gather(local, self.settings.rollouts_per_iteration, self.worker)
 
     def policy_frozen(self) -> bool:
@@ -240,25 +238,30 @@ class OnPolicyTrainer:
 
     def _update(self, batch: Batch, kl_coef: float) -> dict[str, float]:
         settings, window, rates = self.settings, Window(), self.learning_rates()
-        terms: list[tuple[Learner, Term, str]] = []
-        if not self.policy_frozen():
-            terms.append((self._policy, partial(self.policy_term, kl_coef=kl_coef), "grad_norm"))
-        if self._critic:
-            terms.append((self._critic, self.value_term, "critic_grad_norm"))
-        norms: dict[str, list[Tensor]] = {}
+        terms = self.terms(kl_coef)
+        norms: dict[str, list[Tensor]] = {learner.norm_name: [] for learner, _ in terms}
         for epoch in range(settings.num_epochs):
             for rows in minibatches(len(batch), settings.num_minibatches, self.job.seed, self.iteration, epoch):
-                parts = self.parts(batch, rows)
-                for learner, term, norm_name in terms:
-                    for metrics in learner.accumulate(parts, term, self.count(batch, rows), self._autocast):
+                parts, count = self.parts(batch, rows), self.count(batch, rows)
+                for learner, term in terms:
+                    for metrics in learner.accumulate(parts, term, count, self.autocast):
                         for name, mean in metrics.items():
                             window.add(name, mean)
-                    norms.setdefault(norm_name, []).append(learner.apply(rates[learner.name]))
-        row = window.reduce(self.worker) | {name: float(torch.stack(parts).mean()) for name, parts in norms.items()}
+                    norms[learner.norm_name].append(learner.apply(rates[learner.name]))
+        row = window.reduce(self.worker) | {name: float(torch.stack(values).mean()) for name, values in norms.items()}
         bad = {name: value for name, value in row.items() if not math.isfinite(value)}
         if bad:
             raise TrainingDivergedError(f"not finite at iteration {self.iteration}: {bad}")
         return row | {"learning_rate": rates["policy"]}
+
+    def terms(self, kl_coef: float) -> list[tuple[Learner, Term]]:
+        """Who learns in this iteration, and from what."""
+        terms: list[tuple[Learner, Term]] = []
+        if not self.policy_frozen():
+            terms.append((self.learners["policy"], partial(self._policy_term, kl_coef=kl_coef)))
+        if "critic" in self.learners:
+            terms.append((self.learners["critic"], self._value_term))
+        return terms
 
     def parts(self, batch: Batch, rows: Tensor) -> list[Batch]:
         """This worker's micro-batches of a minibatch."""
@@ -271,9 +274,9 @@ class OnPolicyTrainer:
         by_sequence = isinstance(self.settings, GRPOTraining) and self.settings.loss_mean == "sequences"
         return mask.any(1).sum() if by_sequence else mask.sum()
 
-    def policy_term(self, batch: Batch, kl_coef: float) -> ObjectiveOutput:
+    def _policy_term(self, batch: Batch, kl_coef: float) -> ObjectiveOutput:
         """Sum of the clipped losses of a micro-batch, with GRPO's KL penalty where it is part of the loss."""
-        logps = token_logps(self._policy.wrapped, batch.sequences, self.settings.temperature)
+        logps = token_logps(self.learners["policy"].wrapped, batch.sequences, self.settings.temperature)
         output = policy_loss(
             logps, batch.old_logps, batch.advantages, batch.mask, clip=self.settings.clip, weights=batch.weights
         )
@@ -285,13 +288,12 @@ class OnPolicyTrainer:
         total = output.loss.total + kl_coef * penalty.loss.total
         return ObjectiveOutput(Mean(total, output.loss.count), output.metrics)
 
-    def value_term(self, batch: Batch) -> ObjectiveOutput:
+    def _value_term(self, batch: Batch) -> ObjectiveOutput:
         """Sum of the clipped squared errors of a micro-batch, and its metrics."""
-        settings = self.settings
-        if not (isinstance(settings, PPOTraining) and self._critic) or batch.values is None or batch.returns is None:
+        if not isinstance(self.settings, PPOTraining) or batch.values is None or batch.returns is None:
             raise TypeError("there is no critic")
-        values = self._critic.wrapped(batch.sequences)
-        return value_loss(values, batch.values, batch.returns, batch.mask, clip=settings.value_clip)
+        values = self.learners["critic"].wrapped(batch.sequences)
+        return value_loss(values, batch.values, batch.returns, batch.mask, clip=self.settings.value_clip)
 
 
 def load_critic(job: OnPolicyJob) -> ValueHead:
