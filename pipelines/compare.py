@@ -17,6 +17,7 @@ from pipelines.train import train
 from prefarena.cluster.session import check_resources, ray_session, requested
 from prefarena.config import BestOfN, Comparison, EndpointJudge, OnPolicyMethod, PretrainedModel, RewardModel, TextTask
 from prefarena.errors import UserError
+from prefarena.judges.spec import check_judge
 from prefarena.modeling.load import load_tokenizer
 from prefarena.report.tables import main_table
 from prefarena.stages import Stage
@@ -66,6 +67,9 @@ def check_input(config: Comparison) -> None:
             raise UserError(
                 f"model: hidden_size / num_heads is {width}; vLLM's attention takes 32, 64, 128 or 256 - change one"
             )
+    rewards = [entry.method.reward for entry in config.entries if isinstance(entry.method, OnPolicyMethod | BestOfN)]
+    for settings in [*rewards, *([config.judge] if isinstance(config.task, TextTask) else [])]:
+        check_judge(settings)
     workers = config.resources.num_workers
     for name, training in _optimisations(config):
         if training % workers:

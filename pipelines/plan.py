@@ -19,6 +19,7 @@ from prefarena.config import (
     Comparison,
     EndpointJudge,
     Entry,
+    FunctionJudge,
     GoldJudge,
     JudgeSettings,
     LanguageTask,
@@ -27,6 +28,7 @@ from prefarena.config import (
     RewardModel,
     TextTask,
 )
+from prefarena.judges.function import source_digest
 from prefarena.judges.spec import JudgeSpec
 from prefarena.stages import Stage
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
@@ -65,14 +67,15 @@ class SeedPlan:
     reference: Stage
     pairs: Stage
     logps: Stage
+    samples: Stage | None  # holds reference_samples/, on which learned rewards are normalised; none where none is
     judge: Stage | None
     evaluation: Stage  # of the reference itself
     trained: tuple[Trained, ...]
 
     def shared(self) -> list[Stage]:
         """Stages before any entry's own, in order, without repeats."""
-        stages = [self.data, self.base, self.reference, self.pairs, self.logps, *([self.judge] if self.judge else [])]
-        return list(dict.fromkeys(stages))
+        stages = [self.data, self.base, self.reference, self.pairs, self.logps, self.samples, self.judge]
+        return list(dict.fromkeys(stage for stage in stages if stage))
 
 
 def make_plan(config: Comparison) -> list[SeedPlan]:
@@ -96,32 +99,45 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     if config.reference.train:
         settings = config.reference.model_dump(mode="json")
         reference = Stage.at(root, "reference", task.kind, [base.key, settings, _layout(config)])
-    pairs, judge = data, None
+    pairs, samples, judge = data, None, None
     if isinstance(task, LanguageTask):
-        pairs = Stage.at(root, "pairs", task.kind, [reference.key, task.model_dump(mode="json")])
-    elif isinstance(config.judge, RewardModel):
-        judge = Stage.at(root, "judge", task.kind, [pairs.key, reference.key, _dump(config.judge), _layout(config)])
+        pairs = samples = Stage.at(root, "pairs", task.kind, [reference.key, task.model_dump(mode="json")])
+    elif learns_a_reward(config):
+        drawn = [config.evaluation.num_reference_samples, config.evaluation.seed, config.generation.dtype]
+        samples = Stage.at(root, "reference_samples", task.kind, [data.key, reference.key, drawn])
+        if isinstance(config.judge, RewardModel):
+            inputs = [pairs.key, reference.key, samples.key, _dump(config.judge), _layout(config)]
+            judge = Stage.at(root, "judge", task.kind, inputs)
     logps = Stage.at(root, "logps", task.kind, [pairs.key, reference.key])
-    judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else _dump(config.judge)
+    judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else _judge_inputs(config.judge)
     evaluate = [logps.key, judged_by, _dump(config.evaluation)]
-    trained = tuple(_trained(config, entry, seed, root, logps, judge, evaluate) for entry in config.entries)
+    trained = tuple(_trained(config, entry, seed, root, logps, samples, judge, evaluate) for entry in config.entries)
     evaluation = Stage.at(root, "evaluation", "reference", [reference.key, evaluate])
-    return SeedPlan(seed, task, data, base, reference, pairs, logps, judge, evaluation, trained)
+    return SeedPlan(seed, task, data, base, reference, pairs, logps, samples, judge, evaluation, trained)
 
 
 def _trained(
-    config: Comparison, entry: Entry, seed: int, root: Path, logps: Stage, judge: Stage | None, evaluate: list[Any]
+    config: Comparison,
+    entry: Entry,
+    seed: int,
+    root: Path,
+    logps: Stage,
+    samples: Stage | None,
+    judge: Stage | None,
+    evaluate: list[Any],
 ) -> Trained:
     method, label, reward_model, scores = entry.method, f"{entry.name}-s{seed}", None, None
     inputs: list[Any] = [logps.key, _dump(method), seed, _layout(config)]
     if isinstance(method, OnPolicyMethod | BestOfN):
         if isinstance(method.reward, RewardModel):
-            rm_inputs = [logps.key, _dump(method.reward), seed, _layout(config)]
+            rm_inputs = [logps.key, samples.key if samples else None, _dump(method.reward), seed, _layout(config)]
             reward_model = Stage.at(root, "reward_model", f"s{seed}", rm_inputs)
             inputs.append(reward_model.key)
+        elif isinstance(method.reward, FunctionJudge):
+            inputs.append(_judge_inputs(method.reward))
         inputs += [config.generation.dtype, judge.key if judge else None]
         if isinstance(config.task, LanguageTask) and not isinstance(method.reward, GoldJudge | EndpointJudge):
-            scored_by = reward_model.key if reward_model else _dump(method.reward)
+            scored_by = reward_model.key if reward_model else _judge_inputs(method.reward)
             scores = Stage.at(root, "scores", f"{method.reward.kind}-s{seed}", [logps.key, scored_by])
     training = None if isinstance(method, BestOfN) else Stage.at(root, method.kind, label, inputs)
     measured = [training.key if training else inputs, scores.key if scores else None, evaluate]
@@ -131,6 +147,17 @@ def _trained(
 
 def _dump(settings: BaseModel) -> dict[str, Any]:
     return settings.model_dump(mode="json")
+
+
+def learns_a_reward(config: Comparison) -> bool:
+    """Whether a reward model is trained: as a reward, or as the judge of a text task."""
+    learned = isinstance(config.task, TextTask) and isinstance(config.judge, RewardModel)
+    return learned or any(isinstance(getattr(e.method, "reward", None), RewardModel) for e in config.entries)
+
+
+def _judge_inputs(settings: JudgeSettings) -> list[Any]:
+    """What scores depend on; a function's source belongs to it, so that an edited one is called again."""
+    return [_dump(settings), source_digest(settings.function) if isinstance(settings, FunctionJudge) else None]
 
 
 def _layout(config: Comparison) -> list[Any]:
@@ -184,6 +211,12 @@ def reference_job(config: Comparison, plan: SeedPlan) -> ReferenceJob:
     )
 
 
+def _samples(plan: SeedPlan) -> str:
+    if plan.samples is None:
+        raise TypeError("nothing is normalised in this comparison")
+    return str(plan.samples.folder / "reference_samples")
+
+
 def judge_job(config: Comparison, plan: SeedPlan, judge: Stage) -> RewardModelJob:
     if not isinstance(config.judge, RewardModel):
         raise TypeError(f"a {config.judge.kind} judge is not trained")
@@ -195,7 +228,7 @@ def judge_job(config: Comparison, plan: SeedPlan, judge: Stage) -> RewardModelJo
         settings=config.judge,
         pairs=str(plan.pairs.folder / "judge_pairs"),
         test_pairs=str(plan.pairs.folder / "test_pairs"),
-        samples=str(plan.pairs.folder / "reference_samples"),
+        samples=_samples(plan),
     )
 
 
@@ -211,7 +244,7 @@ def reward_model_job(plan: SeedPlan, trained: Trained) -> RewardModelJob:
         settings=settings,
         pairs=str(plan.logps.folder / "train_pairs"),
         test_pairs=str(plan.logps.folder / "test_pairs"),
-        samples=str(plan.pairs.folder / "reference_samples"),
+        samples=_samples(plan),
     )
 
 

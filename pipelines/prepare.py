@@ -15,6 +15,7 @@ from pipelines.plan import SeedPlan, judge_job, max_length, model_of, reference_
 from pipelines.preferences import prepare_text
 from pipelines.progress import stage_line, watch
 from pipelines.reference import add_reference_logps
+from pipelines.reference_samples import draw_reference_samples
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, Resources, TextTask
 from prefarena.data.tables import write_rows
 from prefarena.modeling.load import base_model, load_tokenizer, new_policy, save_policy
@@ -36,6 +37,7 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
         if isinstance(plan.task, LanguageTask):
             run_once(console, plan.pairs, partial(_write_pairs, plan.task, plan))
         run_once(console, plan.logps, partial(_write_logps, config, plan))
+    draw_reference_samples(config, plans, console)
     run(config.resources, [judge_job(config, plan, plan.judge) for plan in plans if plan.judge], config, console)
 
 

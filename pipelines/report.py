@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -112,7 +112,7 @@ def _entry_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
         row |= {"win_rate": float(rates[0, 1]), "win_rate_stderr": float(errors[0, 1])}
     if trained.reward_model is not None:
         quality = trained.reward_model.manifest()["reward_model"]
-        row |= {f"reward_model_{name}": value for name, value in quality.items()}
+        row |= {f"reward_model_{name}": value for name, value in quality.items() if name != "reliability"}
     return row
 
 
@@ -146,10 +146,12 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
             notes.append(
                 "Judge scores and win rates come from a reward model trained on pairs that no entry saw. It orders "
                 f"{quality['accuracy']:.1%} ± {quality['accuracy_stderr']:.1%} of the held-out pairs as people did "
-                "(chance is 50 %): read them with that in mind."
+                "(chance is 50 %), with a log loss of {quality['log_loss']:.3f} nats (chance is 0.693) and an expected "
+                f"calibration error of {quality['ece']:.3f}: read them with that in mind."
             )
         elif not isinstance(config.task, LanguageTask):
             notes.append(f"Judge scores and win rates come from the judge `{config.judge.kind}` of the configuration.")
+    notes += list(_reward_model_notes(plans))
     for entry in config.entries:
         if isinstance(entry.method, BestOfN):
             notes.append(_best_of_n_note(entry.name, entry.method.n, isinstance(config.task, LanguageTask)))
@@ -158,6 +160,21 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
     elif len(config.seeds) > 1:
         notes.append("Seeds share the task, the reference policy and the pairs; they differ in training alone.")
     return notes
+
+
+def _reward_model_notes(plans: list[SeedPlan]) -> Iterator[str]:
+    """One line per learned reward: how well it orders held-out pairs, and how well it is calibrated."""
+    seen: dict[Stage, list[str]] = {}
+    for trained in (one for plan in plans for one in plan.trained):
+        if trained.reward_model is not None:
+            seen.setdefault(trained.reward_model, []).append(trained.entry.name)
+    for stage, names in seen.items():
+        quality = stage.manifest()["reward_model"]
+        yield (
+            f"Reward model {stage.label} of {', '.join(names)}, on {quality['num_pairs']} held-out pairs: accuracy "
+            f"{quality['accuracy']:.1%} ± {quality['accuracy_stderr']:.1%}, log loss {quality['log_loss']:.3f} nats, "
+            f"expected calibration error {quality['ece']:.3f}."
+        )
 
 
 def _best_of_n_note(name: str, n: int, exact: bool) -> str:

@@ -71,6 +71,9 @@ class Evaluation(Section):
     samples_per_prompt: int = Field(2, ge=1)
     temperature: float = Field(1.0, gt=0)
     batch_size: int = Field(64, ge=1, description="Sequences per forward pass.")
+    num_reference_samples: int = Field(
+        512, ge=2, description="Samples of the reference on training prompts, on which learned rewards are normalised."
+    )
     win_matrix: bool = Field(True, description="Win rates between all entries, not only against the reference.")
     seed: int = 0
 

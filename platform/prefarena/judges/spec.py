@@ -41,15 +41,46 @@ class Judge(Protocol):
 
 def load_judge(spec: JudgeSpec, batch_size: int = 64, device: str | torch.device = "cpu") -> Judge:
     """The judge, ready to score on this worker. Raises UserError where it cannot be made."""
-    from prefarena.judges.models import GoldRewardJudge, RewardModelJudge
-
-    match spec.settings:
+    match spec.settings:  # imported where needed: a worker that has no use for an endpoint never loads its client
         case RewardModel():
+            from prefarena.judges.models import RewardModelJudge
+
             return RewardModelJudge(_path(spec), batch_size, device)
         case GoldJudge():
+            from prefarena.judges.models import GoldRewardJudge
+
             return GoldRewardJudge(_path(spec))
-        case FunctionJudge() | EndpointJudge() | ClassifierJudge():
-            raise NotImplementedError(spec.settings.kind)
+        case FunctionJudge():
+            from prefarena.judges.function import FunctionScorer
+
+            return FunctionScorer(spec.settings, spec.tokenizer)
+        case EndpointJudge():
+            from prefarena.judges.endpoint import EndpointScorer
+
+            return EndpointScorer(spec.settings, spec.tokenizer)
+        case ClassifierJudge():
+            from prefarena.judges.classifier import ClassifierScorer
+
+            return ClassifierScorer(spec.settings, spec.tokenizer, batch_size, device)
+
+
+def check_judge(settings: JudgeSettings) -> None:
+    """What can be found wrong with a judge before any work. Raises UserError."""
+    match settings:
+        case FunctionJudge():
+            from prefarena.judges.function import load_function
+
+            load_function(settings.function)
+        case EndpointJudge():
+            from prefarena.judges.endpoint import check_endpoint
+
+            check_endpoint(settings)
+        case ClassifierJudge():
+            from prefarena.judges.classifier import check_classifier
+
+            check_classifier(settings)
+        case RewardModel() | GoldJudge():
+            pass
 
 
 def _path(spec: JudgeSpec) -> str:

@@ -1,4 +1,4 @@
-"""The Bradley-Terry reward model: trained on pairs, normalised on the reference's samples, measured on held-out pairs."""
+"""The reward model: trained on pairs, normalised on the reference's samples, measured on held-out pairs."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from prefarena.data.tables import read_rows
-from prefarena.evaluation.calibration import calibration
+from prefarena.judges.calibration import calibration
 from prefarena.judges.models import RewardModelJudge
 from prefarena.modeling.heads import ScalarHead, last_token
 from prefarena.modeling.load import load_tokenizer, new_reward_model, save_policy

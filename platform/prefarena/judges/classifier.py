@@ -1,0 +1,95 @@
+"""A judge that is somebody else's sequence-classification model, with a tokenizer of its own."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+
+import numpy as np
+import torch
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+
+from prefarena.config import ClassifierJudge
+from prefarena.errors import UserError
+from prefarena.judges.texts import JudgeRow, judge_rows
+from prefarena.modeling.load import load_tokenizer
+
+
+class ClassifierScorer:
+    """The model's one logit. Only sequences of one length share a batch, so that there is no padding at all."""
+
+    def __init__(
+        self, settings: ClassifierJudge, tokenizer: str, batch_size: int = 64, device: str | torch.device = "cpu"
+    ) -> None:
+        """Raises UserError where no such model can be loaded, or it has more than one label."""
+        check_classifier(settings)
+        revision = settings.revision or "main"
+        try:
+            self._own = AutoTokenizer.from_pretrained(settings.path, revision=revision, trust_remote_code=False)
+            model = AutoModelForSequenceClassification.from_pretrained(
+                settings.path, revision=revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+            )
+        except (OSError, ValueError) as error:
+            raise _unusable(settings, error) from None
+        text_config = model.config.get_text_config()
+        limits = [
+            settings.max_tokens,
+            self._own.model_max_length,
+            getattr(text_config, "max_position_embeddings", None),
+        ]
+        self._max_tokens = min(limit for limit in limits if limit)
+        self._own.truncation_side = "left"
+        # Decoders read the last token that is not the pad id. Nothing is padded here, and where pad and eos share an
+        # id they would pass over an eos that belongs to the text; no token has the id -1.
+        text_config.pad_token_id = -1
+        torch.nn.Module.to(model, device)
+        self._model, self._batch_size, self._policy = model.eval(), batch_size, load_tokenizer(tokenizer)
+
+    @torch.no_grad()
+    def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
+        """Logits float64 [N]."""
+        encoded = [self._encode(row) for row in judge_rows(self._policy, prompts, responses)]
+        same_length: dict[int, list[int]] = defaultdict(list)
+        for index, ids in enumerate(encoded):
+            same_length[len(ids)].append(index)
+        values = np.empty(len(encoded))
+        for length in sorted(same_length):
+            rows = same_length[length]
+            for start in range(0, len(rows), self._batch_size):
+                batch = rows[start : start + self._batch_size]
+                inputs = torch.tensor([encoded[index] for index in batch], device=self._model.device)
+                logits = self._model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
+                values[batch] = logits[:, 0].double().cpu().numpy()
+        return values
+
+    def _encode(self, row: JudgeRow) -> list[int]:
+        """The model's own tokens: by its chat template as one exchange, else the prompt and the response joined."""
+        text, has_specials = row["prompt"] + row["response"], False
+        if self._own.chat_template:
+            chat = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
+            text, has_specials = str(self._own.apply_chat_template(chat, tokenize=False)), True
+        ids: list[int] = self._own(
+            text, add_special_tokens=not has_specials, truncation=True, max_length=self._max_tokens
+        )["input_ids"]
+        if not ids:
+            raise UserError(f"judge classifier: its tokenizer makes no tokens of {text!r:.80}")
+        return ids
+
+
+def check_classifier(settings: ClassifierJudge) -> None:
+    """Reads the model's config alone. Raises UserError where there is none, or it has more than one label."""
+    try:
+        config = AutoConfig.from_pretrained(
+            settings.path, revision=settings.revision or "main", trust_remote_code=False
+        )
+    except (OSError, ValueError) as error:
+        raise _unusable(settings, error) from None
+    if config.num_labels != 1:
+        raise UserError(f"judge classifier {settings.path}: it has {config.num_labels} labels; a judge has one")
+
+
+def _unusable(settings: ClassifierJudge, error: Exception) -> UserError:
+    lines = str(error).strip().splitlines()
+    return UserError(
+        f"judge classifier {settings.path}: no sequence-classification model in safetensors can be loaded from it "
+        f"({lines[0] if lines else type(error).__name__})"
+    )

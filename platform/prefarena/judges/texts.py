@@ -1,0 +1,31 @@
+"""Token ids as judges of text see them."""
+
+from __future__ import annotations
+
+from typing import TypedDict
+
+from transformers import PreTrainedTokenizerBase
+
+
+class JudgeRow(TypedDict):
+    """A response to a prompt. The texts have no special tokens; the ids are the policy's, eos kept if produced."""
+
+    prompt: str
+    response: str
+    prompt_ids: list[int]
+    response_ids: list[int]
+
+
+def judge_rows(
+    tokenizer: PreTrainedTokenizerBase, prompts: list[list[int]], responses: list[list[int]]
+) -> list[JudgeRow]:
+    """N prompts and responses, decoded by the policy's tokenizer."""
+    return [
+        JudgeRow(
+            prompt=str(tokenizer.decode(prompt, skip_special_tokens=True)),
+            response=str(tokenizer.decode(response, skip_special_tokens=True)),
+            prompt_ids=list(prompt),
+            response_ids=list(response),
+        )
+        for prompt, response in zip(prompts, responses, strict=True)
+    ]

@@ -1,0 +1,388 @@
+"""Judges of every kind, against a real server, a real model and real functions; a reward model's normalisation."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from tiny import EOS, save_tiny_policy
+from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
+
+from pipelines.compare import check_input
+from prefarena.config import (
+    ClassifierJudge,
+    Comparison,
+    EndpointJudge,
+    FunctionJudge,
+    JudgeSettings,
+    LanguageTask,
+    Optimisation,
+    RewardModel,
+    ScratchModel,
+)
+from prefarena.data.tables import read_rows, write_rows
+from prefarena.errors import UserError
+from prefarena.evaluation.enumeration import enumerate_responses, enumerate_scores
+from prefarena.judges.calibration import calibration
+from prefarena.judges.endpoint import first_number
+from prefarena.judges.function import source_digest
+from prefarena.judges.models import RewardModelJudge
+from prefarena.judges.spec import Judge, JudgeSpec, load_judge
+from prefarena.modeling.heads import scores
+from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, new_policy, save_policy
+from prefarena.modeling.logprobs import Sequences, collate
+from prefarena.records import DEMONSTRATIONS, PAIRS
+from prefarena.stages import read_manifest
+from prefarena.tasks.gold import GoldReward
+from prefarena.tasks.language import EOS_ID, Language
+from prefarena.tasks.pairs import reference_samples, sample_pairs
+from prefarena.training.jobs import RewardModelJob
+from prefarena.training.run_job import run_job
+from prefarena.training.worker import Worker
+
+PROMPTS = [[1, 3, 4], [1, 5], [1, 6, 7, 8, 9], [1, 3]]
+RESPONSES = [[5, EOS], [6, 7, 8, EOS], [9], [4, 4, EOS]]
+
+
+@pytest.fixture(scope="module")
+def policy(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_tiny_policy(tmp_path_factory.mktemp("policy"))
+
+
+def judge_of(settings: JudgeSettings, policy: str) -> Judge:
+    return load_judge(JudgeSpec(settings, None, policy), batch_size=3)
+
+
+# ------------------------------------------------------------------------------------------- functions
+
+
+@pytest.fixture
+def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module of functions in the working directory, where an installed command does not look by itself."""
+    name = f"judged_{tmp_path.name.replace('-', '_')}"
+    (tmp_path / f"{name}.py").write_text(
+        "def length(rows):\n    return [len(r['response_ids']) + r['response'].count('g') / 8 for r in rows]\n"
+        "def short(rows):\n    return [1.0]\n"
+        "def infinite(rows):\n    return [1.0, float('nan'), 2.0, 3.0]\n"
+        "def words(rows):\n    return ['good'] * len(rows)\n"
+        "number = 3\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+def test_a_function_judges_rows_of_text_and_ids(functions: str, policy: str) -> None:
+    judge = judge_of(FunctionJudge(function=f"{functions}:length"), policy)
+    np.testing.assert_array_equal(judge.score(PROMPTS, RESPONSES), [2, 4, 1.125, 3])
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("short", "4 rows, but"), ("infinite", "row 1 is nan"), ("words", "one number for each row")],
+)
+def test_what_a_function_returns_is_checked(functions: str, policy: str, function: str, message: str) -> None:
+    judge = judge_of(FunctionJudge(function=f"{functions}:{function}"), policy)
+    with pytest.raises(UserError, match=message):
+        judge.score(PROMPTS, RESPONSES)
+
+
+def test_functions_that_are_not_there_are_found_before_any_work(functions: str) -> None:
+    for name, message in (
+        (f"{functions}:none", "has no none"),
+        (f"{functions}:number", "not a function"),
+        ("no_such_module_at_all:f", "cannot be imported"),
+    ):
+        method = {"kind": "rlhf", "reward": {"kind": "function", "function": name}}
+        config = Comparison.model_validate({"entries": [{"name": "rlhf", "method": method}]})
+        with pytest.raises(UserError, match=message):
+            check_input(config)
+
+
+def test_an_edited_function_has_another_digest(functions: str, tmp_path: Path) -> None:
+    before = source_digest(f"{functions}:length")
+    path = tmp_path / f"{functions}.py"
+    path.write_text(path.read_text() + "\n# edited\n")
+    assert before is not None and source_digest(f"{functions}:length") != before
+    assert source_digest("no_such_module_at_all:f") is None
+
+
+# ------------------------------------------------------------------------------------------- endpoints
+
+
+@dataclass
+class Server:
+    """An OpenAI-compatible server on this machine: it answers with the number of letters in the request's last word.
+
+    failures: statuses that the next requests get instead. answer: a fixed answer. delay_s: before each answer.
+    """
+
+    url: str = ""
+    failures: list[int] = field(default_factory=list)
+    answer: str | None = None
+    delay_s: float = 0
+    requests: list[dict[str, object]] = field(default_factory=list)
+    keys: list[str | None] = field(default_factory=list)
+    in_flight: int = 0
+    most_in_flight: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    state = Server()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            with state.lock:
+                state.requests.append(body)
+                state.keys.append(self.headers.get("Authorization"))
+                state.in_flight += 1
+                state.most_in_flight = max(state.most_in_flight, state.in_flight)
+                status = state.failures.pop(0) if state.failures else 200
+            time.sleep(state.delay_s)
+            text = body["messages"][0]["content"]
+            answer = state.answer if state.answer is not None else f"Score: {len(text.split('|')[1].split())}.5 of 10"
+            content: dict[str, object] = {
+                "id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
+                "choices": [
+                    {"index": 0, "finish_reason": "stop", "message": {"role": "assistant", "content": answer}}
+                ],
+            }  # fmt: skip
+            if status != 200:
+                content = {"error": {"message": f"refused {self.headers.get('Authorization')}"}}
+            with state.lock:
+                state.in_flight -= 1
+            data = json.dumps(content).encode()
+            try:
+                self.send_response(status)
+                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Length", str(len(data)))
+                self.end_headers()
+                self.wfile.write(data)
+            except (BrokenPipeError, ConnectionResetError):
+                pass  # the client did not wait
+
+        def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
+            pass
+
+    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    state.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
+    thread = threading.Thread(target=http.serve_forever, daemon=True)
+    thread.start()
+    yield state
+    http.shutdown()
+    http.server_close()
+
+
+def endpoint(server: Server, **settings: object) -> EndpointJudge:
+    fields = {"base_url": server.url, "model": "m", "prompt": "{prompt}|{response}", "max_retries": 0, **settings}
+    return EndpointJudge.model_validate(fields)
+
+
+def test_an_endpoint_scores_rows_in_order_some_at_a_time(server: Server, policy: str) -> None:
+    server.delay_s = 0.05
+    judge = judge_of(endpoint(server, concurrency=3), policy)
+    np.testing.assert_array_equal(judge.score(PROMPTS * 3, RESPONSES * 3), [1.5, 3.5, 1.5, 2.5] * 3)
+    assert 1 < server.most_in_flight <= 3
+    assert all(request["temperature"] == 0 and request["max_tokens"] == 16 for request in server.requests)
+
+
+def test_an_endpoint_that_is_busy_is_asked_again(server: Server, policy: str) -> None:
+    server.failures = [429, 500]
+    judge = judge_of(endpoint(server, concurrency=1, max_retries=2), policy)
+    assert judge.score(PROMPTS[:1], RESPONSES[:1]).tolist() == [1.5]
+    assert len(server.requests) == 3
+    server.failures = [429] * 9
+    with pytest.raises(UserError, match=r"127\.0\.0\.1.*row 0.*429"):
+        judge_of(endpoint(server, max_retries=1), policy).score(PROMPTS[:1], RESPONSES[:1])
+    assert len(server.failures) == 7  # one request and one retry
+
+
+def test_an_endpoint_that_does_not_answer_in_time_is_given_up(server: Server, policy: str) -> None:
+    server.delay_s = 2
+    started = time.monotonic()
+    with pytest.raises(UserError, match=r"no answer.*timed out"):
+        judge_of(endpoint(server, timeout_s=0.2), policy).score(PROMPTS[:1], RESPONSES[:1])
+    assert time.monotonic() - started < 1.5
+
+
+def test_an_answer_without_a_number_is_an_error_that_shows_it(server: Server, policy: str) -> None:
+    server.answer = "I would rather not."
+    with pytest.raises(UserError, match=r"127\.0\.0\.1.*row 0.*'I would rather not.' holds no number"):
+        judge_of(endpoint(server, concurrency=1), policy).score(PROMPTS, RESPONSES)
+    assert [first_number(text) for text in ("-2.5!", "8/10", "none", ".5")] == [-2.5, 8, None, 0.5]
+
+
+def test_the_key_comes_from_the_environment_and_stays_out_of_messages(
+    server: Server, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = endpoint(server, api_key_env="JUDGE_TEST_KEY")
+    monkeypatch.delenv("JUDGE_TEST_KEY", raising=False)
+    with pytest.raises(UserError, match="JUDGE_TEST_KEY"):
+        judge_of(settings, policy)
+    monkeypatch.setenv("JUDGE_TEST_KEY", "open-sesame")
+    server.failures = [401]
+    with pytest.raises(UserError, match="401") as found:
+        judge_of(settings, policy).score(PROMPTS[:1], RESPONSES[:1])
+    assert server.keys == ["Bearer open-sesame"] and "open-sesame" not in str(found.value)
+
+
+# ----------------------------------------------------------------------------------------- classifiers
+
+TEMPLATE = "{% for m in messages %}{{ '<bos> ' if m.role == 'user' else '' }}{{ m.content }} {% endfor %}<eos>"
+
+
+def save_classifier(folder: Path, policy: str, *, pad_is_eos: bool, template: bool, num_labels: int = 1) -> str:
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    config = LlamaConfig(
+        vocab_size=16, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
+        num_key_value_heads=2, max_position_embeddings=64, num_labels=num_labels, pad_token_id=EOS if pad_is_eos else 0,
+    )  # fmt: skip
+    if template:
+        tokenizer.chat_template = TEMPLATE
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        save_policy(LlamaForSequenceClassification(config), tokenizer, folder)
+    return str(folder)
+
+
+@pytest.mark.parametrize("template", [False, True])
+def test_a_classifier_reads_the_last_token_alone_or_in_a_batch(tmp_path: Path, policy: str, template: bool) -> None:
+    path = save_classifier(tmp_path / "c", policy, pad_is_eos=True, template=template)
+    judge = judge_of(ClassifierJudge(path=path), policy)
+    together = judge.score(PROMPTS, RESPONSES)
+    alone = [judge.score([prompt], [response])[0] for prompt, response in zip(PROMPTS, RESPONSES, strict=True)]
+    np.testing.assert_allclose(together, alone, atol=1e-6)
+    model, tokenizer = LlamaForSequenceClassification.from_pretrained(path).eval(), load_tokenizer(policy)
+    for found, prompt, response in zip(together, PROMPTS, RESPONSES, strict=True):
+        texts = tokenizer.decode(prompt[1:]), tokenizer.decode([i for i in response if i != EOS])
+        ids = tokenizer(f"<bos> {texts[0]} {texts[1]} <eos>" if template else "".join(texts))["input_ids"]
+        with torch.no_grad():
+            hidden = model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+            expected = float(model.score(hidden))
+        assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_a_classifier_forgets_the_beginning_of_long_texts(tmp_path: Path, policy: str) -> None:
+    path = save_classifier(tmp_path / "c", policy, pad_is_eos=False, template=True)
+    judge = judge_of(ClassifierJudge(path=path, max_tokens=4), policy)
+    first, second = judge.score([[1, 3, 4, 5], [1, 9, 9, 5]], [[6, 7, EOS]] * 2)
+    assert first == second
+    longer = judge_of(ClassifierJudge(path=path, max_tokens=6), policy)
+    first, second = longer.score([[1, 3, 4, 5], [1, 9, 9, 5]], [[6, 7, EOS]] * 2)
+    assert first != second
+
+
+def test_classifiers_that_cannot_judge_are_refused(tmp_path: Path, policy: str) -> None:
+    path = save_classifier(tmp_path / "two", policy, pad_is_eos=False, template=False, num_labels=2)
+    with pytest.raises(UserError, match="2 labels"):
+        judge_of(ClassifierJudge(path=path), policy)
+    with pytest.raises(UserError, match="no sequence-classification model"):
+        judge_of(ClassifierJudge(path=str(tmp_path / "none")), policy)
+    pickled = save_classifier(tmp_path / "pickled", policy, pad_is_eos=False, template=False)
+    state = LlamaForSequenceClassification.from_pretrained(pickled).state_dict()
+    (Path(pickled) / "model.safetensors").unlink()
+    torch.save(state, Path(pickled) / "pytorch_model.bin")
+    with pytest.raises(UserError, match="safetensors"):
+        judge_of(ClassifierJudge(path=pickled), policy)
+
+
+# -------------------------------------------------------------------------------------- reward models
+
+
+@pytest.mark.parametrize("pad_id", [0, EOS])
+def test_a_score_is_of_the_true_last_token_whatever_the_batch_and_padding(
+    tmp_path: Path, policy: str, pad_id: int
+) -> None:
+    path = save_classifier(tmp_path / "c", policy, pad_is_eos=pad_id == EOS, template=False)
+    model = load_reward_model(path).double()
+    model.config.reward_mean, model.config.reward_scale = 0.25, 2.0
+    batch = collate(PROMPTS, RESPONSES, pad_id)
+    wide = torch.full((4, 20), pad_id)
+    wide[:, : batch.input_ids.shape[1]] = batch.input_ids
+    padded = Sequences(wide, (wide != -1).long(), batch.prompt_lengths, batch.response_lengths)
+    with torch.no_grad():
+        together, further = scores(model, batch), scores(model, padded)
+        for row in range(4):
+            alone = scores(model, collate(PROMPTS[row : row + 1], RESPONSES[row : row + 1], pad_id))
+            ids = torch.tensor([PROMPTS[row] + RESPONSES[row]])
+            by_hand = (model.score(model.model(input_ids=ids).last_hidden_state[0, -1])[0] - 0.25) / 2
+            for found in (alone[0], together[row], further[row]):
+                assert float(found) == pytest.approx(float(by_hand), abs=1e-12)
+    judge = RewardModelJudge.of(model, batch_size=2)
+    np.testing.assert_allclose(judge.score(PROMPTS, RESPONSES), together.numpy(), atol=1e-12)
+
+
+def test_a_trained_reward_model_has_mean_zero_and_unit_variance_under_the_reference(tmp_path: Path) -> None:
+    task = LanguageTask(num_letters=5, num_prompts=12, prompt_letters=2, response_limit=3)
+    language = Language(task)
+    language.save_tokenizer(tmp_path / "tokenizer")
+    tokenizer = load_tokenizer(tmp_path / "tokenizer")
+    model = ScratchModel(hidden_size=32, num_layers=1, num_heads=1, intermediate_size=64)
+    save_policy(new_policy(model, tokenizer, 16, seed=0), tokenizer, tmp_path / "reference")
+    reference = load_policy(tmp_path / "reference")
+    exact = enumerate_responses(reference, language.prompt_ids, task.response_limit, EOS_ID)
+    gold = GoldReward.fit(task, language.prompt_ids, exact.sequences, exact.logps)
+    rewards = gold.table(language.prompt_ids, exact.sequences)
+    pairs = sample_pairs(
+        language.prompt_ids, language.covered, exact.sequences, exact.logps, rewards,
+        num_pairs=512, labels="deterministic", temperature=1.0, seed=0, split="train",
+    )  # fmt: skip
+    write_rows(pairs, tmp_path / "pairs" / "part-0.parquet", PAIRS)
+    drawn = reference_samples(language.prompt_ids, exact.sequences, exact.logps, 64, seed=0)
+    write_rows(drawn, tmp_path / "samples" / "part-0.parquet", DEMONSTRATIONS)
+    training = Optimisation(learning_rate=3e-3, num_steps=60, batch_size=64, micro_batch_size=64)
+    job = RewardModelJob(
+        stage_dir=str(tmp_path / "rm"), name="rm", policy=str(tmp_path / "reference"), seed=0,
+        settings=RewardModel(training=training), pairs=str(tmp_path / "pairs"), test_pairs=str(tmp_path / "pairs"),
+        samples=str(tmp_path / "samples"),
+    )  # fmt: skip
+    run_job(job, Worker(job.stage_dir))
+    stored = load_reward_model(job.model_dir)
+    assert stored.config.reward_scale != 1.0
+    table = enumerate_scores(stored, language.prompt_ids, task.response_limit, EOS_ID)
+    weights = np.exp(exact.logps) / len(language.prompt_ids)
+    mean = float((weights * table).sum())
+    variance = float((weights * table**2).sum()) - mean**2
+    num_samples = read_rows(tmp_path / "samples").num_rows
+    assert abs(mean) < 3 * np.sqrt(variance / num_samples)
+    assert variance == pytest.approx(1, abs=0.3)
+    quality = read_manifest(job.stage_dir)["reward_model"]
+    assert quality["accuracy"] > 0.6 and quality["log_loss"] < np.log(2)
+
+
+# -------------------------------------------------------------------------------------- calibration
+
+
+def test_calibration_by_hand() -> None:
+    margins = np.array([np.log(3), np.log(3), -np.log(3), 0.0])  # P = 3/4, 3/4, 1/4, 1/2
+    found = calibration(margins, num_bins=2)
+    assert found["accuracy"] == pytest.approx(2.5 / 4)
+    assert found["log_loss"] == pytest.approx(-np.mean(np.log([0.75, 0.75, 0.25, 0.5])))
+    assert found["brier"] == pytest.approx(np.mean([1 / 16, 1 / 16, 9 / 16, 1 / 4]))
+    low, high = found["reliability"]  # confidences 1/2 and 3/4 (right), then 3/4 (right) and 3/4 (wrong)
+    assert (low["predicted"], low["observed"]) == (pytest.approx(0.625), pytest.approx(0.75))
+    assert (high["predicted"], high["observed"]) == (pytest.approx(0.75), pytest.approx(0.5))
+    assert found["ece"] == pytest.approx(0.5 * 0.125 + 0.5 * 0.25)
+    assert high["observed_stderr"] == pytest.approx(np.sqrt(0.25 / 2)) and high["num_pairs"] == 2
+
+
+def test_true_probabilities_are_calibrated_and_doubled_margins_are_not() -> None:
+    rng = np.random.default_rng(0)
+    margins = rng.normal(0, 1.5, 20000)
+    wins = rng.random(20000) < 1 / (1 + np.exp(-margins))
+    signed = np.where(wins, margins, -margins)
+    honest, boastful = calibration(signed), calibration(3 * signed)
+    for row in honest["reliability"]:
+        assert abs(row["predicted"] - row["observed"]) < 4 * row["observed_stderr"]
+    assert honest["ece"] < 0.02 < 0.08 < boastful["ece"]
+    assert honest["accuracy"] == boastful["accuracy"] and honest["log_loss"] < boastful["log_loss"]
