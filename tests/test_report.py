@@ -346,6 +346,13 @@ def test_demonstration_term_makes_its_own_group() -> None:
     assert [entry("dpo", 0.0), entry("dpo", 0.1), entry("mpo", 0.1)] == ["dpo", "dpo+eta", "mpo"]
 
 
+def test_the_gold_reward_makes_its_own_group() -> None:
+    def entry(kind: str) -> str:
+        return EntryResult(name="x", kind="rlhf", settings={"reward": {"kind": kind}}).group
+
+    assert [entry("learned"), entry("gold")] == ["rlhf", "rlhf+gold"]
+
+
 # ------------------------------------------------------------------------------------------------ verdict
 
 

@@ -50,10 +50,15 @@ class EntryResult(Part):
 
     @property
     def group(self) -> str:
-        """The sweep group: `settings["group"]`, else the kind; DPO and IPO with a demonstration term are apart."""
+        """The sweep group: `settings["group"]`, else the kind.
+
+        DPO and IPO with a demonstration term are apart, and so are methods that learn from the gold reward.
+        """
         named = self.settings.get("group")
         if named:
             return str(named)
+        if self.settings.get("reward", {}).get("kind") == "gold":
+            return f"{self.kind}+gold"
         has_term = float(self.settings.get("demonstration_weight") or 0) > 0
         return f"{self.kind}+eta" if has_term and self.kind != "mpo" else self.kind
 

@@ -178,9 +178,8 @@ def _draw_exact(axes: Axes, results: Results, entry: EntryResult, colour: str) -
             }
             axes.plot(*_line(rows, "proxy_reward"), color=colour, linewidth=1.1, zorder=3, **style)
         furthest = max(furthest, *(row["kl"] for row in rows))
-    for line in _frontiers(results, entry):
-        shown = line[line[:, 0] <= 1.1 * furthest + 1e-9]
-        axes.plot(shown[:, 0], shown[:, 1], color=BLACK, linewidth=1.1, zorder=1)
+    for line in _frontiers(results, entry, 1.1 * furthest):
+        axes.plot(line[:, 0], line[:, 1], color=BLACK, linewidth=1.1, zorder=1)
     axes.margins(0.1)
 
 
@@ -193,12 +192,11 @@ def _label(axes: Axes, results: Results, entry: EntryResult, colour: str) -> Non
     if not is_gold(entry) and "proxy_reward" in end:
         labels.append(Label(end["kl"], end["proxy_reward"], "reward learned from", colour))
         obstacles += [along(np.stack(_line(rows, "proxy_reward"), axis=1)) for rows in seeds]
-    for index, line in enumerate(_frontiers(results, entry)):
-        kls = np.linspace(0, 1.1 * end["kl"], 40)
-        shown = np.stack([kls, np.interp(kls, line[:, 0], line[:, 1])], axis=1)
+    for index, line in enumerate(_frontiers(results, entry, 1.1 * end["kl"])):
         if index == 0:
-            labels.append(Label(float(shown[20, 0]), float(shown[20, 1]), "optimal frontier (gold)", BLACK))
-        obstacles.append(shown)
+            middle = line[len(line) // 2]
+            labels.append(Label(float(middle[0]), float(middle[1]), "optimal frontier (gold)", BLACK))
+        obstacles.append(line)
     place_labels(axes, labels, np.concatenate(obstacles))
 
 
@@ -207,9 +205,11 @@ def _line(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([row["kl"] for row in kept]), np.array([row[key] for row in kept])
 
 
-def _frontiers(results: Results, entry: EntryResult) -> list[np.ndarray]:
-    """On the prompts that the entry samples on."""
-    return frontier_lines(results, "covered" if entry.settings.get("prompts") == "covered" else "all")
+def _frontiers(results: Results, entry: EntryResult, furthest: float) -> list[np.ndarray]:
+    """The frontiers on the prompts that the entry samples on, up to a KL: [60, 2], denser where they are steep."""
+    lines = frontier_lines(results, "covered" if entry.settings.get("prompts") == "covered" else "all")
+    kls = furthest * np.linspace(0, 1, 60) ** 2
+    return [np.stack([kls, np.interp(kls, line[:, 0], line[:, 1])], axis=1) for line in lines]
 
 
 def estimated_figure(results: Results, folder: Path) -> Figure | None:
