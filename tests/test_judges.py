@@ -245,8 +245,9 @@ def save_classifier(folder: Path, policy: str, *, pad_is_eos: bool, template: bo
     tokenizer = AutoTokenizer.from_pretrained(policy)
     config = LlamaConfig(
         vocab_size=16, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=2, max_position_embeddings=64, num_labels=num_labels, pad_token_id=EOS if pad_is_eos else 0,
+        num_key_value_heads=2, max_position_embeddings=64, pad_token_id=EOS if pad_is_eos else 0,
     )  # fmt: skip
+    config.num_labels = num_labels
     if template:
         tokenizer.chat_template = TEMPLATE
     with torch.random.fork_rng():
@@ -264,7 +265,7 @@ def test_a_classifier_reads_the_last_token_alone_or_in_a_batch(tmp_path: Path, p
     np.testing.assert_allclose(together, alone, atol=1e-6)
     model, tokenizer = LlamaForSequenceClassification.from_pretrained(path).eval(), load_tokenizer(policy)
     for found, prompt, response in zip(together, PROMPTS, RESPONSES, strict=True):
-        texts = tokenizer.decode(prompt[1:]), tokenizer.decode([i for i in response if i != EOS])
+        texts = [str(tokenizer.decode(ids)) for ids in (prompt[1:], [i for i in response if i != EOS])]
         ids = tokenizer(f"<bos> {texts[0]} {texts[1]} <eos>" if template else "".join(texts))["input_ids"]
         with torch.no_grad():
             hidden = model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
@@ -315,7 +316,10 @@ def test_a_score_is_of_the_true_last_token_whatever_the_batch_and_padding(
         for row in range(4):
             alone = scores(model, collate(PROMPTS[row : row + 1], RESPONSES[row : row + 1], pad_id))
             ids = torch.tensor([PROMPTS[row] + RESPONSES[row]])
-            by_hand = (model.score(model.model(input_ids=ids).last_hidden_state[0, -1])[0] - 0.25) / 2
+            by_hand = (
+                model.get_submodule("score")(model.get_submodule("model")(input_ids=ids).last_hidden_state[0, -1])[0]
+                - 0.25
+            ) / 2
             for found in (alone[0], together[row], further[row]):
                 assert float(found) == pytest.approx(float(by_hand), abs=1e-12)
     judge = RewardModelJudge.of(model, batch_size=2)
