@@ -25,7 +25,7 @@ from prefarena.training.rollouts import minibatches
 from prefarena.training.worker import Worker
 
 SIZES = {"num_iterations": 1, "rollouts_per_iteration": 24, "num_minibatches": 2, "kl_coef": 0.3}
-METHODS = {
+METHODS: dict[str, PPOTraining | GRPOTraining | RLOOTraining] = {
     "ppo": PPOTraining(**SIZES),
     "grpo": GRPOTraining(**SIZES, group_size=4),
     "grpo-sequences": GRPOTraining(**SIZES, group_size=4, loss_mean="sequences"),
