@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,6 +26,7 @@ from prefarena.config import (
     ScratchModel,
 )
 from prefarena.data.tables import read_rows, write_rows
+from prefarena.errors import WaitTimeoutError
 from prefarena.modeling.load import load_policy, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import collate, sequence_logps
 from prefarena.records import DEMONSTRATIONS, REFERENCED_PAIRS
@@ -137,6 +139,22 @@ def test_one_and_two_ray_train_workers_give_the_same_losses(ray_session: None, i
     run_job(off_policy_job(inputs, tmp_path / "again", methods["mpo"]), Worker(str(tmp_path / "again")))
     again, first = weights(tmp_path / "again"), weights(tmp_path / "1" / "mpo")
     assert all(torch.equal(again[name], first[name]) for name in again)
+
+
+def test_workers_that_cannot_be_placed_are_waited_for_no_longer_than_the_limit(
+    ray_session: None, tmp_path: Path
+) -> None:
+    from prefarena.training.launch import run_jobs
+
+    job = reward_model_job(tmp_path, tmp_path / "rm")
+    resources = Resources(num_workers=64, cpus_per_worker=2, start_timeout_s=2)
+    started = time.monotonic()
+    with pytest.raises(WaitTimeoutError) as caught:
+        run_jobs([job], resources, str(tmp_path / "ray"))
+    assert time.monotonic() - started < 115  # Ray Train's own limit would be 60 s, twice
+    message = str(caught.value)
+    assert "waited 2 s for a group of 64 training workers (2 CPU each)" in message
+    assert "resources.start_timeout_s" in message and not Path(job.stage_dir).exists()
 
 
 def reward_model_job(inputs: Path, folder: Path) -> RewardModelJob:

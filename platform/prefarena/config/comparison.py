@@ -38,6 +38,9 @@ class Generation(Section):
 
     num_actors: int = Field(1, ge=1, description="Generation actors; prompts are balanced over them.")
     cpus: float = Field(1, ge=0, description="CPUs (and OpenMP threads) of the actor; used when use_gpu is false.")
+    gpus: float = Field(
+        1, gt=0, le=1, description="GPUs of the actor, when use_gpu is true; a share where trainer and engine share one."
+    )
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     kv_cache_gib: int = Field(1, ge=1, description="KV cache on CPU, whole GiB.")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
@@ -59,8 +62,11 @@ class Resources(Section):
     num_workers: int = Field(1, ge=1, description="Ray Train workers of a training run.")
     cpus_per_worker: float = Field(1, ge=1, description="CPUs, and torch threads, of each worker.")
     use_gpu: bool = False
+    gpus_per_worker: float = Field(1, gt=0, le=1, description="When use_gpu is true; a share for weight_sync: ipc.")
     concurrent_runs: int = Field(1, ge=1, description="Off-policy Ray Train runs at the same time.")
-    start_timeout_s: float = Field(300, gt=0, description="Longest wait for workers to be placed and started.")
+    start_timeout_s: float = Field(
+        300, gt=0, description="Longest wait for a group of training workers to be placed, one more attempt included."
+    )
     max_failures: int = Field(2, ge=0, description="Worker failures that a Ray Train run recovers from.")
 
 
@@ -114,6 +120,24 @@ class Comparison(Section):
                 raise ValueError(f"entry {entry.name!r}: reward kind gold is the enumerable language's own")
         if self.judge.kind == "gold" and self.task.kind != "language":
             raise ValueError("judge kind gold is the enumerable language's own")
+        self._check_weight_sync()
         if self.seeds_vary == "task" and self.task.kind != "language":
             raise ValueError("seeds_vary: task is for the enumerable language; a text task has one set of data")
         return self
+
+    def _check_weight_sync(self) -> None:
+        resources, generation = self.resources, self.generation
+        if generation.weight_sync != "host" and not resources.use_gpu:
+            raise ValueError(f"generation.weight_sync: {generation.weight_sync} needs resources.use_gpu: true")
+        if generation.weight_sync != "ipc":
+            return
+        if resources.num_workers > 1 or generation.num_actors > 1:
+            raise ValueError(
+                "generation.weight_sync: ipc is for one worker and one actor on the same GPU; use nccl or host with "
+                f"{resources.num_workers} workers and {generation.num_actors} actors"
+            )
+        if resources.gpus_per_worker + generation.gpus > 1:
+            raise ValueError(
+                "generation.weight_sync: ipc needs worker and actor on the same GPU; lower resources.gpus_per_worker "
+                f"({resources.gpus_per_worker:g}) and generation.gpus ({generation.gpus:g}) to at most 1 together"
+            )
