@@ -27,12 +27,14 @@ from prefarena.config import (
 )
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import WaitTimeoutError
+from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.load import load_policy, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import collate, sequence_logps
 from prefarena.records import DEMONSTRATIONS, REFERENCED_PAIRS
 from prefarena.stages import read_manifest
 from prefarena.tasks.language import Language
 from prefarena.training.jobs import Job, OffPolicyJob, ReferenceJob, RewardModelJob
+from prefarena.training.reward_model import pair_scores
 from prefarena.training.run_job import run_job
 from prefarena.training.schedule import warmed_up
 from prefarena.training.worker import Worker
@@ -172,14 +174,17 @@ def test_a_reward_model_learns_and_its_scores_are_normalised(inputs: Path, tmp_p
     assert read_manifest(job.stage_dir)["reward_model"]["accuracy"] > 0.9  # its own training pairs
     from prefarena.judges.models import RewardModelJudge
 
-    table = read_rows(inputs / "pairs").to_pydict()
-    judge = RewardModelJudge(job.model_dir)
+    judge, model = RewardModelJudge(job.model_dir), AutoModelForSequenceClassification.from_pretrained(job.model_dir)
+    assert model.config.num_labels == 1
+    samples, table = read_rows(job.samples).to_pydict(), read_rows(job.pairs).to_pydict()
+    normalised_on = judge.score(samples["prompt_ids"], samples["response_ids"])
+    assert np.mean(normalised_on) == pytest.approx(0, abs=1e-4) and np.std(normalised_on) == pytest.approx(1, abs=1e-3)
     scores = judge.score(table["prompt_ids"] * 2, table["chosen_ids"] + table["rejected_ids"])
-    assert np.mean(scores) == pytest.approx(0, abs=1e-4) and np.std(scores) == pytest.approx(1, abs=1e-3)
+    raw = np.concatenate(pair_scores(ScalarHead(model.eval()), job.pairs, 0, torch.device("cpu")))
+    expected = (raw - model.config.reward_mean) / model.config.reward_scale
+    np.testing.assert_allclose(scores, expected, atol=1e-4)  # the same mean and scale on other rows
     alone = judge.score(table["prompt_ids"][:1], table["chosen_ids"][:1])
     assert alone[0] == pytest.approx(scores[0], abs=1e-4)  # neither batch nor padding counts
-    model = AutoModelForSequenceClassification.from_pretrained(job.model_dir)
-    assert model.config.num_labels == 1
 
 
 @pytest.mark.parametrize(
