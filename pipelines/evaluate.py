@@ -28,6 +28,7 @@ from pipelines.exact import (
 from pipelines.plan import SeedPlan, Trained, judge_spec, model_of, policy_of, response_limit, unique
 from pipelines.progress import stage_line
 from pipelines.train import start_generator
+from prefarena.cluster.waiting import get_within
 from prefarena.config import BestOfN, Comparison, Evaluation, LanguageTask
 from prefarena.data.tables import read_rows
 from prefarena.evaluation.best_of_n import kl_bound, pick_best
@@ -73,11 +74,11 @@ def _evaluate_exactly(config: Comparison, waiting: Work, console: Console) -> No
         with stage_line(console, f"scoring every response by {', '.join(stage.label for stage in tables)}"):
             scoring = {stage: start_scoring(plan, trained) for stage, (plan, trained) in tables.items()}
             for stage, running in scoring.items():
-                collect_scores(running, stage)
+                collect_scores(running, stage, config.resources.task_timeout_s)
     with stage_line(console, _title(list(waiting))):
         task = ray.remote(num_cpus=1)(evaluate_exactly)
         jobs = [exact_job(config, plan, trained, stage.begin()) for stage, (plan, trained) in waiting.items()]
-        ray.get([task.remote(job) for job in jobs])
+        get_within([task.remote(job) for job in jobs], config.resources.task_timeout_s, _title(list(waiting)))
 
 
 # ------------------------------------------------------------------------------ evaluation from samples
@@ -100,7 +101,7 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
             started = time.perf_counter()
             rollouts = generator.generate(prompts, sampling, stage.key)
             running.append(scorer.remote(rollouts, job, settings, time.perf_counter() - started))
-        ray.get(running)
+        get_within(running, config.resources.task_timeout_s, _title(list(waiting)))
     finally:
         generator.stop()
 

@@ -18,6 +18,7 @@ import torch
 
 from pipelines.annotate import ExactReference
 from pipelines.plan import SeedPlan, Trained, judge_spec, model_of, policy_of
+from prefarena.cluster.waiting import get_within
 from prefarena.config import BestOfN, Comparison, LanguageTask, OnPolicyMethod, RewardModel
 from prefarena.data.tables import read_rows
 from prefarena.evaluation.best_of_n import best_of_n_logps, kl_bound
@@ -98,11 +99,9 @@ def start_scoring(plan: SeedPlan, trained: Trained) -> list[Any]:
     return [task.remote(language_of(plan), spec, share) for share in range(_SHARES)]
 
 
-def collect_scores(running: list[Any], stage: Stage) -> None:
-    """Wait for the parts of a table [P, N] and finish its stage."""
-    import ray
-
-    parts = ray.get(running)
+def collect_scores(running: list[Any], stage: Stage, limit_s: float) -> None:
+    """Wait for the parts of a table [P, N], `limit_s` at most for each, and finish its stage."""
+    parts = get_within(running, limit_s, f"the scores of every response ({stage.label})")
     folder, seconds = stage.begin(), sum(part[1] for part in parts)
     np.save(folder / "scores.npy", np.concatenate([part[0] for part in parts]))
     write_manifest(folder, {"costs": {"wall_seconds": seconds, "device_seconds": seconds}})

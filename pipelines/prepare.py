@@ -16,6 +16,7 @@ from pipelines.preferences import prepare_text
 from pipelines.progress import stage_line, watch
 from pipelines.reference import add_reference_logps
 from pipelines.reference_samples import draw_reference_samples
+from prefarena.cluster.waiting import get_within
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, Resources, TextTask
 from prefarena.data.tables import write_rows
 from prefarena.modeling.load import base_model, load_tokenizer, new_policy, save_policy
@@ -35,7 +36,7 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
         run(config.resources, [reference_job(config, plan) for plan in plans], config, console)
     for plan in plans:
         if isinstance(plan.task, LanguageTask):
-            run_once(console, plan.pairs, partial(_write_pairs, plan.task, plan))
+            run_once(console, plan.pairs, partial(_write_pairs, config, plan.task, plan))
         run_once(console, plan.logps, partial(_write_logps, config, plan))
     draw_reference_samples(config, plans, console)
     run(config.resources, [judge_job(config, plan, plan.judge) for plan in plans if plan.judge], config, console)
@@ -92,11 +93,12 @@ def _write_base(config: Comparison, plan: SeedPlan, folder: Path) -> None:
     write_manifest(folder, contents)
 
 
-def _write_pairs(task: LanguageTask, plan: SeedPlan, folder: Path) -> None:
+def _write_pairs(config: Comparison, task: LanguageTask, plan: SeedPlan, folder: Path) -> None:
     import ray
 
     annotate = ray.remote(num_cpus=1)(annotate_language)
-    ray.get(annotate.remote(task, model_of(plan.reference), folder))
+    running = [annotate.remote(task, model_of(plan.reference), folder)]
+    get_within(running, config.resources.task_timeout_s, "pairs to be drawn from the reference policy and labelled")
 
 
 def _write_logps(config: Comparison, plan: SeedPlan, folder: Path) -> None:

@@ -39,7 +39,10 @@ class Generation(Section):
     num_actors: int = Field(1, ge=1, description="Generation actors; prompts are balanced over them.")
     cpus: float = Field(1, ge=0, description="CPUs (and OpenMP threads) of the actor; used when use_gpu is false.")
     gpus: float = Field(
-        1, gt=0, le=1, description="GPUs of the actor, when use_gpu is true; a share where trainer and engine share one."
+        1,
+        gt=0,
+        le=1,
+        description="GPUs of the actor, when use_gpu is true; a share where trainer and engine share one.",
     )
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     kv_cache_gib: int = Field(1, ge=1, description="KV cache on CPU, whole GiB.")
@@ -66,6 +69,9 @@ class Resources(Section):
     concurrent_runs: int = Field(1, ge=1, description="Off-policy Ray Train runs at the same time.")
     start_timeout_s: float = Field(
         300, gt=0, description="Longest wait for a group of training workers to be placed, one more attempt included."
+    )
+    task_timeout_s: float = Field(
+        3600, gt=0, description="Longest wait for a Ray task to end: drawing pairs, scoring responses, an evaluation."
     )
     max_failures: int = Field(2, ge=0, description="Worker failures that a Ray Train run recovers from.")
 
