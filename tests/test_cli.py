@@ -74,7 +74,8 @@ def test_too_few_resources(ray_session: None, capsys: pytest.CaptureFixture[str]
     settings = [f"output={tmp_path}", "resources.num_workers=64"]
     arguments = [argument for setting in settings for argument in ("--set", setting)]
     error = refused(capsys, "compare", *arguments)
-    assert f"the cluster has {cpus} CPUs, but 65 are asked for" in error and "generation.cpus" in error
+    assert f"the cluster has {cpus} CPUs, but 65 are asked for" in error
+    assert "resources.num_workers x cpus_per_worker" in error and "generation.num_actors x cpus" in error
 
 
 def test_methods_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
