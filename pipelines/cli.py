@@ -89,9 +89,9 @@ def _run(command: str, path: str | None, overrides: list[str]) -> int:
 
 def _methods() -> int:
     """The settings of every method, from the types that check them."""
-    from prefarena.config import DPO, IPO, MPO, RLHF, SFT
+    from prefarena.config import DPO, GRPO, IPO, MPO, RLHF, RLOO, SFT, BestOfN
 
-    for kind in (MPO, DPO, IPO, SFT, RLHF):
+    for kind in (MPO, DPO, IPO, SFT, RLHF, GRPO, RLOO, BestOfN):
         print(f"{kind.model_fields['kind'].default}: {(kind.__doc__ or '').strip()}")
         for name, default, text in _settings(kind, ""):
             print(f"    {name} = {default}" + (f"    # {text}" if text else ""))
