@@ -1,35 +1,39 @@
-"""PPO's pure functions against hand-computed values, brute force and invariances."""
+"""The on-policy objectives against values worked out by hand, garbage outside the mask and splits of a batch."""
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
-from prefarena.objectives.kl import KLController, k1, k3
+from prefarena.objectives.advantages import group_advantages
+from prefarena.objectives.kl import KLController, k3
+from prefarena.objectives.output import Mean, ObjectiveOutput, mean_of
 from prefarena.objectives.ppo import (
     effective_sample_size,
     explained_variance,
     generalised_advantages,
     importance_weights,
+    kl_loss,
     masked_moments,
+    mean_per_sequence,
     penalised_rewards,
     policy_loss,
+    sequence_mean_weights,
     value_loss,
     whiten,
 )
 
+#: A prompt before, padding behind, a hole, a row without any token.
+MASK = torch.tensor([[0, 1, 1, 1, 0], [1, 1, 1, 1, 1], [0, 0, 1, 0, 0], [0, 0, 0, 0, 0], [1, 0, 1, 1, 0]]).bool()
 
-def ragged(num_rows: int = 5, width: int = 7, seed: int = 0) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Random rewards and values with garbage in the padding, and a mask of responses that start and end anywhere."""
-    generator = torch.Generator().manual_seed(seed)
-    rewards, values = torch.randn(2, num_rows, width, generator=generator, dtype=torch.float64).unbind()
-    mask = torch.zeros(num_rows, width, dtype=torch.bool)
-    for row in range(num_rows):
-        start = row % 3
-        mask[row, start : start + 1 + row % (width - 3)] = True
-    return rewards, values, mask
+
+def normal(*shape: int, seed: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def brute_force_advantage(rewards: list[float], values: list[float], t: int, discount: float, lam: float) -> float:
@@ -41,16 +45,16 @@ def brute_force_advantage(rewards: list[float], values: list[float], t: int, dis
 
 @pytest.mark.parametrize(("discount", "lam"), [(1.0, 0.95), (0.9, 0.5), (1.0, 0.0), (0.7, 1.0)])
 def test_advantages_equal_the_definition_on_ragged_rows(discount: float, lam: float) -> None:
-    rewards, values, mask = ragged()
-    advantages, returns = generalised_advantages(rewards, values, mask, discount=discount, gae_lambda=lam)
-    for row in range(len(mask)):
-        inside = mask[row].nonzero()[:, 0].tolist()
+    rewards, values = normal(5, 5, seed=0), normal(5, 5, seed=1)
+    advantages, returns = generalised_advantages(rewards, values, MASK, discount=discount, gae_lambda=lam)
+    for row in range(len(MASK)):
+        inside = MASK[row].nonzero()[:, 0].tolist()
         row_rewards, row_values = rewards[row, inside].tolist(), values[row, inside].tolist()
         for place, t in enumerate(inside):
             expected = brute_force_advantage(row_rewards, row_values, place, discount, lam)
             assert advantages[row, t].item() == pytest.approx(expected, abs=1e-12)
             assert returns[row, t].item() == pytest.approx(expected + row_values[place], abs=1e-12)
-    assert not advantages[~mask].any() and not returns[~mask].any()
+    assert not advantages[~MASK].any() and not returns[~MASK].any()
 
 
 def test_advantages_by_hand() -> None:
@@ -64,13 +68,13 @@ def test_advantages_by_hand() -> None:
 
 
 def test_a_hole_in_the_mask_is_skipped_over() -> None:
-    rewards, values = (tensor[:, :3] for tensor in ragged(1)[:2])
-    hole = torch.tensor([[True, False, True]])
-    with_hole, _ = generalised_advantages(rewards, values, hole, discount=0.9, gae_lambda=0.8)
-    dense, _ = generalised_advantages(
-        rewards[:, ::2], values[:, ::2], torch.ones(1, 2, dtype=torch.bool), discount=0.9, gae_lambda=0.8
-    )
-    torch.testing.assert_close(with_hole[:, ::2], dense)
+    # Discount 0.9, lambda 0.5; the middle token is not there. delta_3 = 4 - 1 = 3; delta_1 = 1 + 0.9 * 1 - 2 = -0.1;
+    # A_1 = -0.1 + 0.45 * 3 = 1.25.
+    rewards, values = torch.tensor([[1.0, math.nan, 4.0]]), torch.tensor([[2.0, math.nan, 1.0]])
+    mask = torch.tensor([[True, False, True]])
+    advantages, returns = generalised_advantages(rewards, values, mask, discount=0.9, gae_lambda=0.5)
+    torch.testing.assert_close(advantages, torch.tensor([[1.25, 0.0, 3.0]]))
+    torch.testing.assert_close(returns, torch.tensor([[3.25, 0.0, 4.0]]))
 
 
 def test_rewards_hold_the_penalty_per_token_and_the_score_at_the_last() -> None:
@@ -80,27 +84,62 @@ def test_rewards_hold_the_penalty_per_token_and_the_score_at_the_last() -> None:
     torch.testing.assert_close(rewards, torch.tensor([[0.0, -0.5, 11.0, 0.0], [18.5, 0.0, 0.0, 0.0]]))
 
 
-def test_whitening_is_of_the_whole_batch_and_blind_to_padding() -> None:
-    values, _, mask = ragged()
-    white = whiten(values, mask, *masked_moments(values, mask))
-    assert white[mask].mean().item() == pytest.approx(0, abs=1e-12)
-    assert white[mask].std(correction=0).item() == pytest.approx(1, abs=1e-6)
-    garbage = torch.where(mask, values, 1e6)
-    torch.testing.assert_close(whiten(garbage, mask, *masked_moments(garbage, mask)), white)
+def test_penalised_rewards_of_a_row_sum_to_its_score_less_its_penalty() -> None:
+    scores, token_kl = normal(5, seed=0), normal(5, 5, seed=1)
+    rewards = penalised_rewards(scores, token_kl, MASK, kl_coef=0.3)
+    for row in range(5):
+        kl = sum(token_kl[row, t].item() for t in range(5) if MASK[row, t])
+        expected = scores[row].item() - 0.3 * kl if MASK[row].any() else 0.0
+        assert rewards[row].sum().item() == pytest.approx(expected, abs=1e-12)
+    assert not rewards[~MASK].any()
 
 
-def test_policy_loss_by_hand() -> None:
-    # Ratios 1.5, 0.5, 1.5, 0.5 with advantages 1, 1, -1, -1 and clip 0.2:
-    # min(1.5, 1.2), min(0.5, 0.8), min(-1.5, -1.2), min(-0.5, -0.8) = 1.2, 0.5, -1.5, -0.8; the first and last clip.
-    logps = torch.tensor([[1.5, 0.5, 1.5, 0.5]]).log().requires_grad_()
-    advantages = torch.tensor([[1.0, 1.0, -1.0, -1.0]])
-    mask = torch.ones(1, 4, dtype=torch.bool)
-    output = policy_loss(logps, torch.zeros(1, 4), advantages, mask, clip=0.2)
-    assert output.loss.total.item() == pytest.approx(-(1.2 + 0.5 - 1.5 - 0.8), abs=1e-6)
-    assert output.loss.count.item() == 4
-    assert output.metrics["policy/clip_fraction"].value.item() == pytest.approx(0.5)
-    (gradient,) = torch.autograd.grad(output.loss.total, logps)
-    torch.testing.assert_close(gradient, torch.tensor([[0.0, -0.5, 1.5, 0.0]]))
+def test_whitening_is_of_the_whole_batch_by_hand() -> None:
+    # 1, 3, 5, 7: mean 4, variance (9 + 1 + 1 + 9) / 4 = 5. By row they would be -1, 1, -1, 1.
+    values = torch.tensor([[1.0, 3.0, math.nan], [math.inf, 5.0, 7.0]], dtype=torch.float64)
+    mask = torch.tensor([[True, True, False], [False, True, True]])
+    mean, variance = masked_moments(values, mask)
+    assert (mean.item(), variance.item()) == (4.0, 5.0)
+    expected = torch.tensor([[-3.0, -1.0, 0.0], [0.0, 1.0, 3.0]], dtype=torch.float64) / 5**0.5
+    torch.testing.assert_close(whiten(values, mask, mean, variance), expected, rtol=1e-8, atol=0)
+
+
+# The gradient is with respect to the log-prob: -A * ratio where the ratio is free, 0 where clipping decides.
+@pytest.mark.parametrize(
+    ("advantage", "ratio", "loss", "gradient", "clips"),
+    [
+        (2.0, 1.5, -2.4, 0.0, True),
+        (2.0, 1.1, -2.2, -2.2, False),
+        (2.0, 0.5, -1.0, -1.0, False),
+        (-2.0, 1.5, 3.0, 3.0, False),
+        (-2.0, 0.9, 1.8, 1.8, False),
+        (-2.0, 0.5, 1.6, 0.0, True),
+    ],
+)
+def test_policy_loss_by_hand(advantage: float, ratio: float, loss: float, gradient: float, clips: bool) -> None:
+    old = torch.tensor([[-3.0]], dtype=torch.float64)
+    logps = (old + math.log(ratio)).requires_grad_()
+    inside = torch.tensor([[True]])
+    output = policy_loss(logps, old, torch.full_like(old, advantage), inside, clip=0.2)
+    assert output.loss.total.item() == pytest.approx(loss, abs=1e-12)
+    assert output.metrics["policy/loss"].value.item() == pytest.approx(loss, abs=1e-12)
+    assert output.metrics["policy/clip_fraction"].value.item() == clips
+    assert output.metrics["policy/update_kl"].value.item() == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-12)
+    (found,) = torch.autograd.grad(output.loss.total, logps)
+    assert found.item() == pytest.approx(gradient, abs=1e-12)
+
+
+def test_importance_weights_multiply_a_token_s_loss_and_get_no_gradient() -> None:
+    # Ratios 1.5 and 0.5 with advantage 1: losses -1.2 and -0.5, times 2 and 3. k2 of log-ratios 1 and 2: 0.5 and 2.
+    weights = torch.tensor([[2.0, 3.0]], requires_grad=True)
+    inside = torch.ones(1, 2, dtype=torch.bool)
+    logps = torch.tensor([[1.5, 0.5]]).log().requires_grad_()
+    policy = policy_loss(logps, torch.zeros(1, 2), torch.ones(1, 2), inside, clip=0.2, weights=weights)
+    assert policy.loss.total.item() == pytest.approx(-2.4 - 1.5)
+    penalty = kl_loss(logps, logps.detach() - torch.tensor([[1.0, 2.0]]), inside, estimator="k2", weights=weights)
+    assert penalty.loss.total.item() == pytest.approx(1.0 + 6.0)
+    (gradient,) = torch.autograd.grad(policy.loss.total + penalty.loss.total, weights, allow_unused=True)
+    assert gradient is None
 
 
 def test_policy_loss_survives_a_ratio_beyond_exp() -> None:
@@ -109,53 +148,56 @@ def test_policy_loss_survives_a_ratio_beyond_exp() -> None:
     assert output.loss.total.item() == pytest.approx(math.exp(20), rel=1e-5)
 
 
-def test_value_loss_by_hand() -> None:
-    # v = 1, old 0, R = 2, clip 0.2: free (1-2)^2 = 1, clipped (0.2-2)^2 = 3.24 -> half of it, without a gradient.
-    # v = 0.1, old 0, R = 0: not clipped, 0.01 / 2.
-    values = torch.tensor([[1.0, 0.1, 5.0]], requires_grad=True)
-    mask = torch.tensor([[True, True, False]])
-    output = value_loss(values, torch.zeros(1, 3), torch.tensor([[2.0, 0.0, 0.0]]), mask, clip=0.2)
-    assert output.loss.total.item() == pytest.approx(1.62 + 0.005, abs=1e-6)
-    assert output.metrics["value/clip_fraction"].value.item() == pytest.approx(0.5)
-    (gradient,) = torch.autograd.grad(output.loss.total, values)
-    torch.testing.assert_close(gradient, torch.tensor([[0.0, 0.1, 0.0]]))
+# The old value is 1 and the clip 0.2, so a value of 1.5 is held at 1.2 and one of 0.5 at 0.8; the larger error counts.
+@pytest.mark.parametrize(
+    ("value", "target", "loss", "gradient", "clips"),
+    [
+        (1.1, 3.0, 1.9**2 / 2, -1.9, False),
+        (1.5, 3.0, 1.8**2 / 2, 0.0, True),
+        (1.5, 1.4, 0.2**2 / 2, 0.0, True),
+        (1.5, 1.25, 0.25**2 / 2, 0.25, False),
+        (1.5, 0.0, 1.5**2 / 2, 1.5, False),
+        (0.9, -1.0, 1.9**2 / 2, 1.9, False),
+        (0.5, -1.0, 1.8**2 / 2, 0.0, True),
+        (0.5, 3.0, 2.5**2 / 2, -2.5, False),
+    ],
+)
+def test_value_loss_by_hand(value: float, target: float, loss: float, gradient: float, clips: bool) -> None:
+    values = torch.tensor([[value]], dtype=torch.float64, requires_grad=True)
+    old, returns = torch.ones_like(values), torch.full_like(values, target)
+    output = value_loss(values, old, returns, torch.tensor([[True]]), clip=0.2)
+    assert output.loss.total.item() == pytest.approx(loss, abs=1e-12)
+    assert output.metrics["value/loss"].value.item() == pytest.approx(loss, abs=1e-12)
+    assert output.metrics["value/clip_fraction"].value.item() == clips
+    (found,) = torch.autograd.grad(output.loss.total, values)
+    assert found.item() == pytest.approx(gradient, abs=1e-12)
 
 
-@pytest.mark.parametrize("parts", [[5], [1, 4], [2, 2, 1], [1, 1, 1, 1, 1]])
-def test_any_split_into_micro_batches_gives_the_same_gradient(parts: list[int]) -> None:
-    advantages, old, mask = ragged()
-    weights = importance_weights(old, old + 0.3 * advantages, 2.0)
-    logps = (old + 0.4 * torch.sin(advantages * 3)).requires_grad_()
-
-    def gradient(sizes: list[int]) -> torch.Tensor:
-        outputs = [
-            policy_loss(new, before, gain, inside, clip=0.2, weights=weight)
-            for new, before, gain, inside, weight in zip(
-                *(tensor.split(sizes) for tensor in (logps, old, advantages, mask, weights)), strict=True
-            )
-        ]
-        count = torch.stack([output.loss.count for output in outputs]).sum()
-        total = torch.stack([output.loss.total for output in outputs]).sum()
-        return torch.autograd.grad(total / count, logps)[0]
-
-    torch.testing.assert_close(gradient(parts), gradient([5]), rtol=0, atol=1e-12)
-
-
-def test_k1_and_k3_estimate_the_exact_divergence() -> None:
-    policy, reference = torch.randn(2, 6, generator=torch.Generator().manual_seed(1), dtype=torch.float64).log_softmax(
-        -1
-    )
-    exact = (policy.exp() * (policy - reference)).sum()
-    for estimator in (k1, k3):
-        torch.testing.assert_close((policy.exp() * estimator(policy, reference)).sum(), exact)
-    assert (k3(policy, reference) >= 0).all() and (k1(policy, reference) < 0).any()
+def test_k3_of_a_small_update_is_exact_in_float32() -> None:
+    log_ratios = normal(10_000, seed=0) * 1e-4
+    found = k3(log_ratios.float(), torch.zeros(()))
+    assert (found >= 0).all()
+    torch.testing.assert_close(found.double().mean(), (log_ratios**2).mean() / 2, rtol=1e-3, atol=0)
 
 
 def test_controller_moves_towards_its_target_by_the_stated_rule() -> None:
+    # Target 2, horizon 1000, 100 rollouts a step. Errors 10 %, 20 % (of 900 %), -20 % (of -150 %), 0, -5 %.
     controller = KLController(coef=0.1, target=2.0, horizon=1000)
-    assert controller.update(2.2, 100).coef == pytest.approx(0.1 * (1 + 0.1 * 0.1))
-    assert controller.update(20.0, 100).coef == pytest.approx(0.1 * (1 + 0.2 * 0.1))
-    assert controller.update(-1.0, 100).coef == pytest.approx(0.1 * (1 - 0.2 * 0.1))
+    found = []
+    for observed in (2.2, 20.0, -1.0, 2.0, 1.9):
+        controller = controller.update(observed, 100)
+        found.append(controller.coef)
+    factors = (1.01, 1.01 * 1.02, 1.01 * 1.02 * 0.98, 1.01 * 1.02 * 0.98, 1.01 * 1.02 * 0.98 * 0.995)
+    assert found == pytest.approx([0.1 * factor for factor in factors], rel=1e-12)
+
+
+def test_twenty_percent_is_where_the_controller_clips() -> None:
+    controller = KLController(coef=1.0, target=10.0, horizon=1)
+    found = [controller.update(kl, 1).coef for kl in (7.9, 8.0, 8.1, 11.9, 12.0, 12.1)]
+    assert found == pytest.approx([0.8, 0.8, 0.81, 1.19, 1.2, 1.2], rel=1e-12)
+
+
+def test_a_controller_without_a_target_stands_still() -> None:
     assert KLController(coef=0.1, target=None, horizon=1000).update(20.0, 100).coef == 0.1
 
 
@@ -175,3 +217,119 @@ def test_effective_sample_size_and_explained_variance_by_hand() -> None:
     assert explained_variance(returns + 5, returns, mask).item() == pytest.approx(1)
     # residuals 0 and 1 (variance 1/4) of returns 1 and 3 (variance 1)
     assert explained_variance(torch.tensor([[1.0, 2.0, 0.0]]), returns, mask).item() == pytest.approx(0.75)
+
+
+def test_group_advantages_by_hand() -> None:
+    # 0, 0, 0, 4: mean 1, variance (1 + 1 + 1 + 9) / 4 = 3. 5, 5, 7, 7: mean 6, std 1.
+    scores = torch.tensor([0.0, 0.0, 0.0, 4.0, 5.0, 5.0, 7.0, 7.0], dtype=torch.float64)
+    centred = torch.tensor([-1.0, -1.0, -1.0, 3.0, -1.0, -1.0, 1.0, 1.0], dtype=torch.float64)
+    deviations = torch.tensor([3**0.5] * 4 + [1.0] * 4, dtype=torch.float64)
+    torch.testing.assert_close(group_advantages(scores, 4, normalise_std=False), centred)
+    torch.testing.assert_close(group_advantages(scores, 4, normalise_std=True), centred / (deviations + 1e-6))
+
+
+@pytest.mark.parametrize("group_size", [2, 3, 5, 8, 16])
+def test_equal_scores_have_no_advantage_at_all(group_size: int) -> None:
+    scores = (normal(1000, seed=0) * 5).float().repeat_interleave(group_size)
+    for normalise_std in (False, True):
+        advantages = group_advantages(scores, group_size, normalise_std)
+        assert advantages.dtype == torch.float32 and not advantages.any()
+
+
+def test_sequence_mean_weights_turn_a_sum_over_tokens_into_one_of_means() -> None:
+    values = normal(5, 5, seed=0)
+    means = [values[row][MASK[row]].mean().item() for row in range(5) if MASK[row].any()]
+    assert (values * sequence_mean_weights(MASK)).sum().item() == pytest.approx(sum(means), abs=1e-6)
+
+
+#: What is differentiated comes first.
+LOSSES: dict[str, Callable[[list[torch.Tensor], torch.Tensor], ObjectiveOutput]] = {
+    "policy": lambda x, mask: policy_loss(x[0], x[1], x[2], mask, clip=0.2, weights=x[3]),
+    "policy without weights": lambda x, mask: policy_loss(x[0], x[1], x[2], mask, clip=0.2),
+    "value": lambda x, mask: value_loss(x[0], x[1], x[2], mask, clip=0.2),
+    "k2": lambda x, mask: kl_loss(x[0], x[1], mask, estimator="k2", weights=x[3]),
+    "k3": lambda x, mask: kl_loss(x[0], x[1], mask, estimator="k3", weights=x[3]),
+    "k3 straight-through": lambda x, mask: kl_loss(x[0], x[1], mask, estimator="k3_straight_through"),
+}
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("places", [(0, 1, 2, 3), (0,), (1,), (2,), (3,)], ids=str)
+@pytest.mark.parametrize("loss", LOSSES)
+def test_garbage_outside_the_mask_reaches_no_loss_metric_or_gradient(
+    loss: str, places: tuple[int, ...], garbage: float
+) -> None:
+    clean = [0.5 * normal(5, 5, seed=seed) for seed in range(4)]
+    dirty = [torch.where(MASK | (i not in places), tensor, garbage) for i, tensor in enumerate(clean)]
+    found = []
+    for inputs in (dirty, clean):
+        inputs[0].requires_grad_()
+        output = LOSSES[loss](inputs, MASK)
+        (gradient,) = torch.autograd.grad(output.loss.total, inputs[0])
+        means = [output.loss, *output.metrics.values()]
+        found.append([gradient, *(mean.total.detach() for mean in means), *(mean.count for mean in means)])
+    assert found[0][0][MASK].any()
+    assert not found[0][0][~MASK].any()
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("garbage", [math.nan, math.inf, -math.inf])
+def test_garbage_outside_the_mask_reaches_no_advantage(garbage: float) -> None:
+    def results(outside: float) -> list[torch.Tensor]:
+        token_kl, values = (torch.where(MASK, normal(5, 5, seed=seed), outside) for seed in (1, 2))
+        scores = torch.where(MASK.any(1), normal(5, seed=0), outside)
+        rewards = penalised_rewards(scores, token_kl, MASK, kl_coef=0.3)
+        raw = torch.where(MASK, rewards, outside)
+        advantages, returns = generalised_advantages(raw, values, MASK, discount=0.9, gae_lambda=0.8)
+        dirty = torch.where(MASK, advantages, outside)
+        white = whiten(dirty, MASK, *masked_moments(dirty, MASK))
+        explained = explained_variance(values, torch.where(MASK, returns, outside), MASK)
+        means = mean_of(values, MASK), mean_per_sequence(values, MASK)
+        return [rewards, advantages, returns, white, explained, *(mean.value for mean in means)]
+
+    found = results(garbage)
+    assert all(tensor.isfinite().all() for tensor in found)
+    torch.testing.assert_close(found, results(0.0), rtol=0, atol=0)
+
+
+def test_garbage_inside_the_mask_is_not_hidden() -> None:
+    for loss in LOSSES.values():
+        for place in (0, 1):
+            inputs = [normal(5, 5, seed=seed) for seed in range(4)]
+            inputs[place][0, 1] = math.nan
+            assert loss(inputs, MASK).loss.total.isnan()
+
+
+def partitions(rows: list[int]) -> Iterator[list[list[int]]]:
+    """Every way to put rows into micro-batches."""
+    if not rows:
+        yield []
+        return
+    for partition in partitions(rows[1:]):
+        yield [rows[:1], *partition]
+        for i, part in enumerate(partition):
+            yield [*partition[:i], [rows[0], *part], *partition[i + 1 :]]
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_every_split_into_micro_batches_has_the_same_loss_metrics_and_gradient(loss: str) -> None:
+    inputs = [0.5 * normal(5, 5, seed=seed) for seed in range(4)]
+    inputs[0].requires_grad_()
+    ends = (MASK * torch.arange(1, 6)).amax(1)
+
+    def means(part: list[int]) -> list[Mean]:
+        """Loss and metrics of a micro-batch that is no wider than its longest row."""
+        width = int(ends[part].amax())
+        output = LOSSES[loss]([tensor[part, :width] for tensor in inputs], MASK[part, :width])
+        return [output.loss, *output.metrics.values()]
+
+    def step(parts: list[list[int]]) -> tuple[list[torch.Tensor], torch.Tensor]:
+        sums = [functools.reduce(operator.add, column) for column in zip(*map(means, parts), strict=True)]
+        return [mean.value for mean in sums], torch.autograd.grad(sums[0].value, inputs[0])[0]
+
+    whole, splits = step([list(range(5))]), list(partitions(list(range(5))))
+    assert len(splits) == 52
+    for split in splits:
+        torch.testing.assert_close(step(split), whole, rtol=0, atol=1e-12)
+    mean_of_means = torch.stack([means([row])[0].value for row in range(5)]).mean()
+    assert (mean_of_means - whole[0][0]).abs() > 1e-3

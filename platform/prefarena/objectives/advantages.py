@@ -24,12 +24,15 @@ __all__ = [
 
 
 def group_advantages(scores: Tensor, group_size: int, normalise_std: bool) -> Tensor:
-    """Scores [B] less their group's mean, over population std + 1e-6 if normalised; a group's rows are consecutive."""
-    groups = scores.view(-1, group_size)
+    """Scores [B] less their group's mean, over population std + 1e-6 if normalised; a group's rows are consecutive.
+
+    In float64: a float32 mean of equal scores can be off by a rounding error, which their std of 0 makes an advantage.
+    """
+    groups = scores.double().view(-1, group_size)
     centred = groups - groups.mean(1, keepdim=True)
     if normalise_std:
         centred = centred / (groups.std(1, correction=0, keepdim=True) + 1e-6)
-    return centred.flatten()
+    return centred.flatten().to(scores.dtype)
 
 
 def leave_one_out_advantages(scores: Tensor, group_size: int) -> Tensor:

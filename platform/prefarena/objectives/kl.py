@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 from torch import Tensor
 
 #: Log-ratios are clamped to this range (nats) before exp.
@@ -32,7 +33,7 @@ def k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
     Summed over a response's tokens it estimates the sequence's KL, as k1 does.
     """
     log_ratio = (reference_logps - logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
-    return log_ratio.exp() - 1 - log_ratio
+    return torch.expm1(log_ratio) - log_ratio  # in float32, exp(x) - 1 - x is noise where x is small
 
 
 @dataclass(frozen=True)

@@ -32,8 +32,17 @@ class ObjectiveOutput:
     metrics: dict[str, Mean]
 
 
+def inside(values: Tensor, mask: Tensor) -> Tensor:
+    """`values` inside the bool mask, zero outside: not even NaN or infinity there reaches a sum or a gradient.
+
+    What is differentiated must go through here before the arithmetic, not after it: zero times the derivative at NaN is
+    NaN.
+    """
+    return torch.where(mask, values, 0)
+
+
 def mean_of(values: Tensor, mask: Tensor | None = None) -> Mean:
     """The mean of `values` (any shape), over the true positions of `mask` when given."""
     if mask is None:
         return Mean(values.sum(), values.new_tensor(values.numel()))
-    return Mean((values * mask).sum(), mask.sum().to(values.dtype))
+    return Mean(inside(values, mask).sum(), mask.sum().to(values.dtype))

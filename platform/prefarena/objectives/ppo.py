@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 from prefarena.objectives.kl import LOG_RATIO_LIMIT, k2, k3, k3_straight_through
-from prefarena.objectives.output import Mean, ObjectiveOutput, mean_of
+from prefarena.objectives.output import Mean, ObjectiveOutput, inside, mean_of
 
 
 def penalised_rewards(scores: Tensor, token_kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
     """Per-token rewards [B, T]: -kl_coef * token_kl, and the response's score [B] added at its last token."""
     position = torch.arange(mask.shape[1], device=mask.device).expand_as(mask)
     last = (position * mask).amax(1)
-    rewards = -kl_coef * token_kl * mask
-    return rewards.scatter_add(1, last[:, None], (scores * mask.any(1))[:, None].to(rewards.dtype))
+    rewards = -kl_coef * inside(token_kl, mask)
+    return rewards.scatter_add(1, last[:, None], inside(scores, mask.any(1))[:, None].to(rewards.dtype))
 
 
 def generalised_advantages(
@@ -34,11 +34,10 @@ def generalised_advantages(
     for t in reversed(range(values.shape[1])):
         delta = rewards[:, t] + discount * next_value - values[:, t]
         advantage = delta + discount * gae_lambda * next_advantage
-        inside = mask[:, t]
-        advantages[:, t] = torch.where(inside, advantage, 0.0)
-        next_value = torch.where(inside, values[:, t], next_value)
-        next_advantage = torch.where(inside, advantage, next_advantage)
-    return advantages, torch.where(mask, advantages + values, 0.0)
+        advantages[:, t] = inside(advantage, mask[:, t])
+        next_value = torch.where(mask[:, t], values[:, t], next_value)
+        next_advantage = torch.where(mask[:, t], advantage, next_advantage)
+    return advantages, inside(advantages + values, mask)
 
 
 def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -50,7 +49,7 @@ def masked_moments(values: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 def whiten(values: Tensor, mask: Tensor, mean: Tensor, variance: Tensor) -> Tensor:
     """(values - mean) / std inside the mask, zero outside; moments come from the whole rollout batch."""
     whitened = (values.double() - mean) * torch.rsqrt(variance + 1e-8)
-    return torch.where(mask, whitened, 0.0).to(values.dtype)
+    return inside(whitened, mask).to(values.dtype)
 
 
 def importance_weights(logps: Tensor, generator_logps: Tensor, cap: float | None) -> Tensor:
@@ -79,6 +78,7 @@ def policy_loss(
 
     The log-ratio is clamped to +-20 nats before exp. `weights` [B, T] multiply each token's term, without gradient.
     """
+    logps = inside(logps, mask)
     log_ratio = (logps - old_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
     free = ratio * advantages
@@ -97,6 +97,7 @@ def policy_loss(
 
 def value_loss(values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, *, clip: float) -> ObjectiveOutput:
     """sum max((v - R)^2, (v_clipped - R)^2) / 2 over the mask, v_clipped within `clip` of the old value."""
+    values = inside(values, mask)
     # exactly `values` where nothing is clipped, so that rounding never counts as clipping
     near = values.clamp(old_values - clip, old_values + clip)
     free, clipped = (values - returns) ** 2, (near - returns) ** 2
@@ -118,13 +119,14 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
 
 def mean_per_sequence(token_values: Tensor, mask: Tensor) -> Mean:
     """The mean over sequences of sums over tokens."""
-    return mean_of((token_values * mask).sum(1))
+    return mean_of(inside(token_values, mask).sum(1))
 
 
 def kl_loss(
     logps: Tensor, reference_logps: Tensor, mask: Tensor, *, estimator: str, weights: Tensor | None = None
 ) -> ObjectiveOutput:
     """Sum over the mask of a per-token KL estimate (`k2`, `k3` or `k3_straight_through`), with `weights` [B, T]."""
+    logps = inside(logps, mask)
     estimate = {"k2": k2, "k3": k3, "k3_straight_through": k3_straight_through}[estimator](logps, reference_logps)
     return ObjectiveOutput(mean_of(estimate if weights is None else estimate * weights.detach(), mask), {})
 
