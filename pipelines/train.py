@@ -10,7 +10,7 @@ from pipelines.plan import SeedPlan, Trained, entry_job, generator_names, max_le
 from pipelines.prepare import run
 from pipelines.progress import stage_line
 from prefarena.config import Comparison, OffPolicyMethod, OnPolicyMethod
-from prefarena.generation.actor import Generator
+from prefarena.generation.fleet import Generators
 
 
 def train(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
@@ -35,15 +35,16 @@ def _train_on_policy(config: Comparison, entries: list[tuple[SeedPlan, Trained]]
         generator.stop()
 
 
-def start_generator(config: Comparison, plan: SeedPlan, console: Console) -> Generator:
-    """The generation actor, with the shape of the reference policy; whoever uses it sends its weights first."""
-    with stage_line(console, "starting the vLLM generation actor"):
-        return Generator.start(
+def start_generator(config: Comparison, plan: SeedPlan, console: Console) -> Generators:
+    """The generation actors, with the shape of the reference policy; whoever uses them sends their weights first."""
+    names = generator_names(config)
+    with stage_line(console, f"starting {len(names)} vLLM generation actor{'s' if len(names) > 1 else ''}"):
+        return Generators.start(
             model_of(plan.reference),
             config.generation,
             max_model_len=max_length(plan.task),
             use_gpu=config.resources.use_gpu,
-            name=generator_names(config)[0],
+            names=names,
             seed=config.seeds[0],
         )
 

@@ -34,10 +34,10 @@ def tiny_policy(tmp_path_factory: pytest.TempPathFactory) -> str:
 def generator(ray_session: None, tiny_policy: str) -> Iterator[Any]:
     """The one vLLM engine of a test run, started from `tiny_policy`. Every test gives it its own weights first."""
     from prefarena.config import Generation
-    from prefarena.generation.actor import Generator
+    from prefarena.generation.fleet import Generators
 
-    running = Generator.start(
-        tiny_policy, Generation(), max_model_len=512, use_gpu=False, name="test-generator", seed=0
+    running = Generators.start(
+        tiny_policy, Generation(), max_model_len=512, use_gpu=False, names=("test-generator",), seed=0
     )
     yield running
     running.stop()

@@ -69,3 +69,23 @@ def test_every_shipped_config_loads() -> None:
     for path in configs:
         assert isinstance(load_config(path), Comparison), path
         assert yaml.safe_load(path.read_text(encoding="utf-8"))["name"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "says"),
+    [
+        (["generation.weight_sync=nccl"], "weight_sync: nccl needs resources.use_gpu"),
+        (
+            ["generation.weight_sync=ipc", "resources.use_gpu=true"],
+            "lower resources.gpus_per_worker (1) and generation.gpus (1) to at most 1 together",
+        ),
+        (
+            ["generation.weight_sync=ipc", "resources.use_gpu=true", "generation.num_actors=2"],
+            "one worker and one actor on the same GPU",
+        ),
+    ],
+)
+def test_a_weight_sync_that_cannot_work_is_refused(overrides: list[str], says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        load_config(None, overrides)
+    assert says in str(caught.value)

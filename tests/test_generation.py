@@ -3,25 +3,42 @@
 from __future__ import annotations
 
 import os
+import re
+import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import ray
 import torch
+from ray import cloudpickle
 from tiny import BOS, EOS, FIRST_LETTER, VOCABULARY, save_tiny_policy
 from transformers import PreTrainedModel
 
 from prefarena.config import Generation
 from prefarena.errors import WaitTimeoutError
-from prefarena.generation.actor import Generator
-from prefarena.generation.interface import GeneratorLostError, Sampling, StaleWeightsError
+from prefarena.generation.fleet import Generators
+from prefarena.generation.interface import (
+    GeneratorLostError,
+    Sampling,
+    StaleWeightsError,
+    WeightMismatchError,
+    WeightUpdateError,
+)
 from prefarena.modeling.load import load_policy
 from prefarena.modeling.logprobs import collate, token_logps
 from prefarena.records import Rollout
 
 PROMPTS = [[BOS, FIRST_LETTER + i % 13, FIRST_LETTER + (3 * i + i // 13) % 13] for i in range(64)]
+
+
+def inside(generator: Generators, function: Callable[..., Any], *args: Any) -> Any:
+    """Run a function of the (first) actor in its process."""
+    cloudpickle.register_pickle_by_value(sys.modules[function.__module__])  # tests are not importable there
+    actor: Any = ray.get_actor(generator.names[0])
+    return ray.get(actor.__ray_call__.remote(function, *args))
 
 
 def perturbed(policy: PreTrainedModel, seed: int, size: float = 0.1) -> PreTrainedModel:
@@ -42,7 +59,7 @@ def logp_gap(policy: PreTrainedModel, rollouts: list[Rollout], temperature: floa
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_each_update_changes_what_is_generated_and_log_probs_are_the_trainers(
-    generator: Generator, tiny_policy: str, temperature: float
+    generator: Generators, tiny_policy: str, temperature: float
 ) -> None:
     policy = load_policy(tiny_policy)
     sampling = Sampling(max_tokens=6, temperature=temperature, seed=1)
@@ -51,24 +68,43 @@ def test_each_update_changes_what_is_generated_and_log_probs_are_the_trainers(
         version = f"update@{update}"
         generator.sync(perturbed(policy, update).state_dict().items(), version)
         rollouts = generator.generate(PROMPTS, sampling, version)
-        assert generator.version() == version
+        assert generator.versions() == {"test-generator": version}
         assert {rollout.weight_version for rollout in rollouts} == {version}
         assert logp_gap(policy, rollouts, temperature) < 1e-4
         seen.append([rollout.response_ids for rollout in rollouts])
     assert seen[0] != seen[1] and seen[1] != seen[2]
 
 
-def test_long_prompts_are_not_answered_from_the_cache_of_older_weights(generator: Generator, tiny_policy: str) -> None:
+def keep_prefix_cache(actor: Any, keep: bool) -> None:
+    """Have the actor's engine keep (or again reset) what it computed with older weights."""
+    llm = actor._engine._llm
+    if keep:
+        llm.reset_prefix_cache = lambda: True
+    else:
+        del llm.reset_prefix_cache  # the class's own again
+
+
+def test_without_a_reset_long_prompts_are_answered_from_the_cache_of_older_weights(
+    generator: Generators, tiny_policy: str
+) -> None:
     policy = load_policy(tiny_policy)
     random = torch.Generator().manual_seed(0)
     prompts = torch.randint(FIRST_LETTER, len(VOCABULARY), (3, 400), generator=random).tolist()
-    for update in range(2):
+
+    def gap(update: int) -> float:
         generator.sync(perturbed(policy, update).state_dict().items(), f"long@{update}")
-        rollouts = generator.generate(prompts, Sampling(4, 1.0, seed=0), f"long@{update}")
-        assert logp_gap(policy, rollouts, 1.0) < 1e-4
+        return logp_gap(policy, generator.generate(prompts, Sampling(4, 1.0, seed=0), f"long@{update}"), 1.0)
+
+    assert gap(0) < 1e-4 and gap(1) < 1e-4
+    inside(generator, keep_prefix_cache, True)
+    try:
+        assert gap(2) > 0.1
+    finally:
+        inside(generator, keep_prefix_cache, False)
+    assert gap(3) < 1e-4
 
 
-def test_responses_end_at_eos_or_the_limit_within_the_vocabulary(generator: Generator, tiny_policy: str) -> None:
+def test_responses_end_at_eos_or_the_limit_within_the_vocabulary(generator: Generators, tiny_policy: str) -> None:
     generator.sync(load_policy(tiny_policy).state_dict().items(), "ends")
     rollouts = generator.generate(PROMPTS * 4, Sampling(max_tokens=5, temperature=1.0, seed=3), "ends")
     assert [rollout.prompt_ids for rollout in rollouts] == PROMPTS * 4
@@ -81,7 +117,7 @@ def test_responses_end_at_eos_or_the_limit_within_the_vocabulary(generator: Gene
     assert {rollout.finished for rollout in rollouts} == {True, False}
 
 
-def test_samples_depend_on_seed_and_place_not_on_the_batch(generator: Generator, tiny_policy: str) -> None:
+def test_samples_depend_on_seed_and_place_not_on_the_batch(generator: Generators, tiny_policy: str) -> None:
     generator.sync(load_policy(tiny_policy).state_dict().items(), "seeds")
 
     def responses(prompts: list[list[int]], seed: int, first_index: int = 0) -> list[list[int]]:
@@ -96,21 +132,21 @@ def test_samples_depend_on_seed_and_place_not_on_the_batch(generator: Generator,
     assert len({tuple(response) for response in same_prompt}) > 16
 
 
-def test_a_checkpoint_folder_with_a_tied_head_can_be_loaded(tmp_path: Path, generator: Generator) -> None:
+def test_a_checkpoint_folder_with_a_tied_head_can_be_loaded(tmp_path: Path, generator: Generators) -> None:
     path = save_tiny_policy(tmp_path, tied=True, seed=7)
     generator.load_checkpoint(path, "tied")
     rollouts = generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), "tied")
     assert logp_gap(load_policy(path), rollouts, 1.0) < 1e-4
 
 
-def test_stale_weights_are_refused(generator: Generator, tiny_policy: str) -> None:
+def test_stale_weights_are_refused(generator: Generators, tiny_policy: str) -> None:
     generator.sync(load_policy(tiny_policy).state_dict().items(), "run@1")
     with pytest.raises(StaleWeightsError, match=r"'run@2' was asked for, but the generator holds run@1"):
         generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), "run@2")
 
 
-def test_a_wait_that_lasts_too_long_names_what_it_waited_for(generator: Generator) -> None:
-    hurried = Generator.connect(generator.name, Generation(generate_timeout_s=0.001))
+def test_a_wait_that_lasts_too_long_names_what_it_waited_for(generator: Generators) -> None:
+    hurried = Generators.connect(generator.names, Generation(generate_timeout_s=0.001))
     with pytest.raises(WaitTimeoutError, match=r"0\.001 s for generator 'test-generator' to generate 64 responses"):
         hurried.generate(PROMPTS, Sampling(4, 1.0, seed=0), "any")
 
@@ -118,22 +154,116 @@ def test_a_wait_that_lasts_too_long_names_what_it_waited_for(generator: Generato
 def test_an_actor_that_finds_no_room_is_named_with_what_it_asked_for(ray_session: None, tiny_policy: str) -> None:
     settings = Generation(cpus=1000, start_timeout_s=1)
     with pytest.raises(WaitTimeoutError, match=r"generator 'too-big' to be placed \(num_cpus=1000\)"):
-        Generator.start(tiny_policy, settings, 16, False, "too-big", seed=0)
+        Generators.start(tiny_policy, settings, 16, False, ("too-big",), seed=0)
     with pytest.raises(GeneratorLostError, match="no running generator 'too-big'"):
-        Generator.connect("too-big", settings)
+        Generators.connect(("too-big",), settings)
 
 
 def test_a_killed_actor_comes_back_without_weights_and_serves_after_a_sync(
-    generator: Generator, tiny_policy: str
+    generator: Generators, tiny_policy: str
 ) -> None:
     weights = load_policy(tiny_policy).state_dict()
     sampling = Sampling(4, 1.0, seed=9)
     generator.sync(weights.items(), "before")
     before = generator.generate(PROMPTS, sampling, "before")
-    actor: Any = ray.get_actor(generator.name)
-    os.kill(ray.get(actor.pid.remote()), 9)
-    time.sleep(0.2)
+    pid = inside(generator, lambda actor: actor.pid())
+    pending = generator.submit(PROMPTS * 200, Sampling(100, 1.0, seed=0), "before")
+    time.sleep(0.5)
+    os.kill(pid, 9)
     with pytest.raises(StaleWeightsError, match="no weights yet"):
-        generator.generate(PROMPTS, sampling, "before")
+        pending.result()  # it was at work when it was killed
+    assert generator.versions() == {"test-generator": None}
     generator.sync(weights.items(), "before")
     assert generator.generate(PROMPTS, sampling, "before") == before
+
+
+# -------------------------------------------------------------------------- what an engine must be sent, and holds
+
+
+def test_a_partial_update_is_refused_and_changes_nothing(generator: Generators, tiny_policy: str) -> None:
+    weights = load_policy(tiny_policy).state_dict()
+    generator.sync(weights.items(), "whole")
+    before = generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), "whole")
+    without_head = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
+    with pytest.raises(WeightUpdateError, match=r"missing: lm_head\.weight"):
+        generator.sync(without_head.items(), "partial")
+    with pytest.raises(WeightUpdateError, match=r"does not have: lm_head\.bias"):
+        generator.sync([*weights.items(), ("lm_head.bias", torch.zeros(16))], "more")
+    with pytest.raises(WeightUpdateError, match=r"lm_head\.weight was sent with shape \(64, 16\), .* \(16, 64\)"):
+        generator.sync([*without_head.items(), ("lm_head.weight", torch.zeros(64, 16))], "turned")
+    assert generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), "whole") == before
+
+
+def corrupt_updates(actor: Any, name: str | None) -> None:
+    """Have the actor's engine receive one tensor with two of its numbers exchanged, or (None) as it was sent."""
+    engine = actor._engine
+    if name is None:
+        del engine.receive
+        return
+
+    def receive(update_info: dict[str, Any]) -> None:
+        tensors = dict(update_info["tensors"])
+        wrong = tensors[name].clone()
+        wrong.view(-1)[:2] = wrong.view(-1)[:2].flip(0)
+        type(engine).receive(engine, {"tensors": tensors | {name: wrong}})
+
+    engine.receive = receive
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["model.layers.1.self_attn.k_proj.weight", "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"],
+)
+def test_an_engine_that_holds_something_else_is_found_out_and_not_used(
+    generator: Generators, tiny_policy: str, name: str
+) -> None:
+    weights = perturbed(load_policy(tiny_policy), 0).state_dict()
+    inside(generator, corrupt_updates, name)
+    try:
+        with pytest.raises(WeightMismatchError, match=rf"does not hold what was sent: {re.escape(name)} differ"):
+            generator.sync(weights.items(), "corrupt")
+    finally:
+        inside(generator, corrupt_updates, None)
+    with pytest.raises(StaleWeightsError):
+        generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), "corrupt")
+    generator.sync(weights.items(), "mended")
+    assert generator.versions() == {"test-generator": "mended"}
+
+
+# ------------------------------------------------------------------------------------------------ several actors
+
+
+@pytest.fixture(scope="module")
+def two_actors(generator: Generators, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Generators]:
+    """The shared actor, and one whose model has a tied head."""
+    tied = save_tiny_policy(tmp_path_factory.mktemp("two") / "tied", tied=True)
+    second = Generators.start(tied, Generation(), 512, use_gpu=False, names=("tied-generator",), seed=0)
+    yield Generators.connect((*generator.names, *second.names), Generation())
+    second.stop()
+
+
+def test_two_actors_generate_what_one_does(generator: Generators, two_actors: Generators, tmp_path: Path) -> None:
+    policy = load_policy(save_tiny_policy(tmp_path, tied=True, seed=3))
+    for update in range(2):
+        version, sampling = f"both@{update}", Sampling(4, 1.0, seed=update)
+        two_actors.sync(perturbed(policy, update).state_dict().items(), version)
+        assert two_actors.versions() == {"test-generator": version, "tied-generator": version}
+        rollouts = two_actors.generate(PROMPTS, sampling, version)
+        assert logp_gap(policy, rollouts, 1.0) < 1e-4
+        alone = generator.generate(PROMPTS, sampling, version)
+        assert [rollout.response_ids for rollout in rollouts] == [rollout.response_ids for rollout in alone]
+
+
+def test_a_batch_is_asked_for_without_waiting_for_it(generator: Generators, tiny_policy: str) -> None:
+    generator.sync(load_policy(tiny_policy).state_dict().items(), "ahead")
+    started = time.perf_counter()
+    pending = generator.submit(PROMPTS * 4, Sampling(32, 1.0, seed=0), "ahead")
+    asked = time.perf_counter()
+    assert len(pending.result()) == 256
+    assert asked - started < time.perf_counter() - asked
+
+
+def test_an_untied_head_is_not_lost_on_an_engine_that_ties_it(two_actors: Generators, tiny_policy: str) -> None:
+    with pytest.raises(WeightMismatchError, match=r"hold what was sent: (lm_head|model\.embed_tokens)\.weight"):
+        two_actors.sync(load_policy(tiny_policy).state_dict().items(), "untied")
+    assert two_actors.versions() == {"test-generator": "untied", "tied-generator": None}

@@ -72,6 +72,7 @@ def requested(config: Comparison) -> dict[str, tuple[float, str]]:
         why = "resources.num_workers x cpus_per_worker for training, and generation.num_actors x cpus"
         asked["CPU"] = (with_rollouts, why)
     if resources.use_gpu:
-        num_gpus = max(resources.num_workers * resources.concurrent_runs, resources.num_workers + num_actors)
-        asked["GPU"] = (float(num_gpus), "one a training worker, and one a generation actor")
+        training = resources.num_workers * resources.gpus_per_worker
+        num_gpus = max(training * resources.concurrent_runs, training + num_actors * config.generation.gpus)
+        asked["GPU"] = (num_gpus, "resources.num_workers x gpus_per_worker, and generation.num_actors x gpus")
     return asked

@@ -1,26 +1,33 @@
-"""The generation actor: a Ray actor that owns one vLLM engine, and its client.
+"""The generation actor: a Ray actor that owns one vLLM engine, and the client of one.
 
 The actor knows the version of the weights it holds and refuses to generate with any other. It holds none when it
 starts, and none after a restart (Ray restarts it with the weights it was created with), so no rollout can come from
-stale weights.
+stale weights. `fleet.Generators` is what the rest of the package uses.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import ray
-import torch
-from ray.exceptions import ActorDiedError, ActorUnavailableError, GetTimeoutError, RayActorError
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
 from torch import Tensor
 
 from prefarena.config import Generation
 from prefarena.errors import WaitTimeoutError
-from prefarena.generation.interface import GeneratorLostError, Sampling, StaleWeightsError
+from prefarena.generation.interface import (
+    GeneratorLostError,
+    Sampling,
+    StaleWeightsError,
+    TransferLostError,
+    UpdateInfo,
+)
+from prefarena.generation.weights import as_tensors, check_complete, check_held, checksums, expected_shapes
 from prefarena.records import Rollout
 
 _MAX_RESTARTS = 3
@@ -28,13 +35,15 @@ _RETRY_SECONDS = 1.0
 
 
 class GenerationActor:
-    """The process around the engine. Made by `Generator.start`, which sets its environment."""
+    """The process around the engine. Made by `Generator.begin`, which sets its environment."""
 
     def __init__(self, model_path: str, generation: Generation, max_model_len: int, use_gpu: bool, seed: int) -> None:
         from prefarena.generation.engine import Engine
         from prefarena.modeling.load import load_tokenizer
 
         self._version: str | None = None
+        self._connected = False
+        self._expected = expected_shapes(model_path)
         self._engine = Engine(
             model_path,
             generation,
@@ -45,8 +54,9 @@ class GenerationActor:
         )
         self._engine.generate([[0]], max_tokens=1, temperature=1.0, seeds=[0])  # the first call pays for warm-up
 
-    def ready(self) -> bool:
-        return True
+    def dtype(self) -> str:
+        """The name of the engine's dtype; answers once the engine is up."""
+        return str(self._engine.dtype).removeprefix("torch.")
 
     def pid(self) -> int:
         return os.getpid()
@@ -54,30 +64,57 @@ class GenerationActor:
     def version(self) -> str | None:
         return self._version
 
-    def sync(self, arrays: dict[str, np.ndarray], version: str) -> None:
-        self._load([(name, torch.tensor(array)) for name, array in arrays.items()], version)
+    def load(self, arrays: dict[str, np.ndarray], sums: dict[str, int] | None, version: str) -> None:
+        """Replace all weights by these; with `sums`, check that the engine then holds what they are of."""
+        self._replace(as_tensors(arrays), sums, version)
 
-    def load_checkpoint(self, path: str, version: str) -> None:
+    def load_checkpoint(self, path: str, verify: bool, version: str) -> None:
         from prefarena.modeling.load import load_policy
 
-        self._load(list(load_policy(path).state_dict().items()), version)
+        tensors = load_policy(path).state_dict()
+        self._replace(tensors, checksums(tensors, self._engine.dtype) if verify else None, version)
 
-    def _load(self, tensors: list[tuple[str, Tensor]], version: str) -> None:
+    def _replace(self, tensors: Mapping[str, Tensor], sums: dict[str, int] | None, version: str) -> None:
+        check_complete({name: tuple(tensor.shape) for name, tensor in tensors.items()}, self._expected)
         self._version = None  # a failed update leaves no usable weights
-        self._engine.load(tensors)
+        self._engine.start_update()
+        self._engine.receive({"tensors": tensors})
+        self._finish(sums, version)
+
+    # The four steps of a transfer between devices, driven by vLLM's trainer side (fleet.TransferClient).
+
+    def connect(self, init_info: dict[str, Any]) -> None:
+        if self._connected:
+            self._engine.disconnect()
+        self._engine.connect(init_info)
+        self._connected = True
+
+    def start_update(self) -> None:
+        if not self._connected:
+            raise TransferLostError("the generation actor has no connection to the trainer: it was restarted")
+        self._version = None
+        self._engine.start_update()
+
+    def update(self, update_info: UpdateInfo) -> None:
+        self._engine.receive(update_info)
+
+    def finish_update(self, sums: dict[str, int] | None, version: str) -> None:
+        self._finish(sums, version)
+
+    def _finish(self, sums: dict[str, int] | None, version: str) -> None:
+        self._engine.finish_update()
+        if sums is not None:
+            check_held(self._engine.held_checksums(), sums)
         self._version = version
 
-    def generate(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
+    def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, version: str) -> list[Rollout]:
         if version != self._version:
             holds = "no weights yet (it was just started or restarted)" if self._version is None else self._version
             raise StaleWeightsError(
                 f"generation with weights {version!r} was asked for, but the generator holds {holds}"
             )
         samples = self._engine.generate(
-            prompts,
-            max_tokens=sampling.max_tokens,
-            temperature=sampling.temperature,
-            seeds=sampling.request_seeds(len(prompts)),
+            prompts, max_tokens=sampling.max_tokens, temperature=sampling.temperature, seeds=seeds
         )
         return [
             Rollout(list(prompt), sample.token_ids, sample.token_logps, sample.finished, version)
@@ -100,97 +137,97 @@ def _environment(generation: Generation) -> dict[str, str]:
     }
 
 
-class _Asked:
-    def __init__(self, generate: Callable[[], list[Rollout]]) -> None:
-        self.result = generate
+def deadline_after(seconds: float) -> float:
+    """The moment, on the monotonic clock, that is so many seconds away."""
+    return time.monotonic() + seconds
+
+
+@dataclass
+class Call:
+    """A method call that is on its way to an actor. `limit` is the setting of `Generation` that bounds the wait."""
+
+    generator: Generator
+    method: str
+    what: str
+    limit: str
+    args: tuple[Any, ...]
+
+    def __post_init__(self) -> None:
+        self._answer = self._send()
+
+    def _send(self) -> Any:
+        return getattr(self.generator.actor, self.method).remote(*self.args)
+
+    def result(self, deadline: float | None = None) -> Any:
+        """What the method returns. Waits until `deadline` (by default the limit from now), restarts included.
+
+        While Ray restarts a lost actor the call is sent again: every method may be.
+        """
+        seconds = getattr(self.generator.settings, self.limit)
+        deadline = deadline_after(seconds) if deadline is None else deadline
+        name = self.generator.name
+        too_late = f"waited {seconds:g} s for generator {name!r} {self.what}; generation.{self.limit} sets the limit"
+        while True:
+            try:
+                return ray.get(self._answer, timeout=max(0.0, deadline - time.monotonic()))
+            except GetTimeoutError:
+                raise WaitTimeoutError(too_late) from None
+            except ActorUnavailableError:
+                if time.monotonic() + _RETRY_SECONDS >= deadline:
+                    raise WaitTimeoutError(f"{too_late} (it was being restarted)") from None
+                time.sleep(_RETRY_SECONDS)
+                self._answer = self._send()
+            except RayActorError as error:
+                raise GeneratorLostError(f"generator {name!r} is gone, while waiting {self.what}: {error}") from error
 
 
 class Generator:
     """A client of one generation actor. Every call has a time limit, and names what it waited for when it passes.
 
-    While Ray restarts a lost actor the calls wait within their limit; the first `generate` after that raises
-    StaleWeightsError, and the caller syncs again.
+    After a restart the first `generate` raises StaleWeightsError, and the caller syncs again.
     """
 
-    def __init__(self, actor: Any, name: str, generation: Generation) -> None:
-        self.name = name
-        self._actor = actor
-        self._generation = generation
+    def __init__(self, actor: Any, name: str, settings: Generation) -> None:
+        self.actor, self.name, self.settings = actor, name, settings
+        self._needs = ""
 
     @classmethod
-    def start(
-        cls, model_path: str, generation: Generation, max_model_len: int, use_gpu: bool, name: str, seed: int
+    def begin(
+        cls, model_path: str, settings: Generation, max_model_len: int, use_gpu: bool, name: str, seed: int
     ) -> Generator:
-        """Start the actor and wait for its engine.
-
-        Raises WaitTimeoutError after `generation.start_timeout_s`, GeneratorLostError where the engine cannot be made.
-        """
-        needs = {"num_gpus": 1, "num_cpus": 0} if use_gpu else {"num_cpus": generation.cpus}
-        options = {"name": name, "max_restarts": _MAX_RESTARTS, "runtime_env": {"env_vars": _environment(generation)}}
+        """Have the actor started; `call_dtype` tells when its engine is up."""
+        needs = {"num_gpus": settings.gpus, "num_cpus": 0} if use_gpu else {"num_cpus": settings.cpus}
+        options = {"name": name, "max_restarts": _MAX_RESTARTS, "runtime_env": {"env_vars": _environment(settings)}}
         remote = ray.remote(GenerationActor).options(**needs, **options)
-        generator = cls(remote.remote(model_path, generation, max_model_len, use_gpu, seed), name, generation)
-        asked = ", ".join(f"{key}={value:g}" for key, value in needs.items())
-        try:
-            generator._wait("ready", f"to be placed ({asked}) and to start", "start_timeout_s")
-        except (WaitTimeoutError, GeneratorLostError):
-            generator.stop()
-            raise
+        generator = cls(remote.remote(model_path, settings, max_model_len, use_gpu, seed), name, settings)
+        generator._needs = ", ".join(f"{key}={value:g}" for key, value in needs.items())
         return generator
 
     @classmethod
-    def connect(cls, name: str, generation: Generation) -> Generator:
+    def connect(cls, name: str, settings: Generation) -> Generator:
         """The running generator of this name. Raises GeneratorLostError where there is none."""
         try:
-            return cls(ray.get_actor(name), name, generation)
+            return cls(ray.get_actor(name), name, settings)
         except ValueError:
             raise GeneratorLostError(f"there is no running generator {name!r} on this cluster") from None
 
-    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Replace all weights, in memory: a whole state dict with a tied head written out, as float32."""
-        arrays = {tensor_name: tensor.detach().float().cpu().numpy() for tensor_name, tensor in named_tensors}
-        self._wait("sync", f"to take weights {version!r}", "sync_timeout_s", ray.put(arrays), version)
+    def call(self, method: str, what: str, limit: str, *args: Any) -> Call:
+        """Call a method of the actor; returns at once."""
+        return Call(self, method, what, limit, args)
 
-    def load_checkpoint(self, path: str, version: str) -> None:
-        """Replace all weights by those of a transformers folder that the actor's node can read."""
-        self._wait("load_checkpoint", f"to load {path}", "sync_timeout_s", path, version)
+    def call_dtype(self) -> Call:
+        """Answers with the engine's dtype when it is up."""
+        placed = f"to be placed ({self._needs}) and to start" if self._needs else "to start"
+        return self.call("dtype", placed, "start_timeout_s")
 
-    def submit(self, prompts: list[list[int]], sampling: Sampling, version: str) -> _Asked:
-        """Ask for one rollout per prompt when the result is wanted."""
-        return _Asked(lambda: self.generate(prompts, sampling, version))
-
-    def generate(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
-        """One rollout per prompt, in order.
-
-        Raises StaleWeightsError where the actor does not hold `version`, WaitTimeoutError after
-        `generation.generate_timeout_s`, GeneratorLostError where the actor is gone for good.
-        """
-        if not prompts:
-            return []
+    def call_generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, version: str) -> Call:
         what = f"to generate {len(prompts)} responses with weights {version!r}"
-        return self._wait("generate", what, "generate_timeout_s", ray.put(prompts), sampling, version)
+        return self.call("generate", what, "generate_timeout_s", prompts, seeds, sampling, version)
 
     def version(self) -> str | None:
         """The version of the weights that the actor holds."""
-        return self._wait("version", "to tell its weight version", "sync_timeout_s")
+        return self.call("version", "to tell its weight version", "sync_timeout_s").result()
 
     def stop(self) -> None:
         """End the actor and its engine; harmless when it is gone already."""
-        ray.kill(self._actor, no_restart=True)
-
-    def _wait(self, method: str, what: str, limit: str, *args: Any) -> Any:
-        """Call `method` and wait at most `generation.<limit>` seconds, restarts of the actor included."""
-        seconds = getattr(self._generation, limit)
-        deadline = time.monotonic() + seconds
-        call: Callable[..., Any] = getattr(self._actor, method).remote
-        too_late = f"waited {seconds:g} s for generator {self.name!r} {what}; generation.{limit} sets the limit"
-        while True:
-            try:
-                return ray.get(call(*args), timeout=max(0.0, deadline - time.monotonic()))
-            except GetTimeoutError:
-                raise WaitTimeoutError(too_late) from None
-            except ActorUnavailableError:  # being restarted; every method may be called again
-                if time.monotonic() + _RETRY_SECONDS >= deadline:
-                    raise WaitTimeoutError(f"{too_late} (it was being restarted)") from None
-                time.sleep(_RETRY_SECONDS)
-            except (ActorDiedError, RayActorError) as error:
-                raise GeneratorLostError(f"generator {self.name!r} is gone, while waiting {what}: {error}") from error
+        ray.kill(self.actor, no_restart=True)

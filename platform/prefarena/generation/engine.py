@@ -1,21 +1,41 @@
 """The vLLM engine: the only module that imports vllm, and so the only one to change with its releases.
 
-The engine runs inside the process that makes it (no engine process, no HTTP), so weights are handed over in memory on
-any device. Import this module in a process of its own, whose environment the actor has set: vLLM reads it when it is
-imported, and its CPU worker patches torch.
+The engine runs inside the process that makes it (no engine process, no HTTP). New weights reach it through vLLM's own
+weight-transfer interface: a backend for host memory is added here to those for NCCL and CUDA IPC, so the steps of an
+update (start, receive, finish) are the same on every device. Import this module in a process of its own, whose
+environment the actor has set: vLLM reads it when it is imported, and its CPU worker patches torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+import socket
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from vllm import LLM, SamplingParams
+from vllm.config import WeightTransferConfig
+from vllm.distributed.weight_transfer import WeightTransferEngineFactory, WeightTransferTrainerFactory
+from vllm.distributed.weight_transfer.base import (
+    ParamMeta,
+    VLLMWeightSyncClient,
+    WeightSource,
+    WeightTransferEngine,
+    WeightTransferInitInfo,
+    WeightTransferUpdateInfo,
+)
+from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
+from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.inputs import TokensPrompt
+from vllm.model_executor.layers.linear import LinearBase
+from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
+from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 from prefarena.config import Generation
+from prefarena.generation.interface import UpdateInfo
+from prefarena.generation.weights import checksum
 
 
 @dataclass(frozen=True)
@@ -57,8 +77,14 @@ class Engine:
             logprobs_mode="processed_logprobs",
             enforce_eager=not use_gpu,
             disable_log_stats=True,
+            weight_transfer_config=WeightTransferConfig(backend=generation.weight_sync),
             **options,
         )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the weights as the engine holds them."""
+        return getattr(torch, str(self._llm.model_config.dtype).removeprefix("torch."))
 
     def generate(
         self, prompts: Sequence[list[int]], *, max_tokens: int, temperature: float, seeds: Sequence[int]
@@ -86,16 +112,177 @@ class Engine:
             _sample(output.outputs[0], self.eos_id) for output in self._llm.generate(requests, params, use_tqdm=False)
         ]
 
-    def load(self, tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """Replace all weights, in memory: a whole transformers state dict, a tied `lm_head.weight` included."""
-        self._llm.collective_rpc("reload_weights", kwargs={"weights_iterator": iter(list(tensors))})
+    # ------------------------------------------------------------------------------------------- weights
+
+    def connect(self, init_info: dict[str, Any]) -> None:
+        """Join the trainer's transfer, as its side of vLLM's interface tells."""
+        self._llm.init_weight_transfer_engine({"init_info": init_info})
+
+    def disconnect(self) -> None:
+        """Leave the trainer's transfer."""
+        self._llm.shutdown_weight_transfer_engine()
+
+    def start_update(self) -> None:
+        """From here until `finish_update` the engine cannot generate."""
+        self._llm.start_weight_update()
+
+    def receive(self, update_info: UpdateInfo) -> None:
+        """Weights by their transformers names: {"tensors": ...} from host memory, else as vLLM's backend has it."""
+        self._llm.update_weights({"update_info": update_info})
+
+    def finish_update(self) -> None:
+        """Put the received weights to use, and forget what was computed with the old ones."""
+        self._llm.finish_weight_update()
         if not self._llm.reset_prefix_cache():
             raise RuntimeError(
                 "vLLM could not reset its prefix cache after a weight update: requests were still running"
             )
+
+    def held_checksums(self) -> dict[str, int]:
+        """Checksums of the weights as the engine computes with them, by their transformers names."""
+        [sums] = self._llm.apply_model(_held_checksums)
+        return sums
 
 
 def _sample(output: Any, eos_id: int) -> Sample:
     token_ids = list(output.token_ids)
     logps = [entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)]
     return Sample(token_ids, logps, finished=token_ids[-1] == eos_id)
+
+
+# --------------------------------------------------------------------------------- reading weights back
+
+
+@torch.no_grad()
+def _held_checksums(model: nn.Module) -> dict[str, int]:
+    packed = getattr(model, "packed_modules_mapping", {})
+    modules = list(model.named_modules(remove_duplicate=False))
+    return {name: checksum(held) for path, module in modules for name, held in _held(path, module, packed)}
+
+
+def _held(path: str, module: nn.Module, packed: Mapping[str, list[str]]) -> Iterator[tuple[str, Tensor]]:
+    """A module's own tensors, fused ones taken apart into those that they were made of."""
+    parent, _, leaf = path.rpartition(".")
+    own = module.named_parameters(recurse=False)
+    tensors: dict[str, Tensor] = {name: parameter for name, parameter in own if parameter.numel()}
+    if isinstance(module, VocabParallelEmbedding):
+        weight = _read_back(module, module.embedding_dim) if isinstance(module, ParallelLMHead) else tensors["weight"]
+        yield f"{path}.weight", weight[: module.org_vocab_size]
+    elif isinstance(module, LinearBase):
+        tensors["weight"] = _read_back(module, module.input_size)
+        names = packed.get(leaf, [leaf])
+        sizes = module.output_partition_sizes if len(names) > 1 else [len(tensors["weight"])]
+        for kind, tensor in tensors.items():
+            for name, part in zip(names, tensor.split(sizes), strict=True):
+                yield f"{parent}.{name}.{kind}", part
+    else:
+        for name, parameter in tensors.items():
+            yield f"{path}.{name}", parameter
+
+
+def _read_back(module: Any, num_inputs: int) -> Tensor:
+    """The weight [out, in] that a layer computes with.
+
+    On CPU vLLM keeps it in a kernel's packed form, which nothing reads; the layer's outputs for the unit vectors are
+    its columns, exactly (each is one product with 1 and sums of zeros).
+    """
+    if not hasattr(module, "cpu_linear"):
+        return module.weight
+    unit_vectors = torch.eye(num_inputs, dtype=module.params_dtype)
+    return module.quant_method.apply(module, unit_vectors, None).T
+
+
+# ----------------------------------------------------------------------------- weights from host memory
+
+
+@dataclass
+class HostInitInfo(WeightTransferInitInfo):
+    """Nothing has to be set up."""
+
+
+@dataclass
+class HostUpdateInfo(WeightTransferUpdateInfo):
+    """tensors: a state dict, or a part of one, in host memory. It is not kept, nor written to."""
+
+    tensors: Mapping[str, Tensor]
+
+
+class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo]):
+    """vLLM's receiving side for tensors that are handed over in this process's memory; for any device."""
+
+    init_info_cls = HostInitInfo
+    update_info_cls = HostUpdateInfo
+
+    def init_transfer_engine(self, init_info: HostInitInfo) -> None:
+        pass
+
+    def start_weight_update(self) -> None:
+        initialize_layerwise_reload(self.model)
+
+    def update_weights(self, update_info: dict[str, Any]) -> None:
+        self.receive_weights(self.parse_update_info(update_info))
+        if self.device.type != "cpu":  # as the base class does, which does not know CPU
+            torch.accelerator.synchronize()
+
+    def receive_weights(self, update_info: HostUpdateInfo) -> None:
+        self.model.load_weights(iter(update_info.tensors.items()))  # type: ignore[operator]
+
+    def finish_weight_update(self) -> None:
+        finalize_layerwise_reload(self.model, self.model_config)
+
+    def shutdown(self) -> None:
+        pass
+
+
+WeightTransferEngineFactory.register_engine("host", HostWeightTransferEngine)
+
+
+# ----------------------------------------------------------------- the trainer's side, between GPU memories
+
+
+@dataclass
+class StateDictSource(WeightSource):
+    """The tensors of the update at hand, in one dtype, as vLLM's trainer side reads them."""
+
+    dtype: torch.dtype
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+
+    def metadata(self) -> list[ParamMeta]:
+        return [ParamMeta(name, self.dtype, tuple(tensor.shape)) for name, tensor in self.tensors.items()]
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in self.tensors.items():
+            yield name, tensor.detach().to(self.dtype)
+
+
+class DeviceSender:
+    """Sends state dicts from this process's GPU to the engines behind `client`.
+
+    Over NCCL (`nccl`: engines on other GPUs, of any node) or CUDA IPC (`ipc`: one engine on the same GPU). Runs in one
+    process of the trainer, which holds whole tensors.
+    """
+
+    def __init__(
+        self, backend: str, client: VLLMWeightSyncClient, num_engines: int, dtype: torch.dtype, address: str
+    ) -> None:
+        self._source = StateDictSource(dtype)
+        info = _trainer_init_info(backend, num_engines, address)
+        self._transfer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
+
+    def send(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        """One whole update: start, the tensors, finish."""
+        self._source.tensors = dict(named_tensors)
+        self._transfer.send_weights()
+        self._source.tensors = {}
+
+    def close(self) -> None:
+        self._transfer.shutdown()
+
+
+def _trainer_init_info(backend: str, num_engines: int, address: str) -> NCCLTrainerInitInfo | IPCTrainerInitInfo:
+    if backend == "ipc":
+        return IPCTrainerInitInfo(rank=0, packed=True)
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    return NCCLTrainerInitInfo(rank=0, master_address=address, master_port=port, world_size=1 + num_engines)

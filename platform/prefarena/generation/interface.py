@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from prefarena.records import Rollout
+
+#: What an engine is told of the tensors that it receives, as vLLM's backend for the transfer has it.
+UpdateInfo = dict[str, Any] | list[dict[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,18 @@ class StaleWeightsError(RuntimeError):
 
 class GeneratorLostError(RuntimeError):
     """The generator failed to start, or died and cannot be restarted."""
+
+
+class TransferLostError(RuntimeError):
+    """An engine is no longer connected to the trainer's weight transfer; a restarted one is not. Connect again."""
+
+
+class WeightUpdateError(RuntimeError):
+    """A weight update that is not the whole model: tensors are missing, unknown, or of another shape."""
+
+
+class WeightMismatchError(RuntimeError):
+    """After an update the engine holds other weights than it was sent. It may not be used until synced again."""
 
 
 class Pending(Protocol):

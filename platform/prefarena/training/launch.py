@@ -76,7 +76,7 @@ def _trainer(jobs: Sequence[Job], resources: Resources, storage: str) -> Any:
 
 
 def _per_worker(resources: Resources) -> dict[str, float]:
-    return {"CPU": resources.cpus_per_worker} | ({"GPU": 1} if resources.use_gpu else {})
+    return {"CPU": resources.cpus_per_worker} | ({"GPU": resources.gpus_per_worker} if resources.use_gpu else {})
 
 
 def _worker_loop(config: dict[str, Any]) -> None:

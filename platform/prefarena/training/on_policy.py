@@ -75,9 +75,9 @@ def train_on_policy(
 
 
 def _connect(job: OnPolicyJob) -> RolloutSource:
-    from prefarena.generation.actor import Generator
+    from prefarena.generation.fleet import Generators
 
-    return Generator.connect(job.generators[0], job.generation)
+    return Generators.connect(job.generators, job.generation)
 
 
 @dataclass

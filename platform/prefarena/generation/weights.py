@@ -1,0 +1,93 @@
+"""Weights on their way to an engine: as arrays, what an engine must be sent, and checksums of it. No Ray, no vLLM."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prefarena.generation.interface import WeightMismatchError, WeightUpdateError
+
+_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+_MIX = 0x2545F4914F6CDD1D  # odd, so that multiplying by it mod 2^64 loses nothing
+_BLOCK = 1 << 22  # elements mixed at once: bounds the memory that a checksum takes
+
+
+def as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Float32 arrays in host memory, which Ray's object store holds without pickling them."""
+    return {name: tensor.detach().float().cpu().numpy() for name, tensor in tensors.items()}
+
+
+def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
+    """Views of arrays that Ray shares read-only; they may only be read."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*not writable")
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def expected_shapes(model_path: str) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the transformers state dict of this model, a tied head included. Loads no weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config: Any = AutoConfig.from_pretrained(model_path)
+    with torch.device("meta"):
+        model: Any = AutoModelForCausalLM.from_config(config)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+
+
+def check_complete(sent: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise WeightUpdateError unless exactly the expected tensors are sent.
+
+    A partial update is not harmless: vLLM fuses layers (q, k, v), and fills what was not sent of a fused one with
+    whatever its buffer held.
+    """
+    missing, unknown = sorted(expected.keys() - sent.keys()), sorted(sent.keys() - expected.keys())
+    if missing:
+        raise WeightUpdateError(f"a weight update must hold every tensor of the model; missing: {_listed(missing)}")
+    if unknown:
+        raise WeightUpdateError(f"a weight update holds tensors that the model does not have: {_listed(unknown)}")
+    for name, shape in expected.items():
+        if tuple(sent[name]) != shape:
+            raise WeightUpdateError(f"{name} was sent with shape {tuple(sent[name])}, but the engine's is {shape}")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def checksum(tensor: Tensor) -> int:
+    """A 64-bit sum over the bit patterns of the elements, each multiplied by a number of its own place.
+
+    So it tells tensors apart that hold the same numbers in another order. Negative zero counts as zero: an engine
+    whose weights are read back through a product cannot tell them apart.
+    """
+    bits = (tensor.detach().contiguous().reshape(-1) + 0.0).view(_BITS[tensor.dtype])
+    total = 0
+    for start in range(0, bits.numel(), _BLOCK):
+        block = bits[start : start + _BLOCK].to(torch.int64)
+        place = torch.arange(start + 1, start + 1 + len(block), device=block.device, dtype=torch.int64).mul_(_MIX)
+        place ^= place >> 29
+        total += int((block * (place | 1)).sum().item())
+    return total % 2**64
+
+
+def checksums(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, int]:
+    """Checksums of tensors as an engine of this dtype must hold them. Computed where the tensors are."""
+    return {name: checksum(tensor.detach().to(dtype)) for name, tensor in tensors.items()}
+
+
+def check_held(held: Mapping[str, int], sent: Mapping[str, int]) -> None:
+    """Raise WeightMismatchError, naming the tensors, unless what is held is what was sent."""
+    unknown = sorted(sent.keys() - held.keys())
+    if unknown:
+        raise WeightMismatchError(
+            f"cannot tell whether the engine holds what was sent: it does not show {_listed(unknown)}; for a model "
+            "whose layers vLLM names differently set generation.verify_weights: false"
+        )
+    wrong = [name for name in sent if held[name] != sent[name]]
+    if wrong:
+        raise WeightMismatchError(f"the engine does not hold what was sent: {_listed(wrong)} differ")

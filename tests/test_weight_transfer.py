@@ -1,0 +1,229 @@
+"""What we rely on in vLLM's weight transfer between GPUs, checked without one.
+
+Both of vLLM's sides run, trainer's and engine's, in a real engine's process on CPU; what carries the bytes (NCCL's
+broadcast, CUDA's shared memory) is replaced by a queue. So a change of vLLM's interface, or of ours, fails here.
+"""
+
+from __future__ import annotations
+
+import queue
+import sys
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import patch
+
+import pytest
+import ray
+import torch
+from ray import cloudpickle
+from test_generation import PROMPTS, logp_gap, perturbed
+
+from prefarena.errors import WaitTimeoutError
+from prefarena.generation.fleet import Generators, TransferClient, within
+from prefarena.generation.interface import Sampling, TransferLostError, UpdateInfo, WeightMismatchError
+from prefarena.generation.weights import checksums
+from prefarena.modeling.load import load_policy
+
+
+class Loopback:
+    """The control plane of a transfer (TransferClient's methods), to the actor in whose process it runs."""
+
+    def __init__(self, actor: Any, sums: dict[str, int], version: str) -> None:
+        self.actor, self.sums, self.version = actor, sums, version
+        self.calls: list[tuple[str, Any]] = []
+
+    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.calls.append(("init", init_info))
+        self.actor.connect(init_info)
+
+    def start_weight_update(self) -> None:
+        self.calls.append(("start", None))
+        self.actor.start_update()
+
+    def update_weights(self, update_info: UpdateInfo) -> None:
+        assert isinstance(update_info, dict)
+        self.calls.append(("update", {key: update_info[key] for key in ("names", "dtype_names", "shapes")}))
+        self.actor.update(update_info)
+
+    def finish_weight_update(self, weight_version: str | None = None) -> None:
+        self.calls.append(("finish", weight_version))
+        self.actor.finish_update(self.sums, weight_version or self.version)
+
+
+def carried_by(backend: str) -> Any:
+    """Patches under which `backend` carries its bytes through a queue of this process."""
+    from contextlib import ExitStack
+
+    wire: queue.Queue[tuple[str, torch.Tensor]] = queue.Queue()
+    stack = ExitStack()
+    stack.enter_context(patch("torch.accelerator.synchronize", lambda *args: None))
+    stack.enter_context(patch("torch.accelerator.current_device_index", lambda: 0))
+    module = f"vllm.distributed.weight_transfer.{backend}_engine"
+    if backend == "nccl":
+
+        def produce(iterator: Any, group: Any, post_iter_func: Callable[..., torch.Tensor], **_: Any) -> None:
+            for item in iterator:
+                wire.put((item[0], post_iter_func(item).clone()))
+
+        def consume(iterator: Any, group: Any, post_unpack_func: Callable[..., Any], **_: Any) -> None:
+            for name, (shape, dtype) in iterator:
+                sent_name, tensor = wire.get(timeout=30)
+                assert (sent_name, list(tensor.shape), tensor.dtype) == (name, list(shape), dtype)
+                post_unpack_func([(name, tensor)])
+
+        communicator = SimpleNamespace(destroy=lambda: None)
+        stack.enter_context(patch(f"{module}.packed_nccl_broadcast_producer", produce))
+        stack.enter_context(patch(f"{module}.packed_nccl_broadcast_consumer", consume))
+        stack.enter_context(patch(f"{module}.open_trainer_endpoint", lambda info: communicator))
+        stack.enter_context(patch(f"{module}.worker_init_process_group", lambda info, parallel: communicator))
+    else:
+
+        def chunks(iterator: Any, post_iter_func: Callable[..., torch.Tensor], **_: Any) -> Any:
+            for item in iterator:  # one tensor a chunk
+                tensor = post_iter_func(item).clone()
+                wire.put((item[0], tensor))
+                dtype = str(tensor.dtype).split(".")[-1]
+                yield SimpleNamespace(
+                    names=[item[0]], dtype_names=[dtype], shapes=[list(tensor.shape)],
+                    ipc_handle={"gpu": ()}, tensor_sizes=[tensor.nbytes],
+                )  # fmt: skip
+
+        def rebuilt(ipc_handle: Any, names: list[str], **_: Any) -> list[tuple[str, torch.Tensor]]:
+            assert ipc_handle == {"gpu": ()}
+            return [wire.get(timeout=30) for _ in names]
+
+        stack.enter_context(patch(f"{module}.packed_ipc_producer", chunks))
+        stack.enter_context(patch(f"{module}.packed_ipc_consumer", rebuilt))
+        stack.enter_context(patch("torch.cuda.get_device_properties", lambda index: SimpleNamespace(uuid="gpu")))
+        stack.enter_context(patch("torch.cuda.ipc_collect", lambda: None))
+    return stack
+
+
+def exchange_transfer_engine(wrapper: Any, backend: str) -> None:
+    """Give a vLLM worker the receiving side of `backend`, as its configuration would have."""
+    worker = wrapper.worker
+    from vllm.config import WeightTransferConfig
+    from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+    worker.weight_transfer_engine = WeightTransferEngineFactory.create_engine(
+        WeightTransferConfig(backend=backend), worker.vllm_config, worker.device, worker.model_runner.get_model()
+    )
+
+
+def transfer(
+    actor: Any, backend: str, weights: list[dict[str, torch.Tensor]], sums: list[dict[str, int]]
+) -> list[tuple[str, Any]]:
+    """Send each of `weights` through both sides of `backend`; what was asked of the engine."""
+    from prefarena.generation.engine import DeviceSender
+
+    llm = actor._engine._llm
+    try:
+        with carried_by(backend):
+            llm.collective_rpc(exchange_transfer_engine, args=(backend,))
+            client = Loopback(actor, {}, "")
+            sender = DeviceSender(backend, client, num_engines=3, dtype=torch.float32, address="10.0.0.1")
+            for update, tensors in enumerate(weights):
+                client.sums, client.version = sums[update], f"{backend}@{update}"
+                sender.send(tensors.items())
+            sender.close()
+            actor.connect(client.calls[0][1])  # as after the trainer was restarted
+            return client.calls
+    finally:
+        actor._connected = False
+        llm.collective_rpc(exchange_transfer_engine, args=("host",))
+
+
+def inside(generator: Generators, *args: Any) -> Any:
+    for name in (__name__, "test_generation"):
+        cloudpickle.register_pickle_by_value(sys.modules[name])
+    actor: Any = ray.get_actor(generator.names[0])
+    return ray.get(actor.__ray_call__.remote(*args))
+
+
+@pytest.mark.parametrize("backend", ["nccl", "ipc"])
+def test_weights_go_through_both_sides_of_vllms_transfer(generator: Generators, tiny_policy: str, backend: str) -> None:
+    policies = [perturbed(load_policy(tiny_policy), update) for update in range(2)]
+    weights = [policy.state_dict() for policy in policies]
+    sums = [checksums(tensors, torch.float32) for tensors in weights]
+    calls = inside(generator, transfer, backend, weights, sums)
+    version = f"{backend}@1"
+    assert generator.versions() == {generator.names[0]: version}
+    assert logp_gap(policies[1], generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), version), 1.0) < 1e-4
+
+    kinds = [kind for kind, _ in calls]
+    num_chunks = 1 if backend == "nccl" else len(weights[0])
+    assert kinds == ["init", *(["start", *["update"] * num_chunks, "finish"] * 2)]
+    names = [name for kind, info in calls if kind == "update" for name in info["names"]]
+    assert names == [*weights[0]] * 2
+    if backend == "nccl":
+        assert calls[0][1].items() >= {"rank_offset": 1, "world_size": 4, "master_address": "10.0.0.1"}.items()
+    with pytest.raises(WeightMismatchError):
+        inside(generator, transfer, backend, weights[:1], sums[1:])
+    assert generator.versions() == {generator.names[0]: None}
+    generator.sync(weights[0].items(), "host-again")  # the host's way works as before
+    assert logp_gap(policies[0], generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), "host-again"), 1.0) < 1e-4
+
+
+def test_our_client_has_what_vllms_trainer_side_calls(generator: Generators) -> None:
+    def is_client(actor: Any) -> bool:
+        from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
+
+        return isinstance(TransferClient([]), VLLMWeightSyncClient)
+
+    assert inside(generator, is_client)
+
+
+class Recorder:
+    """A member that answers every call at once, and keeps what was asked."""
+
+    def __init__(self, name: str, error: Exception | None = None) -> None:
+        self.name, self.error, self.calls = name, error, []  # type: ignore[var-annotated]
+
+    def call(self, method: str, what: str, limit: str, *args: Any) -> Any:
+        self.calls.append((method, args))
+
+        def result() -> None:
+            if self.error:
+                raise self.error
+
+        return SimpleNamespace(result=result)
+
+
+def test_every_actor_joins_nccl_with_a_rank_of_its_own() -> None:
+    members: list[Any] = [Recorder("a"), Recorder("b"), Recorder("c")]
+    client = TransferClient(members)
+    client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 4})
+    ranks = [member.calls[0][1][0]["rank_offset"] for member in members]
+    assert ranks == [1, 2, 3] and all(member.calls[0][0] == "connect" for member in members)
+    client.init_weight_transfer_engine({"packed": True})
+    assert members[2].calls[1] == ("connect", ({"packed": True},))
+
+
+def test_the_version_and_checksums_travel_with_the_end_of_an_update() -> None:
+    member: Any = Recorder("a")
+    client = TransferClient([member])
+    client.sums, client.version = {"x": 1}, "run@7"
+    client.start_weight_update()
+    client.update_weights({"names": []})
+    client.finish_weight_update()
+    assert member.calls == [("start_update", ()), ("update", ({"names": []},)), ("finish_update", ({"x": 1}, "run@7"))]
+
+
+def test_what_one_actor_raises_ends_the_update() -> None:
+    client = TransferClient([Recorder("a"), Recorder("b", TransferLostError("restarted"))])  # type: ignore[list-item]
+    with pytest.raises(TransferLostError):
+        client.start_weight_update()
+
+
+def test_an_actor_that_was_restarted_asks_to_be_met_again(generator: Generators, tiny_policy: str) -> None:
+    with pytest.raises(TransferLostError, match="it was restarted"):
+        inside(generator, lambda actor: actor.start_update())
+
+
+def test_a_transfer_that_never_ends_is_left_with_an_error_that_names_it() -> None:
+    with pytest.raises(WaitTimeoutError, match=r"waited 0\.05 s for a broadcast; generation\.sync_timeout_s"):
+        within(0.05, "a broadcast", queue.Queue().get)
+    assert within(5, "a sum", lambda: 1 + 1) == 2
+    with pytest.raises(ZeroDivisionError):
+        within(5, "a fraction", lambda: 1 // 0)
