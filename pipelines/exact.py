@@ -21,9 +21,10 @@ from pipelines.plan import SeedPlan, Trained, judge_spec, model_of, policy_of
 from prefarena.cluster.waiting import get_within
 from prefarena.config import BestOfN, Comparison, LanguageTask, OnPolicyMethod, RewardModel
 from prefarena.data.tables import read_rows
+from prefarena.evaluation.agreement import estimator_spread
 from prefarena.evaluation.best_of_n import best_of_n_logps, kl_bound
 from prefarena.evaluation.enumeration import Enumeration, Responses, enumerate_responses, enumerate_scores
-from prefarena.evaluation.exact import Frontier, exact_metrics, expected_scores, frontiers, win_rates
+from prefarena.evaluation.exact import Frontier, exact_metrics, expected_scores, frontiers, groups, win_rates
 from prefarena.evaluation.preferences import preference_accuracy
 from prefarena.judges.spec import JudgeSpec, load_judge
 from prefarena.modeling.load import load_policy, load_reward_model
@@ -179,11 +180,16 @@ def _trajectory(
     own: np.ndarray | None,
     final: dict[str, float],
 ) -> Iterator[dict[str, float]]:
-    """Rows of the policy after 0 updates, of every snapshot in order, and after the last update."""
+    """Rows of the policy after 0 updates, of every snapshot in order, and after the last update.
+
+    Those of snapshots also tell how far one rollout's estimate of the KL is spread.
+    """
     yield _at_step(0, _measures(reference.ref_logps, reference, limits, own), job.group)
     for folder in sorted(job.snapshots.glob("[0-9]*")) if job.snapshots else []:
         policy = enumerate_responses(load_policy(folder), language.prompt_ids, job.task.response_limit, EOS_ID)
-        yield _at_step(int(folder.name), _measures(policy.logps, reference, limits, own), job.group)
+        mask = groups(reference.covered)[job.group]
+        spread = estimator_spread(policy.responses, policy.logps[mask], reference.ref_logps[mask])
+        yield _at_step(int(folder.name), _measures(policy.logps, reference, limits, own), job.group) | spread
     yield _at_step(job.num_steps, final, job.group)
 
 

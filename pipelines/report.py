@@ -15,7 +15,7 @@ import numpy as np
 from pipelines.evaluate import pairwise_wins
 from pipelines.exact import exact_frontier, exact_optimum, read_trajectory
 from pipelines.plan import SeedPlan, Trained
-from prefarena.config import BestOfN, Comparison, LanguageTask, dump_config
+from prefarena.config import BestOfN, Comparison, LanguageTask, OnPolicyMethod, dump_config
 from prefarena.evaluation.agreement import kl_agreement
 from prefarena.evaluation.best_of_n import kl_bound
 from prefarena.report.page import write_report
@@ -94,11 +94,13 @@ def _metrics(trained: Trained) -> Path | None:
 
 def _agreement(trained: Trained) -> list[dict[str, float]]:
     """Logged against exact KL, where both are of the same distribution: rollouts at temperature 1."""
-    trajectory, path = read_trajectory(trained.evaluation), _metrics(trained)
-    settings = getattr(trained.entry.method, "training", None)
-    if not trajectory or path is None or not path.is_file() or getattr(settings, "temperature", 1.0) != 1.0:
+    trajectory, path, method = read_trajectory(trained.evaluation), _metrics(trained), trained.entry.method
+    if not isinstance(method, OnPolicyMethod) or not trajectory or path is None or not path.is_file():
         return []
-    return kl_agreement(trajectory, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+    if method.training.temperature != 1.0:
+        return []
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return kl_agreement(trajectory, rows, method.training.rollouts_per_iteration)
 
 
 def _row(stage: Stage) -> dict[str, float]:

@@ -28,7 +28,7 @@ from pipelines.plan import SeedPlan, entry_job, make_plan, model_of, policy_of
 from prefarena.config import Comparison, GoldJudge, LanguageTask, RewardModel, ScratchModel
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import UserError
-from prefarena.evaluation.agreement import kl_agreement
+from prefarena.evaluation.agreement import estimator_spread, kl_agreement
 from prefarena.evaluation.best_of_n import best_of_n_logps, kl_bound, pick_best
 from prefarena.evaluation.enumeration import Responses, enumerate_responses, enumerate_scores
 from prefarena.evaluation.exact import exact_metrics
@@ -147,16 +147,54 @@ def test_the_best_of_each_group_is_picked() -> None:
 
 
 def test_a_snapshot_is_held_against_the_next_iterations_rollouts() -> None:
-    trajectory = [{"step": 0, "kl": 0.0}, {"step": 5, "kl": 1.0}, {"step": 6, "kl": 2.0}, {"step": 9, "kl": 3.0}]
+    kls = {0: 0.0, 5: 1.0, 6: 2.0, 9: 3.0}
+    trajectory = [{"step": step, "kl": kl, "k1_std": 0.4, "k3_std": 0.8} for step, kl in kls.items()]
     metrics = [
         {"step": 1, "kl/k1": 0.0, "kl/k1_stderr": 0.0, "kl/k3": 0.0, "kl/k3_stderr": 0.0},
         {"step": 5, "kl/k1": 50.0, "kl/k1_stderr": 0.1},
         {"step": 6, "kl/k1": 1.2, "kl/k1_stderr": 0.1, "kl/k3": 0.9, "kl/k3_stderr": 0.2, "staleness": 0.0},
         {"step": 7, "kl/k1": 2.2, "kl/k1_stderr": 0.1, "staleness": 1.0},
     ]
-    (row,) = kl_agreement(trajectory, metrics)
+    (row,) = kl_agreement(trajectory, metrics, num_rollouts=16)
     assert (row["step"], row["exact"], row["k1"], row["k3"]) == (5, 1.0, 1.2, 0.9)
+    assert (row["k1_stderr"], row["k3_stderr"]) == (0.1, 0.2)
+    assert (row["k1_exact_stderr"], row["k3_exact_stderr"]) == (pytest.approx(0.1), pytest.approx(0.2))
     assert (row["k1_z"], row["k3_z"]) == (pytest.approx(2.0), pytest.approx(-0.5))
+
+
+def test_the_spread_of_the_estimators_is_that_of_their_sums_over_tokens() -> None:
+    """Against a walk through every response, token by token, of two made-up policies."""
+    random = np.random.default_rng(0)
+    tables = [
+        [{} for _ in PROMPTS],  # prompt -> prefix -> log-probs of the next token
+        [{} for _ in PROMPTS],
+    ]  # type: list[list[dict[tuple[int, ...], np.ndarray]]]
+
+    def next_logps(policy: int, prompt: int, prefix: tuple[int, ...]) -> np.ndarray:
+        def draw() -> np.ndarray:
+            logits = random.normal(size=VOCAB_SIZE) * 2
+            return logits - np.logaddexp.reduce(logits)
+
+        return tables[policy][prompt].setdefault(prefix, draw())
+
+    logps, walked = (
+        np.zeros((2, len(PROMPTS), len(RESPONSES.lengths))),
+        np.zeros((2, len(PROMPTS), len(RESPONSES.lengths))),
+    )
+    for prompt in range(len(PROMPTS)):
+        for n, (sequence, length) in enumerate(zip(RESPONSES.sequences, RESPONSES.lengths, strict=True)):
+            for t in range(length):
+                prefix, token = tuple(sequence[:t]), sequence[t]
+                own, ref = (next_logps(policy, prompt, prefix)[token] for policy in (0, 1))
+                logps[:, prompt, n] += own, ref
+                walked[:, prompt, n] += own - ref, math.exp(ref - own) - 1 + own - ref
+    weights = np.exp(logps[0]) / len(PROMPTS)
+    assert weights.sum() == pytest.approx(1)
+    means = (weights * walked).sum(axis=(1, 2))
+    assert means[0] == pytest.approx(means[1])  # both estimate the same KL
+    expected = np.sqrt((weights * (walked - means[:, None, None]) ** 2).sum(axis=(1, 2)))
+    spread = estimator_spread(RESPONSES, logps[0], logps[1])
+    assert (spread["k1_std"], spread["k3_std"]) == (pytest.approx(expected[0]), pytest.approx(expected[1]))
 
 
 # ------------------------------------------------------------------------- evaluation stages of the language

@@ -413,9 +413,9 @@ def trained_results(tmp_path: Path) -> Results:
     }
     results.kl_agreement["rlhf"] = {
         "0": [
-            {"step": 20, "exact": 1.0, "k1": 1.05, "k1_stderr": 0.05, "k1_z": 1.0, "k3": 0.7, "k3_stderr": 0.05}
-            | {"k3_z": -6.0},
-            {"step": 40, "exact": 2.0, "k1": 1.9, "k1_stderr": 0.05, "k1_z": -2.0},
+            {"step": 20, "exact": 1.0, "k1": 1.05, "k1_stderr": 0.04, "k1_exact_stderr": 0.05, "k1_z": 1.0}
+            | {"k3": 0.7, "k3_stderr": 0.02, "k3_exact_stderr": 0.05, "k3_z": -6.0},
+            {"step": 40, "exact": 2.0, "k1": 1.9, "k1_stderr": 0.05, "k1_exact_stderr": 0.05, "k1_z": -2.0},
         ]
     }
     return results
@@ -440,11 +440,11 @@ def test_logged_kl_beside_exact_kl(tmp_path: Path) -> None:
     results = trained_results(tmp_path)
     table = agreement_table(results, results.entry("rlhf"))
     assert table is not None and agreement_table(results, results.entry("grpo")) is None
-    assert table.rows[0] == ("20", "0", "1.000", "1.050 ± 0.050", "1.00", "0.700 ± 0.050", "-6.00")
-    assert table.rows[1][-2:] == ("–", "–")
+    assert table.rows[0] == ("20", "0", "1.000", "1.050 ± 0.040", "0.050", "1.00", "0.700 ± 0.020", "0.050", "-6.00")
+    assert table.rows[1][-3:] == ("–", "–", "–")
     text = agreement_summary(results)
-    assert "k1: 2 of 2 within three standard errors, the largest |z| 2.00" in text
-    assert "k3: 0 of 1 within three standard errors, the largest |z| 6.00" in text
+    assert "k1: 2 of 2 within three true standard errors, the largest |z| 2.00; the true error is up to 1.2 " in text
+    assert "k3: 0 of 1 within three true standard errors, the largest |z| 6.00; the true error is up to 2.5 " in text
 
 
 def test_the_page_shows_training_exactly_or_as_logged(tmp_path: Path) -> None:

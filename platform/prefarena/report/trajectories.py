@@ -106,7 +106,7 @@ def agreement_table(results: Results, entry: EntryResult) -> Table | None:
     ]
     if not rows:
         return None
-    header = ("step", "seed", "exact KL", "k1", "z of k1", "k3", "z of k3")
+    header = ("step", "seed", "exact KL", "k1", "true error", "z of k1", "k3", "true error", "z of k3")
     return Table(f"{entry.name}: KL estimates", header, tuple(rows), num_labels=2)
 
 
@@ -118,22 +118,26 @@ def agreement_summary(results: Results) -> str:
         sizes = [abs(row[f"{name}_z"]) for row in found if f"{name}_z" in row]
         if sizes:
             within = sum(size <= 3 for size in sizes)
+            too_small = max(row[f"{name}_exact_stderr"] / row[f"{name}_stderr"] for row in found if f"{name}_z" in row)
             parts.append(
-                f"{name}: {within} of {len(sizes)} within three standard errors, the largest |z| {max(sizes):.2f}"
+                f"{name}: {within} of {len(sizes)} within three true standard errors, the largest |z| "
+                f"{max(sizes):.2f}; the true error is up to {too_small:.2g} times the logged one"
             )
     return (
-        f"{'; '.join(parts)}. The exact KL of the policy after a step, over the prompts that the entry samples on, and "
-        "what the next iteration logged, whose rollouts that policy drew; z is the difference in standard errors. The "
-        "error is over sequences, as if prompts were drawn too; where every iteration uses each prompt equally often "
-        "it overstates the error, so that a large z remains a finding. k3 is heavy-tailed far from the reference: its "
-        "error is then too small, and k1 is the one to rely on."
+        f"{'. '.join(parts)}. The exact KL of the policy after a step, over the prompts that the entry samples on, and "
+        "what the next iteration logged, whose rollouts that policy drew: ± is the standard error logged with it, the "
+        "true error that of as many draws from the listed policy, and z the difference in true errors. They are over "
+        "sequences, as if prompts were drawn too; where every iteration uses each prompt equally often that overstates "
+        "the error, so that a large z remains a finding. Far from the reference k3 is heavy-tailed: a sample then "
+        "misses its tail and logs too small an error; k1 is the one to rely on."
     )
 
 
-def _estimate(row: dict[str, float], name: str) -> tuple[str, str]:
+def _estimate(row: dict[str, float], name: str) -> tuple[str, str, str]:
     if name not in row:
-        return number(None, 3), number(None, 2)
-    return plus_minus(Aggregate(row[name], row[f"{name}_stderr"], 1, False), 3), number(row[f"{name}_z"], 2)
+        return number(None, 3), number(None, 3), number(None, 2)
+    estimate = plus_minus(Aggregate(row[name], row[f"{name}_stderr"], 1, False), 3)
+    return estimate, number(row[f"{name}_exact_stderr"], 3), number(row[f"{name}_z"], 2)
 
 
 def _mean(values: Sequence[float]) -> str:
