@@ -89,7 +89,10 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
 
     settings = config.evaluation
     generator = start_generator(config, next(iter(waiting.values()))[0], console)
-    scorer = ray.remote(num_cpus=1, num_gpus=1 if config.resources.use_gpu else 0)(score_samples)
+    share = (
+        config.resources.gpus_per_worker if config.resources.use_gpu else 0
+    )  # beside the generators, which hold theirs
+    scorer = ray.remote(num_cpus=1, num_gpus=share)(score_samples)
     running = []
     try:
         for stage, (plan, trained) in waiting.items():
