@@ -148,12 +148,18 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
             notes.append(
                 "Judge scores and win rates come from a reward model trained on pairs that no entry saw. It orders "
                 f"{quality['accuracy']:.1%} ± {quality['accuracy_stderr']:.1%} of the held-out pairs as people did "
-                "(chance is 50 %), with a log loss of {quality['log_loss']:.3f} nats (chance is 0.693) and an expected "
-                f"calibration error of {quality['ece']:.3f}: read them with that in mind."
+                f"(chance is 50 %), with a log loss of {quality['log_loss']:.3f} nats (chance is 0.693) and an "
+                f"expected calibration error of {quality['ece']:.3f}: read them with that in mind."
             )
         elif not isinstance(config.task, LanguageTask):
             notes.append(f"Judge scores and win rates come from the judge `{config.judge.kind}` of the configuration.")
     notes += list(_reward_model_notes(plans))
+    gaps = list(_largest_gaps(plans))
+    if gaps:
+        notes.append(
+            f"Generator and trainer gave the tokens of all {len(gaps)} on-policy runs log-probs that differ by at most "
+            f"{max(gaps):.1e} nats (`logp_gap/max`)."
+        )
     for entry in config.entries:
         if isinstance(entry.method, BestOfN):
             notes.append(_best_of_n_note(entry.name, entry.method.n, isinstance(config.task, LanguageTask)))
@@ -177,6 +183,15 @@ def _reward_model_notes(plans: list[SeedPlan]) -> Iterator[str]:
             f"{quality['accuracy']:.1%} ± {quality['accuracy_stderr']:.1%}, log loss {quality['log_loss']:.3f} nats, "
             f"expected calibration error {quality['ece']:.3f}."
         )
+
+
+def _largest_gaps(plans: list[SeedPlan]) -> Iterator[float]:
+    """Of each on-policy run whose generators held the trainer's weights: the largest gap of a token, nats."""
+    for trained in (one for plan in plans for one in plan.trained):
+        method, path = trained.entry.method, _metrics(trained)
+        if isinstance(method, OnPolicyMethod) and method.training.mode == "synchronous" and path and path.is_file():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+            yield max(row["logp_gap/max"] for row in rows)
 
 
 def _best_of_n_note(name: str, n: int, exact: bool) -> str:

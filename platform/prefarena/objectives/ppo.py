@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefarena.objectives.kl import LOG_RATIO_LIMIT, k2, k3, k3_straight_through
-from prefarena.objectives.output import Mean, ObjectiveOutput, inside, mean_of
+from prefarena.objectives.output import ObjectiveOutput, inside, mean_of
 
 
 def penalised_rewards(scores: Tensor, token_kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -115,11 +115,6 @@ def explained_variance(values: Tensor, returns: Tensor, mask: Tensor) -> Tensor:
     _, residual = masked_moments(returns - values, mask)
     _, total = masked_moments(returns, mask)
     return torch.where(total > 0, 1 - residual / total.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
-
-
-def mean_per_sequence(token_values: Tensor, mask: Tensor) -> Mean:
-    """The mean over sequences of sums over tokens."""
-    return mean_of(inside(token_values, mask).sum(1))
 
 
 def kl_loss(
