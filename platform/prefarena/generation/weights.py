@@ -90,4 +90,7 @@ def check_held(held: Mapping[str, int], sent: Mapping[str, int]) -> None:
         )
     wrong = [name for name in sent if held[name] != sent[name]]
     if wrong:
-        raise WeightMismatchError(f"the engine does not hold what was sent: {_listed(wrong)} differ")
+        raise WeightMismatchError(
+            f"the engine does not hold what was sent: {_listed(wrong)} differ (where vLLM keeps a model's weights in "
+            "another layout this check cannot work: generation.verify_weights: false)"
+        )
