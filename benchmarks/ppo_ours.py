@@ -80,8 +80,10 @@ def main() -> None:
 
     spec = json.loads(Path(sys.argv[1]).read_text(encoding="utf-8"))
     torch.set_num_threads(spec["threads"])
-    ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-    generation = Generation(cpus=spec["threads"], max_num_seqs=256)
+    ray.init(
+        "local", num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR
+    )
+    generation = Generation(cpus=spec["threads"], start_timeout_s=900)
     source = Generators.start(spec["policy"], generation, spec["max_length"], False, names=("bench",), seed=0)
     for line in sys.stdin:
         asked = json.loads(line)
