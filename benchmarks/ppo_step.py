@@ -98,27 +98,27 @@ def freeze_and_compare(python: str, path: Path) -> Parity:
 def measure(python: str, path: Path, setting: Setting, repeats: int) -> dict[str, Rows]:
     """The iterations of each side in turns A B C, C B A, ...; a first block of each is run and dropped."""
     threads = setting.threads
-    trl = Side([python, str(HERE / "trl_ppo.py"), str(path), "time"], path.with_name("trl.log"), threads)
-    ours = Side([sys.executable, str(HERE / "ppo_ours.py"), str(path)], path.with_name("ours.log"), threads)
+    sides = [Side([sys.executable, str(HERE / "ppo_ours.py"), str(path)], path.with_name("ours.log"), threads)]
     count = 0
 
     def run(side: str) -> Rows:
         nonlocal count
         count += 1
         if side == "TRL":
-            return trl.block("")
-        return ours.block(json.dumps({"name": f"{side}-{count}", "mode": side}))
+            return sides[1].block("")
+        return sides[0].block(json.dumps({"name": f"{side}-{count}", "mode": side}))
 
     found: dict[str, Rows] = {side: [] for side in SIDES}
     try:
-        for side in ("TRL", "synchronous"):
-            run(side)
+        run("synchronous")  # the engine has started before TRL's process begins to
+        sides.append(Side([python, str(HERE / "trl_ppo.py"), str(path), "time"], path.with_name("trl.log"), threads))
+        run("TRL")
         for repeat in range(repeats):
             for side in SIDES if repeat % 2 == 0 else reversed(SIDES):
                 found[side] += run(side)
     finally:
-        trl.end()
-        ours.end()
+        for process in sides:
+            process.end()
     return found
 
 
