@@ -156,8 +156,9 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
     notes += list(_reward_model_notes(plans))
     gaps = list(_largest_gaps(plans))
     if gaps:
+        runs = f"{len(gaps)} on-policy run{'s' if len(gaps) > 1 else ''}"
         notes.append(
-            f"Generator and trainer gave the tokens of all {len(gaps)} on-policy runs log-probs that differ by at most "
+            f"Generator and trainer gave every token of {runs} log-probs that differ by at most "
             f"{max(gaps):.1e} nats (`logp_gap/max`)."
         )
     for entry in config.entries:

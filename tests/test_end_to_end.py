@@ -202,7 +202,7 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     assert dpo["kl_stderr"] > 0 and dpo["win_rate_stderr"] >= 0 and dpo["logp_gap/max"] < 1e-3
     assert results.entry("reference").seeds["0"]["kl"] == pytest.approx(0, abs=1e-6)
     assert any("reward model trained on pairs that no entry saw" in note for note in results.notes)
-    assert any("of all 1 on-policy runs" in note for note in results.notes)
+    assert any("every token of 1 on-policy run log-probs" in note for note in results.notes)
     assert not any("{" in note for note in results.notes)
     best = results.entry("best-of-3").seeds["0"]
     assert best["kl_bound"] == pytest.approx(np.log(3) - 2 / 3) and best["win_rate_stderr"] >= 0
