@@ -89,9 +89,8 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
 
     settings = config.evaluation
     generator = start_generator(config, next(iter(waiting.values()))[0], console)
-    share = (
-        config.resources.gpus_per_worker if config.resources.use_gpu else 0
-    )  # beside the generators, which hold theirs
+    # Scorers run beside the generators, which hold their own share of the GPUs.
+    share = config.resources.gpus_per_worker if config.resources.use_gpu else 0
     scorer = ray.remote(num_cpus=1, num_gpus=share)(score_samples)
     running = []
     try:

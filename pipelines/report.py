@@ -92,14 +92,19 @@ def _metrics(trained: Trained) -> Path | None:
     return trained.training.folder / "metrics.jsonl" if trained.training else None
 
 
+def _metric_rows(trained: Trained) -> list[dict[str, float]]:
+    """The rows that an entry's training logged; none where it has no training or left no log."""
+    path = _metrics(trained)
+    if path is None or not path.is_file():
+        return []
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
 def _agreement(trained: Trained) -> list[dict[str, float]]:
     """Logged against exact KL, where both are of the same distribution: rollouts at temperature 1."""
-    trajectory, path, method = read_trajectory(trained.evaluation), _metrics(trained), trained.entry.method
-    if not isinstance(method, OnPolicyMethod) or not trajectory or path is None or not path.is_file():
+    trajectory, rows, method = read_trajectory(trained.evaluation), _metric_rows(trained), trained.entry.method
+    if not isinstance(method, OnPolicyMethod) or method.training.temperature != 1.0 or not trajectory or not rows:
         return []
-    if method.training.temperature != 1.0:
-        return []
-    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     return kl_agreement(trajectory, rows, method.training.rollouts_per_iteration)
 
 
@@ -189,9 +194,8 @@ def _reward_model_notes(plans: list[SeedPlan]) -> Iterator[str]:
 def _largest_gaps(plans: list[SeedPlan]) -> Iterator[float]:
     """Of each on-policy run whose generators held the trainer's weights: the largest gap of a token, nats."""
     for trained in (one for plan in plans for one in plan.trained):
-        method, path = trained.entry.method, _metrics(trained)
-        if isinstance(method, OnPolicyMethod) and method.training.mode == "synchronous" and path and path.is_file():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        method, rows = trained.entry.method, _metric_rows(trained)
+        if isinstance(method, OnPolicyMethod) and method.training.mode == "synchronous" and rows:
             yield max(row["logp_gap/max"] for row in rows)
 
 

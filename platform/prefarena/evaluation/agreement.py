@@ -11,9 +11,9 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 from prefarena.evaluation.enumeration import Responses
+from prefarena.objectives.kl import LOG_RATIO_LIMIT
 
 ESTIMATORS = ("k1", "k3")
-_LOG_RATIO_LIMIT = 20.0  # as in objectives.kl
 
 
 def estimator_spread(responses: Responses, logps: np.ndarray, ref_logps: np.ndarray) -> dict[str, float]:
@@ -29,7 +29,7 @@ def estimator_spread(responses: Responses, logps: np.ndarray, ref_logps: np.ndar
         prefix = np.unique(responses.sequences[:, :length], axis=0, return_inverse=True)[1].reshape(-1)
         after = _prefix_logps(probabilities, prefix), _prefix_logps(np.exp(ref_logps), prefix)
         k1 = (after[0] - before[0]) - (after[1] - before[1])  # of the token at this place
-        negative = np.clip(-k1, -_LOG_RATIO_LIMIT, _LOG_RATIO_LIMIT)
+        negative = np.clip(-k1, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
         inside = responses.lengths >= length
         sums["k1"] += np.where(inside, k1, 0.0)
         sums["k3"] += np.where(inside, np.expm1(negative) - negative, 0.0)
