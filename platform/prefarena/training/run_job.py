@@ -9,8 +9,9 @@ from typing import Any
 
 from prefarena.modeling.load import load_policy, load_tokenizer, save_policy
 from prefarena.stages import write_failure, write_manifest
+from prefarena.training.guard import TrainingDivergedError
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
-from prefarena.training.off_policy import TrainingDivergedError, train
+from prefarena.training.off_policy import train
 from prefarena.training.reward_model import train_reward_model
 from prefarena.training.storage import full_disk_named
 from prefarena.training.terms import (
