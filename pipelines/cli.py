@@ -16,7 +16,8 @@ what is written where (under `output`, by default ./runs):
                             the same settings reuse it, changed settings get a folder of their own.
   NAME-HASH/                the comparison's run folder: config.yaml (resolved), results.json, report.md, figures/,
                             checkpoints/ (links to the trained models)
-  ray_train/                Ray Train's checkpoints of runs under way
+  leases/                   who is at work on what; one that is left by a killed run is taken over
+  ray_train/                Ray Train's own notes of runs under way
 
 exit status: 0 done; 2 input that cannot be used (one sentence says what); 1 anything else, with a traceback.
 """
@@ -56,6 +57,11 @@ def build_parser() -> argparse.ArgumentParser:
             metavar="KEY.PATH=VALUE",
             help="override a setting, e.g. --set entries.dpo.method.beta=0.3 --set seeds=[0,1,2] (repeatable)",
         )
+        command.add_argument(
+            "--retry-failed",
+            action="store_true",
+            help="train again what failed in an earlier run, from its last checkpoint",
+        )
     commands.add_parser("methods", help="the methods and their settings with defaults")
     return parser
 
@@ -66,13 +72,13 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "methods":
             return _methods()
-        return _run(arguments.command, arguments.config, arguments.set)
+        return _run(arguments.command, arguments.config, arguments.set, arguments.retry_failed)
     except UserError as error:
         print(f"prefarena: {error}", file=sys.stderr)
         return 2
 
 
-def _run(command: str, path: str | None, overrides: list[str]) -> int:
+def _run(command: str, path: str | None, overrides: list[str], retry_failed: bool) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
@@ -83,7 +89,7 @@ def _run(command: str, path: str | None, overrides: list[str]) -> int:
     transformers_logging.disable_progress_bar()
     config = load_config(path, overrides)
     console = Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
-    compare(config, console, "report" if command == "compare" else command)
+    compare(config, console, "report" if command == "compare" else command, retry_failed=retry_failed)
     return 0
 
 
