@@ -8,8 +8,9 @@ import pytest
 from transformers import PreTrainedTokenizerFast
 
 from prefarena.config import TextTask
-from prefarena.data import formats, tokenization
-from prefarena.data.formats import Unusable, normalise
+from prefarena.data import rejections
+from prefarena.data.formats import normalise
+from prefarena.data.rejections import Unusable
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
 
@@ -71,18 +72,18 @@ def test_truncation_keeps_the_end_of_prompts_and_the_start_of_responses(bpe: Pre
     assert (tokens.prompt_cut, tokens.num_responses_cut) == (True, 1)
     with pytest.raises(Unusable) as dropped:
         Tokenizer(bpe, task.model_copy(update={"long_prompts": "drop"})).pair(pair)
-    assert dropped.value.reason == tokenization.PROMPT_TOO_LONG
+    assert dropped.value.reason == rejections.PROMPT_TOO_LONG
 
 
 def test_pairs_that_truncation_makes_equal_and_inner_eos_are_dropped(bpe: PreTrainedTokenizerFast) -> None:
     tokenizer = Tokenizer(bpe, TextTask(data="x", max_response_tokens=2))
-    for chosen, expected in (("xyz", tokenization.IDENTICAL_CUT), ("a<|eos|>b", tokenization.END_INSIDE)):
+    for chosen, expected in (("xyz", rejections.IDENTICAL_CUT), ("a<|eos|>b", rejections.END_INSIDE)):
         with pytest.raises(Unusable) as dropped:
             tokenizer.pair(normalise({"prompt": "p", "chosen": chosen, "rejected": "xyw"}))
         assert dropped.value.reason == expected
     with pytest.raises(Unusable) as same:
         tokenizer.pair(normalise({"prompt": "p", "chosen": "a", "rejected": "a<|eos|>"}))
-    assert same.value.reason == formats.IDENTICAL
+    assert same.value.reason == rejections.IDENTICAL
 
 
 def test_a_tokenizer_without_eos_is_the_users_to_mend(bpe: PreTrainedTokenizerFast) -> None:
