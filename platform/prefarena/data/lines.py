@@ -14,6 +14,7 @@ from typing import IO, Any
 from prefarena.data.rejections import NOT_AN_OBJECT, NOT_JSON, NOT_UTF8, Unusable
 
 _BOM = b"\xef\xbb\xbf"
+_ICONV = "convert it, for example by `iconv -f UTF-16 -t UTF-8`"
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # UTF-32 begins with them too, or with a NUL
 
 
@@ -87,14 +88,12 @@ def _within(lines: Lines, most_bytes: int) -> Iterator[Lines]:
 
 def _checked_start(piece: bytes) -> bytes:
     """The beginning of a file without a UTF-8 byte order mark."""
-    if piece.startswith(_UTF16) or b"\0" in piece[:4]:
-        raise WrongFile(
-            "is not UTF-8 but UTF-16, UTF-32 or binary; convert it, for example by `iconv -f UTF-16 -t UTF-8`"
-        )
     if piece.startswith(b"\x1f\x8b"):
         raise WrongFile("is compressed, which its name does not say; rename it to end in .gz")
     if piece.startswith(b"PAR1"):
         raise WrongFile("is a parquet file; rename it to end in .parquet")
+    if piece.startswith(_UTF16) or b"\0" in piece[:4]:
+        raise WrongFile(f"is UTF-16, UTF-32 or binary, not UTF-8; {_ICONV}")
     if piece.removeprefix(_BOM).lstrip().startswith(b"["):
         raise WrongFile("holds a JSON array, not one object a line; convert it, for example by `jq -c '.[]'`")
     return piece.removeprefix(_BOM)
