@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from prefarena.data.plan import BatchPlan
+from prefarena.data.plan import BatchPlan, token_batches
 from prefarena.errors import UserError
 
 
@@ -63,3 +65,19 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
         make(10, 3, 1, 2)
     with pytest.raises(UserError, match="no rows"):
         BatchPlan(np.array([], dtype=np.int64), 2, 1, 1, 0)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 50), min_size=1, max_size=60), rows=st.integers(1, 9), tokens=st.integers(1, 200)
+)
+@settings(max_examples=60, deadline=None)
+def test_batches_by_tokens_hold_every_row_once_within_the_limits(lengths: list[int], rows: int, tokens: int) -> None:
+    sizes = np.array(lengths)
+    batches = token_batches(sizes, rows, tokens)
+    assert sorted(np.concatenate(batches)) == list(range(len(sizes)))
+    assert all(len(batch) <= rows for batch in batches)
+    assert all(len(batch) == 1 or len(batch) * sizes[batch].max() <= tokens for batch in batches)
+    longest = [sizes[batch].max() for batch in batches]
+    assert longest == sorted(longest)
+    for batch, following in pairwise(batches):  # none has room for another row
+        assert len(batch) == rows or (len(batch) + 1) * sizes[following[0]] > tokens

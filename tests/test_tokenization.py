@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import PreTrainedTokenizerFast
@@ -42,6 +43,45 @@ def test_boundary_is_exact_and_text_survives(bpe: PreTrainedTokenizerFast) -> No
         assert bpe.decode(ids[:-1]) == text
         assert (tokens.prompt_ids + ids).count(bpe.bos_token_id) == 1
         assert ids.count(bpe.eos_token_id) == 1 and ids[-1] == bpe.eos_token_id
+
+
+def test_a_batch_gives_what_its_pairs_give_one_by_one(bpe: PreTrainedTokenizerFast) -> None:
+    rows: list[dict[str, Any]] = [
+        {"prompt": f"naïve {i} 🙂?", "chosen": f" I think\u2028so {i}" * (i + 1), "rejected": "x"} for i in range(9)
+    ]
+    rows[3]["rejected"] = " <|bos|>no"
+    other = {**CHAT, "prompt": [{"role": "user", "content": "🙂"}]}
+    rows += [CHAT, {"prompt": "p" * 99, "chosen": "a", "rejected": "b"}, other]
+    task = TextTask(data="x", max_prompt_tokens=60, max_response_tokens=40)
+    pairs = [normalise(row) for row in rows]
+    for template in (None, TEMPLATE):
+        bpe.chat_template = template
+        tokenizer = Tokenizer(bpe, task)
+        together = tokenizer.pairs(pairs)
+        for pair, found in zip(pairs, together, strict=True):
+            if isinstance(found, Unusable):
+                with pytest.raises(Unusable, match=found.reason):
+                    tokenizer.pair(pair)
+            else:
+                assert found == tokenizer.pair(pair)
+        reasons = [found.reason if isinstance(found, Unusable) else None for found in together]
+        assert reasons == [None] * 3 + [rejections.END_INSIDE] + [None] * 6 + [rejections.PROMPT_TOO_LONG, None]
+        for pair, found in zip(pairs[:3], together[:3], strict=True):  # as transformers encodes a single text
+            assert not isinstance(found, Unusable)
+            ids = [
+                bpe(text, add_special_tokens=False)["input_ids"] for text in (pair.prompt, pair.chosen, pair.rejected)
+            ]
+            whole = [[bpe.bos_token_id, *ids[0]], [*ids[1], bpe.eos_token_id], [*ids[2], bpe.eos_token_id]]
+            assert [found.prompt_ids, found.chosen_ids, found.rejected_ids] == [whole[0], whole[1][:40], whole[2]]
+
+
+def test_special_tokens_may_be_split_as_the_tokenizer_says(bpe: PreTrainedTokenizerFast) -> None:
+    pair = normalise({"prompt": "p", "chosen": "a<|eos|>b", "rejected": "c"})
+    bpe.split_special_tokens = True
+    (found,) = Tokenizer(bpe, TextTask(data="x")).pairs([pair])
+    assert not isinstance(found, Unusable)
+    assert found.chosen_ids == [*bpe("a<|eos|>b", add_special_tokens=False)["input_ids"], bpe.eos_token_id]
+    assert bpe.eos_token_id not in found.chosen_ids[:-1]
 
 
 def test_chat_template_writes_neither_a_second_bos_nor_a_second_eos(bpe: PreTrainedTokenizerFast) -> None:

@@ -65,3 +65,20 @@ class BatchPlan:
             rows = rows[np.argsort(self.lengths[rows], kind="stable")]
             batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         return np.concatenate([batches[i] for i in generator.permutation(len(batches))])
+
+
+def token_batches(lengths: NDArray[np.int64], most_rows: int, most_tokens: int) -> list[NDArray[np.int64]]:
+    """Row numbers of batches of similar length, the shortest first, that hold all rows once.
+
+    `lengths`: [N] in tokens. A batch has at most `most_rows` rows and, padded to its longest, `most_tokens` tokens; a
+    row that is longer is one by itself.
+    """
+    order = np.argsort(lengths, kind="stable")
+    batches, start = [], 0
+    for stop in range(1, len(order) + 1):
+        size = stop - start
+        full = size == most_rows or stop == len(order)
+        if full or (size + 1) * lengths[order[stop]] > most_tokens:
+            batches.append(order[start:stop])
+            start = stop
+    return batches

@@ -8,6 +8,8 @@ import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 
+ROW_GROUP = 1024  # rows that are read or written at once where a table is not taken whole
+
 
 def read_rows(path: str | Path, columns: list[str] | None = None) -> pa.Table:
     """A parquet file, or a folder of them, sorted by `id`: the order of files and blocks does not matter."""
@@ -20,4 +22,4 @@ def write_rows(table: pa.Table, path: str | Path, schema: pa.Schema) -> None:
     """One parquet file at `path`, with exactly `schema`."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.select(schema.names).cast(schema), target)
+    pq.write_table(table.select(schema.names).cast(schema), target, row_group_size=ROW_GROUP)

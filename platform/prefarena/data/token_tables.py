@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from prefarena.config import TextTask
 from prefarena.data.rejections import DUPLICATE, OTHER_SPLIT, Rejections
+from prefarena.data.tables import ROW_GROUP
 from prefarena.errors import UserError
 from prefarena.records import DEMONSTRATIONS, PAIRS, PROMPTS
 
@@ -23,7 +24,6 @@ _TABLES = {
     "demonstrations": DEMONSTRATIONS,
     "prompts": PROMPTS,
 }
-_ROW_GROUP = 1024
 #: What decides where a row goes; the token columns stay in Arrow.
 _DECIDING = ["file", "row", "reason", "detail", "split", "id", "prompt_id", "demonstration_id"]
 
@@ -43,7 +43,7 @@ class ParquetRows:
         table = pa.Table.from_pydict({name: columns[name] for name in self._schema.names}, schema=self._schema)
         self.count += table.num_rows
         self._waiting = pa.concat_tables([self._waiting, table])
-        whole = self._waiting.num_rows // _ROW_GROUP * _ROW_GROUP
+        whole = self._waiting.num_rows // ROW_GROUP * ROW_GROUP
         if whole:
             self._write(self._waiting.slice(0, whole))
             self._waiting = self._waiting.slice(whole).combine_chunks()
@@ -54,7 +54,7 @@ class ParquetRows:
         self._writer.close()
 
     def _write(self, rows: pa.Table) -> None:
-        self._writer.write_table(rows.combine_chunks(), row_group_size=_ROW_GROUP)
+        self._writer.write_table(rows.combine_chunks(), row_group_size=ROW_GROUP)
 
 
 class Seen:
