@@ -16,6 +16,7 @@ what is written where (under `output`, by default ./runs):
                             the same settings reuse it, changed settings get a folder of their own.
   NAME-HASH/                the comparison's run folder: config.yaml (resolved), results.json, report.md, figures/,
                             checkpoints/ (links to the trained models)
+  reference_logps/          the reference's log-probs of pairs, named by their content: computed once for all runs
   ray_train/                Ray Train's checkpoints of runs under way
 
 exit status: 0 done; 2 input that cannot be used (one sentence says what); 1 anything else, with a traceback.

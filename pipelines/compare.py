@@ -54,7 +54,7 @@ def compare(config: Comparison, console: Console, last: str = "report") -> Path:
 def check_input(config: Comparison) -> None:
     """Everything that can be found wrong without any work. Raises UserError."""
     if isinstance(config.task, TextTask):
-        check_text_task(config.task)
+        check_text_task(config.task, config.model)
     else:
         Language(config.task)
     if isinstance(config.model, PretrainedModel):

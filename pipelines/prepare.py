@@ -110,7 +110,8 @@ def _write_logps(config: Comparison, plan: SeedPlan, folder: Path) -> None:
         plan.pairs.folder,
         model_of(plan.reference),
         folder,
+        cache=Path(config.output).absolute() / "reference_logps",
         num_actors=config.resources.num_workers,
-        batch_size=config.evaluation.batch_size,
+        max_length=max_length(plan.task),
         use_gpu=config.resources.use_gpu,
     )
