@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import torch
 
+from prefarena.config import Resources
 from prefarena.data.tables import read_rows
 from prefarena.evaluation.sampled import response_logps
 from prefarena.modeling.load import load_policy, load_tokenizer
@@ -21,8 +23,8 @@ from prefarena.stages import write_manifest
 class ReferenceLogps:
     """A Ray Data actor: batches of pairs in, the same rows with the reference's log-probs out."""
 
-    def __init__(self, reference: str, batch_size: int, use_gpu: bool) -> None:
-        torch.set_num_threads(1)
+    def __init__(self, reference: str, batch_size: int, use_gpu: bool, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
         self.model = load_policy(reference)
         torch.nn.Module.to(self.model, "cuda" if use_gpu else "cpu")
         self.pad_id = load_tokenizer(reference).pad_token_id
@@ -36,14 +38,23 @@ class ReferenceLogps:
         return pa.Table.from_pydict({name: batch[name] for name in REFERENCED_PAIRS.names}, schema=REFERENCED_PAIRS)
 
 
-def add_reference_logps(
-    pairs: Path, reference: str, folder: Path, *, num_actors: int, batch_size: int, use_gpu: bool = False
-) -> None:
+def scoring_options(resources: Resources) -> dict[str, Any]:
+    """Ray's options of an actor or a task that scores."""
+    scoring, gpus = resources.scoring, 0.0
+    if resources.use_gpu:
+        gpus = scoring.gpus if scoring.gpus is not None else resources.gpus_per_worker
+    options: dict[str, Any] = {"num_cpus": scoring.cpus, "num_gpus": gpus}
+    return options | ({"label_selector": dict(scoring.labels)} if scoring.labels else {})
+
+
+def add_reference_logps(pairs: Path, reference: str, folder: Path, *, resources: Resources, batch_size: int) -> None:
     """Write train_pairs/ and test_pairs/ with the two columns, and the manifest, to `folder`."""
     import ray.data
     from ray.data import SaveMode
 
     started = time.perf_counter()
+    scoring, use_gpu = resources.scoring, resources.use_gpu
+    num_actors = scoring.num_actors or resources.num_workers
     num_tokens = 0
     for split in ("train_pairs", "test_pairs"):
         dataset = (
@@ -51,12 +62,11 @@ def add_reference_logps(
             .repartition(num_actors)
             .map_batches(
                 ReferenceLogps,
-                fn_constructor_args=(reference, batch_size, use_gpu),
+                fn_constructor_args=(reference, batch_size, use_gpu, max(1, int(scoring.cpus))),
                 batch_format="pyarrow",
                 batch_size=1024,
                 compute=ray.data.ActorPoolStrategy(size=num_actors),
-                num_cpus=1,
-                num_gpus=1 if use_gpu else 0,
+                **scoring_options(resources),
             )
         )
         dataset.write_parquet(str(folder / split), mode=SaveMode.OVERWRITE)

@@ -6,6 +6,7 @@ The token goes into a header and nowhere else: not to the job, its metadata or a
 from __future__ import annotations
 
 import asyncio
+import logging
 import os
 import re
 import time
@@ -47,6 +48,9 @@ class JobClient(JobSubmissionClient):
         self._client_ray_version = ray.__version__
         self.shown, self._has_token = _shown(address), token is not None
         headers = {"Authorization": f"Bearer {token}"} if token else {}
+        for name in ("job.sdk", "dashboard_sdk"):
+            logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
+        logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
         SubmissionClient.__init__(self, address=address, headers=headers)
         self._check_connection_and_version("2.9")
 
