@@ -50,6 +50,9 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _add_config(command)
+    doctor = commands.add_parser("doctor", help="what is here, what a comparison needs, and what of it will not fit")
+    doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="none: only what is here")
+    _add_overrides(doctor)
     commands.add_parser("methods", help="the methods and their settings with defaults")
     _add_cluster_commands(commands)
     return parser
@@ -57,6 +60,10 @@ def build_parser() -> argparse.ArgumentParser:
 
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="default: the embedded default")
+    _add_overrides(command)
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--set",
         action="append",
@@ -73,6 +80,7 @@ def _add_cluster_commands(commands: Any) -> None:
     _add_config(submit)
     submit.add_argument("--name", help="the job's name; none: the comparison's and eight random characters")
     submit.add_argument("--follow", action="store_true", help=follow)
+    submit.add_argument("--check", action="store_true", help="run `prefarena doctor` there instead of the comparison")
     submit.add_argument(
         "--include",
         action="append",
@@ -101,6 +109,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "methods":
             return _methods()
+        if arguments.command == "doctor":
+            return _doctor(arguments.config, arguments.set)
         if arguments.command in _STEPS:
             return _run(arguments.command, arguments.config, arguments.set)
         from pipelines.submit import COMMANDS
@@ -116,6 +126,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(command: str, path: str | None, overrides: list[str]) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from prefarena.cluster.session import listen_on_loopback
+
+    listen_on_loopback()
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
@@ -127,6 +140,16 @@ def _run(command: str, path: str | None, overrides: list[str]) -> int:
     console = Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
     compare(config, console, "report" if command == "compare" else command)
     return 0
+
+
+def _doctor(path: str | None, overrides: list[str]) -> int:
+    from prefarena.cluster.session import listen_on_loopback
+
+    listen_on_loopback()
+    from pipelines.doctor import doctor
+    from prefarena.config import load_config
+
+    return doctor(load_config(path, overrides) if path or overrides else None)
 
 
 def _methods() -> int:

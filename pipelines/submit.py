@@ -35,8 +35,10 @@ def submit(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="prefarena-") as folder:
         include = [Path(path) for path in arguments.include]
         write_package(Path(folder), Path(pipelines.__file__).parent, dump_config(config), include)
-        client.submit(name, f"python -m pipelines.compare {CONFIG_NAME}", Path(folder))
-    print(f"job {name} is submitted to {client.shown}; it writes to {config.output}", flush=True)
+        module = "doctor" if arguments.check else "compare"
+        client.submit(name, f"python -m pipelines.{module} {CONFIG_NAME}", Path(folder))
+    what = f"it looks at {config.output}" if arguments.check else f"it writes to {config.output}"
+    print(f"job {name} is submitted to {client.shown}; {what}", flush=True)
     if arguments.follow:
         return _follow(client, name)
     print(f"prefarena logs {name} --follow    shows what it does; `status`, `stop` take its name too")

@@ -14,6 +14,16 @@ from prefarena.errors import UserError
 _LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
 
+def listen_on_loopback() -> None:
+    """Have a local Ray that this process starts answer on this machine alone. Call it before Ray is imported.
+
+    Ray's servers take every interface of the machine unless its own address is the loopback's; on Linux this is how it
+    is told. A cluster that is joined listens as it was started.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
 @contextmanager
 def ray_session() -> Iterator[dict[str, float]]:
     """Yields the cluster's total resources. A cluster that was started here is shut down at the end.
