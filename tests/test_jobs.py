@@ -6,9 +6,10 @@ import os
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import aiohttp
 import pytest
 import yaml
 from head import TOKEN, Head, running_head, wait_for_line
@@ -16,9 +17,9 @@ from ray.job_submission import JobDetails, JobStatus, JobType
 
 import pipelines
 from pipelines.cli import main
-from prefarena.cluster.jobs import JobClient, exit_status, follow, head_address, read_token
+from prefarena.cluster.jobs import JobClient, UnreachableError, exit_status, follow, head_address, read_token
 from prefarena.cluster.package import write_package
-from prefarena.errors import UserError
+from prefarena.errors import ClusterLostError, UserError
 
 ROOT = Path(__file__).parents[1]
 QUICK = {"num_steps": 4, "batch_size": 16, "micro_batch_size": 16}
@@ -141,6 +142,53 @@ def test_a_package_holds_the_code_and_no_more(tmp_path: Path) -> None:
         empty.mkdir()
         with pytest.raises(UserError, match=says):
             write_package(empty, Path(pipelines.__file__).parent, "", [tmp_path / name, ROOT / name])
+
+
+class CutClient:
+    """Stands for a head whose connection breaks after the first piece of a log, and which does not answer once."""
+
+    shown = "http://head"
+    text = "one\ntwo\nthree\n"
+
+    def __init__(self) -> None:
+        self.asked = self.tailed = 0
+
+    def details(self, name: str) -> JobDetails:
+        self.asked += 1
+        if self.asked == 2:
+            raise UnreachableError("not now")
+        return details(JobStatus.SUCCEEDED if self.asked > 4 else JobStatus.RUNNING, 0)
+
+    async def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        self.tailed += 1
+        yield "one\n"
+        if self.tailed == 1:
+            raise aiohttp.ClientConnectionError
+        yield "two\n"
+
+    def get_job_logs(self, name: str) -> str:
+        return self.text
+
+
+def test_a_lost_connection_is_made_again_and_nothing_is_shown_twice() -> None:
+    client, pieces = CutClient(), list[str]()
+    assert exit_status(follow(client, "x", pieces.append)) == 0  # type: ignore[arg-type]
+    assert "".join(pieces) == CutClient.text and client.tailed > 1
+
+
+def test_a_head_that_stays_away_is_waited_for_no_longer_than_the_limit() -> None:
+    client = CutClient()
+
+    def gone(name: str) -> JobDetails:
+        client.details = never  # type: ignore[method-assign]
+        return details(JobStatus.RUNNING)
+
+    def never(name: str) -> JobDetails:
+        raise UnreachableError("gone")
+
+    client.details = gone  # type: ignore[method-assign]
+    with pytest.raises(ClusterLostError, match=r"has not answered for 0.1 s; job 'x' may still run.*logs x --follow"):
+        follow(client, "x", lambda text: None, patience_s=0.1)  # type: ignore[arg-type]
 
 
 # --------------------------------------------------------------------------------------- on a cluster
