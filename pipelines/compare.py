@@ -14,6 +14,7 @@ from pipelines.preferences import check_text_task
 from pipelines.prepare import prepare
 from pipelines.report import report, run_folder
 from pipelines.train import train
+from prefarena.cluster.capacity import check_placement, cluster_nodes
 from prefarena.cluster.session import check_resources, ray_session, requested
 from prefarena.config import BestOfN, Comparison, EndpointJudge, OnPolicyMethod, PretrainedModel, RewardModel, TextTask
 from prefarena.errors import UserError
@@ -39,7 +40,9 @@ def compare(config: Comparison, console: Console, last: str = "report") -> Path:
     wanted = STEPS[: STEPS.index(last) + 1]
     if any(not stage.finished for stage in all_stages(plans)):
         with ray_session() as available:
-            check_resources(config, available)
+            if not config.resources.autoscaled:
+                check_resources(config, available)
+                check_placement(config, cluster_nodes())
             for step, work in zip(STEPS, (prepare, train, evaluate), strict=False):
                 if step in wanted:
                     work(config, plans, console)

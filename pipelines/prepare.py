@@ -16,6 +16,7 @@ from pipelines.preferences import prepare_text
 from pipelines.progress import stage_line, watch
 from pipelines.reference import add_reference_logps
 from pipelines.reference_samples import draw_reference_samples
+from prefarena.cluster.capacity import telling_capacity
 from prefarena.cluster.waiting import get_within
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, Resources, TextTask
 from prefarena.data.tables import write_rows
@@ -54,7 +55,12 @@ def run(resources: Resources, jobs: Sequence[Job], config: Comparison, console: 
         return
     groups = [jobs[start :: resources.concurrent_runs] for start in range(min(resources.concurrent_runs, len(jobs)))]
     title = f"training {', '.join(job.name for job in waiting)}"
-    with stage_line(console, title), watch(console, waiting), ThreadPoolExecutor(len(groups)) as pool:
+    with (
+        stage_line(console, title),
+        telling_capacity(),
+        watch(console, waiting),
+        ThreadPoolExecutor(len(groups)) as pool,
+    ):
         for group in [pool.submit(run_jobs, group, resources, storage) for group in groups]:
             group.result()
 
@@ -111,7 +117,6 @@ def _write_logps(config: Comparison, plan: SeedPlan, folder: Path) -> None:
         model_of(plan.reference),
         folder,
         cache=Path(config.output).absolute() / "reference_logps",
-        num_actors=config.resources.num_workers,
+        resources=config.resources,
         max_length=max_length(plan.task),
-        use_gpu=config.resources.use_gpu,
     )

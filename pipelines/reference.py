@@ -27,6 +27,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from prefarena.config import Resources
 from prefarena.data.plan import within_budget
 from prefarena.errors import UserError
 from prefarena.modeling.load import load_policy, load_tokenizer
@@ -69,15 +70,23 @@ class Scores:
     num_tokens: int
 
 
+def scoring_options(resources: Resources) -> dict[str, Any]:
+    """Ray's options of an actor or a task that scores."""
+    scoring, gpus = resources.scoring, 0.0
+    if resources.use_gpu:
+        gpus = scoring.gpus if scoring.gpus is not None else resources.gpus_per_worker
+    options: dict[str, Any] = {"num_cpus": scoring.cpus, "num_gpus": gpus}
+    return options | ({"label_selector": dict(scoring.labels)} if scoring.labels else {})
+
+
 def add_reference_logps(
     pairs: Path,
     reference: str,
     folder: Path,
     *,
     cache: Path,
-    num_actors: int,
+    resources: Resources,
     max_length: int | None = None,
-    use_gpu: bool = False,
     part_rows: int = PART_ROWS,
 ) -> None:
     """Write train_pairs/ and test_pairs/ with the two columns, and the manifest, to `folder`.
@@ -87,12 +96,12 @@ def add_reference_logps(
     """
     started = time.perf_counter()
     cache.mkdir(parents=True, exist_ok=True)
-    model = [_SCORING, weights_digest(reference), "cuda" if use_gpu else "cpu", BATCH_TOKENS]
+    model = [_SCORING, weights_digest(reference), *_scorer(resources), BATCH_TOKENS]
     parts = {split: find_parts(pairs / split, cache, model, part_rows) for split in SPLITS}
     wanted = {part.scores: part for split in SPLITS for part in parts[split]}
     missing = [part for part in wanted.values() if read_scores(part) is None]
     if missing:
-        _compute(missing, reference, num_actors, max_length, use_gpu)
+        _compute(missing, reference, resources, max_length)
     found = [_write_scored(parts[split], folder / split) for split in SPLITS]
     costs = {
         "wall_seconds": time.perf_counter() - started,
@@ -154,10 +163,10 @@ def write_scores(part: Part, scores: Scores) -> None:
 class ReferenceLogps:
     """A Ray Data actor: parts in; their scores go to the cache."""
 
-    def __init__(self, reference: str, max_length: int | None, use_gpu: bool) -> None:
-        torch.set_num_threads(1)
+    def __init__(self, reference: str, max_length: int | None, device: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
         model = load_policy(reference)
-        torch.nn.Module.to(model, "cuda" if use_gpu else "cpu")
+        torch.nn.Module.to(model, device)
         self.module = LogProbs(model, max_length)
         self.pad_id = load_tokenizer(reference).pad_token_id
 
@@ -201,18 +210,23 @@ def _digest(model: list[Any], rows: pa.Table) -> str:
     return digest.hexdigest()[:32]
 
 
-def _compute(parts: list[Part], reference: str, num_actors: int, max_length: int | None, use_gpu: bool) -> None:
+def _scorer(resources: Resources) -> tuple[str, int]:
+    """The device and the number of threads of an actor; both change the last bits of what it computes."""
+    return "cuda" if resources.use_gpu else "cpu", max(1, int(resources.scoring.cpus))
+
+
+def _compute(parts: list[Part], reference: str, resources: Resources, max_length: int | None) -> None:
     import ray.data
 
+    num_actors = resources.scoring.num_actors or resources.num_workers
     # One block a part: when an actor dies, only the part that it was at is done again.
     done = ray.data.from_items([vars(part) for part in parts], override_num_blocks=len(parts)).map_batches(
         ReferenceLogps,
-        fn_constructor_args=(reference, max_length, use_gpu),
+        fn_constructor_args=(reference, max_length, *_scorer(resources)),
         batch_format="pyarrow",
         batch_size=1,
         compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(parts))),
-        num_cpus=1,
-        num_gpus=1 if use_gpu else 0,
+        **scoring_options(resources),
     )
     for _ in done.iter_batches(batch_size=None):
         pass

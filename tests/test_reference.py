@@ -23,6 +23,7 @@ from pipelines.reference import (
     read_scores,
     weights_digest,
 )
+from prefarena.config import Resources
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import UserError
 from prefarena.evaluation.sampled import response_logps
@@ -68,13 +69,15 @@ def computed(
 
 def run(pairs: Path, policy: str, folder: Path, cache: Path, num_actors: int = 1) -> dict[str, Any]:
     """Compute what is missing in `cache`, and return the manifest."""
-    add_reference_logps(pairs, policy, folder, cache=cache, num_actors=num_actors, part_rows=PART_ROWS)
+    add_reference_logps(
+        pairs, policy, folder, cache=cache, resources=Resources(num_workers=num_actors), part_rows=PART_ROWS
+    )
     return read_manifest(folder)
 
 
 def parts_of(pairs: Path, policy: str, cache: Path) -> list[Part]:
     """The parts of both tables as `run` finds them."""
-    model = [2, weights_digest(policy), "cpu", BATCH_TOKENS]
+    model = [2, weights_digest(policy), "cpu", 1, BATCH_TOKENS]
     return [
         part for split in ("train_pairs", "test_pairs") for part in find_parts(pairs / split, cache, model, PART_ROWS)
     ]
@@ -98,7 +101,7 @@ def test_a_killed_run_goes_on_with_the_missing_parts_and_no_bit_differs(
     assert {Path(part.scores).name for part in parts} == {path.name for path in cache.iterdir()}
     fields = [vars(part) for part in parts[:3]]
     num_threads = torch.get_num_threads()
-    ReferenceLogps(tiny_policy, None, use_gpu=False)(pa.Table.from_pylist(fields))  # what a killed run leaves
+    ReferenceLogps(tiny_policy, None, "cpu", 1)(pa.Table.from_pylist(fields))  # what a killed run leaves
     torch.set_num_threads(num_threads)
     (killed / ".half.npz").write_bytes(b"half of a part")
     before = {part.scores: Path(part.scores).stat().st_mtime_ns for part in parts[:3]}

@@ -45,10 +45,11 @@ def run_jobs(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
     except ControllerError as error:
         if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             raise
-        each = ", ".join(f"{amount:g} {kind}" for kind, amount in _per_worker(resources).items())
+        each = ", ".join(f"{amount:g} {kind}" for kind, amount in _per_worker(resources).items()) + " each"
+        each += "".join(f", {label}: {wanted}" for label, wanted in resources.labels)
         raise WaitTimeoutError(
             f"waited {resources.start_timeout_s:g} s for a group of {resources.num_workers} training workers "
-            f"({each} each) to be placed; resources.start_timeout_s sets the limit"
+            f"({each}) to be placed; resources.start_timeout_s sets the limit"
         ) from error
 
 
@@ -61,7 +62,10 @@ def _trainer(jobs: Sequence[Job], resources: Resources, storage: str) -> Any:
         _worker_loop,
         train_loop_config={"jobs": list(jobs), "num_threads": int(resources.cpus_per_worker)},
         scaling_config=ScalingConfig(
-            num_workers=resources.num_workers, use_gpu=resources.use_gpu, resources_per_worker=_per_worker(resources)
+            num_workers=resources.num_workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker=_per_worker(resources),
+            label_selector=dict(resources.labels) or None,
         ),
         run_config=RunConfig(
             name=f"jobs-{digest}",
