@@ -17,7 +17,8 @@ what is written where (under `output`, by default ./runs):
   NAME-HASH/                the comparison's run folder: config.yaml (resolved), results.json, report.md, figures/,
                             checkpoints/ (links to the trained models)
   reference_logps/          the reference's log-probs of pairs, named by their content: computed once for all runs
-  ray_train/                Ray Train's checkpoints of runs under way
+  leases/                   who is at work on what; one that is left by a killed run is taken over
+  ray_train/                Ray Train's own notes of runs under way
 
 exit status: 0 done; 2 input that cannot be used (one sentence says what); 1 anything else, with a traceback.
 `submit --follow` and `logs --follow` end with the job's own; 143 when it was stopped.
@@ -51,6 +52,11 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _add_config(command)
+        command.add_argument(
+            "--retry-failed",
+            action="store_true",
+            help="train again what failed in an earlier run, from its last checkpoint",
+        )
     doctor = commands.add_parser("doctor", help="what is here, what a comparison needs, and what of it will not fit")
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="none: only what is here")
     _add_overrides(doctor)
@@ -113,7 +119,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "doctor":
             return _doctor(arguments.config, arguments.set)
         if arguments.command in _STEPS:
-            return _run(arguments.command, arguments.config, arguments.set)
+            return _run(arguments.command, arguments.config, arguments.set, arguments.retry_failed)
         from pipelines.submit import COMMANDS
 
         return COMMANDS[arguments.command](arguments)
@@ -125,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
         return 1
 
 
-def _run(command: str, path: str | None, overrides: list[str]) -> int:
+def _run(command: str, path: str | None, overrides: list[str], retry_failed: bool) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     from prefarena.cluster.session import listen_on_loopback
 
@@ -139,7 +145,7 @@ def _run(command: str, path: str | None, overrides: list[str]) -> int:
     transformers_logging.disable_progress_bar()
     config = load_config(path, overrides)
     console = Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
-    compare(config, console, "report" if command == "compare" else command)
+    compare(config, console, "report" if command == "compare" else command, retry_failed=retry_failed)
     return 0
 
 
