@@ -15,6 +15,7 @@ from pipelines.preferences import check_text_task
 from pipelines.prepare import prepare
 from pipelines.report import report, run_folder
 from pipelines.train import train
+from prefarena.cluster.capacity import check_placement, cluster_nodes
 from prefarena.cluster.session import check_resources, ray_session, requested
 from prefarena.config import BestOfN, Comparison, EndpointJudge, OnPolicyMethod, PretrainedModel, RewardModel, TextTask
 from prefarena.errors import UserError
@@ -48,7 +49,9 @@ def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: 
     wanted = STEPS[: STEPS.index(last) + 1]
     if any(not stage.finished for stage in needed_stages(plans)):
         with ray_session() as available:
-            check_resources(config, available)
+            if not config.resources.autoscaled:
+                check_resources(config, available)
+                check_placement(config, cluster_nodes())
             for step, work in zip(STEPS, (prepare, train, evaluate), strict=False):
                 if step in wanted:
                     work(config, plans, console)
@@ -63,7 +66,7 @@ def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: 
 def check_input(config: Comparison) -> None:
     """Everything that can be found wrong without any work. Raises UserError."""
     if isinstance(config.task, TextTask):
-        check_text_task(config.task)
+        check_text_task(config.task, config.model)
     else:
         Language(config.task)
     if isinstance(config.model, PretrainedModel):

@@ -28,6 +28,7 @@ from pipelines.exact import (
 )
 from pipelines.plan import SeedPlan, Trained, judge_spec, model_of, policy_of, response_limit, unique
 from pipelines.progress import stage_line
+from pipelines.reference import scoring_options
 from pipelines.train import start_generator
 from prefarena.cluster.waiting import get_within
 from prefarena.config import BestOfN, Comparison, Evaluation, LanguageTask
@@ -101,8 +102,7 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
     settings = config.evaluation
     generator = start_generator(config, waiting[0][1], console)
     # Scorers run beside the generators, which hold their own share of the GPUs.
-    share = config.resources.gpus_per_worker if config.resources.use_gpu else 0
-    scorer = ray.remote(num_cpus=1, num_gpus=share)(score_samples)
+    scorer = ray.remote(**scoring_options(config.resources))(score_samples)
     running = []
     try:
         for stage, plan, trained in waiting:

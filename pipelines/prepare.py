@@ -17,11 +17,13 @@ from pipelines.preferences import prepare_text
 from pipelines.progress import stage_line, watch
 from pipelines.reference import add_reference_logps
 from pipelines.reference_samples import draw_reference_samples
+from prefarena.cluster.capacity import telling_capacity
 from prefarena.cluster.waiting import get_within
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, Resources, TextTask
 from prefarena.data.tables import write_rows
 from prefarena.errors import UserError
 from prefarena.modeling.load import base_model, load_tokenizer, new_policy, save_policy
+from prefarena.modeling.logprobs import LogProbs
 from prefarena.records import DEMONSTRATIONS, PROMPTS
 from prefarena.stages import Stage, failure_of, is_finished, read_manifest, write_manifest
 from prefarena.tasks.language import Language
@@ -34,6 +36,8 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
     for plan in plans:
         run_once(console, plan.data, partial(_write_data, config, plan.task))
         run_once(console, plan.base, partial(_write_base, config, plan))
+        for note in plan.base.manifest()["notes"]:
+            console.print(f"the model trains on a slower path: {note}")
     if config.reference.train:
         run(config.resources, [reference_job(config, plan) for plan in plans], config, console)
         require([plan.reference for plan in plans])
@@ -56,13 +60,18 @@ def run_claimed(resources: Resources, config: Comparison, console: Console, jobs
     storage = str(Path(config.output).absolute() / "ray_train")
     groups = [jobs[start :: resources.concurrent_runs] for start in range(min(resources.concurrent_runs, len(jobs)))]
     title = f"training {', '.join(job.name for job in jobs)}"
-    with stage_line(console, title), watch(console, jobs), ThreadPoolExecutor(len(groups)) as pool:
+    with (
+        stage_line(console, title),
+        telling_capacity(),
+        watch(console, jobs),
+        ThreadPoolExecutor(len(groups)) as pool,
+    ):
         for group in [pool.submit(run_jobs, group, resources, storage) for group in groups]:
             group.result()
     for job in jobs:
         if reason := failure_of(job.stage_dir):
             console.print(f"[red]✗[/red] {job.name} failed: {reason}")
-        for fault in read_manifest(job.stage_dir)["faults"] if is_finished(job.stage_dir) else []:
+        for fault in read_manifest(job.stage_dir).get("faults", []) if is_finished(job.stage_dir) else []:
             console.print(f"  {job.name}: {fault['message']}")
 
 
@@ -111,9 +120,10 @@ def _write_base(config: Comparison, plan: SeedPlan, folder: Path) -> None:
         tokenizer = load_tokenizer(plan.data.folder / "tokenizer")
         model = new_policy(config.model, tokenizer, length, config.reference.seed)
     save_policy(model, tokenizer, folder / "model")
+    notes = LogProbs(model, length).notes
     wall = time.perf_counter() - started
-    contents = {"num_parameters": model.num_parameters(), "costs": {"wall_seconds": wall, "device_seconds": wall}}
-    write_manifest(folder, contents)
+    costs = {"wall_seconds": wall, "device_seconds": wall}
+    write_manifest(folder, {"num_parameters": model.num_parameters(), "notes": notes, "costs": costs})
 
 
 def _write_pairs(config: Comparison, task: LanguageTask, plan: SeedPlan, folder: Path) -> None:
@@ -129,7 +139,7 @@ def _write_logps(config: Comparison, plan: SeedPlan, folder: Path) -> None:
         plan.pairs.folder,
         model_of(plan.reference),
         folder,
-        num_actors=config.resources.num_workers,
-        batch_size=config.evaluation.batch_size,
-        use_gpu=config.resources.use_gpu,
+        cache=Path(config.output).absolute() / "reference_logps",
+        resources=config.resources,
+        max_length=max_length(plan.task),
     )

@@ -11,6 +11,7 @@ from pipelines.claims import settle
 from pipelines.plan import SeedPlan, Trained, entry_job, generator_names, max_length, model_of, reward_model_job
 from pipelines.prepare import run, run_claimed
 from pipelines.progress import stage_line
+from prefarena.cluster.capacity import telling_capacity
 from prefarena.config import Comparison, OffPolicyMethod, OnPolicyMethod
 from prefarena.generation.fleet import Generators
 
@@ -43,7 +44,8 @@ def _train_on_policy(config: Comparison, console: Console, entries: list[tuple[S
 def start_generator(config: Comparison, plan: SeedPlan, console: Console) -> Generators:
     """The generation actors, with the shape of the reference policy; whoever uses them sends their weights first."""
     names = generator_names(config)
-    with stage_line(console, f"starting {len(names)} vLLM generation actor{'s' if len(names) > 1 else ''}"):
+    title = f"starting {len(names)} vLLM generation actor{'s' if len(names) > 1 else ''}"
+    with stage_line(console, title), telling_capacity():
         return Generators.start(
             model_of(plan.reference),
             config.generation,

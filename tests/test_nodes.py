@@ -31,7 +31,7 @@ def test_a_node_that_goes_and_comes_back(tmp_path: Path) -> None:
     here = Path(__file__).parent
     path = os.pathsep.join([str(here), str(here.parent), *sys.path])
     ended = subprocess.run(
-        [sys.executable, str(here / "three_nodes.py"), str(config)],
+        [sys.executable, str(here / "lost_node.py"), str(config)],
         env={**os.environ, "PYTHONPATH": path, "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5"},
         capture_output=True,
         text=True,

@@ -7,10 +7,21 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prefarena.config import Comparison, OnPolicyMethod
+from prefarena.cluster.capacity import generates
+from prefarena.config import Comparison
 from prefarena.errors import UserError
 
 _LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+
+
+def listen_on_loopback() -> None:
+    """Have a local Ray that this process starts answer on this machine alone. Call it before Ray is imported.
+
+    Ray's servers take every interface of the machine unless its own address is the loopback's; on Linux this is how it
+    is told. A cluster that is joined listens as it was started.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 @contextmanager
@@ -65,8 +76,7 @@ def requested(config: Comparison) -> dict[str, tuple[float, str]]:
     resources = config.resources
     workers = resources.num_workers * resources.cpus_per_worker
     asked = {"CPU": (workers * resources.concurrent_runs, "resources.num_workers x cpus_per_worker x concurrent_runs")}
-    on_policy = any(isinstance(entry.method, OnPolicyMethod) for entry in config.entries)
-    num_actors = config.generation.num_actors if on_policy or config.task.kind == "text" else 0
+    num_actors = config.generation.num_actors if generates(config) else 0
     with_rollouts = workers + num_actors * config.generation.cpus
     if num_actors and not resources.use_gpu and with_rollouts > asked["CPU"][0]:
         why = "resources.num_workers x cpus_per_worker for training, and generation.num_actors x cpus"

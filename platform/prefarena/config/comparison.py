@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from prefarena.config.judges import JudgeSettings, RewardModel
+from prefarena.config.labels import Labels
 from prefarena.config.models import Model, ScratchModel
 from prefarena.config.off_policy import DPO, IPO, MPO, SFT, Optimisation
 from prefarena.config.on_policy import GRPO, RLHF, RLOO, BestOfN
@@ -22,7 +23,7 @@ class Reference(Section):
     train: bool = Field(True, description="False: the base model is the reference as it is.")
     loss_on: Literal["response", "all"] = Field("response", description="`all` also learns the prompt's tokens.")
     seed: int = 0
-    training: Optimisation = Optimisation(learning_rate=3e-3, num_steps=400, batch_size=256, micro_batch_size=256)
+    training: Optimisation = Optimisation(learning_rate=3e-3, num_steps=400, batch_size=256)
 
 
 class Entry(Section):
@@ -44,6 +45,7 @@ class Generation(Section):
         le=1,
         description="GPUs of the actor, when use_gpu is true; a share where trainer and engine share one.",
     )
+    labels: Labels = Field((), description="Labels of the nodes that hold generation actors, e.g. {role: generate}.")
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     kv_cache_gib: int = Field(1, ge=1, description="KV cache on CPU, whole GiB.")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
@@ -59,6 +61,17 @@ class Generation(Section):
     sync_timeout_s: float = Field(120, gt=0)
 
 
+class Scoring(Section):
+    """What scores finished text: the reference's log-probs of pairs, and evaluations from samples."""
+
+    num_actors: int | None = Field(None, ge=1, description="Actors for log-probs; none: resources.num_workers.")
+    cpus: float = Field(1, gt=0, description="CPUs of each; its torch threads, and at least one.")
+    gpus: float | None = Field(
+        None, gt=0, le=1, description="GPUs of each, when use_gpu is true; none: resources.gpus_per_worker."
+    )
+    labels: Labels = Field((), description="Labels of the nodes that they run on.")
+
+
 class Resources(Section):
     """What is asked of the cluster."""
 
@@ -66,7 +79,12 @@ class Resources(Section):
     cpus_per_worker: float = Field(1, ge=1, description="CPUs, and torch threads, of each worker.")
     use_gpu: bool = False
     gpus_per_worker: float = Field(1, gt=0, le=1, description="When use_gpu is true; a share for weight_sync: ipc.")
+    labels: Labels = Field((), description="Labels of the nodes that hold training workers, e.g. {role: train}.")
+    scoring: Scoring = Scoring()
     concurrent_runs: int = Field(1, ge=1, description="Off-policy Ray Train runs at the same time.")
+    autoscaled: bool = Field(
+        False, description="The cluster grows on demand: what it has not yet is waited for, not refused."
+    )
     start_timeout_s: float = Field(
         300, gt=0, description="Longest wait for a group of training workers to be placed, one more attempt included."
     )

@@ -72,7 +72,7 @@ def train(
         lr=training.learning_rate,
         betas=training.betas,
         weight_decay=training.weight_decay,
-        fused=worker.device.type == "cuda",
+        fused=True,
     )
     guard = GuardedOptimizer(optimizer, worker)
     num_steps = training.num_steps or terms[0].plan.num_steps(training.num_epochs)
@@ -115,7 +115,7 @@ def optimizer_step(
         autocast = torch.autocast(worker.device.type, torch.bfloat16, enabled=training.precision == "bfloat16")
         with worker.no_sync(module, enabled=position < len(work) - 1):
             with autocast:
-                output = term(module, term.rows(micro), worker.device)
+                output = term(module, micro, worker.device)
             # DDP averages gradients over workers; the step's loss is their sum.
             (output.loss.total * (share * worker.world_size)).backward()
         one = torch.ones((), device=worker.device) / worker.world_size / len(work)
