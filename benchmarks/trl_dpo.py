@@ -43,8 +43,8 @@ class Blocks(TrainerCallback):
     def on_step_end(self, *_: Any, **__: Any) -> None:
         self._seconds = time.perf_counter() - self._began
 
-    def on_log(self, *_: Any, logs: dict[str, float], **__: Any) -> None:
-        self._rows.append(logs)
+    def on_log(self, *_: Any, **context: Any) -> None:
+        self._rows.append(context["logs"])
 
     def on_epoch_end(self, *_: Any, **__: Any) -> None:
         """The data are one block, so an epoch is one. Ours and the plain side see them again and again, too."""
