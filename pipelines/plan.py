@@ -201,6 +201,7 @@ def policy_of(plan: SeedPlan, trained: Trained) -> str:
 def reference_job(config: Comparison, plan: SeedPlan) -> ReferenceJob:
     settings = config.reference
     return ReferenceJob(
+        max_length=max_length(plan.task),
         stage_dir=str(plan.reference.folder),
         name="reference",
         policy=model_of(plan.base),
@@ -221,6 +222,7 @@ def judge_job(config: Comparison, plan: SeedPlan, judge: Stage) -> RewardModelJo
     if not isinstance(config.judge, RewardModel):
         raise TypeError(f"a {config.judge.kind} judge is not trained")
     return RewardModelJob(
+        max_length=max_length(plan.task),
         stage_dir=str(judge.folder),
         name="judge",
         policy=model_of(plan.reference),
@@ -237,6 +239,7 @@ def reward_model_job(plan: SeedPlan, trained: Trained) -> RewardModelJob:
     if not isinstance(settings, RewardModel) or trained.reward_model is None:
         raise TypeError(f"{trained.entry.name} has no reward model")
     return RewardModelJob(
+        max_length=max_length(plan.task),
         stage_dir=str(trained.reward_model.folder),
         name=f"reward-model-s{trained.seed}",
         policy=model_of(plan.reference),
@@ -257,6 +260,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
     if isinstance(method, OffPolicyMethod):
         pretraining = plan.data.folder / "pretraining"
         return OffPolicyJob(
+            max_length=max_length(plan.task),
             stage_dir=folder,
             name=name,
             policy=model_of(plan.reference),
@@ -267,6 +271,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
             pretraining=str(pretraining) if method.pretraining_weight > 0 else None,
         )
     return OnPolicyJob(
+        max_length=max_length(plan.task),
         stage_dir=folder,
         name=name,
         policy=model_of(plan.reference),

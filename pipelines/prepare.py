@@ -20,6 +20,7 @@ from prefarena.cluster.waiting import get_within
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, Resources, TextTask
 from prefarena.data.tables import write_rows
 from prefarena.modeling.load import base_model, load_tokenizer, new_policy, save_policy
+from prefarena.modeling.logprobs import LogProbs
 from prefarena.records import DEMONSTRATIONS, PROMPTS
 from prefarena.stages import Stage, is_finished, write_manifest
 from prefarena.tasks.language import Language
@@ -32,6 +33,8 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
     for plan in plans:
         run_once(console, plan.data, partial(_write_data, config, plan.task))
         run_once(console, plan.base, partial(_write_base, config, plan))
+        for note in plan.base.manifest()["notes"]:
+            console.print(f"the model trains on a slower path: {note}")
     if config.reference.train:
         run(config.resources, [reference_job(config, plan) for plan in plans], config, console)
     for plan in plans:
@@ -88,9 +91,10 @@ def _write_base(config: Comparison, plan: SeedPlan, folder: Path) -> None:
         tokenizer = load_tokenizer(plan.data.folder / "tokenizer")
         model = new_policy(config.model, tokenizer, length, config.reference.seed)
     save_policy(model, tokenizer, folder / "model")
+    notes = LogProbs(model, length).notes
     wall = time.perf_counter() - started
-    contents = {"num_parameters": model.num_parameters(), "costs": {"wall_seconds": wall, "device_seconds": wall}}
-    write_manifest(folder, contents)
+    costs = {"wall_seconds": wall, "device_seconds": wall}
+    write_manifest(folder, {"num_parameters": model.num_parameters(), "notes": notes, "costs": costs})
 
 
 def _write_pairs(config: Comparison, task: LanguageTask, plan: SeedPlan, folder: Path) -> None:

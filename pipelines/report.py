@@ -148,6 +148,7 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
     for plan in plans[:1]:
         base = plan.base.manifest()
         notes.append(f"The policy has {base['num_parameters']:,} parameters.")
+        notes += [f"It trains on a slower path: {note}." for note in base["notes"]]
         if plan.judge is not None:
             quality = plan.judge.manifest()["reward_model"]
             notes.append(

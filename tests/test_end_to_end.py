@@ -18,7 +18,7 @@ from prefarena.data.tables import read_rows
 from prefarena.report.results import Results, load_results
 from prefarena.tasks.gold import GoldReward
 
-QUICK = {"num_steps": 12, "batch_size": 16, "micro_batch_size": 16, "log_every": 4}
+QUICK = {"num_steps": 12, "batch_size": 16, "log_every": 4}
 LEARNED = {"kind": "learned", "training": QUICK}
 PPO = {
     "num_iterations": 3,

@@ -28,7 +28,7 @@ from prefarena.generation.interface import (
     WeightUpdateError,
 )
 from prefarena.modeling.load import load_policy
-from prefarena.modeling.logprobs import collate, token_logps
+from prefarena.modeling.logprobs import LogProbs, collate, token_logps
 from prefarena.records import Rollout
 
 PROMPTS = [[BOS, FIRST_LETTER + i % 13, FIRST_LETTER + (3 * i + i // 13) % 13] for i in range(64)]
@@ -53,7 +53,7 @@ def logp_gap(policy: PreTrainedModel, rollouts: list[Rollout], temperature: floa
     """The largest difference (nats) between the generator's token log-probs and those of transformers."""
     sequences = collate([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], pad_id=0)
     with torch.no_grad():
-        expected = token_logps(policy, sequences, temperature)[sequences.response_mask]
+        expected = token_logps(LogProbs(policy), sequences, temperature)[sequences.response_mask]
     return (expected - torch.tensor([logp for r in rollouts for logp in r.token_logps])).abs().max().item()
 
 

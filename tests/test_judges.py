@@ -36,7 +36,7 @@ from prefarena.judges.endpoint import first_number
 from prefarena.judges.function import source_digest
 from prefarena.judges.models import RewardModelJudge
 from prefarena.judges.spec import Judge, JudgeSpec, load_judge
-from prefarena.modeling.heads import scores
+from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import Sequences, collate
 from prefarena.records import DEMONSTRATIONS, PAIRS
@@ -312,9 +312,10 @@ def test_a_score_is_of_the_true_last_token_whatever_the_batch_and_padding(
     wide[:, : batch.input_ids.shape[1]] = batch.input_ids
     padded = Sequences(wide, (wide != -1).long(), batch.prompt_lengths, batch.response_lengths)
     with torch.no_grad():
-        together, further = scores(model, batch), scores(model, padded)
+        head = ScalarHead(model)
+        together, further = scores(head, batch), scores(head, padded)
         for row in range(4):
-            alone = scores(model, collate(PROMPTS[row : row + 1], RESPONSES[row : row + 1], pad_id))
+            alone = scores(head, collate(PROMPTS[row : row + 1], RESPONSES[row : row + 1], pad_id))
             ids = torch.tensor([PROMPTS[row] + RESPONSES[row]])
             by_hand = (
                 model.get_submodule("score")(model.get_submodule("model")(input_ids=ids).last_hidden_state[0, -1])[0]
@@ -344,7 +345,7 @@ def test_a_trained_reward_model_has_mean_zero_and_unit_variance_under_the_refere
     write_rows(pairs, tmp_path / "pairs" / "part-0.parquet", PAIRS)
     drawn = reference_samples(language.prompt_ids, exact.sequences, exact.logps, 64, seed=0)
     write_rows(drawn, tmp_path / "samples" / "part-0.parquet", DEMONSTRATIONS)
-    training = Optimisation(learning_rate=3e-3, num_steps=60, batch_size=64, micro_batch_size=64)
+    training = Optimisation(learning_rate=3e-3, num_steps=60, batch_size=64)
     job = RewardModelJob(
         stage_dir=str(tmp_path / "rm"), name="rm", policy=str(tmp_path / "reference"), seed=0,
         settings=RewardModel(training=training), pairs=str(tmp_path / "pairs"), test_pairs=str(tmp_path / "pairs"),

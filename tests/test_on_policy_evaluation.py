@@ -33,7 +33,7 @@ from prefarena.evaluation.best_of_n import best_of_n_logps, kl_bound, pick_best
 from prefarena.evaluation.enumeration import Responses, enumerate_responses, enumerate_scores
 from prefarena.evaluation.exact import exact_metrics
 from prefarena.judges.spec import JudgeSpec
-from prefarena.modeling.heads import scores
+from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_policy, new_policy, new_reward_model, save_policy
 from prefarena.modeling.logprobs import collate
 from prefarena.records import REFERENCED_PAIRS
@@ -74,7 +74,7 @@ def test_enumerated_scores_are_those_of_each_sequence(kind: str, max_rows: int) 
     responses = [[int(token) for token in row if token >= 0] for row in RESPONSES.sequences]
     for row, prompt in zip(found, PROMPTS, strict=True):
         with torch.no_grad():
-            expected = scores(model.eval(), collate([prompt] * len(responses), responses, 0)).numpy()
+            expected = scores(ScalarHead(model.eval()), collate([prompt] * len(responses), responses, 0)).numpy()
         assert np.ptp(expected) > 1
         np.testing.assert_allclose(row, expected, atol=2e-5)
 

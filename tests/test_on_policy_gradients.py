@@ -16,7 +16,7 @@ from prefarena.config import GRPOTraining, PPOTraining, RLOOTraining
 from prefarena.data.tables import write_rows
 from prefarena.generation.interface import Sampling
 from prefarena.modeling.load import load_policy
-from prefarena.modeling.logprobs import collate, token_logps
+from prefarena.modeling.logprobs import LogProbs, collate, token_logps
 from prefarena.records import PROMPTS, Rollout
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.on_policy import OnPolicyTrainer, Phases
@@ -67,7 +67,7 @@ class Recorded:
         response = [*response[:-1], EOS] if finished else response
         sequences = collate([prompt], [response], pad_id=0)
         with torch.no_grad():
-            logps = token_logps(self._policy, sequences)[sequences.response_mask]
+            logps = token_logps(LogProbs(self._policy), sequences)[sequences.response_mask]
         noise = torch.rand(length, generator=random) * 2 - 1
         return Rollout(prompt, response, (logps + noise).tolist(), finished, version)
 

@@ -23,7 +23,7 @@ from prefarena.evaluation.sampled import (
 )
 from prefarena.judges.models import GoldRewardJudge, RewardModelJudge
 from prefarena.judges.spec import Judge
-from prefarena.modeling.heads import scores
+from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.logprobs import collate
 from prefarena.records import Rollout
 from prefarena.tasks.gold import GoldReward
@@ -146,8 +146,9 @@ def test_reward_model_judge_scores_as_the_model_does(arena: Arena, tmp_path: Pat
     model.save_pretrained(str(tmp_path))
     prompts = [[1, 3, 4], [1, 3], [1, 5, 5], [1, 4, 4]]
     responses = [[3, 2], [4, 0, 2], [2], [5, 5, 5]]
+    head = ScalarHead(model)
     with torch.no_grad():
-        expected = [float(scores(model, collate([x], [y], 0))) for x, y in zip(prompts, responses, strict=True)]
+        expected = [float(scores(head, collate([x], [y], 0))) for x, y in zip(prompts, responses, strict=True)]
     judge: Judge = RewardModelJudge(tmp_path, batch_size=3)
     found = judge.score(prompts, responses)
     assert found.dtype == np.float64 and np.std(found) > 1e-3

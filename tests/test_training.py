@@ -29,18 +29,18 @@ from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import WaitTimeoutError
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.load import load_policy, load_tokenizer, new_policy, save_policy
-from prefarena.modeling.logprobs import collate, sequence_logps
+from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import DEMONSTRATIONS, REFERENCED_PAIRS
 from prefarena.stages import read_manifest
 from prefarena.tasks.language import Language
 from prefarena.training.jobs import Job, OffPolicyJob, ReferenceJob, RewardModelJob
-from prefarena.training.reward_model import pair_scores
+from prefarena.training.reward_model import held_out_scores
 from prefarena.training.run_job import run_job
 from prefarena.training.schedule import warmed_up
 from prefarena.training.worker import Worker
 
 TASK = LanguageTask(num_letters=5, num_prompts=12, prompt_letters=2, num_demonstrations=256)
-QUICK = Optimisation(num_steps=8, batch_size=16, micro_batch_size=16, log_every=1, warmup_steps=2)
+QUICK = Optimisation(num_steps=8, batch_size=16, log_every=1, warmup_steps=2)
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +53,12 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     model = new_policy(ScratchModel(), tokenizer, 8, 0)
     save_policy(model, tokenizer, folder / "model")
     write_rows(language.sample_demonstrations(), folder / "demonstrations" / "part.parquet", DEMONSTRATIONS)
-    rng, rows = np.random.default_rng(0), []
+    rng, rows, module = np.random.default_rng(0), [], LogProbs(model)
     for i in range(48):
         prompt = language.prompt_ids[i % 12]
         chosen, rejected = ([int(t) for t in rng.integers(3, 8, rng.integers(1, 4))] + [2] for _ in range(2))
         with torch.no_grad():
-            logps = sequence_logps(model, collate([prompt] * 2, [chosen, rejected], 0)).tolist()
+            logps = sequence_logps(module, [prompt], [[chosen, rejected]])[0].tolist()
         rows.append(
             {"id": f"{i:03}", "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "label": 1.0,
              "source": "test", "ref_chosen_logp": logps[0], "ref_rejected_logp": logps[1]}
@@ -85,7 +85,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 @pytest.mark.parametrize("mean", ["sequences", "tokens"])
 def test_gradient_accumulation_changes_nothing(inputs: Path, tmp_path: Path, mean: Any) -> None:
     for micro in (16, 5):
-        training = QUICK.model_copy(update={"micro_batch_size": micro})
+        training = QUICK.model_copy(update={"micro_batch_tokens": micro})
         method = MPO(demonstration_weight=0.3, demonstration_mean=mean, training=training)
         run_job(off_policy_job(inputs, tmp_path / str(micro), method), Worker(str(tmp_path / str(micro))))
     whole, parts = metric_rows(tmp_path / "16"), metric_rows(tmp_path / "5")
@@ -180,7 +180,7 @@ def test_a_reward_model_learns_and_its_scores_are_normalised(inputs: Path, tmp_p
     normalised_on = judge.score(samples["prompt_ids"], samples["response_ids"])
     assert np.mean(normalised_on) == pytest.approx(0, abs=1e-4) and np.std(normalised_on) == pytest.approx(1, abs=1e-3)
     scores = judge.score(table["prompt_ids"] * 2, table["chosen_ids"] + table["rejected_ids"])
-    raw = np.concatenate(pair_scores(ScalarHead(model.eval()), job.pairs, 0, torch.device("cpu")))
+    raw = np.concatenate(held_out_scores(ScalarHead(model.eval()), job.pairs, 0, torch.device("cpu")))
     expected = (raw - model.config.reward_mean) / model.config.reward_scale
     np.testing.assert_allclose(scores, expected, atol=1e-4)  # the same mean and scale on other rows
     alone = judge.score(table["prompt_ids"][:1], table["chosen_ids"][:1])

@@ -22,7 +22,7 @@ class Reference(Section):
     train: bool = Field(True, description="False: the base model is the reference as it is.")
     loss_on: Literal["response", "all"] = Field("response", description="`all` also learns the prompt's tokens.")
     seed: int = 0
-    training: Optimisation = Optimisation(learning_rate=3e-3, num_steps=400, batch_size=256, micro_batch_size=256)
+    training: Optimisation = Optimisation(learning_rate=3e-3, num_steps=400, batch_size=256)
 
 
 class Entry(Section):

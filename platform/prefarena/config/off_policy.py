@@ -14,7 +14,9 @@ class Optimisation(Section):
 
     learning_rate: float = Field(1e-3, gt=0)
     batch_size: int = Field(64, ge=1, description="Sequences or pairs per optimizer step, over all workers.")
-    micro_batch_size: int = Field(64, ge=1, description="Sequences or pairs per forward pass of one worker.")
+    micro_batch_tokens: int = Field(
+        8192, ge=1, description="Most tokens in a forward pass of one worker; a longer pair or sequence goes alone."
+    )
     num_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_epochs.")
     num_epochs: float = Field(1.0, gt=0)
     warmup_steps: int = Field(10, ge=0)

@@ -18,13 +18,15 @@ _BUCKET_BATCHES = 16  # batches whose rows are sorted by length together: little
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The plan of one data set. `lengths`: [N] in tokens; `batch_size`: rows a step over all workers;
-    `micro_batch_size`: rows a forward pass of one worker.
+    """The plan of one data set. `lengths`: [N], by which rows are sorted; `batch_size`: rows a step over all workers;
+    `sizes`: [N], tokens that a row takes in a forward pass; `micro_batch_tokens`: most of them in a forward pass of one
+    worker (a longer row goes alone).
     """
 
     lengths: NDArray[np.int64]
+    sizes: NDArray[np.int64]
     batch_size: int
-    micro_batch_size: int
+    micro_batch_tokens: int
     world_size: int
     seed: int
 
@@ -52,8 +54,16 @@ class BatchPlan:
 
     def micro_batches(self, step: int, rank: int) -> list[NDArray[np.int64]]:
         """Row numbers of one worker's micro-batches; every worker has the same number of them."""
-        mine = self.rows(step)[rank :: self.world_size]
-        return np.array_split(mine, -(-len(mine) // self.micro_batch_size))
+        rows = self.rows(step)
+        shares = [
+            within_budget(rows[one :: self.world_size], self.sizes, self.micro_batch_tokens)
+            for one in range(self.world_size)
+        ]
+        mine, most = shares[rank], max(map(len, shares))
+        while len(mine) < most:  # halve the longest
+            longest = max(range(len(mine)), key=lambda part: len(mine[part]))
+            mine[longest : longest + 1] = np.array_split(mine[longest], 2)
+        return mine
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         generator = np.random.default_rng([self.seed, epoch])
@@ -65,3 +75,14 @@ class BatchPlan:
             rows = rows[np.argsort(self.lengths[rows], kind="stable")]
             batches += [rows[i : i + self.batch_size] for i in range(0, len(rows), self.batch_size)]
         return np.concatenate([batches[i] for i in generator.permutation(len(batches))])
+
+
+def within_budget(rows: NDArray[np.int64], sizes: NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:
+    """`rows` in consecutive parts of at most `budget` tokens; a longer row goes alone. `sizes`: [N], of all rows."""
+    parts, start, total = [], 0, 0
+    for position, size in enumerate(sizes[rows].tolist()):
+        if total + size > budget and position > start:
+            parts.append(rows[start:position])
+            start, total = position, 0
+        total += size
+    return [*parts, rows[start:]] if len(rows) else []

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import pyarrow.parquet as pq
+from numpy.typing import NDArray
 
 
 def read_rows(path: str | Path, columns: list[str] | None = None) -> pa.Table:
@@ -21,3 +24,25 @@ def write_rows(table: pa.Table, path: str | Path, schema: pa.Schema) -> None:
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table.select(schema.names).cast(schema), target)
+
+
+@dataclass(frozen=True)
+class TokenColumn:
+    """A column of int lists without Python objects: row i is values[offsets[i]:offsets[i + 1]]."""
+
+    values: NDArray[np.int32]
+    offsets: NDArray[np.int32]
+
+    @classmethod
+    def of(cls, table: pa.Table, name: str) -> TokenColumn:
+        column = table[name].combine_chunks()
+        return cls(column.values.to_numpy(), column.offsets.to_numpy())
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[N]: values in each row."""
+        return np.diff(self.offsets).astype(np.int64)
+
+    def take(self, rows: NDArray[np.int64]) -> list[NDArray[np.int32]]:
+        """The values of each of these rows; views."""
+        return [self.values[self.offsets[row] : self.offsets[row + 1]] for row in rows]

@@ -12,7 +12,7 @@ import torch
 from transformers import PreTrainedModel
 
 from prefarena.evaluation.statistics import Estimate, clustered, mean_and_stderr
-from prefarena.modeling.logprobs import collate, sequence_logps
+from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import Rollout
 
 
@@ -32,12 +32,19 @@ def response_logps(
     temperature: float = 1.0,
 ) -> np.ndarray:
     """log pi(y|x) [N], by the trainer's own code; sequences of similar length share a batch."""
-    logps = np.empty(len(prompts))
+    module, logps = LogProbs(model), np.empty(len(prompts))
     order = np.argsort([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], kind="stable")
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
-        batch = collate([prompts[i] for i in rows], [responses[i] for i in rows], pad_id).to(model.device)
-        logps[rows] = sequence_logps(model, batch, temperature).double().cpu().numpy()
+        found, _ = sequence_logps(
+            module,
+            [prompts[i] for i in rows],
+            [[responses[i]] for i in rows],
+            temperature=temperature,
+            device=model.device,
+            pad_id=pad_id,
+        )
+        logps[rows] = found.double().cpu().numpy()
     return logps
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from prefarena.modeling.heads import scores
+from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_reward_model
 from prefarena.modeling.logprobs import collate
 from prefarena.tasks.gold import GoldReward
@@ -30,15 +30,15 @@ class RewardModelJudge:
     """A reward model (a transformers sequence-classification folder)."""
 
     def __init__(self, path: str | Path, batch_size: int = 64, device: str | torch.device = "cpu") -> None:
-        self._model = load_reward_model(path)
-        torch.nn.Module.to(self._model, device)
-        self._batch_size = batch_size
+        model = load_reward_model(path)
+        torch.nn.Module.to(model, device)
+        self._head, self._batch_size = ScalarHead(model), batch_size
 
     @classmethod
     def of(cls, model: PreTrainedModel, batch_size: int = 64) -> RewardModelJudge:
         """A judge of a model that is in memory; it scores where the model is, with the model's normalisation."""
         judge = cls.__new__(cls)
-        judge._model, judge._batch_size = model, batch_size
+        judge._head, judge._batch_size = ScalarHead(model), batch_size
         return judge
 
     @torch.no_grad()
@@ -46,9 +46,10 @@ class RewardModelJudge:
         """Normalised scores float64 [N]; sequences of similar length share a batch."""
         values = np.empty(len(prompts))
         order = np.argsort([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], kind="stable")
-        pad_id = self._model.config.pad_token_id
+        model = self._head.model
+        pad_id = model.config.pad_token_id
         for start in range(0, len(order), self._batch_size):
             rows = order[start : start + self._batch_size]
             batch = collate([prompts[i] for i in rows], [responses[i] for i in rows], 0 if pad_id is None else pad_id)
-            values[rows] = scores(self._model, batch.to(self._model.device)).double().cpu().numpy()
+            values[rows] = scores(self._head, batch.to(model.device)).double().cpu().numpy()
         return values

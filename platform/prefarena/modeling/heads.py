@@ -1,4 +1,4 @@
-"""Scalar heads: a reward model's score at the true last token, a critic's values at every position.
+"""Scalar heads: a reward model's score at the true last token, a critic's values before each response token.
 
 A reward model's normalisation (mean and scale on reference samples) lives in its config as
 `reward_mean` and `reward_scale`, and is applied wherever it scores.
@@ -7,48 +7,47 @@ A reward model's normalisation (mean and scale on reference samples) lives in it
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefarena.modeling.logprobs import Sequences, at_least_float32
+from prefarena.modeling.logprobs import Sequences, at_least_float32, at_responses, can_pack, pack_sequences
+from prefarena.modeling.packing import PackedBatch
+from prefarena.modeling.support import body_output, why_not_packed
 
 
-def token_scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """The raw head at every position, [B, T] float32, for a sequence-classification model with one label.
+class ScalarHead(nn.Module):
+    """A sequence-classification model with one label, as a module that DDP and FSDP can wrap.
 
-    The body is causal and padding is on the right, so no attention mask is needed (see `modeling/logprobs.py`).
+    packed: whether prompts may be shared between responses.
     """
-    body = getattr(model, model.base_model_prefix)
-    hidden = body(input_ids=sequences.input_ids, use_cache=False).last_hidden_state
-    return at_least_float32(model.get_submodule("score")(hidden)[..., 0])
 
-
-class ScalarHead(torch.nn.Module):
-    """A sequence-classification model as a module whose forward gives `token_scores`, so that DDP can wrap it."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, max_length: int | None = None) -> None:
+        """max_length: most tokens of a prompt and its response (for models whose attention reaches only so far)."""
         super().__init__()
         self.model = model
+        self.packed = why_not_packed(model, max_length) is None
 
-    def forward(self, sequences: Sequences) -> Tensor:
-        return token_scores(self.model, sequences)
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Raw scores [R] of the responses, each at its true last token; float32."""
+        return self._at(batch, batch.last)
+
+    def _at(self, batch: PackedBatch, positions: Tensor) -> Tensor:
+        hidden = body_output(self.model, batch).index_select(0, positions)
+        return at_least_float32(self.model.get_submodule("score")(hidden)[..., 0])
 
 
 class ValueHead(ScalarHead):
-    """The same as a critic: forward gives `token_values`."""
+    """The same as a critic."""
 
-    def forward(self, sequences: Sequences) -> Tensor:
-        return token_values(self.model, sequences)
-
-
-def last_token(token_values: Tensor, sequences: Sequences) -> Tensor:
-    """[B, T] to [B]: the value at each sequence's true last token, whatever the padding."""
-    return token_values.gather(1, sequences.last_positions[:, None])[:, 0]
+    def forward(self, batch: PackedBatch) -> Tensor:
+        """Values [M]: of the state before each response token; normalised like the reward it starts from."""
+        return normalised(self.model, self._at(batch, batch.sources))
 
 
-def scores(model: PreTrainedModel, sequences: Sequences) -> Tensor:
+@torch.no_grad()
+def scores(head: ScalarHead, sequences: Sequences) -> Tensor:
     """Normalised rewards [B] of whole sequences."""
-    return normalised(model, last_token(token_scores(model, sequences), sequences))
+    return normalised(head.model, head(pack_sequences(sequences, head.packed)))
 
 
 def normalised(model: PreTrainedModel, raw: Tensor) -> Tensor:
@@ -56,6 +55,6 @@ def normalised(model: PreTrainedModel, raw: Tensor) -> Tensor:
     return (raw - getattr(model.config, "reward_mean", 0.0)) / getattr(model.config, "reward_scale", 1.0)
 
 
-def token_values(model: PreTrainedModel, sequences: Sequences) -> Tensor:
-    """Critic values [B, T-1]: at t, of the state before token t+1; normalised like the reward it starts from."""
-    return normalised(model, token_scores(model, sequences)[:, :-1])
+def token_values(module: nn.Module, sequences: Sequences) -> Tensor:
+    """Critic values [B, T-1]: at t, of the state before token t+1; zero outside the response. module: a `ValueHead`."""
+    return at_responses(module(pack_sequences(sequences, can_pack(module))), sequences)

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+
+from prefarena.modeling.chunked_head import chunked_logps
+from prefarena.modeling.packing import Ids, PackedBatch, pack
+from prefarena.modeling.support import body_keywords, body_output, has_plain_head, why_not_packed
 
 
 @dataclass(frozen=True)
@@ -60,46 +65,91 @@ def collate(prompts: list[list[int]], responses: list[list[int]], pad_id: int) -
     return Sequences(input_ids, attention_mask.long(), prompt_lengths, response_lengths)
 
 
-def token_logps_and_entropy(
-    model: PreTrainedModel | torch.nn.Module, sequences: Sequences, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
+class LogProbs(nn.Module):
+    """A causal language model as a module whose forward gives response log-probs, so that DDP and FSDP can wrap it.
+
+    packed: whether prompts may be shared between responses. notes: for the user, why the model takes a slower path.
+    """
+
+    def __init__(self, model: PreTrainedModel, max_length: int | None = None) -> None:
+        """max_length: most tokens of a prompt and its response (for models whose attention reaches only so far)."""
+        super().__init__()
+        self.model = model
+        reason = why_not_packed(model, max_length)
+        self.packed = reason is None
+        self.plain_head = has_plain_head(model)
+        self.notes = [f"prompts are not shared between responses, and rows are padded: {reason}"] if reason else []
+        if not self.plain_head:
+            self.notes.append("its head is more than a linear map, so whole rows of logits are held in memory")
+
+    def forward(
+        self, batch: PackedBatch, temperature: float = 1.0, entropy: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
+        """Log-probs of the response tokens, and where asked the entropy of the policy there, [M] each, nats, float32.
+
+        `temperature` divides the logits, as sampling does.
+        """
+        if not self.plain_head:
+            return _from_logits(self._logits(batch), batch.targets, temperature, entropy)
+        head = self.model.get_output_embeddings()
+        hidden = body_output(self.model, batch).index_select(0, batch.sources)
+        return chunked_logps(hidden, head.weight, head.bias, batch.targets, temperature=temperature, entropy=entropy)
+
+    def _logits(self, batch: PackedBatch) -> Tensor:
+        """[M, V] by the model's own head."""
+        keywords = body_keywords(batch)
+        if batch.trees is not None:
+            return self.model(**keywords, logits_to_keep=batch.sources).logits[0]
+        return self.model(**keywords).logits.flatten(0, 1).index_select(0, batch.sources)
+
+
+def _from_logits(logits: Tensor, targets: Tensor, temperature: float, entropy: bool) -> tuple[Tensor, Tensor | None]:
+    log_softmax = torch.log_softmax(at_least_float32(logits) / temperature, -1)
+    logps = log_softmax.gather(-1, targets[:, None])[:, 0]
+    return logps, -(log_softmax.exp() * log_softmax).sum(-1) if entropy else None
+
+
+def can_pack(module: nn.Module) -> bool:
+    """Of a `LogProbs` or `ScalarHead`, as it is or in DDP."""
+    return bool(getattr(module, "module", module).packed)
+
+
+def pack_sequences(sequences: Sequences, packed: bool) -> PackedBatch:
+    """Each sequence as a prompt with one response, on the sequences' device."""
+    prompts, responses = sequences.ids()
+    return pack(prompts, [[ids] for ids in responses], shared=packed, device=sequences.input_ids.device)
+
+
+def token_logps(module: nn.Module, sequences: Sequences, temperature: float = 1.0) -> Tensor:
+    """Response token log-probs [B, T-1], nats, float32; zero outside the response. module: a `LogProbs`."""
+    logps, _ = module(pack_sequences(sequences, can_pack(module)), temperature)
+    return at_responses(logps, sequences)
+
+
+def token_logps_and_entropy(module: nn.Module, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """Response token log-probs and the policy's entropy at each response position, both [B, T-1], nats, float32.
 
-    Zero outside the response. `temperature` divides the logits, as sampling does.
+    Zero outside the response.
     """
-    first, logits = _scoring_logits(model, sequences, temperature)
-    log_softmax = torch.log_softmax(logits, -1)
-    logps = log_softmax.gather(-1, sequences.input_ids[:, first + 1 :, None])[..., 0]
-    entropy = -(log_softmax.exp() * log_softmax).sum(-1)
-    return _at_responses(logps, first, sequences), _at_responses(entropy, first, sequences)
+    logps, entropy = module(pack_sequences(sequences, can_pack(module)), temperature, True)
+    return at_responses(logps, sequences), at_responses(entropy, sequences)
 
 
-def token_logps(model: PreTrainedModel | torch.nn.Module, sequences: Sequences, temperature: float = 1.0) -> Tensor:
-    """Response token log-probs [B, T-1], nats, float32; zero outside the response."""
-    first, logits = _scoring_logits(model, sequences, temperature)
-    targets = sequences.input_ids[:, first + 1 :]
-    logps = -torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
-    return _at_responses(logps.view(targets.shape), first, sequences)
+def sequence_logps(
+    module: nn.Module,
+    prompts: Sequence[Ids],
+    responses: Sequence[Sequence[Ids]],
+    *,
+    temperature: float = 1.0,
+    device: torch.device | str = "cpu",
+    pad_id: int = 0,
+) -> tuple[Tensor, PackedBatch]:
+    """log pi(y|x) [R] of the responses to each prompt in one pass, nats, float32; and the batch.
 
-
-def sequence_logps(model: PreTrainedModel | torch.nn.Module, sequences: Sequences, temperature: float = 1.0) -> Tensor:
-    """log pi(y|x) [B]: the sum over the response's tokens, nats, float32."""
-    return token_logps(model, sequences, temperature).sum(-1)
-
-
-def _scoring_logits(
-    model: PreTrainedModel | torch.nn.Module, sequences: Sequences, temperature: float
-) -> tuple[int, Tensor]:
-    """The first position [0, T-1) that scores a response token of any row, and logits [B, T-1-first, V] from there on.
-
-    No attention mask is passed: padding is on the right and attention is causal, so no token of a sequence sees it, and
-    the positions of tokens are what they are without it. Attention without a mask is the faster.
+    module: a `LogProbs`.
     """
-    length = sequences.input_ids.shape[1]
-    first = max(0, int(sequences.prompt_lengths.min()) - 1)
-    scoring = torch.arange(first, length - 1, device=sequences.input_ids.device)
-    logits = model(input_ids=sequences.input_ids, use_cache=False, logits_to_keep=scoring).logits
-    return first, at_least_float32(logits) if temperature == 1 else at_least_float32(logits) / temperature
+    batch = pack(prompts, responses, shared=can_pack(module), device=device, pad_id=pad_id)
+    return batch.sums(module(batch, temperature)[0]), batch
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
@@ -107,6 +157,7 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
-def _at_responses(values: Tensor, first: int, sequences: Sequences) -> Tensor:
-    """Values [B, T-1-first] as [B, T-1], zero outside the responses."""
-    return torch.nn.functional.pad(values, (first, 0)).masked_fill(~sequences.response_mask, 0.0)
+def at_responses(values: Tensor, sequences: Sequences) -> Tensor:
+    """Values [M] of response tokens as [B, T-1], zero outside the responses."""
+    mask = sequences.response_mask
+    return values.new_zeros(mask.shape).masked_scatter(mask, values)

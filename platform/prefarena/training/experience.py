@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from prefarena.judges.spec import Judge
-from prefarena.modeling.logprobs import Sequences, collate, token_logps, token_logps_and_entropy
+from prefarena.modeling.heads import ValueHead, token_values
+from prefarena.modeling.logprobs import LogProbs, Sequences, collate, token_logps, token_logps_and_entropy
 from prefarena.records import Rollout
 from prefarena.training.rollouts import share
 from prefarena.training.worker import Worker
@@ -75,11 +76,11 @@ def generator_logps(rollouts: list[Rollout], mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scorers:
-    """The models that turn rollouts into experience. critic: sequences to values [B, T-1]; none without one."""
+    """The models that turn rollouts into experience; there is no critic where the method has none."""
 
-    policy: nn.Module
-    reference: nn.Module
-    critic: nn.Module | None
+    policy: LogProbs
+    reference: LogProbs
+    critic: ValueHead | None
     reward: Judge
     monitor: Judge | None
     temperature: float
@@ -129,7 +130,7 @@ class Scorers:
 
     def _values(self, part: Sequences) -> dict[str, Tensor]:
         with self.autocast():
-            return {"values": self.critic(part) * part.response_mask} if self.critic else {}
+            return {"values": token_values(self.critic, part)} if self.critic else {}
 
     def _in_parts(self, sequences: Sequences, compute: Callable[[Sequences], dict[str, Tensor]]) -> dict[str, Tensor]:
         """`compute` on parts of similar length, put together in the batch's order as [B, T-1]."""

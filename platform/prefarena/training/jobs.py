@@ -6,7 +6,7 @@ A job ends with its model (a transformers folder) at `<stage_dir>/model`, its me
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -24,12 +24,16 @@ from prefarena.judges.spec import JudgeSpec
 
 @dataclass(frozen=True)
 class Job:
-    """Common to all jobs: where the result goes, the model to start from, and the seed of every random choice."""
+    """Common to all jobs: where the result goes, the model to start from, and the seed of every random choice.
+
+    max_length: most tokens of a prompt and its response, where it is known.
+    """
 
     stage_dir: str
     name: str
     policy: str
     seed: int
+    max_length: int | None = field(default=None, kw_only=True)
 
     @property
     def model_dir(self) -> str:

@@ -57,7 +57,11 @@ def train(
     """
     trained = worker.wrap(module.eval())  # dropout off: policy and reference agree at the start, and runs repeat
     optimizer = torch.optim.AdamW(
-        module.parameters(), lr=training.learning_rate, betas=training.betas, weight_decay=training.weight_decay
+        module.parameters(),
+        lr=training.learning_rate,
+        betas=training.betas,
+        weight_decay=training.weight_decay,
+        fused=True,
     )
     num_steps = training.num_steps or terms[0].plan.num_steps(training.num_epochs)
     done = _restore(module, optimizer, worker)
@@ -99,7 +103,7 @@ def optimizer_step(
         autocast = torch.autocast(worker.device.type, torch.bfloat16, enabled=training.precision == "bfloat16")
         with worker.no_sync(module, enabled=position < len(work) - 1):
             with autocast:
-                output = term(module, term.rows(micro), worker.device)
+                output = term(module, micro, worker.device)
             # DDP averages gradients over workers; the step's loss is their sum.
             (output.loss.total * (share * worker.world_size)).backward()
         one = torch.ones((), device=worker.device) / worker.world_size / len(work)

@@ -25,9 +25,9 @@ from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining
 from prefarena.errors import UserError
 from prefarena.generation.interface import RolloutSource
 from prefarena.judges.spec import Judge, load_judge
-from prefarena.modeling.heads import ValueHead
+from prefarena.modeling.heads import ValueHead, token_values
 from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_policy
-from prefarena.modeling.logprobs import token_logps
+from prefarena.modeling.logprobs import LogProbs, token_logps
 from prefarena.objectives.kl import KLController
 from prefarena.objectives.output import Mean, ObjectiveOutput
 from prefarena.objectives.ppo import kl_loss, policy_loss, value_loss
@@ -114,9 +114,11 @@ class OnPolicyTrainer:
         _check_sizes(self.settings, worker.world_size)
         self.tokenizer = load_tokenizer(job.policy)
         self.policy = load_policy(job.policy)
-        self.learners = {"policy": self._learner("policy", "grad_norm", self.policy)}
-        if isinstance(self.settings, PPOTraining):
-            self.learners["critic"] = self._learner("critic", "critic_grad_norm", load_critic(job))
+        self.log_probs = LogProbs(self.policy, job.max_length)
+        self.learners = {"policy": self._learner("policy", "grad_norm", self.log_probs)}
+        self.critic = load_critic(job) if isinstance(self.settings, PPOTraining) else None
+        if self.critic is not None:
+            self.learners["critic"] = self._learner("critic", "critic_grad_norm", self.critic)
         self.scorers = self._make_scorers(reward, monitor)
         self.stream = RolloutStream(job, worker, source, lambda: self.policy.state_dict().items())
         self.controller = KLController(job.training.kl_coef, job.training.target_kl, job.training.kl_horizon)
@@ -134,12 +136,12 @@ class OnPolicyTrainer:
         if monitor is None and job.monitor is not None:
             same = job.monitor == job.reward
             monitor = reward if same else load_judge(job.monitor, batch_size, worker.device)
-        reference = load_policy(job.policy)
-        nn.Module.to(reference, worker.device).requires_grad_(False)
+        reference = load_policy(job.policy).requires_grad_(False)
+        nn.Module.to(reference, worker.device)
         return Scorers(
-            policy=self.policy,
-            reference=reference,
-            critic=self.learners["critic"].module if "critic" in self.learners else None,
+            policy=self.log_probs,
+            reference=LogProbs(reference, job.max_length),
+            critic=self.critic,
             reward=reward,
             monitor=monitor,
             temperature=self.settings.temperature,
@@ -292,17 +294,17 @@ class OnPolicyTrainer:
         """Sum of the clipped squared errors of a micro-batch, and its metrics."""
         if not isinstance(self.settings, PPOTraining) or batch.values is None or batch.returns is None:
             raise TypeError("there is no critic")
-        values = self.learners["critic"].wrapped(batch.sequences)
+        values = token_values(self.learners["critic"].wrapped, batch.sequences)
         return value_loss(values, batch.values, batch.returns, batch.mask, clip=self.settings.value_clip)
 
 
 def load_critic(job: OnPolicyJob) -> ValueHead:
     """The job's reward model; where it names none, the policy's body under a head of zeros."""
     if job.critic:
-        return ValueHead(load_reward_model(job.critic))
+        return ValueHead(load_reward_model(job.critic), job.max_length)
     critic = new_reward_model(job.policy, job.seed)
     nn.init.zeros_(critic.get_parameter("score.weight"))
-    return ValueHead(critic)
+    return ValueHead(critic, job.max_length)
 
 
 def _critic_warmup(settings: OnPolicyTraining) -> int:

@@ -10,11 +10,11 @@ import torch
 from prefarena.data.tables import read_rows
 from prefarena.judges.calibration import calibration
 from prefarena.judges.models import RewardModelJudge
-from prefarena.modeling.heads import ScalarHead, last_token
+from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.load import load_tokenizer, new_reward_model, save_policy
 from prefarena.training.jobs import RewardModelJob
 from prefarena.training.off_policy import train
-from prefarena.training.terms import RewardModelTerm, Shares, collate_pairs
+from prefarena.training.terms import Pairs, RewardModelTerm, Shares, pair_scores
 from prefarena.training.worker import Worker
 
 
@@ -27,9 +27,9 @@ def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
     tokenizer = load_tokenizer(job.policy)
     model = new_reward_model(job.policy, job.seed)
     settings = job.settings
-    shares = Shares(settings.training, worker.world_size, job.seed)
+    head = ScalarHead(model, job.max_length)
+    shares = Shares(settings.training, worker.world_size, job.seed, head.packed)
     term = RewardModelTerm(job.pairs, shares, tokenizer.pad_token_id, centre_weight=settings.centre_weight)
-    head = ScalarHead(model)
     counts = train(head, [term], settings.training, worker)
     contents: dict[str, Any] = {}
     if worker.rank == 0:
@@ -37,22 +37,21 @@ def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
         raw = RewardModelJudge.of(model).score(samples["prompt_ids"].to_pylist(), samples["response_ids"].to_pylist())
         model.config.reward_mean = float(raw.mean())
         model.config.reward_scale = float(max(raw.std(), 1e-6))
-        chosen, rejected = pair_scores(head, job.test_pairs, tokenizer.pad_token_id, worker.device)
+        chosen, rejected = held_out_scores(head, job.test_pairs, tokenizer.pad_token_id, worker.device)
         contents["reward_model"] = calibration(chosen - rejected)
         save_policy(model, tokenizer, job.model_dir)
     return {"costs": worker.costs(**counts), **contents}
 
 
 @torch.no_grad()
-def pair_scores(
+def held_out_scores(
     head: ScalarHead, path: str, pad_id: int, device: torch.device, batch_size: int = 256
 ) -> tuple[np.ndarray, np.ndarray]:
     """Raw scores of the chosen and the rejected responses of a table of pairs, [N] float64 each."""
-    table = read_rows(path)
-    chosen, rejected = [], []
-    for start in range(0, table.num_rows, batch_size):
-        sequences = collate_pairs(table.slice(start, batch_size).to_pydict(), pad_id).to(device)
-        halves = last_token(head(sequences), sequences).double().cpu().chunk(2)
-        chosen.append(halves[0].numpy())
-        rejected.append(halves[1].numpy())
-    return np.concatenate(chosen), np.concatenate(rejected)
+    pairs = Pairs(path, referenced=False)
+    found = [
+        pair_scores(head, pairs, rows, device, pad_id)
+        for rows in np.array_split(np.arange(len(pairs.chosen.lengths)), -(-len(pairs.chosen.lengths) // batch_size))
+    ]
+    chosen, rejected = (torch.cat([getattr(part, side) for part in found]) for side in ("chosen", "rejected"))
+    return chosen.double().cpu().numpy(), rejected.double().cpu().numpy()

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefarena.modeling.load import load_policy, load_tokenizer, save_policy
+from prefarena.modeling.logprobs import LogProbs
 from prefarena.stages import write_manifest
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 from prefarena.training.off_policy import train
@@ -39,19 +40,20 @@ def run_job(job: Job, worker: Worker) -> None:
 def _train_policy(job: ReferenceJob | OffPolicyJob, worker: Worker) -> dict[str, Any]:
     tokenizer = load_tokenizer(job.policy)
     model = load_policy(job.policy)
+    module = LogProbs(model, job.max_length)
     settings = job.training if isinstance(job, ReferenceJob) else job.method.training
-    counts = train(model, _terms(job, worker, tokenizer.pad_token_id), settings, worker)
+    counts = train(module, _terms(job, worker, tokenizer.pad_token_id, module.packed), settings, worker)
     if worker.rank == 0:
         save_policy(model, tokenizer, job.model_dir)
     return {"costs": worker.costs(**counts)}
 
 
-def _terms(job: ReferenceJob | OffPolicyJob, worker: Worker, pad_id: int) -> list[Term]:
+def _terms(job: ReferenceJob | OffPolicyJob, worker: Worker, pad_id: int, packed: bool) -> list[Term]:
     if isinstance(job, ReferenceJob):
-        shares = Shares(job.training, worker.world_size, job.seed)
+        shares = Shares(job.training, worker.world_size, job.seed, packed)
         return [LikelihoodTerm(job.demonstrations, shares, pad_id, loss_on=job.loss_on)]
     method = job.method
-    shares = Shares(method.training, worker.world_size, job.seed)
+    shares = Shares(method.training, worker.world_size, job.seed, packed)
     terms: list[Term] = [PreferenceTerm(job.pairs, method, shares, pad_id)]
     if job.demonstrations is not None and method.demonstration_weight > 0:
         terms.append(

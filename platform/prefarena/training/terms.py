@@ -9,38 +9,39 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prefarena.config import DPO, IPO, MPO, SFT, OffPolicyMethod, Optimisation
 from prefarena.data.plan import BatchPlan
-from prefarena.data.tables import read_rows
-from prefarena.modeling.heads import last_token
-from prefarena.modeling.logprobs import Sequences, collate, sequence_logps
+from prefarena.data.tables import TokenColumn, read_rows
+from prefarena.modeling.logprobs import can_pack, sequence_logps
+from prefarena.modeling.packing import pack
 from prefarena.objectives import preference
 from prefarena.objectives.likelihood import negative_log_likelihood
 from prefarena.objectives.output import ObjectiveOutput
 from prefarena.objectives.preference import PairLogps
 from prefarena.objectives.reward_model import bradley_terry
 
+Rows = NDArray[np.int64]
+
 
 @dataclass(frozen=True)
 class Shares:
-    """How batches are cut: sizes and seed of a job, and the number of workers."""
+    """How batches are cut: sizes and seed of a job, the number of workers, and whether pairs share their prompt."""
 
     training: Optimisation
     world_size: int
     seed: int
+    packed: bool = True
 
-    def plan(self, lengths: NDArray[np.int64]) -> BatchPlan:
+    def plan(self, lengths: Rows, sizes: Rows) -> BatchPlan:
         training = self.training
-        return BatchPlan(lengths, training.batch_size, training.micro_batch_size, self.world_size, self.seed)
+        return BatchPlan(lengths, sizes, training.batch_size, training.micro_batch_tokens, self.world_size, self.seed)
 
 
 class Term(ABC):
@@ -48,10 +49,8 @@ class Term(ABC):
 
     name: str
 
-    def __init__(self, table: pa.Table, lengths: NDArray[np.int64], shares: Shares, weight: float, pad_id: int) -> None:
-        self.table = table
-        self.lengths = lengths
-        self.plan = shares.plan(lengths)
+    def __init__(self, plan: BatchPlan, weight: float, pad_id: int) -> None:
+        self.plan = plan
         self.weight = weight
         self.pad_id = pad_id
 
@@ -61,32 +60,59 @@ class Term(ABC):
 
     def num_tokens(self, step: int) -> int:
         """Tokens that go through the model in the whole step."""
-        return int(self.lengths[self.plan.rows(step)].sum())
-
-    def rows(self, indices: NDArray[np.int64]) -> dict[str, list[Any]]:
-        return self.table.take(pa.array(indices)).to_pydict()
+        return int(self.plan.sizes[self.plan.rows(step)].sum())
 
     @abstractmethod
-    def __call__(self, module: nn.Module, rows: dict[str, list[Any]], device: torch.device) -> ObjectiveOutput:
+    def __call__(self, module: nn.Module, rows: Rows, device: torch.device) -> ObjectiveOutput:
         """Forward pass and objective on a micro-batch."""
 
 
+class Pairs:
+    """A table of pairs, ready to be taken from."""
+
+    def __init__(self, path: str, *, referenced: bool = True) -> None:
+        table = read_rows(path)
+        self.prompts = TokenColumn.of(table, "prompt_ids")
+        self.chosen = TokenColumn.of(table, "chosen_ids")
+        self.rejected = TokenColumn.of(table, "rejected_ids")
+        names = ["label", *(["ref_chosen_logp", "ref_rejected_logp"] if referenced else [])]
+        self._numbers = {name: torch.from_numpy(table[name].to_numpy().astype(np.float32)) for name in names}
+
+    def responses(self, rows: Rows) -> list[list[NDArray[np.int32]]]:
+        """Chosen and rejected of each pair."""
+        return [list(pair) for pair in zip(self.chosen.take(rows), self.rejected.take(rows), strict=True)]
+
+    def numbers(self, name: str, rows: Rows, device: torch.device) -> Tensor:
+        """A column of numbers, [B] float32."""
+        return self._numbers[name][rows].to(device, non_blocking=True)
+
+    def plan(self, shares: Shares) -> BatchPlan:
+        """Sorted by the tokens of both sequences; a shared prompt takes its tokens once."""
+        responses = self.chosen.lengths + self.rejected.lengths
+        lengths = 2 * self.prompts.lengths + responses
+        return shares.plan(lengths, self.prompts.lengths + responses if shares.packed else lengths)
+
+
 class PreferenceTerm(Term):
-    """A preference objective on pairs, both responses in one forward pass."""
+    """A preference objective on pairs; the module is a `LogProbs`."""
 
     name = "preference"
 
     def __init__(self, path: str, method: OffPolicyMethod, shares: Shares, pad_id: int) -> None:
-        table = read_rows(path)
-        super().__init__(table, pair_lengths(table), shares, 1.0, pad_id)
+        self.pairs = Pairs(path)
+        super().__init__(self.pairs.plan(shares), 1.0, pad_id)
         self.method = method
 
-    def __call__(self, module: nn.Module, rows: dict[str, list[Any]], device: torch.device) -> ObjectiveOutput:
-        sequences = collate_pairs(rows, self.pad_id).to(device)
-        policy = _halves(sequence_logps(module, sequences))
-        num_tokens = _halves(sequences.response_lengths.float())
-        reference = PairLogps(_column(rows, "ref_chosen_logp", device), _column(rows, "ref_rejected_logp", device))
-        return preference_objective(self.method, policy, reference, _column(rows, "label", device), num_tokens)
+    def __call__(self, module: nn.Module, rows: Rows, device: torch.device) -> ObjectiveOutput:
+        pairs = self.pairs
+        logps, batch = sequence_logps(
+            module, pairs.prompts.take(rows), pairs.responses(rows), device=device, pad_id=self.pad_id
+        )
+        reference = PairLogps(
+            pairs.numbers("ref_chosen_logp", rows, device), pairs.numbers("ref_rejected_logp", rows, device)
+        )
+        labels = pairs.numbers("label", rows, device)
+        return preference_objective(self.method, _pairs(logps), reference, labels, _pairs(batch.lengths.float()))
 
 
 class LikelihoodTerm(Term):
@@ -105,23 +131,23 @@ class LikelihoodTerm(Term):
         loss_on: Literal["response", "all"] = "response",
     ) -> None:
         table = read_rows(path)
-        lengths = _num_tokens(table, "prompt_ids") + _num_tokens(table, "response_ids")
-        super().__init__(table, lengths, shares, weight, pad_id)
+        self.prompts, self.responses = TokenColumn.of(table, "prompt_ids"), TokenColumn.of(table, "response_ids")
+        lengths = self.prompts.lengths + self.responses.lengths
+        super().__init__(shares.plan(lengths, lengths), weight, pad_id)
         self.mean: Literal["sequences", "tokens"] = mean
         self.loss_on = loss_on
-        self.scored = lengths - 1 if loss_on == "all" else _num_tokens(table, "response_ids")
+        self.scored = lengths - 1 if loss_on == "all" else self.responses.lengths
 
     def count(self, step: int) -> float:
         return float(self.scored[self.plan.rows(step)].sum()) if self.mean == "tokens" else super().count(step)
 
-    def __call__(self, module: nn.Module, rows: dict[str, list[Any]], device: torch.device) -> ObjectiveOutput:
-        prompts, responses = rows["prompt_ids"], rows["response_ids"]
+    def __call__(self, module: nn.Module, rows: Rows, device: torch.device) -> ObjectiveOutput:
+        prompts, responses = self.prompts.take(rows), self.responses.take(rows)
         if self.loss_on == "all":
-            whole = [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+            whole = [np.concatenate(both) for both in zip(prompts, responses, strict=True)]
             prompts, responses = [ids[:1] for ids in whole], [ids[1:] for ids in whole]
-        sequences = collate(prompts, responses, self.pad_id).to(device)
-        logps = sequence_logps(module, sequences)
-        return negative_log_likelihood(logps, sequences.response_lengths, mean=self.mean)
+        logps, batch = sequence_logps(module, prompts, [[ids] for ids in responses], device=device, pad_id=self.pad_id)
+        return negative_log_likelihood(logps, batch.lengths, mean=self.mean)
 
 
 class PretrainingTerm(Term):
@@ -130,13 +156,15 @@ class PretrainingTerm(Term):
     name = "pretraining"
 
     def __init__(self, path: str, shares: Shares, pad_id: int, *, weight: float) -> None:
-        table = read_rows(path)
-        super().__init__(table, _num_tokens(table, "ids"), shares, weight, pad_id)
+        self.texts = TokenColumn.of(read_rows(path), "ids")
+        super().__init__(shares.plan(self.texts.lengths, self.texts.lengths), weight, pad_id)
 
-    def __call__(self, module: nn.Module, rows: dict[str, list[Any]], device: torch.device) -> ObjectiveOutput:
-        ids = rows["ids"]
-        sequences = collate([row[:1] for row in ids], [row[1:] for row in ids], self.pad_id).to(device)
-        output = negative_log_likelihood(sequence_logps(module, sequences), sequences.response_lengths)
+    def __call__(self, module: nn.Module, rows: Rows, device: torch.device) -> ObjectiveOutput:
+        texts = self.texts.take(rows)
+        logps, batch = sequence_logps(
+            module, [ids[:1] for ids in texts], [[ids[1:]] for ids in texts], device=device, pad_id=self.pad_id
+        )
+        output = negative_log_likelihood(logps, batch.lengths)
         return ObjectiveOutput(output.loss, {"pretraining/nll": output.metrics["demonstration/nll"]})
 
 
@@ -146,14 +174,13 @@ class RewardModelTerm(Term):
     name = "reward_model"
 
     def __init__(self, path: str, shares: Shares, pad_id: int, *, centre_weight: float) -> None:
-        table = read_rows(path)
-        super().__init__(table, pair_lengths(table), shares, 1.0, pad_id)
+        self.pairs = Pairs(path, referenced=False)
+        super().__init__(self.pairs.plan(shares), 1.0, pad_id)
         self.centre_weight = centre_weight
 
-    def __call__(self, module: nn.Module, rows: dict[str, list[Any]], device: torch.device) -> ObjectiveOutput:
-        sequences = collate_pairs(rows, self.pad_id).to(device)
-        scores = _halves(last_token(module(sequences), sequences))
-        labels = _column(rows, "label", device)
+    def __call__(self, module: nn.Module, rows: Rows, device: torch.device) -> ObjectiveOutput:
+        scores = pair_scores(module, self.pairs, rows, device, self.pad_id)
+        labels = self.pairs.numbers("label", rows, device)
         return bradley_terry(scores.chosen, scores.rejected, labels, centre_weight=self.centre_weight)
 
 
@@ -182,25 +209,12 @@ def preference_objective(
             return preference.sft(policy, reference, labels, num_tokens)
 
 
-def collate_pairs(rows: dict[str, list[Any]], pad_id: int) -> Sequences:
-    """[2B] sequences: all chosen, then all rejected."""
-    return collate(rows["prompt_ids"] * 2, rows["chosen_ids"] + rows["rejected_ids"], pad_id)
+def pair_scores(head: nn.Module, pairs: Pairs, rows: Rows, device: torch.device, pad_id: int) -> PairLogps:
+    """Raw scores of both responses of these pairs, in one pass of a `ScalarHead`."""
+    prompts, responses = pairs.prompts.take(rows), pairs.responses(rows)
+    return _pairs(head(pack(prompts, responses, shared=can_pack(head), device=device, pad_id=pad_id)))
 
 
-def pair_lengths(table: pa.Table) -> NDArray[np.int64]:
-    """Tokens [N] of both sequences of a pair."""
-    responses = _num_tokens(table, "chosen_ids") + _num_tokens(table, "rejected_ids")
-    return 2 * _num_tokens(table, "prompt_ids") + responses
-
-
-def _num_tokens(table: pa.Table, column: str) -> NDArray[np.int64]:
-    return pc.list_value_length(table[column]).to_numpy().astype(np.int64)
-
-
-def _column(rows: dict[str, list[Any]], name: str, device: torch.device) -> Tensor:
-    return torch.tensor(rows[name], dtype=torch.float32, device=device)
-
-
-def _halves(values: Tensor) -> PairLogps:
-    chosen, rejected = values.chunk(2)
-    return PairLogps(chosen, rejected)
+def _pairs(values: Tensor) -> PairLogps:
+    """[2B], chosen and rejected in turn, to both halves."""
+    return PairLogps(values[0::2], values[1::2])

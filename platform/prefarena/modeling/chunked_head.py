@@ -1,0 +1,176 @@
+"""Log-probs and entropies of given tokens from hidden states, without ever holding the logits.
+
+The vocabulary's projection is done tile by tile (tokens x vocabulary) with a running log-sum-exp, and again tile by
+tile in the backward pass; so memory does not grow with tokens x vocabulary. Tiles are computed and summed in at least
+float32, whatever the precision of the model.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+#: A tile. On CPU few columns: what is done to each of its elements is then done in the caches.
+TOKENS, VOCABULARY = 1024, 2048
+_TOKENS_CUDA, _VOCABULARY_CUDA = 2048, 16384
+
+#: Over the tiles so far, [m] each: the largest z, the sum of exp(z - max), and that of (z - max) exp(z - max).
+Running = tuple[Tensor, Tensor, Tensor | None]
+
+
+def chunked_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    targets: Tensor,
+    *,
+    temperature: float = 1.0,
+    entropy: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """log p(target), and where asked for the entropy of p, [M] each, nats, at least float32.
+
+    p = softmax((hidden W^T + b) / temperature). hidden: [M, D]; weight: [V, D]; bias: [V]; targets: [M]. Gradients flow
+    to hidden, weight and bias, through the entropy too.
+    """
+    logps, entropies = _ChunkedHead.apply(hidden, weight, bias, targets, 1.0 / temperature, entropy)
+    return logps, entropies if entropy else None
+
+
+class _ChunkedHead(torch.autograd.Function):
+    """forward keeps inputs and [M] vectors alone; backward computes each tile's logits once more."""
+
+    @staticmethod
+    def forward(
+        context: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        scale: float,
+        wants_entropy: bool,
+    ) -> tuple[Tensor, Tensor]:
+        with torch.autocast(hidden.device.type, enabled=False):  # tiles have a precision of their own
+            target_logit, log_normaliser, entropy = _walk(hidden, weight, bias, targets, scale, wants_entropy)
+        context.save_for_backward(hidden, weight, bias, targets, log_normaliser, entropy)
+        context.scale = scale
+        context.set_materialize_grads(False)
+        return target_logit - log_normaliser, entropy
+
+    @staticmethod
+    def backward(context: Any, *gradients: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, targets, log_normaliser, entropy = context.saved_tensors
+        logp_gradient, entropy_gradient = gradients
+        if logp_gradient is None and entropy_gradient is None:
+            return (None,) * 6
+        scale, width = context.scale, _wide(hidden.dtype)
+        needs_hidden, needs_weight, needs_bias = context.needs_input_grad[:3]
+        hidden_gradient = torch.zeros_like(hidden, dtype=width) if needs_hidden else None
+        weight_gradient = torch.zeros_like(weight, dtype=width) if needs_weight else None
+        bias_gradient = torch.zeros_like(bias, dtype=width) if needs_bias and bias is not None else None
+        token_tile, vocabulary_tile = _tiles(hidden)
+        for rows in _slices(len(hidden), token_tile):
+            own = hidden[rows]
+            for columns in _slices(len(weight), vocabulary_tile):
+                head = weight[columns]
+                tile = _logits(own, head, None if bias is None else bias[columns], scale, width)
+                tile.sub_(log_normaliser[rows, None])  # log p
+                tile = _tile_gradient(
+                    tile,
+                    targets[rows] - columns.start,
+                    None if logp_gradient is None else logp_gradient[rows],
+                    None if entropy_gradient is None else entropy_gradient[rows],
+                    entropy[rows],
+                ).mul_(scale)
+                if hidden_gradient is not None:
+                    hidden_gradient[rows].addmm_(tile, head.to(width))
+                if weight_gradient is not None:
+                    weight_gradient[columns].addmm_(tile.t(), own.to(width))
+                if bias_gradient is not None:
+                    bias_gradient[columns] += tile.sum(0)
+        given = ((hidden_gradient, hidden), (weight_gradient, weight), (bias_gradient, bias))
+        return *(None if gradient is None else gradient.to(like.dtype) for gradient, like in given), None, None, None
+
+
+def _walk(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scale: float, wants_entropy: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Each target's logit, the log of the normaliser, and the entropy (zeros where it is not wanted), [M]."""
+    width, (token_tile, vocabulary_tile) = _wide(hidden.dtype), _tiles(hidden)
+    target_logit, log_normaliser, entropy = (hidden.new_zeros(len(hidden), dtype=width) for _ in range(3))
+    for rows in _slices(len(hidden), token_tile):
+        running: Running | None = None
+        for columns in _slices(len(weight), vocabulary_tile):
+            logits = _logits(hidden[rows], weight[columns], None if bias is None else bias[columns], scale, width)
+            target_logit[rows] += _picked(logits, targets[rows] - columns.start)
+            running = _merge(running, logits, wants_entropy)
+        assert running is not None
+        top, total, weighted = running
+        log_normaliser[rows] = top + total.log()
+        if weighted is not None:
+            entropy[rows] = total.log() - weighted / total
+    return target_logit, log_normaliser, entropy
+
+
+def _tile_gradient(
+    log_probs: Tensor, targets: Tensor, logp_gradient: Tensor | None, entropy_gradient: Tensor | None, entropy: Tensor
+) -> Tensor:
+    """The gradient at a tile's logits [m, v]. d log p_t / dz = 1_t - p; dH / dz = -p (log p + H)."""
+    probs = log_probs.exp()
+    if entropy_gradient is None:
+        gradient = probs.mul_(-logp_gradient[:, None]) if logp_gradient is not None else probs.zero_()
+    else:
+        gradient = log_probs.add_(entropy[:, None]).mul_(probs).mul_(-entropy_gradient[:, None])
+        if logp_gradient is not None:
+            gradient.sub_(probs.mul_(logp_gradient[:, None]))
+    if logp_gradient is not None:
+        inside = (targets >= 0) & (targets < gradient.shape[1])
+        column = targets.clamp(0, gradient.shape[1] - 1)[:, None]
+        gradient.scatter_add_(1, column, (logp_gradient * inside).to(gradient.dtype)[:, None])
+    return gradient
+
+
+def _merge(running: Running | None, logits: Tensor, wants_weighted: bool) -> Running:
+    """The tiles so far, and one more. Overwrites `logits`."""
+    top = logits.amax(1) if running is None else torch.maximum(logits.amax(1), running[0])
+    logits.sub_(top[:, None])
+    if not wants_weighted:
+        total = logits.exp_().sum(1)
+        return (top, total, None) if running is None else (top, total + running[1] * (running[0] - top).exp(), None)
+    exponentials = logits.exp()
+    total, weighted = exponentials.sum(1), logits.mul_(exponentials).sum(1)
+    if running is None or running[2] is None:
+        return top, total, weighted
+    shift = running[0] - top
+    factor = shift.exp()
+    return top, total + running[1] * factor, weighted + factor * (running[2] + shift * running[1])
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, width: torch.dtype) -> Tensor:
+    """A tile [m, v], in at least float32."""
+    if hidden.is_cuda and hidden.dtype != width:  # products of half-precision numbers, summed in float32
+        logits = torch.mm(hidden, weight.to(hidden.dtype).t(), out_dtype=width)
+    else:
+        logits = torch.mm(hidden.to(width), weight.to(width).t())
+    if bias is not None:
+        logits.add_(bias.to(width))
+    return logits if scale == 1.0 else logits.mul_(scale)
+
+
+def _picked(logits: Tensor, targets: Tensor) -> Tensor:
+    """The targets' logits [m]; zero where a target lies in another tile."""
+    inside = (targets >= 0) & (targets < logits.shape[1])
+    return logits.gather(1, targets.clamp(0, logits.shape[1] - 1)[:, None])[:, 0] * inside
+
+
+def _tiles(hidden: Tensor) -> tuple[int, int]:
+    return (_TOKENS_CUDA, _VOCABULARY_CUDA) if hidden.is_cuda else (TOKENS, VOCABULARY)
+
+
+def _slices(size: int, step: int) -> list[slice]:
+    return [slice(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype.itemsize < 4 else dtype

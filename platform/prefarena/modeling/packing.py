@@ -1,0 +1,139 @@
+"""Prompts with their responses, laid out for one forward pass.
+
+Packed: all in one row, each prompt once, followed by its responses, which see it but not each other (see
+`tree_attention.py`); nothing is padded. Padded: a row for each response, its prompt before it, for models that
+cannot be packed. Either way `sources` and `targets` say which position scores which token, so that what comes after the
+body of the model is the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import chain
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from prefarena.modeling.tree_attention import BLOCK, Trees, plan_trees
+
+#: Token ids: a list, or an int array [n].
+Ids = Sequence[int] | NDArray[np.integer[Any]]
+
+
+@dataclass(frozen=True)
+class PackedBatch:
+    """B prompts with R responses in all, M response tokens. Responses are in order: those of the first prompt first.
+
+    input_ids: [rows, T]; position_ids: [1, T] in a packed row, else None. sources: [M], the position (in the flattened
+    rows) whose output scores each response token; targets: [M], those tokens; response_of: [M], which response each
+    belongs to; last: [R], the position of each response's last token; lengths: [R], tokens of each response.
+    """
+
+    input_ids: Tensor
+    position_ids: Tensor | None
+    trees: Trees | None
+    sources: Tensor
+    targets: Tensor
+    response_of: Tensor
+    last: Tensor
+    lengths: Tensor
+
+    def sums(self, token_values: Tensor) -> Tensor:
+        """[M] to [R]: the sum over each response's tokens."""
+        return token_values.new_zeros(len(self.lengths)).index_add(0, self.response_of, token_values)
+
+
+def pack(
+    prompts: Sequence[Ids],
+    responses: Sequence[Sequence[Ids]],
+    *,
+    shared: bool = True,
+    device: torch.device | str = "cpu",
+    pad_id: int = 0,
+) -> PackedBatch:
+    """Lay out each prompt with its responses: packed, or padded where `shared` is false. Prompts are not empty."""
+    device = torch.device(device)
+    lengths = [[len(prompt), *map(len, answers)] for prompt, answers in zip(prompts, responses, strict=True)]
+    batch = _packed(prompts, responses, lengths, device) if shared else _padded(prompts, responses, lengths, pad_id)
+    return _to(batch, device)
+
+
+def _packed(
+    prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]], lengths: list[list[int]], device: torch.device
+) -> PackedBatch:
+    segments = np.array(list(chain.from_iterable(lengths)))  # [S]: prompt, responses, next prompt, ...
+    branch = np.concatenate([np.arange(len(own)) for own in lengths])  # 0: a prompt
+    tree = np.repeat(np.arange(len(lengths)), [len(own) for own in lengths])
+    prompt_size = segments[branch == 0][tree]  # of each segment's tree
+    starts = np.cumsum(segments) - segments
+    prompt_ends = (starts + segments)[branch == 0][tree]
+    size = int(segments.sum())
+    padding = np.zeros(-size % BLOCK if device.type == "cuda" else 0, np.int64)
+    given = [ids for prompt, answers in zip(prompts, responses, strict=True) for ids in (prompt, *answers)]
+    ids = np.concatenate([*(np.asarray(part, np.int64) for part in given), padding])
+    positions = np.arange(size) - np.repeat(starts - np.where(branch == 0, 0, prompt_size), segments)
+    is_response = branch > 0
+    first, counts = starts[is_response], segments[is_response]
+    tokens = _ranges(first, counts)
+    sources = tokens - 1
+    begins = (np.cumsum(counts) - counts)[counts > 0]
+    sources[begins] = (prompt_ends[is_response] - 1)[counts > 0]
+    trees = plan_trees(
+        np.concatenate([np.repeat(tree, segments), padding - 1]),
+        np.concatenate([np.repeat(branch, segments), padding]),
+        lengths,
+        device,
+    )
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids)[None],
+        position_ids=torch.from_numpy(np.concatenate([positions, padding]))[None],
+        trees=trees,
+        sources=torch.from_numpy(sources),
+        targets=torch.from_numpy(ids[tokens]),
+        response_of=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+        last=torch.from_numpy(np.where(counts > 0, first + counts - 1, prompt_ends[is_response] - 1)),
+        lengths=torch.from_numpy(counts),
+    )
+
+
+def _padded(
+    prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]], lengths: list[list[int]], pad_id: int
+) -> PackedBatch:
+    prompt_size = np.array([own[0] for own in lengths for _ in own[1:]])
+    counts = np.array([length for own in lengths for length in own[1:]])
+    width = int((prompt_size + counts).max())
+    present = np.arange(width)[None, :] < (prompt_size + counts)[:, None]
+    rows = [(prompt, answer) for prompt, answers in zip(prompts, responses, strict=True) for answer in answers]
+    ids = np.full(present.shape, pad_id, np.int64)
+    ids[present] = np.concatenate([np.asarray(part, np.int64) for row in rows for part in row])
+    begins = np.arange(len(counts)) * width + prompt_size  # of each response, in the flattened rows
+    tokens = _ranges(begins, counts)
+    return PackedBatch(
+        input_ids=torch.from_numpy(ids),
+        position_ids=None,
+        trees=None,
+        sources=torch.from_numpy(tokens - 1),
+        targets=torch.from_numpy(ids.reshape(-1)[tokens]),
+        response_of=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
+        last=torch.from_numpy(begins + counts - 1),
+        lengths=torch.from_numpy(counts),
+    )
+
+
+def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
+    """start, start + 1, ... of each range, one after another."""
+    return np.arange(int(counts.sum())) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
+
+
+def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
+    if device.type == "cpu":
+        return batch
+    values = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
+    moved: dict[str, Any] = {
+        name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
+    }
+    return replace(batch, **moved)
