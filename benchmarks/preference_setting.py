@@ -148,7 +148,7 @@ def orders(setting: Setting, pairs: TokenPairs) -> dict[str, list[int]]:
 
 
 def _order(setting: Setting, lengths: NDArray[np.int64]) -> list[int]:
-    plan = BatchPlan(lengths, setting.batch_size, setting.batch_size, 1, setting.seed)
+    plan = BatchPlan(lengths, lengths, setting.batch_size, 1, 1, setting.seed)
     return [int(row) for step in range(setting.num_steps) for row in plan.rows(step)]
 
 

@@ -65,7 +65,10 @@ _TRL = {"order": "shuffled", "micro_batch": 8, "precompute": False, "fused": Tru
 #: What makes TRL fastest here (`--search`), besides the settings that all of its sides have: no activation
 #: checkpointing, no autocast.
 _TRL_BEST = {"order": "bucketed", "micro_batch": 2}
-_OURS = {"method": "dpo", "order": "bucketed", "micro_batch": 2, "fused": True}
+_OURS = {
+    "method": "dpo", "order": "bucketed", "rows": "packed", "chunked_head": True, "fused": True,
+    "micro_batch_tokens": 1024,
+}  # fmt: skip
 
 MAIN = (
     Contender("TRL online", "trl", _TRL),
@@ -76,12 +79,23 @@ MAIN = (
     Contender("ours, DPO", "ours", _OURS),
     Contender("ours, MPO", "ours", _OURS | {"method": "mpo"}),
 )
+#: One change each against production, except the last: all of them.
 ABLATION = (
     Contender("ours, DPO", "ours", _OURS),
+    Contender("prompt not shared", "ours", _OURS | {"rows": "repeated"}),
+    Contender("nor packed: padded rows", "ours", _OURS | {"rows": "padded"}),
+    Contender("a pair a pass", "ours", _OURS | {"micro_batch_tokens": 1}),
+    Contender("a batch a pass", "ours", _OURS | {"micro_batch_tokens": 8192}),
+    Contender("head not chunked", "ours", _OURS | {"chunked_head": False}),
     Contender("no length bucketing", "ours", _OURS | {"order": "shuffled"}),
-    Contender("one micro-batch", "ours", _OURS | {"micro_batch": 8}),
     Contender("AdamW not fused", "ours", _OURS | {"fused": False}),
-)
+    Contender(
+        "none of them",
+        "ours",
+        _OURS | {"rows": "padded", "chunked_head": False, "order": "shuffled", "fused": False,
+                 "micro_batch_tokens": 8192},
+    ),
+)  # fmt: skip
 SEARCH = (
     Contender("precomputed", "trl", _TRL | {"precompute": True}),
     Contender("micro-batch 4", "trl", _TRL | {"precompute": True, "micro_batch": 4}),
