@@ -73,7 +73,12 @@ class Resources(Section):
     task_timeout_s: float = Field(
         3600, gt=0, description="Longest wait for a Ray task to end: drawing pairs, scoring responses, an evaluation."
     )
-    max_failures: int = Field(2, ge=0, description="Worker failures that a Ray Train run recovers from.")
+    max_failures: int = Field(
+        2, ge=0, description="Deaths of workers that a Ray Train run recovers from, and as many of its controller."
+    )
+    storage_retry_s: float = Field(
+        120, ge=0, description="How long a training worker asks storage again that fails in a way that may pass."
+    )
 
 
 class Evaluation(Section):

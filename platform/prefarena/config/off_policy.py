@@ -27,6 +27,12 @@ class Optimisation(Section):
     precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="bfloat16: autocast, float32 master weights."
     )
+    max_bad_steps: int = Field(
+        5,
+        ge=0,
+        description="Steps in a row that may be skipped, as their loss or gradient is not a number; one more, and the "
+        "method has failed.",
+    )
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(10, ge=1, description="Steps between metric rows.")
 
