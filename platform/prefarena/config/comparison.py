@@ -66,6 +66,11 @@ class Resources(Section):
     cpus_per_worker: float = Field(1, ge=1, description="CPUs, and torch threads, of each worker.")
     use_gpu: bool = False
     gpus_per_worker: float = Field(1, gt=0, le=1, description="When use_gpu is true; a share for weight_sync: ipc.")
+    sharding: Literal["none", "fsdp"] = Field(
+        "none",
+        description="fsdp: each worker of an off-policy, reference or reward model training holds a part of weights, "
+        "gradients and optimizer state (FSDP2); none, and on-policy methods: each holds all of them (DDP).",
+    )
     concurrent_runs: int = Field(1, ge=1, description="Off-policy Ray Train runs at the same time.")
     start_timeout_s: float = Field(
         300, gt=0, description="Longest wait for a group of training workers to be placed, one more attempt included."
