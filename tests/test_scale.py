@@ -10,11 +10,9 @@ from typing import Any, Literal
 import numpy as np
 import pytest
 import torch
-from off_policy import metric_rows, off_policy_job, weights, write_inputs
-from torch import nn
+from off_policy import metric_rows, off_policy_job, write_inputs
 
-from prefarena.config import DPO, MPO, LoRA, Optimisation, Resources, RewardModel
-from prefarena.stages import read_manifest
+from prefarena.config import MPO, LoRA, Optimisation, RewardModel
 from prefarena.training.jobs import Job, RewardModelJob
 from prefarena.training.run_job import run_job
 from prefarena.training.worker import Worker
@@ -111,7 +109,7 @@ def column(folder: Path, name: str) -> list[float]:
 def test_two_workers_have_the_losses_of_one(runs: Path, variant: str, workers: str) -> None:
     for name in ("loss", "grad_norm"):
         one, two = (column(runs / where / variant, name) for where in ("one", workers))
-        assert len(one) == NUM_STEPS and one[-1] < one[0] - 0.05 or name == "grad_norm"
+        assert (len(one) == NUM_STEPS and one[-1] < one[0] - 0.05) or name == "grad_norm"
         np.testing.assert_allclose(two, one, rtol=0, atol=1e-5, err_msg=name)
 
 
