@@ -55,7 +55,7 @@ class Disturbed:
     kills: list[Kill]
     num_starts: int = 0
     _process: subprocess.Popen[bytes] | None = None
-    _unrecovered: list[tuple[Kill, float]] = field(default_factory=list)
+    _unrecovered: list[tuple[Kill, float, int]] = field(default_factory=list)  # since when, in which start
 
     def __post_init__(self) -> None:
         self._comparison = load_config(str(self.config), [])
@@ -71,7 +71,7 @@ class Disturbed:
                 best, moved_at = reached, time.monotonic()
                 self._recovered()
             if todo and best >= todo[0].point and self._kill(todo[0]):
-                self._unrecovered.append((todo.pop(0), time.monotonic()))
+                self._unrecovered.append((todo.pop(0), time.monotonic(), self.num_starts))
                 killed_at = time.monotonic()
             status = self._process.poll() if self._process is not None else -1
             if status == 0:
@@ -113,9 +113,14 @@ class Disturbed:
         return bool(victims)
 
     def _recovered(self) -> None:
-        for kill, since in self._unrecovered:
-            kill.seconds = time.monotonic() - since
-        self._unrecovered = []
+        """Take the time of kills that the run is past. Workers may outlive a node or a driver: those must start again."""
+        left = []
+        for kill, since, start in self._unrecovered:
+            if VICTIMS[kill.kind].startswith("ray::") or self.num_starts > start:
+                kill.seconds = time.monotonic() - since
+            else:
+                left.append((kill, since, start))
+        self._unrecovered = left
 
 
 def training_folders(config: Comparison) -> list[Path]:
