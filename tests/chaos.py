@@ -113,7 +113,7 @@ class Disturbed:
         return bool(victims)
 
     def _recovered(self) -> None:
-        """Take the time of kills that the run is past. Workers may outlive a node or a driver: those must start again."""
+        """Take the time of kills that the run is past. Workers may outlive node and driver: those must start again."""
         left = []
         for kill, since, start in self._unrecovered:
             if VICTIMS[kill.kind].startswith("ray::") or self.num_starts > start:
