@@ -100,21 +100,29 @@ def _usable(path: str) -> Iterator[Pair]:
                 continue
 
 
-def synthetic_pairs(setting: Setting) -> tuple[TokenPairs, PreTrainedTokenizerBase]:
-    """Random tokens: all of one length, or with lengths drawn from HH-RLHF's distribution."""
-    source = np.random.default_rng(setting.seed)
-    words = {f"t{i}": i for i in range(MODEL.vocab_size)}
-    fast = PreTrainedTokenizerFast(
+def word_tokenizer(vocabulary: int) -> PreTrainedTokenizerBase:
+    """A tokenizer for models that see random tokens: pad, bos and eos are 0, 1 and 2."""
+    words = {f"t{i}": i for i in range(vocabulary)}
+    return PreTrainedTokenizerFast(
         tokenizer_object=Fast(models.WordLevel(words, unk_token="t0")), pad_token="t0", bos_token="t1", eos_token="t2"
     )
+
+
+def lengths_of(setting: Setting) -> NDArray[np.int64]:
+    """[pairs, 3]: all the same, or drawn from HH-RLHF's distribution."""
     if setting.name == "equal":
-        lengths = np.tile(EQUAL_LENGTHS, (setting.num_pairs, 1))
-    else:
-        drawn = source.uniform(0, 100, (setting.num_pairs, 3))
-        grid = np.linspace(0, 100, len(HH_PERCENTILES[0]))
-        columns = [np.interp(drawn[:, i], grid, percentiles) for i, percentiles in enumerate(HH_PERCENTILES)]
-        lengths = np.minimum(np.stack(columns, 1).astype(int), (MAX_PROMPT, MAX_RESPONSE, MAX_RESPONSE))
-    return [tuple(source.integers(3, MODEL.vocab_size, n).tolist() for n in row) for row in lengths], fast  # type: ignore[misc]
+        return np.tile(EQUAL_LENGTHS, (setting.num_pairs, 1))
+    drawn = np.random.default_rng(setting.seed).uniform(0, 100, (setting.num_pairs, 3))
+    grid = np.linspace(0, 100, len(HH_PERCENTILES[0]))
+    columns = [np.interp(drawn[:, i], grid, percentiles) for i, percentiles in enumerate(HH_PERCENTILES)]
+    return np.minimum(np.stack(columns, 1).astype(np.int64), (MAX_PROMPT, MAX_RESPONSE, MAX_RESPONSE))
+
+
+def random_pairs(lengths: NDArray[np.int64], vocabulary: int, seed: int) -> TokenPairs:
+    """Random tokens in prompts, chosen and rejected responses of these lengths, [pairs, 3]."""
+    source = np.random.default_rng(seed)
+    ids = [[source.integers(3, vocabulary, length).tolist() for length in row] for row in lengths]
+    return [(prompt, chosen, rejected) for prompt, chosen, rejected in ids]
 
 
 def prepare(setting: Setting, data: str | None, folder: Path) -> Path:
@@ -123,8 +131,16 @@ def prepare(setting: Setting, data: str | None, folder: Path) -> Path:
     if data is not None and setting.name == "natural":
         pairs, tokenizer = hh_pairs(data, setting, folder / "tokenizer")
     else:
-        pairs, tokenizer = synthetic_pairs(setting)
-    save_policy(new_policy(MODEL, tokenizer, MAX_PROMPT + MAX_RESPONSE, setting.seed), tokenizer, folder / "policy")
+        tokenizer = word_tokenizer(MODEL.vocab_size)
+        pairs = random_pairs(lengths_of(setting), MODEL.vocab_size, setting.seed)
+    return write_spec(setting, MODEL, pairs, tokenizer, folder)
+
+
+def write_spec(
+    setting: Setting, model: ScratchModel, pairs: TokenPairs, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> Path:
+    """The model, the table of pairs and the settings in `folder`; returns the settings' file."""
+    save_policy(new_policy(model, tokenizer, MAX_PROMPT + MAX_RESPONSE, setting.seed), tokenizer, folder / "policy")
     _write_pairs(pairs, folder / "pairs.parquet")
     spec: dict[str, Any] = asdict(setting) | {
         "policy": str(folder / "policy"),
