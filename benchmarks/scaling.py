@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 import torch
 import torch.distributed as dist
-from preference_setting import Setting, num_parameters, random_pairs, word_tokenizer, write_spec
+from preference_setting import Setting, num_parameters, write_spec
+from random_pairs import random_pairs, word_tokenizer
 from sides import Side, machine, memory_mib, serve, versions
 from step_ours import PRODUCTION, Step
 
