@@ -9,5 +9,17 @@ class UserError(Exception):
     """
 
 
+class StorageFullError(UserError):
+    """A disk or a quota is full. What was being written is removed; the last checkpoint is whole."""
+
+
+class StorageError(RuntimeError):
+    """Storage failed for longer than `resources.storage_retry_s`."""
+
+
 class WaitTimeoutError(TimeoutError):
     """A wait on another process (placement, actor start, weight sync, rollout) outlasted its limit."""
+
+
+class ClusterLostError(Exception):
+    """A cluster that took a job no longer answers, or a job does not end. The message says what to do."""

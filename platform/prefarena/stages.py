@@ -2,6 +2,9 @@
 
 A stage is finished when its manifest exists; it is written last and atomically. A finished stage is never run
 again, and a changed setting gives another hash, hence another folder: nothing is overwritten.
+
+A training stage may also have failed: its numbers were no longer numbers. It then holds `failure.json` in place of a
+manifest, with the reason, and is left alone until it is told to be tried again.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ from typing import Any
 #: Raise when the meaning of stored results changes: older stages are then not reused.
 FORMAT_VERSION = 3
 _MANIFEST = "manifest.json"
+_FAILURE = "failure.json"
 
 
 @dataclass(frozen=True)
@@ -37,6 +41,16 @@ class Stage:
     @property
     def finished(self) -> bool:
         return (self.folder / _MANIFEST).is_file()
+
+    @property
+    def failure(self) -> str | None:
+        """Why the stage failed; None where it did not."""
+        return None if self.finished else failure_of(self.folder)
+
+    @property
+    def settled(self) -> bool:
+        """Finished or failed: there is nothing to do."""
+        return is_settled(self.folder)
 
     @property
     def key(self) -> str:
@@ -69,9 +83,41 @@ def write_manifest(folder: str | Path, contents: dict[str, Any]) -> None:
     write_json(Path(folder) / _MANIFEST, contents)
 
 
+def is_settled(folder: str | Path) -> bool:
+    """Whether the stage is finished or has failed."""
+    return is_finished(folder) or (Path(folder) / _FAILURE).is_file()
+
+
+def failure_of(folder: str | Path) -> str | None:
+    """The reason that `write_failure` was given; None where it was not called."""
+    try:
+        return str(json.loads((Path(folder) / _FAILURE).read_text(encoding="utf-8"))["reason"])
+    except FileNotFoundError:
+        return None
+
+
+def write_failure(folder: str | Path, reason: str, **contents: Any) -> None:
+    """Mark the stage as failed."""
+    write_json(Path(folder) / _FAILURE, {"status": "failed", "reason": reason, **contents})
+
+
+def forget_failure(folder: str | Path) -> None:
+    """Have a failed stage tried again."""
+    (Path(folder) / _FAILURE).unlink(missing_ok=True)
+
+
 def write_json(path: Path, contents: Any) -> None:
     """Write JSON so that a reader sees the old file or the new one, never a part of it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    write_text(path, json.dumps(contents, indent=1))
+
+
+def write_text(path: Path, text: str) -> None:
+    """`write_json` of any text."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(json.dumps(contents, indent=1), encoding="utf-8")
-    os.replace(temporary, path)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise

@@ -45,6 +45,12 @@ class OnPolicyTraining(Section):
         "from; needs importance_cap.",
     )
     precision: Literal["float32", "bfloat16"] = "float32"
+    max_bad_iterations: int = Field(
+        2,
+        ge=0,
+        description="Iterations in a row that may pass without one step of policy or critic whose loss and gradient "
+        "are numbers; one more, and the method has failed.",
+    )
     checkpoint_every: int = Field(10, ge=1, description="Iterations between checkpoints.")
     num_snapshots: int = Field(
         0, ge=0, description="Policies kept on the way, evenly spaced, and evaluated where evaluation is exact."

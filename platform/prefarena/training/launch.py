@@ -1,75 +1,112 @@
 """Ray Train runs: a group of jobs on one group of workers, one after another.
 
 Starting a worker group costs tens of seconds on a laptop, more than many of our jobs; so jobs that ask for the
-same resources share one. The group restarts from its last checkpoint after a failure, skips the jobs whose stage
-is finished, and goes on.
+same resources share one. The group restarts after a failure, skips the jobs whose stage is finished or has failed,
+and goes on from the last checkpoint of the one that it was at.
+
+Ray Train places, starts, watches and restarts the workers. It does not keep their checkpoints (checkpoints.py does): it
+forgets one that was reported but not yet noticed when a worker dies, and everything with its controller.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
+import secrets
+import shutil
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from prefarena.config import Resources
-from prefarena.errors import WaitTimeoutError
-from prefarena.stages import is_finished
+from prefarena.errors import UserError, WaitTimeoutError
+from prefarena.stages import is_settled
 from prefarena.training.jobs import Job
 
 #: A group that could not be placed, or lost a worker while it started, is tried once more.
 _START_ATTEMPTS = 2
 
+_logger = logging.getLogger(__name__)
+
 
 def run_jobs(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
-    """Run every unfinished job on Ray Train workers; returns when all their stages are finished.
+    """Run every job that is not settled on Ray Train workers; returns when all their stages are finished or failed.
 
-    The same jobs in the same storage are the same Ray Train run, so calling this again after an interruption
-    resumes from the last checkpoint. Raises what a worker raised, and WaitTimeoutError where the workers could not be
-    placed within `resources.start_timeout_s`.
+    Called again after an interruption it goes on from the last checkpoint. When Ray Train's controller dies it is
+    started again, at most `resources.max_failures` times, as it does itself with workers. Raises what a worker raised,
+    UserError where that was one, and WaitTimeoutError where the workers could not be placed within
+    `resources.start_timeout_s`.
     """
-    if all(is_finished(job.stage_dir) for job in jobs):
-        return
-    # ray.train re-exports these; named where they live, so that they can be type-checked.
-    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
-    from ray.train.v2.api.exceptions import ControllerError
+    import ray.exceptions
 
-    trainer = _trainer(jobs, resources, storage)
+    num_failures = 0
+    while any(not is_settled(job.stage_dir) for job in jobs):
+        try:
+            return _fit(jobs, resources, storage)
+        except ray.exceptions.RayActorError as error:
+            num_failures += 1
+            if num_failures > resources.max_failures:
+                raise
+            _logger.warning("Ray Train's controller died and is started again: %s", error)
+
+
+def _fit(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
+    """One Ray Train run, with a name of its own; its folder, which holds nothing that is needed, goes with it."""
+    # ray.train re-exports these; named where they live, so that they can be type-checked.
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerGroupStartupTimeoutError
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+
+    name = f"jobs-{secrets.token_hex(6)}"
+    trainer = _trainer(jobs, resources, storage, name)
     # Ray Train hands its variables from here to its controller, which reads this one for each attempt.
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(resources.start_timeout_s / _START_ATTEMPTS)
     try:
         trainer.fit()
+    except WorkerGroupError as error:
+        for failure in error.worker_failures.values():
+            cause = failure._base_exc if isinstance(failure, UserExceptionWithTraceback) else failure
+            if isinstance(cause, UserError):
+                raise cause from error
+        raise
     except ControllerError as error:
         if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             raise
-        each = ", ".join(f"{amount:g} {kind}" for kind, amount in _per_worker(resources).items())
+        each = ", ".join(f"{amount:g} {kind}" for kind, amount in _per_worker(resources).items()) + " each"
+        each += "".join(f", {label}: {wanted}" for label, wanted in resources.labels)
         raise WaitTimeoutError(
             f"waited {resources.start_timeout_s:g} s for a group of {resources.num_workers} training workers "
-            f"({each} each) to be placed; resources.start_timeout_s sets the limit"
+            f"({each}) to be placed; resources.start_timeout_s sets the limit"
         ) from error
+    finally:
+        shutil.rmtree(Path(storage) / name, ignore_errors=True)
 
 
-def _trainer(jobs: Sequence[Job], resources: Resources, storage: str) -> Any:
-    from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
+def _trainer(jobs: Sequence[Job], resources: Resources, storage: str, name: str) -> Any:
+    from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
-    digest = hashlib.sha256("\n".join(job.stage_dir for job in jobs).encode()).hexdigest()[:12]
     return TorchTrainer(
         _worker_loop,
-        train_loop_config={"jobs": list(jobs), "num_threads": int(resources.cpus_per_worker)},
+        train_loop_config={
+            "jobs": list(jobs),
+            "num_threads": int(resources.cpus_per_worker),
+            "storage_retry_s": resources.storage_retry_s,
+            "sharding": resources.sharding,
+        },
         scaling_config=ScalingConfig(
-            num_workers=resources.num_workers, use_gpu=resources.use_gpu, resources_per_worker=_per_worker(resources)
+            num_workers=resources.num_workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker=_per_worker(resources),
+            label_selector=dict(resources.labels) or None,
         ),
         run_config=RunConfig(
-            name=f"jobs-{digest}",
+            name=name,
             storage_path=storage,
             failure_config=FailureConfig(
                 max_failures=resources.max_failures, controller_failure_limit=_START_ATTEMPTS - 1
             ),
-            checkpoint_config=CheckpointConfig(num_to_keep=2),
             logging_config=LoggingConfig(log_level="ERROR"),
         ),
     )
@@ -87,5 +124,6 @@ def _worker_loop(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, config["num_threads"]))
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for job in config["jobs"]:
-        if not is_finished(job.stage_dir):
-            run_job(job, RayTrainWorker(job.stage_dir))
+        worker = RayTrainWorker(job.stage_dir, config["storage_retry_s"], config["sharding"])
+        if not worker.share(is_settled(job.stage_dir)):  # rank 0 sees for all: shared storage may lag
+            run_job(job, worker)

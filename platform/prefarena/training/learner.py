@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from prefarena.objectives.output import Mean, ObjectiveOutput
+from prefarena.training.guard import GuardedOptimizer
 from prefarena.training.on_policy_batch import Batch
 from prefarena.training.worker import Worker, load_optimizer_tensors, optimizer_tensors
 
@@ -39,6 +40,8 @@ class Learner:
         self._max_grad_norm = max_grad_norm
         # One fused pass: on small models the time of a step is that of its many small operations.
         self._optimizer = torch.optim.AdamW(module.parameters(), betas=betas, weight_decay=0.0, fused=True)
+        self.guard = GuardedOptimizer(self._optimizer, worker)
+        self._loss = torch.zeros((), device=worker.device)
 
     def accumulate(self, parts: list[Batch], term: Term, count: Tensor, autocast: Callable[[], Any]) -> Metrics:
         """Set the gradient to that of the summed losses of all workers' `parts`, divided by `count` [].
@@ -48,22 +51,23 @@ class Learner:
         """
         self._optimizer.zero_grad(set_to_none=True)
         metrics: Metrics = []
+        self._loss = torch.zeros_like(self._loss)
         for position, part in enumerate(parts):
             with self._worker.no_sync(self.wrapped, enabled=position < len(parts) - 1):
                 with autocast():
                     output = term(part)
                 # DDP averages gradients over workers; the step's loss is their sum.
                 (output.loss.total * (self._worker.world_size / count)).backward()
+            self._loss = self._loss + output.loss.total.detach()
             metrics.append(output.metrics)
         return metrics
 
-    def apply(self, learning_rate: float) -> Tensor:
-        """Clip the gradient and move along it. Returns its norm [] before clipping."""
+    def apply(self, learning_rate: float) -> tuple[Tensor, Tensor]:
+        """Clip the gradient and move along it. Returns its norm [] before clipping, and whether it was skipped []."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
         norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm)
-        self._optimizer.step()
-        return norm
+        return norm, self.guard.step(self._loss, norm)
 
     def tensors(self) -> dict[str, Tensor]:
         """Weights and optimizer state, by name."""

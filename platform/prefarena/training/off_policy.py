@@ -14,34 +14,46 @@ import torch
 from torch import Tensor, nn
 
 from prefarena.config import Optimisation
+from prefarena.modeling.layers import recompute_layers
 from prefarena.objectives.output import Mean
+from prefarena.training.guard import GuardedOptimizer, TrainingDivergedError
 from prefarena.training.schedule import warmed_up
+from prefarena.training.sharding import is_sharded, own_part, whole
 from prefarena.training.terms import Term
 from prefarena.training.worker import Worker, load_optimizer_tensors, optimizer_tensors
 
 
-class TrainingDivergedError(RuntimeError):
-    """The loss or the gradient is no longer a number."""
-
-
 @dataclass
 class Window:
-    """Sums of metrics since the last logged row, on the device: nothing is copied to the host in between."""
+    """Sums of metrics since the last logged row, on the device: nothing is copied to the host in between.
+
+    means: of the step under way. `close` ends it, and drops what it added where the step was skipped.
+    """
 
     means: dict[str, Mean] = field(default_factory=dict)
+    _closed: dict[tuple[str, ...], list[Tensor]] = field(default_factory=dict)  # names to [2 x names] of each step
 
     def add(self, name: str, mean: Mean) -> None:
         self.means[name] = self.means[name] + mean if name in self.means else mean
 
-    def reduce(self, worker: Worker) -> dict[str, float]:
-        """The means over all workers, in one reduction; the window is emptied."""
-        names = sorted(self.means)
-        parts = [part.detach().double() for name in names for part in (self.means[name].total, self.means[name].count)]
-        totals = worker.sum(torch.stack(parts).to(worker.device)).cpu().view(-1, 2)
+    def close(self, skipped: Tensor) -> None:
+        """End a step; `skipped` [] bool."""
+        names = tuple(sorted(self.means))
+        parts = [part.detach().float() for name in names for part in (self.means[name].total, self.means[name].count)]
+        self._closed.setdefault(names, []).append(torch.where(skipped, 0, torch.stack(parts)))
         self.means = {}
-        return {
-            name: total / count if count else 0.0 for name, (total, count) in zip(names, totals.tolist(), strict=True)
-        }
+
+    def reduce(self, worker: Worker) -> dict[str, float]:
+        """The means over all workers, of what was counted at all; the window is emptied. `close` comes before."""
+        totals: dict[str, Tensor] = {}
+        for names, steps in self._closed.items():
+            sums = torch.stack(steps).double().sum(0).view(-1, 2)
+            for name, pair in zip(names, sums, strict=True):
+                totals[name] = totals[name] + pair if name in totals else pair
+        self._closed = {}
+        order = sorted(totals)
+        reduced = worker.sum(torch.stack([totals[name] for name in order]).to(worker.device)).tolist()
+        return {name: total / count for name, (total, count) in zip(order, reduced, strict=True) if count}
 
 
 def train(
@@ -52,34 +64,40 @@ def train(
 ) -> dict[str, int]:
     """Run all steps from the last checkpoint on. Returns the numbers of steps and tokens trained.
 
-    `module` holds the trained parameters in float32 (master weights; `precision: bfloat16` computes under
-    autocast). Raises TrainingDivergedError when a logged loss or gradient norm is not finite.
+    `module` holds the parameters in float32; those that require a gradient are trained (master weights). `precision:
+    bfloat16` computes under autocast; a sharded module makes halved copies itself. A step whose loss or gradient is not
+    a number is skipped; raises TrainingDivergedError when a metric row is due and more than `training.max_bad_steps` in
+    a row were.
     """
-    trained = worker.wrap(module.eval())  # dropout off: policy and reference agree at the start, and runs repeat
+    module.eval()  # dropout off: policy and reference agree at the start, and runs repeat
+    if training.activation_checkpointing:
+        recompute_layers(module)
+    trained = worker.distribute(module, training.precision)
     optimizer = torch.optim.AdamW(
-        module.parameters(),
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=training.learning_rate,
         betas=training.betas,
         weight_decay=training.weight_decay,
         fused=True,
     )
+    guard = GuardedOptimizer(optimizer, worker)
     num_steps = training.num_steps or terms[0].plan.num_steps(training.num_epochs)
-    done = _restore(module, optimizer, worker)
+    done = _restore(module, guard, worker)
     window, started, first = Window(), time.perf_counter(), done
     for step in range(done, num_steps):
         rate = warmed_up(training.learning_rate, training.schedule, step, num_steps, training.warmup_steps)
         for group in optimizer.param_groups:
             group["lr"] = rate
-        gradient_norm = optimizer_step(trained, terms, step, optimizer, training, worker, window)
+        gradient_norm = optimizer_step(trained, terms, step, guard, training, worker, window)
         done = step + 1
         if done % training.log_every == 0 or done in (1, num_steps):
             row = {"step": done, "num_steps": num_steps, "learning_rate": rate, "grad_norm": float(gradient_norm)}
-            row |= window.reduce(worker)
-            if not (math.isfinite(row["loss"]) and math.isfinite(row["grad_norm"])):
-                raise TrainingDivergedError(f"loss {row['loss']} and gradient norm {row['grad_norm']} at step {done}")
-            worker.log(row | {"steps_per_second": (done - first) / (time.perf_counter() - started)})
+            row |= window.reduce(worker) | {"steps_skipped": guard.num_skipped}
+            row["steps_per_second"] = (done - first) / (time.perf_counter() - started)
+            worker.log(only_numbers(row))
+            stop_if_diverged(guard.longest_streak(), training.max_bad_steps, f"steps up to step {done}")
         if done % training.checkpoint_every == 0 and done < num_steps:
-            worker.save(done, _tensors(module, optimizer), {})
+            worker.save(done, _tensors(module, optimizer), guard.state(), sharded=is_sharded(module))
     return {
         "num_steps": num_steps,
         "num_tokens_trained": sum(term.num_tokens(step) for term in terms for step in range(first, num_steps)),
@@ -90,45 +108,66 @@ def optimizer_step(
     module: nn.Module,
     terms: list[Term],
     step: int,
-    optimizer: torch.optim.Optimizer,
+    guard: GuardedOptimizer,
     training: Optimisation,
     worker: Worker,
     window: Window,
 ) -> Tensor:
     """One update. Adds to `window` and returns the gradient's norm before clipping, []."""
-    optimizer.zero_grad(set_to_none=True)
+    guard.optimizer.zero_grad(set_to_none=True)
     work = [(term, micro) for term in terms for micro in term.plan.micro_batches(step, worker.rank)]
     for position, (term, micro) in enumerate(work):
         share = term.weight / term.count(step)
-        autocast = torch.autocast(worker.device.type, torch.bfloat16, enabled=training.precision == "bfloat16")
+        halved = training.precision == "bfloat16" and not is_sharded(module)
+        autocast = torch.autocast(worker.device.type, torch.bfloat16, enabled=halved)
         with worker.no_sync(module, enabled=position < len(work) - 1):
             with autocast:
                 output = term(module, micro, worker.device)
-            # DDP averages gradients over workers; the step's loss is their sum.
+            # DDP and FSDP average gradients over workers; the step's loss is their sum.
             (output.loss.total * (share * worker.world_size)).backward()
         one = torch.ones((), device=worker.device) / worker.world_size / len(work)
         window.add("loss", Mean(output.loss.total.detach() * share, one))
         window.add(f"loss/{term.name}", Mean(output.loss.total.detach(), output.loss.count.detach()))
         for name, mean in output.metrics.items():
             window.add(name, mean)
-    gradient_norm = nn.utils.clip_grad_norm_(module.parameters(), training.max_grad_norm)
-    optimizer.step()
+    gradient_norm = whole(nn.utils.clip_grad_norm_(module.parameters(), training.max_grad_norm))
+    window.close(guard.step(window.means["loss"].total, gradient_norm))
     return gradient_norm
 
 
+def only_numbers(row: dict[str, float]) -> dict[str, float]:
+    """The row without what is not finite, which JSON cannot hold."""
+    return {name: value for name, value in row.items() if math.isfinite(value)}
+
+
+def stop_if_diverged(in_a_row: int, limit: int, what: str) -> None:
+    """Raise TrainingDivergedError where more than `limit` of `what` in a row came to nothing."""
+    if in_a_row > limit:
+        raise TrainingDivergedError(
+            f"the loss or the gradient was not a number in {in_a_row} {what} in a row, more than the {limit} that are "
+            "allowed; a lower learning rate may help"
+        )
+
+
 def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    weights = {f"weights.{name}": value for name, value in module.named_parameters()}
+    """This worker's part of what is trained, and of the optimizer's state."""
+    weights = {f"weights.{name}": own_part(value) for name, value in _trained(module)}
     return weights | optimizer_tensors(optimizer, "optimizer")
 
 
-def _restore(module: nn.Module, optimizer: torch.optim.Optimizer, worker: Worker) -> int:
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+
+
+def _restore(module: nn.Module, guard: GuardedOptimizer, worker: Worker) -> int:
     """Load the job's last checkpoint, if there is one. Returns the steps already done."""
     checkpoint = worker.restore()
     worker.forget_rows_after(checkpoint.step if checkpoint else 0)
     if checkpoint is None:
         return 0
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(checkpoint.tensors[f"weights.{name}"])
-    load_optimizer_tensors(optimizer, checkpoint.tensors, "optimizer")
+        for name, parameter in _trained(module):
+            own_part(parameter).copy_(checkpoint.tensors[f"weights.{name}"])
+    load_optimizer_tensors(guard.optimizer, checkpoint.tensors, "optimizer")
+    guard.restore(checkpoint.state)
     return checkpoint.step

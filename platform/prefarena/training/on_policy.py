@@ -34,7 +34,7 @@ from prefarena.objectives.ppo import kl_loss, policy_loss, value_loss
 from prefarena.training.experience import Experience, Scorers, by_length, gather
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.learner import Learner, Term
-from prefarena.training.off_policy import TrainingDivergedError, Window
+from prefarena.training.off_policy import Window, only_numbers, stop_if_diverged
 from prefarena.training.on_policy_batch import Batch, experience_metrics, learnable
 from prefarena.training.rollouts import RolloutStream, minibatches, share, snapshot_iterations
 from prefarena.training.schedule import warmed_up
@@ -54,15 +54,19 @@ def train_on_policy(
     """Run all iterations from the last checkpoint on, save the policy at `job.model_dir`, return the costs.
 
     `source`, `reward` and `monitor` default to those that the job names. The job's policy is both the start and the
-    reference. Raises UserError where the batch is too small to share, TrainingDivergedError when a loss is not finite,
-    StalenessError when a rollout is older than the mode allows, and what generator and judge raise.
+    reference. Raises UserError where the batch is too small to share, TrainingDivergedError when more than
+    `max_bad_iterations` in a row had no step whose loss and gradient are numbers, StalenessError when a rollout is
+    older than the mode allows, and what generator and judge raise.
     """
     trainer = OnPolicyTrainer(job, worker, source or _connect(job), reward, monitor)
     trainer.restore()
     num_iterations = job.training.num_iterations
     snapshots = snapshot_iterations(num_iterations, job.training.num_snapshots)
     for iteration in range(trainer.iteration, num_iterations):
-        worker.log(trainer.run(iteration))
+        worker.log(only_numbers(trainer.run(iteration)))
+        stop_if_diverged(
+            trainer.bad_iterations, job.training.max_bad_iterations, f"iterations up to iteration {iteration + 1}"
+        )
         if trainer.iteration in snapshots and worker.rank == 0:
             trainer.save_snapshot()
         if trainer.iteration % job.training.checkpoint_every == 0 and trainer.iteration < num_iterations:
@@ -124,6 +128,7 @@ class OnPolicyTrainer:
         self.controller = KLController(job.training.kl_coef, job.training.target_kl, job.training.kl_horizon)
         self.counts = {"num_tokens_generated": 0, "num_tokens_trained": 0}
         self.iteration = 0
+        self.bad_iterations = 0  # in a row, up to now
 
     def _learner(self, name: str, norm_name: str, module: nn.Module) -> Learner:
         betas, max_grad_norm = self.settings.betas, self.settings.max_grad_norm
@@ -162,7 +167,14 @@ class OnPolicyTrainer:
 
     def state(self) -> dict[str, Any]:
         version = self.stream.version(self.iteration)
-        return {"kl_coef": self.controller.coef, "weight_version": version, **self.counts}
+        guards = {name: learner.guard.state() for name, learner in self.learners.items()}
+        return {
+            "kl_coef": self.controller.coef,
+            "weight_version": version,
+            "bad_iterations": self.bad_iterations,
+            "guards": guards,
+            **self.counts,
+        }
 
     def restore(self) -> None:
         """Load the job's last checkpoint, if there is one."""
@@ -170,9 +182,11 @@ class OnPolicyTrainer:
         self.worker.forget_rows_after(checkpoint.step if checkpoint else 0)
         if checkpoint is None:
             return
-        for learner in self.learners.values():
-            learner.restore(checkpoint.tensors)
         state, settings = checkpoint.state, self.settings
+        for name, learner in self.learners.items():
+            learner.restore(checkpoint.tensors)
+            learner.guard.restore(state["guards"][name])
+        self.bad_iterations = state["bad_iterations"]
         self.controller = KLController(state["kl_coef"], settings.target_kl, settings.kl_horizon)
         self.counts = {name: state[name] for name in self.counts}
         self.iteration = checkpoint.step
@@ -197,7 +211,7 @@ class OnPolicyTrainer:
         targets = learnable(experience, self.settings, coef)
         row: dict[str, Any] = {"step": iteration + 1, "num_steps": self.settings.num_iterations}
         row |= experience_metrics(experience, targets, self.settings.importance_cap) | {"kl/coef": coef}
-        if not self.policy_frozen():
+        if not self.policy_frozen() and math.isfinite(row["kl/k1"]):
             self.controller = self.controller.update(row["kl/k1"], len(experience))
         with phases("update"):
             row |= self._update(targets.batch, coef)
@@ -241,7 +255,8 @@ class OnPolicyTrainer:
     def _update(self, batch: Batch, kl_coef: float) -> dict[str, float]:
         settings, window, rates = self.settings, Window(), self.learning_rates()
         terms = self.terms(kl_coef)
-        norms: dict[str, list[Tensor]] = {learner.norm_name: [] for learner, _ in terms}
+        num_steps, one = settings.num_epochs * settings.num_minibatches, torch.ones((), device=self.worker.device)
+        before = {learner.name: learner.guard.num_skipped for learner, _ in terms}
         for epoch in range(settings.num_epochs):
             for rows in minibatches(len(batch), settings.num_minibatches, self.job.seed, self.iteration, epoch):
                 parts, count = self.parts(batch, rows), self.count(batch, rows)
@@ -249,12 +264,13 @@ class OnPolicyTrainer:
                     for metrics in learner.accumulate(parts, term, count, self.autocast):
                         for name, mean in metrics.items():
                             window.add(name, mean)
-                    norms[learner.norm_name].append(learner.apply(rates[learner.name]))
-        row = window.reduce(self.worker) | {name: float(torch.stack(values).mean()) for name, values in norms.items()}
-        bad = {name: value for name, value in row.items() if not math.isfinite(value)}
-        if bad:
-            raise TrainingDivergedError(f"not finite at iteration {self.iteration}: {bad}")
-        return row | {"learning_rate": rates["policy"]}
+                    norm, skipped = learner.apply(rates[learner.name])
+                    window.add(learner.norm_name, Mean(norm, one))
+                    window.close(skipped)
+        lost = {learner.name: learner.guard.num_skipped - before[learner.name] for learner, _ in terms}
+        self.bad_iterations = self.bad_iterations + 1 if num_steps in lost.values() else 0
+        num_skipped = sum(learner.guard.num_skipped for learner in self.learners.values())
+        return window.reduce(self.worker) | {"learning_rate": rates["policy"], "steps_skipped": num_skipped}
 
     def terms(self, kl_coef: float) -> list[tuple[Learner, Term]]:
         """Who learns in this iteration, and from what."""

@@ -1,15 +1,25 @@
-"""A job from its start to its finished stage, on one worker: load, train, save, write the manifest."""
+"""A job from its start to its finished stage, on one worker: load, train, save, write the manifest.
+
+A job whose numbers are no longer numbers ends in a failed stage instead; the jobs after it go on.
+"""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from prefarena.modeling.load import load_policy, load_tokenizer, save_policy
 from prefarena.modeling.logprobs import LogProbs
-from prefarena.stages import write_manifest
+from prefarena.modeling.lora import add_adapters, merge_adapters, save_adapter
+from prefarena.stages import write_failure, write_manifest
+from prefarena.training.guard import TrainingDivergedError
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 from prefarena.training.off_policy import train
 from prefarena.training.reward_model import train_reward_model
+from prefarena.training.sharding import on_rank_0
+from prefarena.training.storage import full_disk_named
 from prefarena.training.terms import (
     LikelihoodTerm,
     PreferenceTerm,
@@ -21,30 +31,58 @@ from prefarena.training.worker import Worker
 
 
 def run_job(job: Job, worker: Worker) -> None:
-    """Run `job` to its manifest. Every worker of the group calls this; rank 0 writes."""
+    """Run `job` to its manifest, or to its failure. Every worker of the group calls this; rank 0 writes.
+
+    Raises StorageFullError where there is no room for what it writes; its last checkpoint is whole then.
+    """
+    with full_disk_named(job.name, worker.stage_dir):
+        try:
+            contents = _contents(job, worker)
+        except TrainingDivergedError as error:  # all workers meet it in the same step
+            worker.flush()
+            if worker.rank == 0:
+                write_failure(job.stage_dir, str(error), label=job.name, seed=job.seed, faults=worker.faults())
+            return
+        worker.flush()
+        if worker.rank == 0:
+            write_manifest(job.stage_dir, {"label": job.name, "seed": job.seed, **contents, "faults": worker.faults()})
+        worker.drop_checkpoints()
+
+
+def _contents(job: Job, worker: Worker) -> dict[str, Any]:
+    """Of the job's manifest, when its model is saved."""
     match job:
         case ReferenceJob() | OffPolicyJob():
-            contents = _train_policy(job, worker)
+            return _train_policy(job, worker)
         case RewardModelJob():
-            contents = train_reward_model(job, worker)
+            return train_reward_model(job, worker)
         case OnPolicyJob():
             from prefarena.training.on_policy import train_on_policy
 
-            contents = train_on_policy(job, worker)
+            return train_on_policy(job, worker)
         case _:
             raise TypeError(f"no loop for {type(job).__name__}")
-    if worker.rank == 0:
-        write_manifest(job.stage_dir, {"label": job.name, "seed": job.seed, **contents})
 
 
 def _train_policy(job: ReferenceJob | OffPolicyJob, worker: Worker) -> dict[str, Any]:
     tokenizer = load_tokenizer(job.policy)
-    model = load_policy(job.policy)
-    module = LogProbs(model, job.max_length)
     settings = job.training if isinstance(job, ReferenceJob) else job.method.training
+
+    def start() -> PreTrainedModel:
+        model = load_policy(job.policy)
+        if settings.lora is not None:
+            add_adapters(model, settings.lora, job.seed)
+        return model
+
+    model = start()
+    module = LogProbs(model, job.max_length)
     counts = train(module, _terms(job, worker, tokenizer.pad_token_id, module.packed), settings, worker)
-    if worker.rank == 0:
-        save_policy(model, tokenizer, job.model_dir)
+    trained = on_rank_0(model, start, worker.rank)
+    if trained is not None:
+        if settings.lora is not None:
+            save_adapter(trained, job.policy, Path(job.stage_dir) / "adapter")
+            merge_adapters(trained)
+        save_policy(trained, tokenizer, job.model_dir)
     return {"costs": worker.costs(**counts)}
 
 

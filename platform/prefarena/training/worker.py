@@ -3,41 +3,44 @@
 from __future__ import annotations
 
 import json
-import os
+import logging
 import resource
-import shutil
+import secrets
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from contextlib import nullcontext
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from prefarena.stages import write_text
+from prefarena.training.checkpoints import Checkpoint, CheckpointFolder, DamagedCheckpointError
+from prefarena.training.sharding import is_sharded, like, own_part, reduce_after_backward, shard
+from prefarena.training.storage import full_disk_named, retried
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """State after `step` steps: named tensors, and JSON-able values."""
+_STORAGE_RETRY_S = 120.0
+_METRICS, _FAULTS = "metrics.jsonl", "faults.jsonl"
 
-    step: int
-    tensors: dict[str, Tensor]
-    state: dict[str, Any]
+_logger = logging.getLogger(__name__)
 
 
 class Worker:
-    """A worker without Ray: one process, checkpoints under the job's own folder."""
+    """A worker without Ray: one process. Checkpoints are under the job's own folder, whatever runs the worker."""
 
     rank = 0
     world_size = 1
+    sharding: Literal["none", "fsdp"] = "none"
 
-    def __init__(self, stage_dir: str, device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self, stage_dir: str, device: torch.device | str = "cpu", storage_retry_s: float = _STORAGE_RETRY_S
+    ) -> None:
         self.stage_dir = Path(stage_dir)
         self.device = torch.device(device)
+        self._storage_retry_s = storage_retry_s
         self.stage_dir.mkdir(parents=True, exist_ok=True)
         self._started = time.perf_counter()
         self._reset_peak_memory()
@@ -47,8 +50,17 @@ class Worker:
         module = module.to(self.device)
         return DistributedDataParallel(module) if self.world_size > 1 else module
 
+    def distribute(self, module: nn.Module, precision: Literal["float32", "bfloat16"]) -> nn.Module:
+        """The same, or spread over the workers where `sharding` says so; it then computes in `precision` of itself."""
+        if self.sharding == "fsdp" and self.world_size > 1:
+            return shard(module, self.world_size, self.device, precision)
+        return self.wrap(module)
+
     def no_sync(self, module: nn.Module, enabled: bool = True) -> Any:
         """A context in which backward passes leave the reduction over workers to a later one."""
+        if is_sharded(module):
+            reduce_after_backward(module, not enabled)
+            return nullcontext()
         return module.no_sync() if enabled and isinstance(module, DistributedDataParallel) else nullcontext()
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -57,31 +69,113 @@ class Worker:
             dist.all_reduce(tensor)
         return tensor
 
+    def share(self, value: Any) -> Any:
+        """Rank 0's value, on all workers."""
+        if self.world_size == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
+
+    # ------------------------------------------------------------------------------------------- rows
+
     def log(self, row: dict[str, Any]) -> None:
         """Append a row of metrics. Rank 0 alone writes."""
+        self._append(_METRICS, row)
+
+    def note_fault(self, kind: str, message: str, **details: Any) -> None:
+        """Keep a record of what went wrong and was mended, for the report. Rank 0 alone writes."""
         if self.rank == 0:
-            with (self.stage_dir / "metrics.jsonl").open("a", encoding="utf-8") as file:
-                file.write(json.dumps(row) + "\n")
+            _logger.warning("%s: %s", self.stage_dir.name, message)
+            self._append(_FAULTS, {"kind": kind, "message": message, "time": time.time(), **details})
+
+    def faults(self) -> list[dict[str, Any]]:
+        """The records of all attempts at this job."""
+        return _rows(self.stage_dir / _FAULTS)
+
+    def _append(self, name: str, row: dict[str, Any]) -> None:
+        if self.rank != 0:
+            return
+        path, line = self.stage_dir / name, json.dumps(row) + "\n"
+
+        def append() -> None:
+            with path.open("a", encoding="utf-8") as file:
+                file.write(line)
+
+        with full_disk_named(f"{self.stage_dir.name}: {name}", self.stage_dir):
+            retried(append, self._storage_retry_s, str(path))
 
     def forget_rows_after(self, step: int) -> None:
-        """Drop metric rows that an interrupted attempt logged beyond the checkpoint."""
-        path = self.stage_dir / "metrics.jsonl"
-        if self.rank == 0 and path.exists():
-            rows = [line for line in path.read_text(encoding="utf-8").splitlines() if json.loads(line)["step"] <= step]
-            path.write_text("".join(line + "\n" for line in rows), encoding="utf-8")
+        """Drop metric rows that an interrupted attempt logged beyond the checkpoint, and one that it half wrote."""
+        path = self.stage_dir / _METRICS
+        if self.rank != 0 or not path.exists():
+            return
+        rows = _rows(path)
+        kept = [row for row in rows if row["step"] <= step]
+        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
+        last = max((row["step"] for row in rows), default=0)
+        self.note_fault(
+            "resumed",
+            f"an earlier attempt was interrupted after step {last} or later; went on from step {step}",
+            step=step,
+            steps_lost=max(0, last - step),
+        )
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        """Checkpoint; every worker calls it, rank 0's values are kept."""
-        with self._temporary_checkpoint(step, tensors, state) as folder:
-            target = self.stage_dir / "checkpoint"
-            if target.exists():
-                shutil.rmtree(target)
-            os.replace(folder, target)
+    # ------------------------------------------------------------------------------------------- checkpoints
+
+    @cached_property
+    def _checkpoints(self) -> CheckpointFolder:
+        return CheckpointFolder(
+            self.stage_dir / "checkpoints",
+            rank=self.rank,
+            world_size=self.world_size,
+            attempt=self.share(secrets.token_hex(4)),
+            retry_s=self._storage_retry_s,
+        )
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, sharded: bool = False) -> None:
+        """Checkpoint, in the background; every worker calls it. Raises what the one before could not do.
+
+        Rank 0's tensors are kept; with `sharded` every worker's, each its own part.
+        """
+        self._checkpoints.save(step, tensors, state, sharded=sharded)
+
+    def flush(self) -> None:
+        """Wait until the last checkpoint is written. Raises what it could not do."""
+        self._checkpoints.wait()
 
     def restore(self) -> Checkpoint | None:
-        """The last checkpoint of this job, or None."""
-        folder = self.stage_dir / "checkpoint"
-        return _read_checkpoint(folder) if folder.exists() else None
+        """The last whole checkpoint of this job, or None; damaged ones are removed. Every worker calls it first of all.
+
+        Raises UserError where another number of workers wrote parts of it.
+        """
+        folder = self._checkpoints
+        if self.rank == 0:
+            folder.remove_unfinished()
+        for step in self.share(folder.steps()):
+            checkpoint, problem = None, ""
+            try:
+                checkpoint = folder.read(step)
+            except DamagedCheckpointError as error:
+                problem = str(error)
+            if not self._any(checkpoint is None):
+                return checkpoint
+            message = f"the checkpoint of step {step} is damaged and the one before it is used: {problem}"
+            self.note_fault("damaged_checkpoint", message, step=step)
+            if self.rank == 0:
+                folder.remove(step)
+        return None
+
+    def drop_checkpoints(self) -> None:
+        """Remove them: the job's stage is finished."""
+        if self.rank == 0:
+            self._checkpoints.remove_all()
+
+    def _any(self, flag: bool) -> bool:
+        """Whether it holds on some worker."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+
+    # ------------------------------------------------------------------------------------------- costs
 
     def costs(self, **counts: int) -> dict[str, Any]:
         """What the job has cost so far: seconds, device-seconds, this worker's peak memory, and `counts`."""
@@ -92,18 +186,6 @@ class Worker:
             "peak_memory_mib": self._peak_memory_mib(),
             **counts,
         }
-
-    @contextmanager
-    def _temporary_checkpoint(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> Iterator[Path]:
-        folder = self.stage_dir / f".checkpoint-{step}-{os.getpid()}"
-        folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()},
-            folder / "tensors.safetensors",
-        )
-        contents = {"job": str(self.stage_dir), "step": step, "state": state}
-        (folder / "state.json").write_text(json.dumps(contents), encoding="utf-8")
-        yield folder
 
     def _reset_peak_memory(self) -> None:
         if self.device.type == "cuda":
@@ -126,58 +208,51 @@ class Worker:
 
 
 class RayTrainWorker(Worker):
-    """A Ray Train worker: checkpoints go through `ray.train.report`, and come back after any restart."""
+    """A Ray Train worker."""
 
-    def __init__(self, stage_dir: str) -> None:
+    def __init__(
+        self,
+        stage_dir: str,
+        storage_retry_s: float = _STORAGE_RETRY_S,
+        sharding: Literal["none", "fsdp"] = "none",
+    ) -> None:
         import ray.train
         import ray.train.torch
 
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
-        super().__init__(stage_dir, ray.train.torch.get_device())
-
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
-        import ray.train
-
-        if self.rank != 0:
-            ray.train.report({"step": step, "job": self.stage_dir.name})
-            return
-        with self._temporary_checkpoint(step, tensors, state) as folder:
-            ray.train.report(
-                {"step": step, "job": self.stage_dir.name},
-                checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-                checkpoint_dir_name=f"{self.stage_dir.name}-step{step}-{time.time_ns()}",
-                delete_local_checkpoint_after_upload=True,
-            )
-
-    def restore(self) -> Checkpoint | None:
-        import ray.train
-
-        latest = ray.train.get_checkpoint()
-        if latest is None:
-            return None
-        with latest.as_directory() as folder:
-            contents = json.loads((Path(folder) / "state.json").read_text(encoding="utf-8"))
-            return _read_checkpoint(Path(folder)) if contents["job"] == str(self.stage_dir) else None
+        self.sharding = sharding
+        super().__init__(stage_dir, ray.train.torch.get_device(), storage_retry_s)
 
 
-def _read_checkpoint(folder: Path) -> Checkpoint:
-    contents = json.loads((folder / "state.json").read_text(encoding="utf-8"))
-    return Checkpoint(contents["step"], load_file(folder / "tensors.safetensors"), contents["state"])
+def _rows(path: Path) -> list[dict[str, Any]]:
+    """The whole rows of a file of JSON lines; one that a killed process half wrote is left out."""
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            continue
+    return rows
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
-    """An optimizer's state as named tensors, in the order of its parameters."""
+    """An optimizer's state as named tensors, in the order of its parameters; of spread ones this worker's part."""
     state = optimizer.state_dict()["state"]
-    return {f"{prefix}.{index}.{key}": value for index, values in state.items() for key, value in values.items()}
+    return {
+        f"{prefix}.{index}.{key}": own_part(value) for index, values in state.items() for key, value in values.items()
+    }
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str) -> None:
     """The inverse of `optimizer_tensors`."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(f"{prefix}."):
             index, key = name[len(prefix) + 1 :].split(".", 1)
-            state.setdefault(int(index), {})[key] = value
+            state.setdefault(int(index), {})[key] = like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

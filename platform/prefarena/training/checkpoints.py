@@ -1,0 +1,245 @@
+"""Checkpoints of one job: written off the step's path, whole or not at all, and checked before they are used.
+
+    <stage_dir>/checkpoints/step-00000200/rank-0.safetensors   tensors of a worker
+                                          manifest.json        step, state, and size and checksum of every file
+
+A checkpoint is made in a folder with a leading dot, which is renamed when its manifest is there. Where workers hold the
+same tensors rank 0 alone writes them, and any number of workers can go on from it; where each holds a part, each writes
+its own file, and as many must go on.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from prefarena.errors import UserError
+from prefarena.stages import write_json
+from prefarena.training.storage import errno_of, full_disk_named, retried
+
+#: Of a checkpoint's files; raise it when they change.
+_FORMAT = 1
+#: One that is whole, and one before it for the case that it is not.
+_NUM_KEPT = 2
+_MANIFEST = "manifest.json"
+_STEP = "step-"
+_RECEIPT_POLL_S = 0.05
+#: Longest wait of rank 0 for the files of the other workers, which were saved in the same step.
+_RECEIPTS_LIMIT_S = 1800.0
+_BLOCK_BYTES = 2**22
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """State after `step` steps: named tensors, and JSON-able values."""
+
+    step: int
+    tensors: dict[str, Tensor]
+    state: dict[str, Any]
+
+
+class DamagedCheckpointError(RuntimeError):
+    """A checkpoint that is not what was written: a file is missing, cut short or changed."""
+
+
+class CheckpointFolder:
+    """A job's checkpoints, as one worker sees them.
+
+    attempt: a word that all workers of one attempt share and no other attempt uses; it names what is being written.
+    """
+
+    def __init__(self, folder: Path, *, rank: int, world_size: int, attempt: str, retry_s: float) -> None:
+        self._folder, self._rank, self._world_size = folder, rank, world_size
+        self._attempt, self._retry_s = attempt, retry_s
+        self._writer: Writer | None = None
+
+    # ------------------------------------------------------------------------------------------- writing
+
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, sharded: bool) -> None:
+        """Copy the tensors and write them in the background. Waits for the write before, and raises what it raised.
+
+        Every worker calls it. sharded: each worker has tensors of its own; else rank 0's are written.
+        """
+        self.wait()
+        if self._rank and not sharded:
+            return
+        copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
+        num_files = self._world_size if sharded else 1
+        self._writer = Writer(lambda: self._write(step, copies, state, num_files), f"checkpoint of step {step}")
+
+    def wait(self) -> None:
+        """Until nothing is being written. Raises what writing raised: StorageFullError, StorageError, OSError."""
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            writer.result()
+
+    def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], num_files: int) -> None:
+        what = self._what(step)
+        folder = self._folder / f".{_name(step)}-{self._attempt}"
+        try:
+            with full_disk_named(what, self._folder):
+                retried(lambda: self._write_file(folder, tensors), self._retry_s, what)
+                if self._rank == 0:
+                    files = self._receipts(folder, num_files, what)
+                    contents = {"format": _FORMAT, "step": step, "state": state, "files": files}
+                    retried(lambda: self._publish(folder, step, contents), self._retry_s, what)
+        except BaseException:
+            if self._rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)  # what is left of it takes room, and nobody can use it
+            raise
+
+    def _write_file(self, folder: Path, tensors: dict[str, Tensor]) -> None:
+        """This worker's tensors, and a receipt with their file's size and checksum."""
+        folder.mkdir(parents=True, exist_ok=True)
+        path = folder / _file(self._rank)
+        save_file(tensors, path)
+        _flush(path)
+        write_json(_receipt(path), _sum(path))
+
+    def _receipts(self, folder: Path, num_files: int, what: str) -> dict[str, Any]:
+        """Every worker's, by the name of its file; waits until they are there."""
+        deadline = time.monotonic() + _RECEIPTS_LIMIT_S
+        waiting = [folder / _file(rank) for rank in range(num_files)]
+        while missing := [path.name for path in waiting if not _receipt(path).is_file()]:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{what}: waited {_RECEIPTS_LIMIT_S:g} s for {', '.join(missing)} of other workers")
+            time.sleep(_RECEIPT_POLL_S)
+        return {path.name: json.loads(_receipt(path).read_text(encoding="utf-8")) for path in waiting}
+
+    def _publish(self, folder: Path, step: int, contents: dict[str, Any]) -> None:
+        """Write the manifest, give the folder its name, and remove what is too old."""
+        target = self._folder / _name(step)
+        if folder.exists():  # not where storage failed after the renaming, and this is done again
+            write_json(folder / _MANIFEST, contents)
+            _flush(folder / _MANIFEST)
+            if target.exists():
+                shutil.rmtree(target)
+            os.replace(folder, target)
+            _flush(self._folder)
+        for old in self.steps()[_NUM_KEPT:]:
+            shutil.rmtree(self._folder / _name(old))
+
+    # ------------------------------------------------------------------------------------------- reading
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, newest first."""
+        if not self._folder.is_dir():
+            return []
+        found = (path.name.removeprefix(_STEP) for path in self._folder.glob(f"{_STEP}*"))
+        return sorted((int(step) for step in found if step.isdigit()), reverse=True)
+
+    def read(self, step: int) -> Checkpoint:
+        """This worker's part of a finished checkpoint, on the CPU.
+
+        Raises DamagedCheckpointError where it is not what was written, UserError where another number of workers wrote
+        parts of it.
+        """
+        return retried(lambda: self._read(step), self._retry_s, self._what(step))
+
+    def _what(self, step: int) -> str:
+        return f"{self._folder.parent.name}: checkpoint of step {step}"
+
+    def _read(self, step: int) -> Checkpoint:
+        folder = self._folder / _name(step)
+        try:
+            contents = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+            files, state, is_ours = contents["files"], contents["state"], contents["step"] == step
+        except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
+            raise DamagedCheckpointError(f"{folder}: its manifest cannot be read ({error})") from error
+        if not is_ours or contents.get("format") != _FORMAT:
+            raise DamagedCheckpointError(f"{folder}: its manifest is that of something else")
+        if len(files) not in (1, self._world_size):
+            raise UserError(
+                f"{folder}: {len(files)} workers wrote a part each, and {self._world_size} cannot go on from that; set "
+                f"resources.num_workers to {len(files)}, or delete the folder to start the job again"
+            )
+        path = folder / _file(self._rank if len(files) > 1 else 0)
+        try:
+            if _sum(path) != files.get(path.name):
+                raise DamagedCheckpointError(f"{path}: size or checksum is not that of what was written")
+            return Checkpoint(step, load_file(path), state)
+        except (FileNotFoundError, SafetensorError) as error:
+            if errno_of(error) not in (0, errno.ENOENT):
+                raise
+            raise DamagedCheckpointError(f"{path}: {error}") from error
+
+    def remove(self, step: int) -> None:
+        shutil.rmtree(self._folder / _name(step))
+
+    def remove_unfinished(self) -> None:
+        """What attempts before this one were writing when they ended. Called before anything is saved."""
+        if self._folder.is_dir():
+            for path in self._folder.glob(f".{_STEP}*"):
+                shutil.rmtree(path, ignore_errors=True)
+
+    def remove_all(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+class Writer:
+    """A call in a thread of its own, whose outcome is asked for later."""
+
+    def __init__(self, call: Callable[[], None], name: str) -> None:
+        self._call = call
+        self._error: BaseException | None = None
+        # Not a daemon: an interpreter that ends in good order finishes the write.
+        self._thread = threading.Thread(target=self._run, name=name)
+        self._thread.start()
+
+    def _run(self) -> None:
+        try:
+            self._call()
+        except BaseException as error:
+            self._error = error
+
+    def result(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+
+def _name(step: int) -> str:
+    return f"{_STEP}{step:08d}"
+
+
+def _file(rank: int) -> str:
+    return f"rank-{rank}.safetensors"
+
+
+def _receipt(path: Path) -> Path:
+    return path.with_suffix(".json")
+
+
+def _sum(path: Path) -> dict[str, Any]:
+    """Size and checksum of a file."""
+    digest, size = hashlib.sha256(), 0
+    with path.open("rb") as file:
+        while block := file.read(_BLOCK_BYTES):
+            digest.update(block)
+            size += len(block)
+    return {"bytes": size, "sha256": digest.hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    """To the disk, so that a machine that loses power has it; where a file system knows no such thing, nothing."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOTSUP):
+            raise
+    finally:
+        os.close(descriptor)

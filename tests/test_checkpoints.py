@@ -1,0 +1,219 @@
+"""Checkpoints are whole or not there; what is damaged is found and passed over; storage may fail for a while."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from test_training import QUICK, KilledError, inputs, metric_rows, off_policy_job, weights
+
+from prefarena.config import MPO, Resources
+from prefarena.errors import StorageError, StorageFullError, UserError
+from prefarena.stages import read_manifest
+from prefarena.training import checkpoints
+from prefarena.training.checkpoints import CheckpointFolder, DamagedCheckpointError
+from prefarena.training.launch import run_jobs
+from prefarena.training.run_job import run_job
+from prefarena.training.storage import retried
+from prefarena.training.worker import Worker
+
+__all__ = ["inputs"]  # a fixture
+TENSORS = {"weights.a": torch.arange(6.0).view(2, 3), "optimizer.0.step": torch.tensor(3.0)}
+
+
+def folder_of(path: Path, rank: int = 0, world_size: int = 1, retry_s: float = 0) -> CheckpointFolder:
+    return CheckpointFolder(path, rank=rank, world_size=world_size, attempt="attempt", retry_s=retry_s)
+
+
+def saved(path: Path, *steps: int) -> CheckpointFolder:
+    folder = folder_of(path)
+    for step in steps:
+        folder.save(step, {name: tensor + step for name, tensor in TENSORS.items()}, {"coef": 0.1}, sharded=False)
+    folder.wait()
+    return folder
+
+
+def cut_short(checkpoint: Path) -> None:
+    os.truncate(checkpoint / "rank-0.safetensors", 40)
+
+
+def change_a_bit(checkpoint: Path) -> None:
+    content = bytearray((checkpoint / "rank-0.safetensors").read_bytes())
+    content[-1] ^= 1
+    (checkpoint / "rank-0.safetensors").write_bytes(content)
+
+
+def lose_the_tensors(checkpoint: Path) -> None:
+    (checkpoint / "rank-0.safetensors").unlink()
+
+
+def cut_the_manifest(checkpoint: Path) -> None:
+    os.truncate(checkpoint / "manifest.json", 30)
+
+
+def lose_the_manifest(checkpoint: Path) -> None:
+    (checkpoint / "manifest.json").unlink()
+
+
+def take_another(checkpoint: Path) -> None:
+    content = json.loads((checkpoint / "manifest.json").read_text())
+    (checkpoint / "manifest.json").write_text(json.dumps(content | {"step": 4}))
+
+
+DAMAGES = [cut_short, change_a_bit, lose_the_tensors, cut_the_manifest, lose_the_manifest, take_another]
+
+
+def test_the_last_two_are_kept_in_standard_formats(tmp_path: Path) -> None:
+    folder = saved(tmp_path, 3, 6, 9)
+    assert folder.steps() == [9, 6]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000006", "step-00000009"]
+    names = {path.name for path in (tmp_path / "step-00000009").iterdir()}
+    assert names == {"manifest.json", "rank-0.safetensors", "rank-0.json"}
+    read = folder.read(9)
+    assert read.step == 9 and read.state == {"coef": 0.1}
+    assert all(torch.equal(read.tensors[name], tensor + 9) for name, tensor in TENSORS.items())
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_found(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    folder = saved(tmp_path, 3, 6)
+    damage(tmp_path / "step-00000006")
+    with pytest.raises(DamagedCheckpointError, match="step-00000006"):
+        folder.read(6)
+    assert folder.read(3).step == 3
+
+
+def test_each_worker_may_write_a_part_and_as_many_must_go_on(tmp_path: Path) -> None:
+    parts = [folder_of(tmp_path, rank, world_size=2) for rank in range(2)]
+    for rank, part in enumerate(parts):
+        part.save(5, {"weights.a": torch.tensor([rank])}, {}, sharded=True)
+    for part in parts:
+        part.wait()
+    assert [part.read(5).tensors["weights.a"].item() for part in parts] == [0, 1]
+    with pytest.raises(UserError, match=r"2 workers wrote a part each, and 3 cannot .* resources.num_workers to 2"):
+        folder_of(tmp_path, world_size=3).read(5)
+    saved(tmp_path, 6)  # the same tensors on all workers: any number goes on
+    assert folder_of(tmp_path, rank=2, world_size=3).read(6).step == 6
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow_disk(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        begun.set()
+        assert go_on.wait(60)
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", slow_disk)
+    folder, weight = folder_of(tmp_path), torch.ones(3)
+    folder.save(1, {"weights.a": weight}, {}, sharded=False)
+    assert begun.wait(60) and folder.steps() == []
+    weight.add_(1)  # the next step
+    go_on.set()
+    folder.wait()
+    assert torch.equal(folder.read(1).tensors["weights.a"], torch.ones(3))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path) -> None:
+    folder = saved(tmp_path / "dpo-s0" / "checkpoints", 3)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # a full disk, as near as one can come to it
+    try:
+        folder.save(6, {"weights.a": torch.zeros(4096)}, {}, sharded=False)
+        with pytest.raises(StorageFullError) as caught:
+            folder.save(9, TENSORS, {}, sharded=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value).startswith("dpo-s0: checkpoint of step 6: no room is left under /")
+    assert "run the same command again, which goes on from the last checkpoint" in str(caught.value)
+    assert [path.name for path in (tmp_path / "dpo-s0" / "checkpoints").iterdir()] == ["step-00000003"]
+    assert folder.read(3).step == 3
+
+
+def test_what_a_user_must_mend_comes_out_of_ray_train_as_it_was_said(
+    ray_session: None, inputs: Path, tmp_path: Path
+) -> None:
+    job = off_policy_job(inputs, tmp_path / "dpo", MPO(training=QUICK))
+    parts = [folder_of(tmp_path / "dpo" / "checkpoints", rank, world_size=2) for rank in range(2)]
+    for part in parts:
+        part.save(5, TENSORS, {}, sharded=True)
+    for part in parts:
+        part.wait()
+    with pytest.raises(UserError, match="2 workers wrote a part each, and 1 cannot go on from that"):
+        run_jobs([job], Resources(max_failures=0), str(tmp_path / "ray"))
+    assert not list((tmp_path / "ray").iterdir())  # Ray Train's own notes are gone
+
+
+def test_storage_that_fails_for_a_while_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [OSError(errno.EIO, "not now"), SafetensorError("I/O error: Stale file handle (os error 116)")]
+
+    def shaky(tensors: dict[str, torch.Tensor], path: Path) -> None:
+        if failures:
+            raise failures.pop()
+        save_file(tensors, path)
+
+    monkeypatch.setattr(checkpoints, "save_file", shaky)
+    folder = folder_of(tmp_path, retry_s=60)
+    folder.save(3, TENSORS, {}, sharded=False)
+    folder.wait()
+    assert folder.read(3).step == 3 and not failures
+
+
+def test_storage_is_not_asked_for_ever() -> None:
+    pauses: list[float] = []
+
+    def failing(number: int) -> Callable[[], None]:
+        def call() -> None:
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    with pytest.raises(StorageError, match=r"rows: storage has failed for 0.5 s .*resources.storage_retry_s"):
+        retried(failing(errno.EIO), 0.5, "rows", lambda seconds: pauses.append(seconds))
+    assert pauses == [0.1, 0.2]
+    with pytest.raises(PermissionError):  # this does not pass
+        retried(failing(errno.EACCES), 60, "rows")
+
+
+class DyingWorker(Worker):
+    """Dies at step 7, its checkpoints of steps 3 and 6 written."""
+
+    def log(self, row: dict[str, float]) -> None:
+        super().log(row)
+        if row["step"] == 7:
+            self.flush()
+            raise KilledError
+
+
+@pytest.mark.parametrize("damage", [change_a_bit, lose_the_manifest])
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(
+    inputs: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    method = MPO(demonstration_weight=0.1, training=QUICK.model_copy(update={"checkpoint_every": 3}))
+    straight = off_policy_job(inputs, tmp_path / "straight", method)
+    run_job(straight, Worker(straight.stage_dir))
+    broken = off_policy_job(inputs, tmp_path / "broken", method)
+    with pytest.raises(KilledError):
+        run_job(broken, DyingWorker(broken.stage_dir))
+    stage = tmp_path / "broken"
+    damage(stage / "checkpoints" / "step-00000006")
+    (stage / "checkpoints" / ".step-00000007-killed").mkdir()
+    with (stage / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 8, "lo')  # a row that was being written
+    run_job(broken, Worker(broken.stage_dir))
+    expected, resumed = weights(tmp_path / "straight"), weights(stage)
+    assert all(torch.equal(expected[name], resumed[name]) for name in expected)
+    assert [row["loss"] for row in metric_rows(stage)] == [row["loss"] for row in metric_rows(tmp_path / "straight")]
+    faults = read_manifest(stage)["faults"]
+    assert [fault["kind"] for fault in faults] == ["damaged_checkpoint", "resumed"]
+    assert faults[0]["step"] == 6 and faults[1]["step"] == 3 and faults[1]["steps_lost"] == 4
+    assert not (stage / "checkpoints").exists()  # a finished stage needs none
