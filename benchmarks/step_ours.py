@@ -55,10 +55,10 @@ class Step:
     `shuffled`. fused: AdamW in one pass. micro_batch_tokens: most tokens in a forward pass.
     """
 
-    def __init__(self, spec: dict[str, Any], side: dict[str, Any]) -> None:
+    def __init__(self, spec: dict[str, Any], side: dict[str, Any], worker: Worker) -> None:
         method = make_method(spec, side)
         self._training = method.training
-        self._worker = Worker(f"{spec['output']}/ours")
+        self._worker = worker
         module = LogProbs(load_policy(spec["policy"]), spec["max_length"])
         if side["rows"] == "padded":
             module.packed = False
@@ -118,13 +118,19 @@ def write_reference(spec: dict[str, Any], tokens_at_once: int = 8192) -> float:
     return time.perf_counter() - began
 
 
+PRODUCTION: dict[str, Any] = {
+    "method": "dpo", "order": "bucketed", "rows": "packed", "chunked_head": True, "fused": True,
+    "micro_batch_tokens": 1024,
+}  # fmt: skip
+
+
 def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         spec = json.load(file)
     side = json.loads(sys.argv[2])
     torch.set_num_threads(spec["threads"])
     before = memory_mib("VmRSS")
-    step = Step(spec, side)
+    step = Step(spec, side, Worker(f"{spec['output']}/ours"))
 
     def block() -> dict[str, Any]:
         began, losses, norms = time.perf_counter(), [], []
