@@ -85,10 +85,10 @@ def test_the_heaviest_training_is_named_by_the_setting_that_lowers_it() -> None:
     shape = model_shape(config())
     assert shape is not None
     memory, key = heaviest_training(config(), shape, max_tokens=8)
-    assert key == "reference.training.micro_batch_size" and memory > 16 * shape.num_parameters
-    small = {"training": {"micro_batch_size": 1}}
+    assert key == "reference.training.micro_batch_tokens" and memory > 16 * shape.num_parameters
+    small = {"training": {"micro_batch_tokens": 1}}
     pairs = config(reference=small, entries=[{"name": "dpo", "method": {"kind": "dpo"}}])
-    assert heaviest_training(pairs, shape, 8)[1] == "entries.dpo.method.training.micro_batch_size"
+    assert heaviest_training(pairs, shape, 8)[1] == "entries.dpo.method.training.micro_batch_tokens"
     rlhf = config(reference={"train": False}, entries=[{"name": "rlhf", "method": {"kind": "rlhf"}}])
     assert heaviest_training(rlhf, LARGE, 8) == (
         training_memory(LARGE, 64 * 8, num_trained=2, num_frozen=2),
@@ -97,7 +97,7 @@ def test_the_heaviest_training_is_named_by_the_setting_that_lowers_it() -> None:
 
 
 def test_memory_that_a_worker_will_not_have() -> None:
-    memory = (30 * GIB, "entries.dpo.method.training.micro_batch_size")
+    memory = (30 * GIB, "entries.dpo.method.training.micro_batch_tokens")
     gpus = config(resources={"use_gpu": True, "gpus_per_worker": 0.5})
     said = problems(judge_memory(gpus, [NODE], memory))
     assert "about 30.0 GiB, its share of the smallest GPU is 12.0 GiB; lower entries.dpo.method" in said

@@ -22,7 +22,7 @@ from prefarena.cluster.package import write_package
 from prefarena.errors import ClusterLostError, UserError
 
 ROOT = Path(__file__).parents[1]
-QUICK = {"num_steps": 4, "batch_size": 16, "micro_batch_size": 16}
+QUICK = {"num_steps": 4, "batch_size": 16}
 TINY = {
     "name": "tiny",
     "task": {

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from prefarena.cluster.capacity import Demand, Node, demands, describe, fitting
 from prefarena.cluster.probe import PACKAGES, NodeReport
-from prefarena.config import BestOfN, Comparison, OffPolicyMethod, RewardModel
+from prefarena.config import BestOfN, Comparison, OffPolicyMethod, Optimisation, RewardModel
 
 _FLOAT = 4  # bytes; master weights are float32
 _GIB = 2**30
@@ -42,7 +41,8 @@ def training_memory(shape: Shape, num_tokens: int, num_trained: int = 1, num_fro
     Each trained model: weights, gradients and both of Adam's moments, 16 bytes a parameter. Each frozen one: 4.
     Activations of one micro-batch, kept for the backward pass, in floats a token: per layer 10 of the width (input, two
     norms, query, key, value, attention's result and projection, two sums) and 4 of the inner width (gate, up, its
-    activation, their product); at the end 3 of the vocabulary (logits, their log-softmax, its gradient).
+    activation, their product); at the end 3 of the vocabulary (logits, their log-softmax, its gradient; less where the
+    head goes through its tokens in chunks).
     """
     per_token = shape.num_layers * (10 * shape.width + 4 * shape.inner_width) + 3 * shape.vocab_size
     models = 4 * _FLOAT * num_trained + _FLOAT * num_frozen
@@ -50,7 +50,7 @@ def training_memory(shape: Shape, num_tokens: int, num_trained: int = 1, num_fro
 
 
 def heaviest_training(config: Comparison, shape: Shape, max_tokens: int) -> tuple[int, str]:
-    """Bytes of the training that needs most, and the key of its micro-batch size.
+    """Bytes of the training that needs most, and the key of its micro-batch.
 
     Pairs are two sequences. PPO trains a critic too, and holds reference and reward; groups hold reference and reward.
     """
@@ -75,15 +75,16 @@ def heaviest_training(config: Comparison, shape: Shape, max_tokens: int) -> tupl
     return max(found, default=(0, "entries"))
 
 
-def _supervised(shape: Shape, training: Any, tokens_each: int, where: str) -> tuple[int, str]:
-    return training_memory(shape, training.micro_batch_size * tokens_each), f"{where}.micro_batch_size"
+def _supervised(shape: Shape, training: Optimisation, tokens_each: int, where: str) -> tuple[int, str]:
+    tokens = max(training.micro_batch_tokens, tokens_each)  # what is longer goes alone
+    return training_memory(shape, tokens), f"{where}.micro_batch_tokens"
 
 
 def disk_needed(config: Comparison, shape: Shape, data_bytes: int) -> int:
-    """Bytes under `output`: models, snapshots, checkpoints of runs under way, tables.
+    """Bytes under `output`: models, snapshots, checkpoints of trainings under way, tables.
 
-    Every trained stage leaves its weights. A run under way keeps two checkpoints of weights and both moments (PPO's
-    also of the critic). Tables: the data as pairs, and again with log-probs; a comparison of one seed more adds models.
+    Every trained stage leaves its weights. A training under way keeps two checkpoints of weights and both moments
+    (PPO's also of the critic). Tables: the data as pairs, and again with log-probs; every seed adds models.
     """
     weights = _FLOAT * shape.num_parameters
     models = 2.0  # base and reference
@@ -98,7 +99,7 @@ def disk_needed(config: Comparison, shape: Shape, data_bytes: int) -> int:
         models += each * len(config.seeds)
     if config.task.kind == "text" and isinstance(config.judge, RewardModel):
         models += 1
-    running = 2 * checkpoint * config.resources.concurrent_runs
+    running = 2 * checkpoint * max(1, config.resources.concurrent_runs)
     return int(weights * (models + running) + 3 * data_bytes)
 
 

@@ -81,7 +81,9 @@ class Resources(Section):
     gpus_per_worker: float = Field(1, gt=0, le=1, description="When use_gpu is true; a share for weight_sync: ipc.")
     labels: Labels = Field((), description="Labels of the nodes that hold training workers, e.g. {role: train}.")
     scoring: Scoring = Scoring()
-    concurrent_runs: int = Field(1, ge=1, description="Off-policy Ray Train runs at the same time.")
+    concurrent_runs: int = Field(
+        1, ge=0, description="Groups of off-policy trainings at the same time; 0: as many as the cluster has room for."
+    )
     autoscaled: bool = Field(
         False, description="The cluster grows on demand: what it has not yet is waited for, not refused."
     )
