@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipelines.doctor import model_shape
+from pipelines.doctor import doctor, model_shape
 from prefarena.cluster.capacity import Node
 from prefarena.cluster.doctor import (
     Shape,
@@ -155,3 +156,13 @@ def test_the_command_leaves_nothing_behind_and_its_ray_listens_on_loopback_alone
     addresses = json.loads(found.read_text(encoding="utf-8"))
     assert len(addresses) > 2
     assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
+
+
+def test_parts_that_fit_alone_and_not_together(
+    ray_session: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cpus = int(ray.cluster_resources()["CPU"])
+    assert doctor(config(output=str(tmp_path / "runs"), resources={"num_workers": cpus})) == 2
+    text = capsys.readouterr().out
+    assert f"✓ {cpus} x (1 CPU) for training workers: fits" in text
+    assert f"✗ the cluster has {cpus} CPUs, but {cpus + 1} are asked for" in text and text.endswith("1 problem\n")
