@@ -5,7 +5,7 @@
 Every run is a fresh process with its own Ray. Memory is the sum of the proportional set sizes (PSS) of that process
 and all its descendants (Ray's daemons, the object store and the workers), sampled every 0.5 s. `cores` is the CPU time
 of all of them, in user and kernel mode, per second between the first and the last table row; start-up is left out, as
-it is in `rows/s, flowing`. Linux only.
+it is in `rows/s, flowing`. `idle` is the share of all cores' time in which nothing ran, whoever's. Linux only.
 """
 
 from __future__ import annotations
@@ -38,6 +38,11 @@ def write_pairs(path: Path, num_rows: int) -> None:
         for i in range(num_rows):
             row = {"prompt": f"{i} {text(60)}?", "chosen": f" {text(60)}", "rejected": f" {text(60)}"}
             file.write(json.dumps(row) + "\n")
+
+
+def idle_seconds() -> float:
+    """Idle time of all cores since the machine's start."""
+    return int(Path("/proc/stat").read_text().split(maxsplit=5)[4]) / os.sysconf("SC_CLK_TCK")
 
 
 class Watch:
@@ -97,12 +102,12 @@ def child(data: str, output: str, tokenizer: str | None) -> None:
 
     ray.init(num_cpus=os.cpu_count(), include_dashboard=False, log_to_driver=False)
     watch = Watch(os.getpid())
-    marks: list[tuple[float, float, int]] = []  # time, CPU seconds and rows so far, at each batch of rows
+    marks: list[tuple[float, float, float, int]] = []  # time, CPU and idle seconds, rows, at each batch of rows
     add = TokenTables.add
 
     def marked(tables: TokenTables, rows: pa.Table) -> None:
         add(tables, rows)
-        marks.append((time.perf_counter(), watch.cpu_seconds(), tables.num_rows))
+        marks.append((time.perf_counter(), watch.cpu_seconds(), idle_seconds(), tables.num_rows))
 
     TokenTables.add = marked  # type: ignore[method-assign, assignment]
     start = time.perf_counter()
@@ -116,8 +121,9 @@ def child(data: str, output: str, tokenizer: str | None) -> None:
         "peak_mib": watch.peak_mib,
         "seconds": seconds,
         "rows": summary["num_rows"],
-        "flowing": (last[2] - first[2]) / flowing,
+        "flowing": (last[3] - first[3]) / flowing,
         "cores": (last[1] - first[1]) / flowing,
+        "idle": (last[2] - first[2]) / flowing / (os.cpu_count() or 1),
     }
     print(json.dumps(results))
 
@@ -134,7 +140,8 @@ def main() -> None:
     from prefarena.config import ScratchModel, TextTask
 
     medians: list[float] = []
-    heads = f"{'peak MiB (median)':>18} {'ratio':>6} {'seconds':>8} {'rows/s':>8} {'rows/s, flowing':>16} {'cores':>6}"
+    heads = f"{'peak MiB (median)':>18} {'ratio':>6} {'seconds':>8} {'rows/s':>8}"
+    heads += f" {'rows/s, flowing':>16} {'cores':>6} {'idle':>5}"
     print(f"{'rows':>9} {'input MiB':>10} {heads}", flush=True)
     with tempfile.TemporaryDirectory() as folder:
         for size in arguments.rows:
@@ -149,12 +156,13 @@ def main() -> None:
                 done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True, timeout=3600)
                 results.append(json.loads(done.stdout.splitlines()[-1]))
             medians.append(statistics.median(result["peak_mib"] for result in results))
-            seconds, flowing, cores = (
-                statistics.median(result[name] for result in results) for name in ("seconds", "flowing", "cores")
+            seconds, flowing, cores, idle = (
+                statistics.median(result[name] for result in results)
+                for name in ("seconds", "flowing", "cores", "idle")
             )
             mib = data.stat().st_size / 2**20
             shown = f"{medians[-1]:18.0f} {medians[-1] / medians[0]:6.2f} {seconds:8.1f} {size / seconds:8.0f}"
-            print(f"{size:9} {mib:10.1f} {shown} {flowing:16.0f} {cores:6.2f}", flush=True)
+            print(f"{size:9} {mib:10.1f} {shown} {flowing:16.0f} {cores:6.2f} {idle:5.0%}", flush=True)
             data.unlink()
 
 

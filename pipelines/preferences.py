@@ -32,7 +32,16 @@ from prefarena.data.preparation import (
     text_of,
 )
 from prefarena.data.rejections import Rejections, Unusable
-from prefarena.data.sources import BrokenFile, Chunk, Part, find_parts, read_chunks, read_rows_of, table_schema
+from prefarena.data.sources import (
+    BrokenFile,
+    Chunk,
+    Part,
+    approximate_bytes,
+    find_parts,
+    read_chunks,
+    read_rows_of,
+    table_schema,
+)
 from prefarena.data.token_tables import ParquetRows, TokenTables
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
@@ -43,6 +52,7 @@ from prefarena.stages import write_json
 _FIRST_ROWS = 1000  # looked at before Ray starts
 _BLOCK_BYTES = 2 << 20
 _STORE_BYTES = 256 << 20  # object store memory that one pipeline may fill
+_ACTOR_BYTES = 16 << 20  # of text for which it is worth starting one more actor
 _TOKENIZER_ROWS = 100_000  # a tokenizer is learnt from the first training rows
 
 _BROKEN = "broken"  # the kind of a chunk, and the reason of a row, that tells of a file that cannot be read
@@ -247,7 +257,7 @@ def _stream(
 
     if not ray.is_initialized():
         ray.init()
-    cpus = int(ray.cluster_resources().get("CPU", 1))
+    most = max(1, most or int(ray.cluster_resources().get("CPU", 1)))
     context = DataContext.get_current().copy()
     context.target_max_block_size = _BLOCK_BYTES
     context.enable_progress_bars = False
@@ -263,7 +273,7 @@ def _stream(
             fn_constructor_args=(prepare, task, *tokenizer),
             batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=1, max_size=max(1, most or cpus)),
+            compute=ActorPoolStrategy(size=min(most, 1 + approximate_bytes(parts) // _ACTOR_BYTES)),
             num_cpus=0.9,
         )
     for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):

@@ -25,7 +25,7 @@ from prefarena.errors import UserError
 from prefarena.modeling.load import base_model, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.records import DEMONSTRATIONS, PROMPTS
-from prefarena.stages import Stage, failure_of, write_manifest
+from prefarena.stages import Stage, failure_of, is_finished, read_manifest, write_manifest
 from prefarena.tasks.language import Language
 from prefarena.training.jobs import Job
 from prefarena.training.launch import run_jobs
@@ -72,6 +72,8 @@ def run_claimed(resources: Resources, config: Comparison, console: Console, jobs
     for job in jobs:
         if reason := failure_of(job.stage_dir):
             console.print(f"[red]✗[/red] {job.name} failed: {reason}")
+        for fault in read_manifest(job.stage_dir).get("faults", []) if is_finished(job.stage_dir) else []:
+            console.print(f"  {job.name}: {fault['message']}")
 
 
 def require(stages: Sequence[Stage]) -> None:

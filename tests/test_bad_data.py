@@ -423,6 +423,20 @@ def test_a_bad_file_is_said_in_one_sentence_before_ray_starts(tmp_path: Path, ca
         assert part in said
 
 
+@pytest.mark.parametrize(
+    ("url", "says"),
+    [
+        ("s4://bucket/data.jsonl", "s4://bucket/data.jsonl: no such URL can be read (Protocol not known: s4)"),
+        ("file:///nowhere/data.jsonl", "file:///nowhere/data.jsonl: no such file or folder"),
+        ("a/b/c", "a/b/c: no such file or folder"),
+    ],
+)
+def test_urls_that_cannot_be_read(url: str, says: str) -> None:
+    with pytest.raises(UserError) as caught:
+        check_text_task(task_of(url))
+    assert says in str(caught.value)
+
+
 @pytest.mark.parametrize("share", [0.02, 0.2])
 def test_the_limit_on_rejected_rows_is_a_setting(tmp_path: Path, share: float) -> None:
     path = holding("data.jsonl", _GOOD + b"{\n{\n")(tmp_path)  # 2 of 32

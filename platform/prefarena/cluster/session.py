@@ -37,13 +37,14 @@ def ray_session() -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
         return
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # Workers pass over reported checkpoints every so often; a short interval loses fewer steps on a failure.
+    # Ray Train looks after its workers every so often; a short interval finds a dead one sooner.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
+            address="local",  # else Ray would join whichever cluster was last started on this machine
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,

@@ -27,6 +27,8 @@ _JSONL = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz")
 _SUFFIXES = (*_JSONL, ".parquet")
 _DATASET_FILES = ("state.json", "dataset_dict.json")
 _DATASET_PART = 10_000  # rows of a `datasets` table that one reader takes
+_COMPRESSION = 3  # of gzip and parquet files, about
+_ROW_BYTES = 1500  # of a `datasets` table, about
 _CHUNK_BYTES = 256 << 10
 _CHUNK_ROWS = 256  # most rows of a table in a chunk
 
@@ -61,7 +63,12 @@ class BrokenFile(Exception):
 
 def find_parts(path: str, split: str) -> list[Part]:
     """What there is to read at `path`, in a fixed order. Raises UserError where there is nothing."""
-    fs, root = fsspec.core.url_to_fs(os.path.expanduser(path))
+    try:
+        fs, root = fsspec.core.url_to_fs(os.path.expanduser(path))
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"{path}: no such URL can be read ({_what(error)}); install its driver or copy the data"
+        ) from None
     if fs.isfile(root):
         return [_file_part(path, fs.unstrip_protocol(root))]
     if fs.isdir(root):
@@ -70,12 +77,26 @@ def find_parts(path: str, split: str) -> list[Part]:
             return _table_parts("saved", root, split)
         files = [name for name in names if name.endswith(_SUFFIXES)]
         if not files:
-            raise UserError(f"{path}: the folder holds no jsonl or parquet file, and no saved dataset")
+            raise UserError(
+                f"{path}: the folder holds no jsonl or parquet file, and no saved dataset; give the files' own folder"
+            )
         return [_file_part(path, fs.unstrip_protocol(name)) for name in files]
     looks_like_path = path.endswith(_SUFFIXES) or path.startswith((".", "/", "~")) or "://" in path
     if looks_like_path or path.count("/") > 1:
         raise UserError(f"{path}: no such file or folder")
     return _table_parts("hub", path, split)
+
+
+def approximate_bytes(parts: list[Part]) -> int:
+    """About how much text there is to read."""
+    size = 0
+    for part in parts:
+        if part.kind in ("jsonl", "parquet"):
+            fs, root = fsspec.core.url_to_fs(part.path)
+            size += (fs.size(root) or 0) * (_COMPRESSION if part.path.endswith((".gz", ".parquet")) else 1)
+        else:
+            size += (part.stop - part.start) * _ROW_BYTES
+    return size
 
 
 def read_chunks(part: Part, columns: tuple[str, ...], most_bytes: int, limit: int | None = None) -> Iterator[Chunk]:
@@ -158,7 +179,7 @@ def _file_part(given: str, url: str) -> Part:
         return Part("parquet", path)
     if path.endswith(_JSONL):
         return Part("jsonl", path)
-    raise UserError(f"{given}: neither jsonl, jsonl.gz nor parquet, by its name")
+    raise UserError(f"{given}: neither jsonl, jsonl.gz nor parquet, by its name; rename or convert it")
 
 
 def _read_jsonl(part: Part, columns: tuple[str, ...], most_bytes: int) -> Iterator[Chunk]:
