@@ -91,8 +91,10 @@ def logs(arguments: argparse.Namespace) -> int:
     client = connect(arguments.address)
     if arguments.follow:
         return _follow(client, arguments.job)
-    client.details(arguments.job)
-    _write(client.get_job_logs(arguments.job))
+    text = client.log(arguments.job)
+    if text is None:
+        raise UserError(f"job {arguments.job!r} has no log: it has not started yet, or its node is gone")
+    _write(text)
     return 0
 
 

@@ -166,7 +166,7 @@ class CutClient:
             raise aiohttp.ClientConnectionError
         yield "two\n"
 
-    def get_job_logs(self, name: str) -> str:
+    def log(self, name: str) -> str:
         return self.text
 
 
