@@ -170,7 +170,8 @@ def _judge_inputs(settings: JudgeSettings) -> list[Any]:
 
 def _layout(config: Comparison) -> list[Any]:
     """What changes the order of floating-point additions, and with it the last bits of a result."""
-    return [config.resources.num_workers, config.resources.cpus_per_worker, config.resources.use_gpu]
+    resources = config.resources
+    return [resources.num_workers, resources.cpus_per_worker, resources.use_gpu, resources.sharding]
 
 
 def _data_inputs(task: LanguageTask | TextTask) -> dict[str, Any]:

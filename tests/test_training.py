@@ -2,84 +2,43 @@
 
 from __future__ import annotations
 
-import json
 import time
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from off_policy import metric_rows, off_policy_job, weights, write_inputs
+from transformers import AutoModelForSequenceClassification
 
 from prefarena.config import (
     DPO,
     IPO,
     MPO,
     SFT,
-    LanguageTask,
     OffPolicyMethod,
     Optimisation,
     Resources,
     RewardModel,
-    ScratchModel,
 )
-from prefarena.data.tables import read_rows, write_rows
+from prefarena.data.tables import read_rows
 from prefarena.errors import WaitTimeoutError
 from prefarena.modeling.heads import ScalarHead
-from prefarena.modeling.load import load_policy, load_tokenizer, new_policy, save_policy
-from prefarena.modeling.logprobs import LogProbs, sequence_logps
-from prefarena.records import DEMONSTRATIONS, REFERENCED_PAIRS
+from prefarena.modeling.load import load_policy
 from prefarena.stages import read_manifest
-from prefarena.tasks.language import Language
-from prefarena.training.jobs import Job, OffPolicyJob, ReferenceJob, RewardModelJob
+from prefarena.training.jobs import Job, ReferenceJob, RewardModelJob
 from prefarena.training.reward_model import held_out_scores
 from prefarena.training.run_job import run_job
 from prefarena.training.schedule import warmed_up
 from prefarena.training.worker import Worker
 
-TASK = LanguageTask(num_letters=5, num_prompts=12, prompt_letters=2, num_demonstrations=256)
 QUICK = Optimisation(num_steps=8, batch_size=16, log_every=1, warmup_steps=2)
 
 
 @pytest.fixture(scope="module")
 def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """model/, demonstrations/ and pairs/: random pairs whose reference log-probs are the model's own."""
-    folder = tmp_path_factory.mktemp("inputs")
-    language = Language(TASK)
-    language.save_tokenizer(folder / "tokenizer")
-    tokenizer = load_tokenizer(folder / "tokenizer")
-    model = new_policy(ScratchModel(), tokenizer, 8, 0)
-    save_policy(model, tokenizer, folder / "model")
-    write_rows(language.sample_demonstrations(), folder / "demonstrations" / "part.parquet", DEMONSTRATIONS)
-    rng, rows, module = np.random.default_rng(0), [], LogProbs(model)
-    for i in range(48):
-        prompt = language.prompt_ids[i % 12]
-        chosen, rejected = ([int(t) for t in rng.integers(3, 8, rng.integers(1, 4))] + [2] for _ in range(2))
-        with torch.no_grad():
-            logps = sequence_logps(module, [prompt], [[chosen, rejected]])[0].tolist()
-        rows.append(
-            {"id": f"{i:03}", "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "label": 1.0,
-             "source": "test", "ref_chosen_logp": logps[0], "ref_rejected_logp": logps[1]}
-        )  # fmt: skip
-    write_rows(pa.Table.from_pylist(rows, REFERENCED_PAIRS), folder / "pairs" / "part.parquet", REFERENCED_PAIRS)
-    return folder
-
-
-def off_policy_job(inputs: Path, folder: Path, method: OffPolicyMethod) -> OffPolicyJob:
-    return OffPolicyJob(
-        stage_dir=str(folder), name=folder.name, policy=str(inputs / "model"), seed=3, method=method,
-        pairs=str(inputs / "pairs"), demonstrations=str(inputs / "demonstrations"),
-    )  # fmt: skip
-
-
-def metric_rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def weights(folder: Path) -> dict[str, torch.Tensor]:
-    return AutoModelForCausalLM.from_pretrained(str(folder / "model"), dtype=torch.float32).state_dict()
+    return write_inputs(tmp_path_factory.mktemp("inputs"))
 
 
 @pytest.mark.parametrize("mean", ["sequences", "tokens"])

@@ -23,7 +23,7 @@ from prefarena.config.judges import (
 )
 from prefarena.config.loading import DEFAULT_CONFIG, dump_config, load_config, parse_config
 from prefarena.config.models import Model, PretrainedModel, ScratchModel
-from prefarena.config.off_policy import DPO, IPO, MPO, SFT, OffPolicy, OffPolicyMethod, Optimisation
+from prefarena.config.off_policy import DPO, IPO, MPO, SFT, LoRA, OffPolicy, OffPolicyMethod, Optimisation
 from prefarena.config.on_policy import (
     GRPO,
     RLHF,
@@ -62,6 +62,7 @@ __all__ = [
     "GroupTraining",
     "JudgeSettings",
     "LanguageTask",
+    "LoRA",
     "Method",
     "Model",
     "OffPolicy",

@@ -84,6 +84,11 @@ class Resources(Section):
     concurrent_runs: int = Field(
         1, ge=0, description="Groups of off-policy trainings at the same time; 0: as many as the cluster has room for."
     )
+    sharding: Literal["none", "fsdp"] = Field(
+        "none",
+        description="fsdp: each worker of an off-policy, reference or reward model training holds a part of weights, "
+        "gradients and optimizer state (FSDP2); none, and on-policy methods: each holds all of them (DDP).",
+    )
     autoscaled: bool = Field(
         False, description="The cluster grows on demand: what it has not yet is waited for, not refused."
     )

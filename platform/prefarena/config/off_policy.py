@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from prefarena.config.section import Section
+
+
+class LoRA(Section):
+    """Low-rank adapters that are trained in place of the model's weights. They have no dropout."""
+
+    rank: int = Field(16, ge=1)
+    alpha: int = Field(32, ge=1, description="What an adapter adds is scaled by alpha / rank.")
+    targets: tuple[str, ...] = Field(
+        (), description="Names of the linear layers that get one, such as q_proj; none: all but the head."
+    )
+
+    @field_validator("targets")
+    @classmethod
+    def _no_head(cls, targets: tuple[str, ...]) -> tuple[str, ...]:
+        if any(target.rsplit(".", 1)[-1] == "lm_head" for target in targets):
+            raise ValueError("lm_head cannot have an adapter: its weight is read as it is; leave it out")
+        return targets
 
 
 class Optimisation(Section):
@@ -32,6 +49,10 @@ class Optimisation(Section):
         ge=0,
         description="Steps in a row that may be skipped, as their loss or gradient is not a number; one more, and the "
         "method has failed.",
+    )
+    lora: LoRA | None = Field(None, description="Train adapters of the model; none: all of its weights.")
+    activation_checkpointing: bool = Field(
+        False, description="Compute each layer once more in the backward pass: less memory, about a third more time."
     )
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(10, ge=1, description="Steps between metric rows.")

@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from prefarena.config import Optimisation
+from prefarena.modeling.layers import recompute_layers
 from prefarena.objectives.output import Mean
 from prefarena.training.guard import GuardedOptimizer, TrainingDivergedError
 from prefarena.training.schedule import warmed_up
+from prefarena.training.sharding import is_sharded, own_part, whole
 from prefarena.training.terms import Term
 from prefarena.training.worker import Worker, load_optimizer_tensors, optimizer_tensors
 
@@ -62,13 +64,17 @@ def train(
 ) -> dict[str, int]:
     """Run all steps from the last checkpoint on. Returns the numbers of steps and tokens trained.
 
-    `module` holds the trained parameters in float32 (master weights; `precision: bfloat16` computes under
-    autocast). A step whose loss or gradient is not a number is skipped; raises TrainingDivergedError when a metric row
-    is due and more than `training.max_bad_steps` in a row were.
+    `module` holds the parameters in float32; those that require a gradient are trained (master weights). `precision:
+    bfloat16` computes under autocast; a sharded module makes halved copies itself. A step whose loss or gradient is not
+    a number is skipped; raises TrainingDivergedError when a metric row is due and more than `training.max_bad_steps` in
+    a row were.
     """
-    trained = worker.wrap(module.eval())  # dropout off: policy and reference agree at the start, and runs repeat
+    module.eval()  # dropout off: policy and reference agree at the start, and runs repeat
+    if training.activation_checkpointing:
+        recompute_layers(module)
+    trained = worker.distribute(module, training.precision)
     optimizer = torch.optim.AdamW(
-        module.parameters(),
+        [parameter for parameter in module.parameters() if parameter.requires_grad],
         lr=training.learning_rate,
         betas=training.betas,
         weight_decay=training.weight_decay,
@@ -91,7 +97,7 @@ def train(
             worker.log(only_numbers(row))
             stop_if_diverged(guard.longest_streak(), training.max_bad_steps, f"steps up to step {done}")
         if done % training.checkpoint_every == 0 and done < num_steps:
-            worker.save(done, _tensors(module, optimizer), guard.state())
+            worker.save(done, _tensors(module, optimizer), guard.state(), sharded=is_sharded(module))
     return {
         "num_steps": num_steps,
         "num_tokens_trained": sum(term.num_tokens(step) for term in terms for step in range(first, num_steps)),
@@ -112,18 +118,19 @@ def optimizer_step(
     work = [(term, micro) for term in terms for micro in term.plan.micro_batches(step, worker.rank)]
     for position, (term, micro) in enumerate(work):
         share = term.weight / term.count(step)
-        autocast = torch.autocast(worker.device.type, torch.bfloat16, enabled=training.precision == "bfloat16")
+        halved = training.precision == "bfloat16" and not is_sharded(module)
+        autocast = torch.autocast(worker.device.type, torch.bfloat16, enabled=halved)
         with worker.no_sync(module, enabled=position < len(work) - 1):
             with autocast:
                 output = term(module, micro, worker.device)
-            # DDP averages gradients over workers; the step's loss is their sum.
+            # DDP and FSDP average gradients over workers; the step's loss is their sum.
             (output.loss.total * (share * worker.world_size)).backward()
         one = torch.ones((), device=worker.device) / worker.world_size / len(work)
         window.add("loss", Mean(output.loss.total.detach() * share, one))
         window.add(f"loss/{term.name}", Mean(output.loss.total.detach(), output.loss.count.detach()))
         for name, mean in output.metrics.items():
             window.add(name, mean)
-    gradient_norm = nn.utils.clip_grad_norm_(module.parameters(), training.max_grad_norm)
+    gradient_norm = whole(nn.utils.clip_grad_norm_(module.parameters(), training.max_grad_norm))
     window.close(guard.step(window.means["loss"].total, gradient_norm))
     return gradient_norm
 
@@ -143,8 +150,13 @@ def stop_if_diverged(in_a_row: int, limit: int, what: str) -> None:
 
 
 def _tensors(module: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    weights = {f"weights.{name}": value for name, value in module.named_parameters()}
+    """This worker's part of what is trained, and of the optimizer's state."""
+    weights = {f"weights.{name}": own_part(value) for name, value in _trained(module)}
     return weights | optimizer_tensors(optimizer, "optimizer")
+
+
+def _trained(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
+    return [(name, parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
 
 
 def _restore(module: nn.Module, guard: GuardedOptimizer, worker: Worker) -> int:
@@ -154,8 +166,8 @@ def _restore(module: nn.Module, guard: GuardedOptimizer, worker: Worker) -> int:
     if checkpoint is None:
         return 0
     with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            parameter.copy_(checkpoint.tensors[f"weights.{name}"])
+        for name, parameter in _trained(module):
+            own_part(parameter).copy_(checkpoint.tensors[f"weights.{name}"])
     load_optimizer_tensors(guard.optimizer, checkpoint.tensors, "optimizer")
     guard.restore(checkpoint.state)
     return checkpoint.step

@@ -6,14 +6,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
+from transformers import PreTrainedModel
 
 from prefarena.data.tables import read_rows
 from prefarena.judges.calibration import calibration
 from prefarena.judges.models import RewardModelJudge
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.load import load_tokenizer, new_reward_model, save_policy
+from prefarena.modeling.lora import add_adapters, merge_adapters
 from prefarena.training.jobs import RewardModelJob
 from prefarena.training.off_policy import train
+from prefarena.training.sharding import on_rank_0
 from prefarena.training.terms import Pairs, RewardModelTerm, Shares, pair_scores
 from prefarena.training.worker import Worker
 
@@ -25,21 +29,34 @@ def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
     `modeling.heads.scores` applies them wherever the model scores.
     """
     tokenizer = load_tokenizer(job.policy)
-    model = new_reward_model(job.policy, job.seed)
     settings = job.settings
+
+    def start() -> PreTrainedModel:
+        model = new_reward_model(job.policy, job.seed)
+        if settings.training.lora is not None:
+            add_adapters(model, settings.training.lora, job.seed)
+        return model
+
+    model = start()
     head = ScalarHead(model, job.max_length)
     shares = Shares(settings.training, worker.world_size, job.seed, head.packed)
     term = RewardModelTerm(job.pairs, shares, tokenizer.pad_token_id, centre_weight=settings.centre_weight)
     counts = train(head, [term], settings.training, worker)
     contents: dict[str, Any] = {}
-    if worker.rank == 0:
+    trained = on_rank_0(model, start, worker.rank)
+    if trained is not None:
+        if settings.training.lora is not None:
+            merge_adapters(trained)
+        nn.Module.to(trained, worker.device)
         samples = read_rows(job.samples)
-        raw = RewardModelJudge.of(model).score(samples["prompt_ids"].to_pylist(), samples["response_ids"].to_pylist())
-        model.config.reward_mean = float(raw.mean())
-        model.config.reward_scale = float(max(raw.std(), 1e-6))
-        chosen, rejected = held_out_scores(head, job.test_pairs, tokenizer.pad_token_id, worker.device)
+        raw = RewardModelJudge.of(trained).score(samples["prompt_ids"].to_pylist(), samples["response_ids"].to_pylist())
+        trained.config.reward_mean = float(raw.mean())
+        trained.config.reward_scale = float(max(raw.std(), 1e-6))
+        chosen, rejected = held_out_scores(
+            ScalarHead(trained, job.max_length), job.test_pairs, tokenizer.pad_token_id, worker.device
+        )
         contents["reward_model"] = calibration(chosen - rejected)
-        save_policy(model, tokenizer, job.model_dir)
+        save_policy(trained, tokenizer, job.model_dir)
     return {"costs": worker.costs(**counts), **contents}
 
 

@@ -5,15 +5,20 @@ A job whose numbers are no longer numbers ends in a failed stage instead; the jo
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
+
+from transformers import PreTrainedModel
 
 from prefarena.modeling.load import load_policy, load_tokenizer, save_policy
 from prefarena.modeling.logprobs import LogProbs
+from prefarena.modeling.lora import add_adapters, merge_adapters, save_adapter
 from prefarena.stages import write_failure, write_manifest
 from prefarena.training.guard import TrainingDivergedError
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 from prefarena.training.off_policy import train
 from prefarena.training.reward_model import train_reward_model
+from prefarena.training.sharding import on_rank_0
 from prefarena.training.storage import full_disk_named
 from prefarena.training.terms import (
     LikelihoodTerm,
@@ -61,12 +66,23 @@ def _contents(job: Job, worker: Worker) -> dict[str, Any]:
 
 def _train_policy(job: ReferenceJob | OffPolicyJob, worker: Worker) -> dict[str, Any]:
     tokenizer = load_tokenizer(job.policy)
-    model = load_policy(job.policy)
-    module = LogProbs(model, job.max_length)
     settings = job.training if isinstance(job, ReferenceJob) else job.method.training
+
+    def start() -> PreTrainedModel:
+        model = load_policy(job.policy)
+        if settings.lora is not None:
+            add_adapters(model, settings.lora, job.seed)
+        return model
+
+    model = start()
+    module = LogProbs(model, job.max_length)
     counts = train(module, _terms(job, worker, tokenizer.pad_token_id, module.packed), settings, worker)
-    if worker.rank == 0:
-        save_policy(model, tokenizer, job.model_dir)
+    trained = on_rank_0(model, start, worker.rank)
+    if trained is not None:
+        if settings.lora is not None:
+            save_adapter(trained, job.policy, Path(job.stage_dir) / "adapter")
+            merge_adapters(trained)
+        save_policy(trained, tokenizer, job.model_dir)
     return {"costs": worker.costs(**counts)}
 
 

@@ -10,7 +10,7 @@ import time
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prefarena.stages import write_text
 from prefarena.training.checkpoints import Checkpoint, CheckpointFolder, DamagedCheckpointError
+from prefarena.training.sharding import is_sharded, like, own_part, reduce_after_backward, shard
 from prefarena.training.storage import full_disk_named, retried
 
 _STORAGE_RETRY_S = 120.0
@@ -32,6 +33,7 @@ class Worker:
 
     rank = 0
     world_size = 1
+    sharding: Literal["none", "fsdp"] = "none"
 
     def __init__(
         self, stage_dir: str, device: torch.device | str = "cpu", storage_retry_s: float = _STORAGE_RETRY_S
@@ -48,8 +50,17 @@ class Worker:
         module = module.to(self.device)
         return DistributedDataParallel(module) if self.world_size > 1 else module
 
+    def distribute(self, module: nn.Module, precision: Literal["float32", "bfloat16"]) -> nn.Module:
+        """The same, or spread over the workers where `sharding` says so; it then computes in `precision` of itself."""
+        if self.sharding == "fsdp" and self.world_size > 1:
+            return shard(module, self.world_size, self.device, precision)
+        return self.wrap(module)
+
     def no_sync(self, module: nn.Module, enabled: bool = True) -> Any:
         """A context in which backward passes leave the reduction over workers to a later one."""
+        if is_sharded(module):
+            reduce_after_backward(module, not enabled)
+            return nullcontext()
         return module.no_sync() if enabled and isinstance(module, DistributedDataParallel) else nullcontext()
 
     def sum(self, tensor: Tensor) -> Tensor:
@@ -199,13 +210,19 @@ class Worker:
 class RayTrainWorker(Worker):
     """A Ray Train worker."""
 
-    def __init__(self, stage_dir: str, storage_retry_s: float = _STORAGE_RETRY_S) -> None:
+    def __init__(
+        self,
+        stage_dir: str,
+        storage_retry_s: float = _STORAGE_RETRY_S,
+        sharding: Literal["none", "fsdp"] = "none",
+    ) -> None:
         import ray.train
         import ray.train.torch
 
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
+        self.sharding = sharding
         super().__init__(stage_dir, ray.train.torch.get_device(), storage_retry_s)
 
 
@@ -223,16 +240,19 @@ def _rows(path: Path) -> list[dict[str, Any]]:
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
-    """An optimizer's state as named tensors, in the order of its parameters."""
+    """An optimizer's state as named tensors, in the order of its parameters; of spread ones this worker's part."""
     state = optimizer.state_dict()["state"]
-    return {f"{prefix}.{index}.{key}": value for index, values in state.items() for key, value in values.items()}
+    return {
+        f"{prefix}.{index}.{key}": own_part(value) for index, values in state.items() for key, value in values.items()
+    }
 
 
 def load_optimizer_tensors(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], prefix: str) -> None:
     """The inverse of `optimizer_tensors`."""
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for name, value in tensors.items():
         if name.startswith(f"{prefix}."):
             index, key = name[len(prefix) + 1 :].split(".", 1)
-            state.setdefault(int(index), {})[key] = value
+            state.setdefault(int(index), {})[key] = like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

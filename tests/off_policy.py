@@ -1,0 +1,59 @@
+"""A small table of pairs with a random Llama's reference log-probs, and jobs on it, that several tests share."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+from transformers import AutoModelForCausalLM
+
+from prefarena.config import LanguageTask, OffPolicyMethod, ScratchModel
+from prefarena.data.tables import write_rows
+from prefarena.modeling.load import load_tokenizer, new_policy, save_policy
+from prefarena.modeling.logprobs import LogProbs, sequence_logps
+from prefarena.records import DEMONSTRATIONS, REFERENCED_PAIRS
+from prefarena.tasks.language import Language
+from prefarena.training.jobs import OffPolicyJob
+
+TASK = LanguageTask(num_letters=5, num_prompts=12, prompt_letters=2, num_demonstrations=256)
+
+
+def write_inputs(folder: Path) -> Path:
+    """model/, demonstrations/ and pairs/: random pairs whose reference log-probs are the model's own."""
+    language = Language(TASK)
+    language.save_tokenizer(folder / "tokenizer")
+    tokenizer = load_tokenizer(folder / "tokenizer")
+    model = new_policy(ScratchModel(), tokenizer, 8, 0)
+    save_policy(model, tokenizer, folder / "model")
+    write_rows(language.sample_demonstrations(), folder / "demonstrations" / "part.parquet", DEMONSTRATIONS)
+    rng, rows, module = np.random.default_rng(0), [], LogProbs(model)
+    for i in range(48):
+        prompt = language.prompt_ids[i % 12]
+        chosen, rejected = ([int(t) for t in rng.integers(3, 8, rng.integers(1, 4))] + [2] for _ in range(2))
+        with torch.no_grad():
+            logps = sequence_logps(module, [prompt], [[chosen, rejected]])[0].tolist()
+        rows.append(
+            {"id": f"{i:03}", "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "label": 1.0,
+             "source": "test", "ref_chosen_logp": logps[0], "ref_rejected_logp": logps[1]}
+        )  # fmt: skip
+    write_rows(pa.Table.from_pylist(rows, REFERENCED_PAIRS), folder / "pairs" / "part.parquet", REFERENCED_PAIRS)
+    return folder
+
+
+def off_policy_job(inputs: Path, folder: Path, method: OffPolicyMethod) -> OffPolicyJob:
+    return OffPolicyJob(
+        stage_dir=str(folder), name=folder.name, policy=str(inputs / "model"), seed=3, method=method,
+        pairs=str(inputs / "pairs"), demonstrations=str(inputs / "demonstrations"),
+    )  # fmt: skip
+
+
+def metric_rows(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return AutoModelForCausalLM.from_pretrained(str(folder / "model"), dtype=torch.float32).state_dict()
