@@ -97,6 +97,20 @@ def test_the_heaviest_training_is_named_by_the_setting_that_lowers_it() -> None:
     )
 
 
+def test_adapters_shards_and_recomputed_layers_need_less() -> None:
+    def needed(training: dict[str, object], **resources: object) -> int:
+        entry = {"name": "dpo", "method": {"kind": "dpo", "training": training}}
+        settings = config(reference={"train": False}, entries=[entry], resources=resources)
+        return heaviest_training(settings, LARGE, 512)[0]
+
+    whole, weights = needed({}), 4 * LARGE.num_parameters
+    assert whole == training_memory(LARGE, 8192)
+    assert needed({}, num_workers=4, sharding="fsdp") == whole - 3 * weights
+    assert whole - 3 * weights < needed({"lora": {"rank": 8}}) < whole - 2.9 * weights
+    kept = 4 * 8192 * (LARGE.num_layers - 1) * (10 * LARGE.width + 4 * LARGE.inner_width)
+    assert needed({"activation_checkpointing": True}) == whole - kept + 4 * 8192 * LARGE.num_layers * LARGE.width
+
+
 def test_memory_that_a_worker_will_not_have() -> None:
     memory = (30 * GIB, "entries.dpo.method.training.micro_batch_tokens")
     gpus = config(resources={"use_gpu": True, "gpus_per_worker": 0.5})
