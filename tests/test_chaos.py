@@ -19,7 +19,7 @@ from prefarena.report.results import Results, load_results
 #: More of them: PREFARENA_CHAOS_KILLS=50 python -m pytest tests/test_chaos.py
 NUM_KILLS = int(os.environ.get("PREFARENA_CHAOS_KILLS", "10"))
 SEED = int(os.environ.get("PREFARENA_CHAOS_SEED", "0"))
-STEPS = {"num_steps": 600, "batch_size": 16, "micro_batch_size": 16, "log_every": 10, "checkpoint_every": 50}
+STEPS = {"num_steps": 600, "batch_size": 16, "log_every": 10, "checkpoint_every": 50}
 TRAINING = {
     **PPO,
     "num_iterations": 40,

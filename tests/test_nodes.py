@@ -15,7 +15,7 @@ from test_end_to_end import LANGUAGE
 from pipelines.cli import main
 from prefarena.report.results import load_results
 
-TRAINING = {"num_steps": 1000, "batch_size": 16, "micro_batch_size": 16, "log_every": 10, "checkpoint_every": 25}
+TRAINING = {"num_steps": 1000, "batch_size": 16, "log_every": 10, "checkpoint_every": 25}
 TREE = {
     **LANGUAGE,
     "reference": {"train": False},
