@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerBase
 from prefarena.config import ScratchModel, TextTask
 from prefarena.data.formats import Pair, Unusable, normalise
 from prefarena.data.plan import BatchPlan
-from prefarena.data.sources import find_parts, parse, read_part
+from prefarena.data.sources import find_parts, read_rows_of
 from prefarena.data.tables import write_rows
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
@@ -36,6 +36,10 @@ from prefarena.records import PAIRS
 
 #: Nine million parameters, 4.2 of them in the embedding and the head.
 MODEL = ScratchModel(hidden_size=256, num_layers=6, num_heads=4, intermediate_size=704, vocab_size=8192)
+
+
+#: Of a row that is read.
+_MOST_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -89,9 +93,10 @@ def hh_pairs(path: str, setting: Setting, folder: Path) -> tuple[TokenPairs, Pre
 
 def _usable(path: str) -> Iterator[Pair]:
     for part in find_parts(path, "train"):
-        for row in read_part(part, ("chosen", "rejected")):
+        for _, row in read_rows_of(part, ("chosen", "rejected"), _MOST_BYTES):
             try:
-                yield normalise(parse(row), "hh")
+                if not isinstance(row, Unusable):
+                    yield normalise(row, "hh")
             except Unusable:
                 continue
 

@@ -18,8 +18,9 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -85,6 +86,7 @@ SERIES = (
             replace(_POINT, width=256, layers=6, threads=2),
             replace(_POINT, width=256, layers=6, threads=1),
             replace(_POINT, width=256, layers=6, threads=1, mode="ddp", workers=2),
+            replace(_POINT, width=256, layers=6, threads=1, mode="fsdp2", workers=2),
         ),
         lambda point: f"{point.workers} ({point.mode}), {point.threads} threads each",
     ),
@@ -124,16 +126,17 @@ SERIES = (
 class GlooWorker(Worker):
     """One of several workers that meet at a file."""
 
-    def __init__(self, folder: str, rank: int, world_size: int) -> None:
+    def __init__(self, folder: str, rank: int, world_size: int, sharding: Literal["none", "fsdp"]) -> None:
         super().__init__(f"{folder}/rank-{rank}")
-        self.rank, self.world_size = rank, world_size
+        self.rank, self.world_size, self.sharding = rank, world_size, sharding
         dist.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=world_size)
 
 
 #: How workers share a step.
 MODES: dict[str, Callable[[str, int, int], Worker]] = {
     "alone": lambda folder, rank, world_size: Worker(folder),
-    "ddp": GlooWorker,
+    "ddp": partial(GlooWorker, sharding="none"),
+    "fsdp2": partial(GlooWorker, sharding="fsdp"),
 }
 
 
