@@ -19,7 +19,7 @@ from prefarena.report.results import Results, load_results
 #: More of them: PREFARENA_CHAOS_KILLS=50 python -m pytest tests/test_chaos.py
 NUM_KILLS = int(os.environ.get("PREFARENA_CHAOS_KILLS", "10"))
 SEED = int(os.environ.get("PREFARENA_CHAOS_SEED", "0"))
-STEPS = {"num_steps": 600, "batch_size": 16, "log_every": 10, "checkpoint_every": 50}
+STEPS = {"num_steps": 1500, "batch_size": 16, "log_every": 10, "checkpoint_every": 50}
 TRAINING = {
     **PPO,
     "num_iterations": 40,
@@ -83,7 +83,7 @@ def test_kills_of_every_kind_change_nothing(
         print("\n" + summary(run))
     assert [entry.seeds for entry in results_of(broken).entries] == [entry.seeds for entry in results_of(whole).entries]
     weights = files(whole, "*.safetensors")
-    assert len(weights) == 6 and files(broken, "*.safetensors") == weights
+    assert len(weights) == 7 and files(broken, "*.safetensors") == weights
     rows, expected = (files(config, "metrics.jsonl") for config in (broken, whole))
     assert {name: timeless(rows[name]) for name in rows} == {name: timeless(expected[name]) for name in expected}
     assert any("was interrupted" in note for note in results_of(broken).notes)

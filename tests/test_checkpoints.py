@@ -24,7 +24,7 @@ from prefarena.training.checkpoints import CheckpointFolder, DamagedCheckpointEr
 from prefarena.training.launch import run_jobs
 from prefarena.training.run_job import run_job
 from prefarena.training.storage import retried
-from prefarena.training.worker import Worker
+from prefarena.training.worker import SupersededError, Worker
 
 __all__ = ["inputs"]  # a fixture
 TENSORS = {"weights.a": torch.arange(6.0).view(2, 3), "optimizer.0.step": torch.tensor(3.0)}
@@ -182,6 +182,21 @@ def test_storage_is_not_asked_for_ever() -> None:
     assert pauses == [0.1, 0.2]
     with pytest.raises(PermissionError):  # this does not pass
         retried(failing(errno.EACCES), 60, "rows")
+
+
+def test_what_is_left_of_an_earlier_attempt_writes_no_more(tmp_path: Path) -> None:
+    left, current = Worker(str(tmp_path)), Worker(str(tmp_path))
+    left.restore()
+    left.log({"step": 1})
+    current.restore()
+    with pytest.raises(SupersededError, match="another attempt"):
+        left.log({"step": 2})
+    with pytest.raises(SupersededError):
+        left.save(2, TENSORS, {})
+    current.log({"step": 1})
+    current.save(1, TENSORS, {})
+    current.flush()
+    assert [row["step"] for row in metric_rows(tmp_path)] == [1, 1]
 
 
 class DyingWorker(Worker):

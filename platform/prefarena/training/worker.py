@@ -17,15 +17,19 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from prefarena.stages import write_text
+from prefarena.stages import write_json, write_text
 from prefarena.training.checkpoints import Checkpoint, CheckpointFolder, DamagedCheckpointError
 from prefarena.training.sharding import is_sharded, like, own_part, reduce_after_backward, shard
 from prefarena.training.storage import full_disk_named, retried
 
 _STORAGE_RETRY_S = 120.0
-_METRICS, _FAULTS = "metrics.jsonl", "faults.jsonl"
+_METRICS, _FAULTS, _ATTEMPT = "metrics.jsonl", "faults.jsonl", "attempt.json"
 
 _logger = logging.getLogger(__name__)
+
+
+class SupersededError(RuntimeError):
+    """Another attempt at the job has begun: this worker is left over from a run whose node or driver died."""
 
 
 class Worker:
@@ -41,6 +45,7 @@ class Worker:
         self.stage_dir = Path(stage_dir)
         self.device = torch.device(device)
         self._storage_retry_s = storage_retry_s
+        self._restored = False
         self.stage_dir.mkdir(parents=True, exist_ok=True)
         self._started = time.perf_counter()
         self._reset_peak_memory()
@@ -96,6 +101,7 @@ class Worker:
     def _append(self, name: str, row: dict[str, Any]) -> None:
         if self.rank != 0:
             return
+        self._check_current()
         path, line = self.stage_dir / name, json.dumps(row) + "\n"
 
         def append() -> None:
@@ -124,12 +130,23 @@ class Worker:
     # ------------------------------------------------------------------------------------------- checkpoints
 
     @cached_property
+    def _attempt(self) -> str:
+        """A word that this attempt's workers share, and no other attempt's."""
+        return self.share(secrets.token_hex(4))
+
+    def _check_current(self) -> None:
+        """Raise SupersededError where another attempt restored the job after this one did. For rank 0."""
+        path = self.stage_dir / _ATTEMPT
+        if self._restored and json.loads(path.read_text(encoding="utf-8"))["attempt"] != self._attempt:
+            raise SupersededError(f"{self.stage_dir.name}: another attempt at this job has begun")
+
+    @cached_property
     def _checkpoints(self) -> CheckpointFolder:
         return CheckpointFolder(
             self.stage_dir / "checkpoints",
             rank=self.rank,
             world_size=self.world_size,
-            attempt=self.share(secrets.token_hex(4)),
+            attempt=self._attempt,
             retry_s=self._storage_retry_s,
         )
 
@@ -138,6 +155,8 @@ class Worker:
 
         Rank 0's tensors are kept; with `sharded` every worker's, each its own part.
         """
+        if self.rank == 0:
+            self._check_current()
         self._checkpoints.save(step, tensors, state, sharded=sharded)
 
     def flush(self) -> None:
@@ -151,6 +170,8 @@ class Worker:
         """
         folder = self._checkpoints
         if self.rank == 0:
+            write_json(self.stage_dir / _ATTEMPT, {"attempt": self._attempt})
+            self._restored = True
             folder.remove_unfinished()
         for step in self.share(folder.steps()):
             checkpoint, problem = None, ""
