@@ -1,0 +1,131 @@
+"""The memory that training will take, found out before it starts.
+
+The forward and the backward pass of the largest micro-batch are run once with shapes in place of numbers (torch's fake
+tensors): every tensor that the real pass will make is counted while it lives, whatever the model, the adapters and what
+is recomputed. The weights, the gradients and the state of AdamW are counted beside them.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from prefarena.modeling.layers import decoder_layers
+
+#: The forward pass of a micro-batch, to its loss [].
+Loss = Callable[[nn.Module], Tensor]
+#: AdamW's two moments.
+_MOMENTS = 2
+#: Decoder layers that are whole at once while a sharded model runs: one at work, the next one on its way.
+_WHOLE_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes on one worker. activations: what the passes hold at their peak beyond the rest, gradients under way too."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+    def __str__(self) -> str:
+        parts = {name: getattr(self, name) / 2**20 for name in self.__dataclass_fields__}
+        return f"{self.total / 2**20:,.0f} MiB: " + ", ".join(f"{name} {size:,.0f}" for name, size in parts.items())
+
+
+def training_memory(
+    module: nn.Module, losses: Iterable[Loss], *, bfloat16: bool = False, accumulates: bool = True, num_shards: int = 1
+) -> MemoryNeed:
+    """Most memory that a training step takes, over `losses`; nothing is computed, and `module` stays as it is.
+
+    accumulates: whether a step has several micro-batches, so that whole gradients exist while one is run. num_shards:
+    workers that weights, gradients and optimizer state are spread over.
+    """
+    weights = _bytes(module.parameters()) + _bytes(module.buffers())
+    trained = _bytes(parameter for parameter in module.parameters() if parameter.requires_grad)
+    passes = max(_peak_of_pass(module, loss, bfloat16, accumulates) for loss in losses)
+    if num_shards == 1:
+        gradients = trained if accumulates else 0
+        step = trained  # gradients are all there when the optimizer moves, and activations are not
+        return MemoryNeed(weights, step, _MOMENTS * trained, max(passes - (step - gradients), 0))
+    gathered = _gathered(module, bfloat16)
+    gradients = trained if accumulates else trained // num_shards
+    beyond = passes if accumulates else max(passes - trained, 0)
+    return MemoryNeed(weights // num_shards + gathered, gradients, _MOMENTS * trained // num_shards, beyond + gathered)
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _gathered(module: nn.Module, bfloat16: bool) -> int:
+    """Bytes of the weights that are whole at once in a sharded model: what belongs to no layer, and a few layers."""
+    layers = [_bytes(layer.parameters()) for layer in decoder_layers(module)]
+    whole = _bytes(module.parameters()) - sum(layers) + sum(sorted(layers)[-_WHOLE_LAYERS:])
+    return whole // 2 if bfloat16 else whole
+
+
+def _peak_of_pass(module: nn.Module, loss: Loss, bfloat16: bool, accumulates: bool) -> int:
+    """Most bytes that one forward and backward pass holds beyond weights, and gradients where they exist before it."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(fake):
+        twin = copy.deepcopy(module)
+    with fake:
+        if accumulates:
+            for parameter in twin.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        count = _Living()
+        device = next(twin.parameters()).device.type
+        with count:
+            with torch.autocast(device, torch.bfloat16) if bfloat16 else nullcontext():
+                total = loss(twin)
+            total.backward()
+    return count.peak
+
+
+class _Living(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, while they live."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
+        self._ids: set[int] = set()
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage(), given)
+        return out
+
+    def _note(self, storage: torch.UntypedStorage, given: set[int]) -> None:
+        if id(storage) in given or id(storage) in self._ids:
+            return
+        size = storage.nbytes()
+        self._ids.add(id(storage))
+        weakref.finalize(storage, self._forget, id(storage), size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, identity: int, size: int) -> None:
+        self._ids.discard(identity)
+        self.now -= size
