@@ -10,7 +10,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,10 +42,6 @@ class MemoryNeed:
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations
 
-    def __str__(self) -> str:
-        parts = {name: getattr(self, name) / 2**20 for name in self.__dataclass_fields__}
-        return f"{self.total / 2**20:,.0f} MiB: " + ", ".join(f"{name} {size:,.0f}" for name, size in parts.items())
-
 
 def training_memory(
     module: nn.Module, losses: Iterable[Loss], *, bfloat16: bool = False, accumulates: bool = True, num_shards: int = 1
@@ -56,8 +51,8 @@ def training_memory(
     accumulates: whether a step has several micro-batches, so that whole gradients exist while one is run. num_shards:
     workers that weights, gradients and optimizer state are spread over.
     """
-    weights = _bytes(module.parameters()) + _bytes(module.buffers())
-    trained = _bytes(parameter for parameter in module.parameters() if parameter.requires_grad)
+    weights = size_of(module.parameters()) + size_of(module.buffers())
+    trained = size_of(parameter for parameter in module.parameters() if parameter.requires_grad)
     passes = max(_peak_of_pass(module, loss, bfloat16, accumulates) for loss in losses)
     if num_shards == 1:
         gradients = trained if accumulates else 0
@@ -69,14 +64,15 @@ def training_memory(
     return MemoryNeed(weights // num_shards + gathered, gradients, _MOMENTS * trained // num_shards, beyond + gathered)
 
 
-def _bytes(tensors: Iterable[Tensor]) -> int:
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes."""
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
 def _gathered(module: nn.Module, bfloat16: bool) -> int:
     """Bytes of the weights that are whole at once in a sharded model: what belongs to no layer, and a few layers."""
-    layers = [_bytes(layer.parameters()) for layer in decoder_layers(module)]
-    whole = _bytes(module.parameters()) - sum(layers) + sum(sorted(layers)[-_WHOLE_LAYERS:])
+    layers = [size_of(layer.parameters()) for layer in decoder_layers(module)]
+    whole = size_of(module.parameters()) - sum(layers) + sum(sorted(layers)[-_WHOLE_LAYERS:])
     return whole // 2 if bfloat16 else whole
 
 
@@ -89,43 +85,41 @@ def _peak_of_pass(module: nn.Module, loss: Loss, bfloat16: bool, accumulates: bo
         if accumulates:
             for parameter in twin.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-        count = _Living()
-        device = next(twin.parameters()).device.type
+        held = [*twin.parameters(), *twin.buffers(), *(p.grad for p in twin.parameters() if p.grad is not None)]
+        count = _Living(held)
         with count:
-            with torch.autocast(device, torch.bfloat16) if bfloat16 else nullcontext():
+            with torch.autocast(held[0].device.type, torch.bfloat16, enabled=bfloat16):
                 total = loss(twin)
             total.backward()
     return count.peak
 
 
 class _Living(TorchDispatchMode):
-    """Counts the bytes of the tensors that operations make, while they live."""
+    """Counts the bytes of the tensors that operations make, while they live. `held` were there before."""
 
-    def __init__(self) -> None:
+    def __init__(self, held: list[Tensor]) -> None:
         super().__init__()
         self.now = self.peak = 0
-        self._seen: weakref.WeakKeyDictionary[torch.UntypedStorage, int] = weakref.WeakKeyDictionary()
-        self._ids: set[int] = set()
+        self._known = {id(tensor.untyped_storage()) for tensor in held}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
             if isinstance(leaf, Tensor):
-                self._note(leaf.untyped_storage(), given)
-        return out
+                self._note(leaf.untyped_storage())
+        return made
 
-    def _note(self, storage: torch.UntypedStorage, given: set[int]) -> None:
-        if id(storage) in given or id(storage) in self._ids:
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) in self._known:  # made in place, or another view
             return
         size = storage.nbytes()
-        self._ids.add(id(storage))
+        self._known.add(id(storage))
         weakref.finalize(storage, self._forget, id(storage), size)
         self.now += size
         self.peak = max(self.peak, self.now)
 
     def _forget(self, identity: int, size: int) -> None:
-        self._ids.discard(identity)
+        self._known.discard(identity)
         self.now -= size
