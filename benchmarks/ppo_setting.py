@@ -77,9 +77,9 @@ def hh_prompt_lengths(num_prompts: int, limit: int, seed: int = 0) -> tuple[int,
 
 SETTINGS = (
     Setting("equal", "equal lengths: prompts of 128 tokens, responses of 64, no padding anywhere",
-            (128,) * 64, 64, 0.0, trl_forward_batch=16, micro_batch=4),
+            (128,) * 64, 64, 0.0, trl_forward_batch=16, micro_batch=16),
     Setting("hh", "lengths as in HH-RLHF: prompts of up to 256 tokens, responses of up to 128 that end with eos",
-            hh_prompt_lengths(64, 256), 128, 1 / 42, trl_forward_batch=16, micro_batch=4),
+            hh_prompt_lengths(64, 256), 128, 1 / 42, trl_forward_batch=16, micro_batch=16),
 )  # fmt: skip
 
 

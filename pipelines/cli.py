@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from prefarena.errors import UserError
+from prefarena.errors import ClusterLostError, UserError
 
 _EPILOG = """\
 what is written where (under `output`, by default ./runs):
@@ -16,9 +16,12 @@ what is written where (under `output`, by default ./runs):
                             the same settings reuse it, changed settings get a folder of their own.
   NAME-HASH/                the comparison's run folder: config.yaml (resolved), results.json, report.md, figures/,
                             checkpoints/ (links to the trained models)
-  ray_train/                Ray Train's checkpoints of runs under way
+  reference_logps/          the reference's log-probs of pairs, named by their content: computed once for all runs
+  leases/                   who is at work on what; one that is left by a killed run is taken over
+  ray_train/                Ray Train's own notes of runs under way
 
 exit status: 0 done; 2 input that cannot be used (one sentence says what); 1 anything else, with a traceback.
+`submit --follow` and `logs --follow` end with the job's own; 143 when it was stopped.
 """
 
 _PLAIN_WIDTH = 170  # of lines that go to a file or a job's log
@@ -48,16 +51,68 @@ def build_parser() -> argparse.ArgumentParser:
             epilog=_EPILOG,
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
-        command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="default: the embedded default")
-        command.add_argument(
-            "--set",
-            action="append",
-            default=[],
-            metavar="KEY.PATH=VALUE",
-            help="override a setting, e.g. --set entries.dpo.method.beta=0.3 --set seeds=[0,1,2] (repeatable)",
-        )
+        _add_config(command)
+        _add_retry(command)
+    doctor = commands.add_parser("doctor", help="what is here, what a comparison needs, and what of it will not fit")
+    doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="none: only what is here")
+    _add_overrides(doctor)
     commands.add_parser("methods", help="the methods and their settings with defaults")
+    _add_cluster_commands(commands)
     return parser
+
+
+def _add_config(command: argparse.ArgumentParser) -> None:
+    command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="default: the embedded default")
+    _add_overrides(command)
+
+
+def _add_retry(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="train again what failed in an earlier run, from its last checkpoint",
+    )
+
+
+def _add_overrides(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="KEY.PATH=VALUE",
+        help="override a setting, e.g. --set entries.dpo.method.beta=0.3 --set seeds=[0,1,2] (repeatable)",
+    )
+
+
+def _add_cluster_commands(commands: Any) -> None:
+    """`submit`, and what is done with its jobs."""
+    follow = "stay, show the log, and end with the job's exit status"
+    submit = commands.add_parser("submit", help="run a comparison as a job on a Ray cluster (docs/cluster.md)")
+    _add_config(submit)
+    _add_retry(submit)
+    submit.add_argument("--name", help="the job's name; none: the comparison's and eight random characters")
+    submit.add_argument("--follow", action="store_true", help=follow)
+    submit.add_argument("--check", action="store_true", help="run `prefarena doctor` there instead of the comparison")
+    submit.add_argument(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="a module or folder to ship with the code, e.g. that of a function judge (repeatable)",
+    )
+    status = commands.add_parser("status", help="jobs of a cluster, or one of them")
+    status.add_argument("job", nargs="?", metavar="JOB")
+    logs = commands.add_parser("logs", help="what a job has logged")
+    logs.add_argument("--follow", action="store_true", help=follow)
+    stop = commands.add_parser("stop", help="end a job; submitted again, the comparison goes on where it was")
+    for command in (logs, stop):
+        command.add_argument("job", metavar="JOB")
+    for command in (submit, status, logs, stop):
+        command.add_argument(
+            "--address",
+            metavar="http://HEAD:8265",
+            help="the dashboard of the cluster's head; none: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else this machine",
+        )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -66,14 +121,26 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "methods":
             return _methods()
-        return _run(arguments.command, arguments.config, arguments.set)
+        if arguments.command == "doctor":
+            return _doctor(arguments.config, arguments.set)
+        if arguments.command in _STEPS:
+            return _run(arguments.command, arguments.config, arguments.set, arguments.retry_failed)
+        from pipelines.submit import COMMANDS
+
+        return COMMANDS[arguments.command](arguments)
     except UserError as error:
         print(f"prefarena: {error}", file=sys.stderr)
         return 2
+    except ClusterLostError as error:
+        print(f"prefarena: {error}", file=sys.stderr)
+        return 1
 
 
-def _run(command: str, path: str | None, overrides: list[str]) -> int:
+def _run(command: str, path: str | None, overrides: list[str], retry_failed: bool) -> int:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from prefarena.cluster.session import listen_on_loopback
+
+    listen_on_loopback()
     from rich.console import Console
     from transformers.utils import logging as transformers_logging
 
@@ -83,8 +150,18 @@ def _run(command: str, path: str | None, overrides: list[str]) -> int:
     transformers_logging.disable_progress_bar()
     config = load_config(path, overrides)
     console = Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
-    compare(config, console, "report" if command == "compare" else command)
+    compare(config, console, "report" if command == "compare" else command, retry_failed=retry_failed)
     return 0
+
+
+def _doctor(path: str | None, overrides: list[str]) -> int:
+    from prefarena.cluster.session import listen_on_loopback
+
+    listen_on_loopback()
+    from pipelines.doctor import doctor
+    from prefarena.config import load_config
+
+    return doctor(load_config(path, overrides) if path or overrides else None)
 
 
 def _methods() -> int:

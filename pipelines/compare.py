@@ -8,38 +8,50 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.claims import only_once
 from pipelines.evaluate import evaluate
 from pipelines.plan import SeedPlan, make_plan, max_length
 from pipelines.preferences import check_text_task
 from pipelines.prepare import prepare
 from pipelines.report import report, run_folder
 from pipelines.train import train
+from prefarena.cluster.capacity import check_placement, cluster_nodes
 from prefarena.cluster.session import check_resources, ray_session, requested
 from prefarena.config import BestOfN, Comparison, EndpointJudge, OnPolicyMethod, PretrainedModel, RewardModel, TextTask
 from prefarena.errors import UserError
 from prefarena.judges.spec import check_judge
 from prefarena.modeling.load import load_tokenizer
 from prefarena.report.tables import main_table
-from prefarena.stages import Stage
+from prefarena.stages import Stage, forget_failure
 from prefarena.tasks.language import Language
 
 _WIDE = 150  # characters from which the whole table fits
 STEPS = ("prepare", "train", "evaluate", "report")
 
 
-def compare(config: Comparison, console: Console, last: str = "report") -> Path:
+def compare(config: Comparison, console: Console, last: str = "report", *, retry_failed: bool = False) -> Path:
     """Run the comparison up to and including the step `last`. Returns the run folder.
 
-    Finished stages are reused; input that cannot be used raises UserError before Ray is started.
+    Finished stages are reused, and failed ones left alone unless they are to be tried again; input that cannot be used
+    raises UserError before Ray is started, and so does another process that is running this comparison.
     """
     check_input(config)
     plans = make_plan(config)
+    with only_once(config.name, run_folder(config, plans)):
+        for stage in all_stages(plans) if retry_failed else []:
+            forget_failure(stage.folder)
+        return _compare(config, plans, console, last)
+
+
+def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: str) -> Path:
     reused = {stage for stage in all_stages(plans) if stage.finished}
     show_plan(config, plans, console)
     wanted = STEPS[: STEPS.index(last) + 1]
-    if any(not stage.finished for stage in all_stages(plans)):
+    if any(not stage.finished for stage in needed_stages(plans)):
         with ray_session() as available:
-            check_resources(config, available)
+            if not config.resources.autoscaled:
+                check_resources(config, available)
+                check_placement(config, cluster_nodes())
             for step, work in zip(STEPS, (prepare, train, evaluate), strict=False):
                 if step in wanted:
                     work(config, plans, console)
@@ -54,7 +66,7 @@ def compare(config: Comparison, console: Console, last: str = "report") -> Path:
 def check_input(config: Comparison) -> None:
     """Everything that can be found wrong without any work. Raises UserError."""
     if isinstance(config.task, TextTask):
-        check_text_task(config.task)
+        check_text_task(config.task, config.model)
     else:
         Language(config.task)
     if isinstance(config.model, PretrainedModel):
@@ -116,6 +128,12 @@ def all_stages(plans: list[SeedPlan]) -> list[Stage]:
     return list(dict.fromkeys(stages))
 
 
+def needed_stages(plans: list[SeedPlan]) -> list[Stage]:
+    """Those that must be finished for the report: without those of entries that have failed."""
+    failed = {stage for plan in plans for trained in plan.trained if trained.failure for stage in trained.stages()}
+    return [stage for stage in all_stages(plans) if stage not in failed]
+
+
 def show_plan(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
     """What will be done, what is reused, and what is asked of the cluster."""
     stages = all_stages(plans)
@@ -124,7 +142,7 @@ def show_plan(config: Comparison, plans: list[SeedPlan], console: Console) -> No
     table.add_column("folder", overflow="fold")
     table.add_column("")
     for stage in stages if len(stages) <= 40 else []:
-        state = "[green]reused[/green]" if stage.finished else "to do"
+        state = "[green]reused[/green]" if stage.finished else "[red]failed[/red]" if stage.failure else "to do"
         table.add_row(f"{stage.kind} ({stage.label})", stage.folder.name, state)
     if table.row_count:
         console.print(table)
@@ -133,6 +151,12 @@ def show_plan(config: Comparison, plans: list[SeedPlan], console: Console) -> No
         f"{len(stages)} stages: {num_reused} reused, {len(stages) - num_reused} to do; "
         f"stages are under {stages[0].folder.parent}"
     )
+    for stage in stages:
+        if stage.failure:
+            console.print(
+                f"[red]✗[/red] {stage.kind} ({stage.label}) failed before and is left alone: {stage.failure}. "
+                f"--retry-failed tries again, from its last checkpoint; to start it anew, delete {stage.folder}"
+            )
     for entry in config.entries:
         if isinstance(entry.method, OnPolicyMethod):
             ppo = entry.method.training

@@ -17,6 +17,7 @@ import torch
 from rich.console import Console
 
 from pipelines.annotate import ExactReference
+from pipelines.claims import settle
 from pipelines.exact import (
     collect_scores,
     evaluate_exactly,
@@ -27,6 +28,7 @@ from pipelines.exact import (
 )
 from pipelines.plan import SeedPlan, Trained, judge_spec, model_of, policy_of, response_limit, unique
 from pipelines.progress import stage_line
+from pipelines.reference import scoring_options
 from pipelines.train import start_generator
 from prefarena.cluster.waiting import get_within
 from prefarena.config import BestOfN, Comparison, Evaluation, LanguageTask
@@ -41,44 +43,54 @@ from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.records import Rollout
 from prefarena.stages import Stage, write_json
 
-Work = dict[Stage, tuple[SeedPlan, Trained | None]]  # an evaluation, and the entry it is of; none: the reference
+Work = list[tuple[Stage, SeedPlan, Trained | None]]  # an evaluation, and the entry it is of; none: the reference
 
 
 def evaluate(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
-    """Run every evaluation that is not finished; training must be. Needs Ray."""
-    work: Work = {}
+    """Run every evaluation that is not finished, of what is trained; failed entries have none. Needs Ray."""
+    work: Work = []
     for plan in plans:
-        work[plan.evaluation] = (plan, None)
-        work |= {trained.evaluation: (plan, trained) for trained in plan.trained}
-    waiting = {stage: found for stage, found in work.items() if not stage.finished}
-    if not waiting:
-        return
+        work.append((plan.evaluation, plan, None))
+        work += [(trained.evaluation, plan, trained) for trained in plan.trained if not trained.failure]
+    evaluating = _evaluate_exactly if isinstance(config.task, LanguageTask) else _evaluate_from_samples
     if isinstance(config.task, LanguageTask):
-        _evaluate_exactly(config, waiting, console)
-    else:
-        with stage_line(console, _title(list(waiting))):
-            _evaluate_from_samples(config, waiting, console)
+        _score_responses(config, [one for one in work if not one[0].finished], console)
+
+    def do(waiting: Work) -> None:
+        with stage_line(console, _title([stage for stage, _, _ in waiting])):
+            evaluating(config, waiting, console)
+
+    settle(console, {one[0].folder: one for one in work}, do)
 
 
 def _title(stages: list[Stage]) -> str:
     return f"evaluating {', '.join(stage.label for stage in unique(stages))}"
 
 
+def _score_responses(config: Comparison, waiting: Work, console: Console) -> None:
+    """The tables of rewards that are not the gold one, which exact evaluations read."""
+    tables = {
+        trained.scores.folder: (trained.scores, plan, trained)
+        for _, plan, trained in waiting
+        if trained and trained.scores
+    }
+
+    def do(unscored: list[tuple[Stage, SeedPlan, Trained]]) -> None:
+        with stage_line(console, f"scoring every response by {', '.join(stage.label for stage, _, _ in unscored)}"):
+            scoring = [(stage, start_scoring(plan, trained)) for stage, plan, trained in unscored]
+            for stage, running in scoring:
+                collect_scores(running, stage, config.resources.task_timeout_s)
+
+    settle(console, tables, do)
+
+
 def _evaluate_exactly(config: Comparison, waiting: Work, console: Console) -> None:
-    """First the tables of rewards that are not the gold one, then every policy."""
     import ray
 
-    tables = {trained.scores: (plan, trained) for plan, trained in waiting.values() if trained and trained.scores}
-    tables = {stage: found for stage, found in tables.items() if not stage.finished}
-    if tables:
-        with stage_line(console, f"scoring every response by {', '.join(stage.label for stage in tables)}"):
-            scoring = {stage: start_scoring(plan, trained) for stage, (plan, trained) in tables.items()}
-            for stage, running in scoring.items():
-                collect_scores(running, stage, config.resources.task_timeout_s)
-    with stage_line(console, _title(list(waiting))):
-        task = ray.remote(num_cpus=1)(evaluate_exactly)
-        jobs = [exact_job(config, plan, trained, stage.begin()) for stage, (plan, trained) in waiting.items()]
-        get_within([task.remote(job) for job in jobs], config.resources.task_timeout_s, _title(list(waiting)))
+    task = ray.remote(num_cpus=1)(evaluate_exactly)
+    jobs = [exact_job(config, plan, trained, stage.begin()) for stage, plan, trained in waiting]
+    what = _title([stage for stage, _, _ in waiting])
+    get_within([task.remote(job) for job in jobs], config.resources.task_timeout_s, what)
 
 
 # ------------------------------------------------------------------------------ evaluation from samples
@@ -88,13 +100,12 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
     import ray
 
     settings = config.evaluation
-    generator = start_generator(config, next(iter(waiting.values()))[0], console)
+    generator = start_generator(config, waiting[0][1], console)
     # Scorers run beside the generators, which hold their own share of the GPUs.
-    share = config.resources.gpus_per_worker if config.resources.use_gpu else 0
-    scorer = ray.remote(num_cpus=1, num_gpus=share)(score_samples)
+    scorer = ray.remote(**scoring_options(config.resources))(score_samples)
     running = []
     try:
-        for stage, (plan, trained) in waiting.items():
+        for stage, plan, trained in waiting:
             job = _sampled_job(config, plan, trained, stage.begin())
             prompts = held_out_prompts(plan, settings) * settings.samples_per_prompt
             prompts = [prompt for prompt in prompts for _ in range(job.best_of)]
@@ -103,7 +114,7 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
             started = time.perf_counter()
             rollouts = generator.generate(prompts, sampling, stage.key)
             running.append(scorer.remote(rollouts, job, settings, time.perf_counter() - started))
-        get_within(running, config.resources.task_timeout_s, _title(list(waiting)))
+        get_within(running, config.resources.task_timeout_s, _title([stage for stage, _, _ in waiting]))
     finally:
         generator.stop()
 

@@ -8,6 +8,7 @@ For text tasks `pairs` is `data`; for the enumerable language pairs are drawn fr
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,13 @@ class Trained:
     def stages(self) -> list[Stage]:
         """All of them, in order."""
         return [stage for stage in (self.reward_model, self.training, self.scores, self.evaluation) if stage]
+
+    @property
+    def failure(self) -> str | None:
+        """Why there is no policy to measure; None where there is, or may yet be, one."""
+        if self.reward_model is not None and self.reward_model.failure:
+            return f"its reward model failed: {self.reward_model.failure}"
+        return self.training.failure if self.training is not None else None
 
 
 @dataclass(frozen=True)
@@ -309,8 +317,9 @@ def judge_spec(plan: SeedPlan, settings: JudgeSettings, reward_model: Stage | No
 
 
 def generator_names(config: Comparison) -> tuple[str, ...]:
-    """The Ray names of the generation actors."""
-    return tuple(f"{GENERATOR}-{index}" for index in range(config.generation.num_actors))
+    """The Ray names of the generation actors; another comparison on the same cluster has others."""
+    key = hashlib.sha256(f"{Path(config.output).absolute()}\n{config.model_dump_json()}".encode()).hexdigest()[:8]
+    return tuple(f"{GENERATOR}-{config.name}-{key}-{index}" for index in range(config.generation.num_actors))
 
 
 def response_limit(task: LanguageTask | TextTask) -> int:

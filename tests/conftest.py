@@ -17,7 +17,7 @@ def ray_session() -> Iterator[None]:
     """A local Ray with four logical CPUs: workers are tiny, and two of them must be placeable beside an actor."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
+    ray.init("local", num_cpus=4, include_dashboard=False, log_to_driver=False, configure_logging=False)
     yield
     ray.shutdown()
 

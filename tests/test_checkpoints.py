@@ -5,20 +5,23 @@ from __future__ import annotations
 import errno
 import json
 import os
+import resource
 import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from test_training import QUICK, KilledError, inputs, metric_rows, off_policy_job, weights
 
-from prefarena.config import MPO
+from prefarena.config import MPO, Resources
 from prefarena.errors import StorageError, StorageFullError, UserError
 from prefarena.stages import read_manifest
 from prefarena.training import checkpoints
 from prefarena.training.checkpoints import CheckpointFolder, DamagedCheckpointError
+from prefarena.training.launch import run_jobs
 from prefarena.training.run_job import run_job
 from prefarena.training.storage import retried
 from prefarena.training.worker import Worker
@@ -120,29 +123,42 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
     assert torch.equal(folder.read(1).tensors["weights.a"], torch.ones(3))
 
 
-def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path) -> None:
     folder = saved(tmp_path / "dpo-s0" / "checkpoints", 3)
-
-    def full_disk(tensors: dict[str, torch.Tensor], path: Path) -> None:
-        path.write_bytes(b"as much as there is room for")
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(checkpoints, "save_file", full_disk)
-    folder.save(6, TENSORS, {}, sharded=False)
-    with pytest.raises(StorageFullError, match=r"dpo-s0: checkpoint of step 6: no room is left under .*same command"):
-        folder.save(9, TENSORS, {}, sharded=False)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # a full disk, as near as one can come to it
+    try:
+        folder.save(6, {"weights.a": torch.zeros(4096)}, {}, sharded=False)
+        with pytest.raises(StorageFullError) as caught:
+            folder.save(9, TENSORS, {}, sharded=False)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert str(caught.value).startswith("dpo-s0: checkpoint of step 6: no room is left under /")
+    assert "run the same command again, which goes on from the last checkpoint" in str(caught.value)
     assert [path.name for path in (tmp_path / "dpo-s0" / "checkpoints").iterdir()] == ["step-00000003"]
     assert folder.read(3).step == 3
 
 
+def test_what_a_user_must_mend_comes_out_of_ray_train_as_it_was_said(
+    ray_session: None, inputs: Path, tmp_path: Path
+) -> None:
+    job = off_policy_job(inputs, tmp_path / "dpo", MPO(training=QUICK))
+    parts = [folder_of(tmp_path / "dpo" / "checkpoints", rank, world_size=2) for rank in range(2)]
+    for part in parts:
+        part.save(5, TENSORS, {}, sharded=True)
+    for part in parts:
+        part.wait()
+    with pytest.raises(UserError, match="2 workers wrote a part each, and 1 cannot go on from that"):
+        run_jobs([job], Resources(max_failures=0), str(tmp_path / "ray"))
+    assert not list((tmp_path / "ray").iterdir())  # Ray Train's own notes are gone
+
+
 def test_storage_that_fails_for_a_while_is_asked_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    failures = [errno.EIO, errno.ESTALE]
+    failures = [OSError(errno.EIO, "not now"), SafetensorError("I/O error: Stale file handle (os error 116)")]
 
     def shaky(tensors: dict[str, torch.Tensor], path: Path) -> None:
         if failures:
-            raise OSError(failures.pop(), "not now")
+            raise failures.pop()
         save_file(tensors, path)
 
     monkeypatch.setattr(checkpoints, "save_file", shaky)

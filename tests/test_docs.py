@@ -40,5 +40,6 @@ def test_the_file_tree_is_that_of_the_repository() -> None:
     tree = (ROOT / "README.md").read_text(encoding="utf-8").split("## The files")[1].split("## Limits")[0]
     listed = set(re.findall(r"\b[\w-]+\.(?:py|yaml)\b", tree))
     present = {path for part in ("platform", "pipelines") for path in (ROOT / part).rglob("*.*")}
+    present |= set(ROOT.glob("*.yaml"))
     assert listed - {path.name for path in present} == set()
     assert {path.name for path in present if path.suffix == ".py"} - listed == {"__init__.py"}

@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 
-from prefarena.data import formats
-from prefarena.data.formats import Unusable, normalise, recognise
+from prefarena.data import rejections
+from prefarena.data.formats import normalise, recognise
+from prefarena.data.rejections import Unusable
 
 Q = "\n\nHuman: Why is the sky blue?\n\nAssistant:"
 USER, YES, NO = ({"role": r, "content": c} for r, c in (("user", "Blue?"), ("assistant", "Yes."), ("assistant", "No.")))
@@ -51,25 +52,25 @@ def test_trl_formats(row: dict[str, Any], prompt: Any, chosen: str) -> None:
 @pytest.mark.parametrize(
     ("row", "expected"),
     [
-        ({"chosen": Q + " a", "rejected": Q.replace("sky", "sea") + " b"}, formats.PROMPTS_DIFFER),
-        ({"chosen": Q + " a", "rejected": Q + " a "}, formats.IDENTICAL),
-        ({"chosen": Q + " a", "rejected": Q}, formats.EMPTY_RESPONSE),
-        ({"chosen": Q + " a\n\nHuman: b", "rejected": Q + " c"}, formats.NOT_AN_ANSWER),
-        ({"chosen": Q + " a", "rejected": "b"}, formats.NOT_HH),
-        ({"prompt": " \n", "chosen": "a", "rejected": "b"}, formats.EMPTY_PROMPT),
-        ({"prompt": "p", "chosen": "a"}, formats.MISSING_COLUMN),
-        ({"prompt": "p", "chosen": "a", "rejected": 3}, formats.WRONG_TYPE),
-        ({"prompt": 3, "chosen": "a", "rejected": "b"}, formats.WRONG_TYPE),
-        ({"chosen": "The sky is blue", "rejected": "The sky is black"}, formats.NO_BOUNDARY),
-        ({"prompt": "p", "chosen": "a\ud800", "rejected": "b"}, formats.BAD_UNICODE),
-        ({"chosen": [USER], "rejected": [USER, NO]}, formats.NOT_AN_ANSWER),
-        ({"chosen": [YES], "rejected": [NO]}, formats.EMPTY_PROMPT),
-        ({"chosen": [USER, YES, YES], "rejected": [USER, YES, NO]}, formats.BAD_ROLES),
-        ({"prompt": [{"role": "robot", "content": "x"}], "chosen": [YES], "rejected": [NO]}, formats.BAD_ROLES),
-        ({"prompt": [{"role": "user", "content": None}], "chosen": [YES], "rejected": [NO]}, formats.WRONG_TYPE),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "label": math.nan}, formats.BAD_LABEL),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "label": 1.5}, formats.BAD_LABEL),
-        ({"prompt": "p", "chosen": "a", "rejected": "b", "label": True}, formats.WRONG_TYPE),
+        ({"chosen": Q + " a", "rejected": Q.replace("sky", "sea") + " b"}, rejections.PROMPTS_DIFFER),
+        ({"chosen": Q + " a", "rejected": Q + " a "}, rejections.IDENTICAL),
+        ({"chosen": Q + " a", "rejected": Q}, rejections.EMPTY_RESPONSE),
+        ({"chosen": Q + " a\n\nHuman: b", "rejected": Q + " c"}, rejections.NOT_AN_ANSWER),
+        ({"chosen": Q + " a", "rejected": "b"}, rejections.NOT_HH),
+        ({"prompt": " \n", "chosen": "a", "rejected": "b"}, rejections.EMPTY_PROMPT),
+        ({"prompt": "p", "chosen": "a"}, rejections.MISSING_COLUMN),
+        ({"prompt": "p", "chosen": "a", "rejected": 3}, rejections.WRONG_TYPE),
+        ({"prompt": 3, "chosen": "a", "rejected": "b"}, rejections.WRONG_TYPE),
+        ({"chosen": "The sky is blue", "rejected": "The sky is black"}, rejections.NO_BOUNDARY),
+        ({"prompt": "p", "chosen": "a\ud800", "rejected": "b"}, rejections.BAD_UNICODE),
+        ({"chosen": [USER], "rejected": [USER, NO]}, rejections.NOT_AN_ANSWER),
+        ({"chosen": [YES], "rejected": [NO]}, rejections.EMPTY_PROMPT),
+        ({"chosen": [USER, YES, YES], "rejected": [USER, YES, NO]}, rejections.BAD_ROLES),
+        ({"prompt": [{"role": "robot", "content": "x"}], "chosen": [YES], "rejected": [NO]}, rejections.BAD_ROLES),
+        ({"prompt": [{"role": "user", "content": None}], "chosen": [YES], "rejected": [NO]}, rejections.WRONG_TYPE),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "label": math.nan}, rejections.BAD_LABEL),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "label": 1.5}, rejections.BAD_LABEL),
+        ({"prompt": "p", "chosen": "a", "rejected": "b", "label": True}, rejections.WRONG_TYPE),
     ],
 )
 def test_rows_that_cannot_be_trained_on_say_why(row: dict[str, Any], expected: str) -> None:
@@ -79,8 +80,8 @@ def test_rows_that_cannot_be_trained_on_say_why(row: dict[str, Any], expected: s
 def test_a_stated_format_overrides_what_the_row_looks_like() -> None:
     row = {"chosen": "plain", "rejected": "text"}
     assert recognise(row) == "standard"
-    assert reason(row, form="hh") == formats.NOT_HH
-    assert reason(row, form="conversational") == formats.WRONG_TYPE
+    assert reason(row, form="hh") == rejections.NOT_HH
+    assert reason(row, form="conversational") == rejections.WRONG_TYPE
 
 
 def test_id_follows_content() -> None:

@@ -15,9 +15,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pipelines.preferences import check_text_task, prepare_text
 from prefarena.config import ScratchModel, TextTask
-from prefarena.data import formats
+from prefarena.data import rejections
 from prefarena.data.tables import read_rows
-from prefarena.data.token_tables import DUPLICATE
 from prefarena.errors import UserError
 from prefarena.records import DEMONSTRATIONS, PAIRS, PRETRAINING, PROMPTS
 
@@ -44,14 +43,16 @@ def test_transcripts_become_tables_and_every_dropped_row_is_listed(ray_session: 
     bad = [hh("q", "same", "same"), {**hh("a", "x", "y"), "rejected": hh("b", "x", "y")["rejected"]}, good[0]]
     extra = write(tmp_path / "text.jsonl", [{"text": "Some text. " * 40}, {"text": "More."}])
     data = write(tmp_path / "hh.jsonl.gz", [*good, b"", *bad])
-    task = TextTask(data=data, pretraining_text=extra, max_prompt_tokens=60, max_response_tokens=20)
+    task = TextTask(
+        data=data, pretraining_text=extra, max_prompt_tokens=60, max_response_tokens=20, max_rejected_share=0.1
+    )
     summary = prepare_text(task, None, MODEL, tmp_path / "out", num_tokenisers=1)
 
     dropped = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
     assert [(row["row"], row["reason"]) for row in dropped] == [
-        (62, formats.IDENTICAL),
-        (63, formats.PROMPTS_DIFFER),
-        (64, DUPLICATE),
+        (62, rejections.IDENTICAL),
+        (63, rejections.PROMPTS_DIFFER),
+        (64, rejections.DUPLICATE),
     ]
     assert summary["num_rows"] == 63 and summary["num_dropped"] == 3
     tables = {name: read_rows(tmp_path / "out" / name) for name in ("train_pairs", "judge_pairs", "test_pairs")}
@@ -92,22 +93,37 @@ def test_the_same_rows_from_any_source_give_the_same_tables(ray_session: None, t
     ).read_bytes()
 
 
-def test_a_broken_line_deep_in_a_file_is_named(ray_session: None, tmp_path: Path) -> None:
-    data = write(tmp_path / "broken.jsonl", [*rows(50), b'{"chosen": "a', *rows(3)])
-    task = TextTask(data=data)
-    assert check_text_task(task)  # the first rows are good
-    with pytest.raises(UserError, match=r"broken\.jsonl:51: the line is not valid JSON"):
-        prepare_text(task, None, MODEL, tmp_path / "out")
-    tokenizer = tmp_path / "out/good/tokenizer"
-    prepare_text(TextTask(data=data, max_rows=50), None, MODEL, tmp_path / "out/good", num_tokenisers=1)
-    with pytest.raises(UserError, match=r"broken\.jsonl:51: the line is not valid JSON"):
-        prepare_text(task, str(tokenizer), MODEL, tmp_path / "again", num_tokenisers=1)
+def test_a_broken_line_is_a_rejected_row_and_a_broken_file_stops_the_run(ray_session: None, tmp_path: Path) -> None:
+    data = write(tmp_path / "broken.jsonl", [*rows(50), b'{"chosen": "a', *rows(60)[50:]])
+    summary = prepare_text(TextTask(data=data, max_rejected_share=0.02), None, MODEL, tmp_path / "out", 1)
+    assert (summary["num_rows"], summary["dropped"]) == (61, {rejections.NOT_JSON: 1})
+    (line,) = (tmp_path / "out/dropped.jsonl").read_text().splitlines()
+    assert json.loads(line) == {
+        "file": data,
+        "row": 51,
+        "reason": rejections.NOT_JSON,
+        "detail": "Unterminated string starting at character 12",
+        "remedy": rejections.REMEDIES[rejections.NOT_JSON],
+    }
+    cut = tmp_path / "cut.jsonl.gz"
+    cut.write_bytes(gzip.compress(b"".join(json.dumps(row).encode() + b"\n" for row in rows(4000)))[:-2000])
+    assert check_text_task(TextTask(data=str(cut)))  # the first rows are good
+    with pytest.raises(UserError, match=r"cut\.jsonl\.gz:\d+: the compressed file is damaged"):
+        prepare_text(TextTask(data=str(cut)), summary["tokenizer"], MODEL, tmp_path / "again", num_tokenisers=1)
 
 
 def test_too_many_unusable_rows_stop_the_run(ray_session: None, tmp_path: Path) -> None:
-    data = write(tmp_path / "bad.jsonl", [*rows(20), *[hh("q", "same", "same")] * 21])
-    with pytest.raises(UserError, match=r"21 of 41 rows cannot be trained on \(identical responses 21\)"):
+    data = write(tmp_path / "bad.jsonl", [*rows(1000), *[hh("q", "same", "same")] * 11])
+    with pytest.raises(UserError) as caught:
         prepare_text(TextTask(data=data), None, MODEL, tmp_path / "out", num_tokenisers=1)
+    for part in (
+        "11 of 1011 rows (1.1%) cannot be trained on, and task.max_rejected_share allows 0.01 of them",
+        f"identical responses 11, first at {data}:1001 - leave out pairs without a difference",
+        f"{tmp_path / 'out/dropped.jsonl'} lists them all",
+        "mend the rows, or raise task.max_rejected_share",
+    ):
+        assert part in str(caught.value)
+    assert len((tmp_path / "out/dropped.jsonl").read_text().splitlines()) == 11
 
 
 def test_what_cannot_be_read_is_said_before_ray_starts(tmp_path: Path) -> None:
@@ -120,10 +136,9 @@ def test_what_cannot_be_read_is_said_before_ray_starts(tmp_path: Path) -> None:
     assert "there are no rows" in complaint(write(tmp_path / "empty.jsonl", [b"", b" "]))
     columns = complaint(write(tmp_path / "columns.jsonl", [{"question": "q", "chosen": "a"}]))
     assert "no column 'rejected'; its columns are chosen, question" in columns
-    assert "first.jsonl:2: the line is not a JSON object but list" in complaint(
-        write(tmp_path / "first.jsonl", [rows(1)[0], [1]])
-    )
-    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(rows(9)).encode())[:-20])
+    few = complaint(write(tmp_path / "first.jsonl", [rows(1)[0], [1]]))
+    assert f"not a JSON object 1, first at {tmp_path}/first.jsonl:2 (list) - write one whole JSON object" in few
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(rows(9)[0]).encode())[:-20])
     assert "cut.jsonl.gz:1: the compressed file is damaged" in complaint(str(tmp_path / "cut.jsonl.gz"))
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 this is not one")
     assert "not readable as parquet" in complaint(str(tmp_path / "bad.parquet"))

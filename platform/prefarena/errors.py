@@ -19,3 +19,7 @@ class StorageError(RuntimeError):
 
 class WaitTimeoutError(TimeoutError):
     """A wait on another process (placement, actor start, weight sync, rollout) outlasted its limit."""
+
+
+class ClusterLostError(Exception):
+    """A cluster that took a job no longer answers, or a job does not end. The message says what to do."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 #: Raise when the meaning of stored results changes: older stages are then not reused.
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 _MANIFEST = "manifest.json"
 _FAILURE = "failure.json"
 

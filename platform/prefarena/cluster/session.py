@@ -7,10 +7,21 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prefarena.config import Comparison, OnPolicyMethod
+from prefarena.cluster.capacity import generates
+from prefarena.config import Comparison
 from prefarena.errors import UserError
 
 _LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
+
+
+def listen_on_loopback() -> None:
+    """Have a local Ray that this process starts answer on this machine alone. Call it before Ray is imported.
+
+    Ray's servers take every interface of the machine unless its own address is the loopback's; on Linux this is how it
+    is told. A cluster that is joined listens as it was started.
+    """
+    if not os.environ.get("RAY_ADDRESS"):
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
 
 
 @contextmanager
@@ -26,13 +37,14 @@ def ray_session() -> Iterator[dict[str, float]]:
         yield ray.cluster_resources()
         return
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # Workers pass over reported checkpoints every so often; a short interval loses fewer steps on a failure.
+    # Ray Train looks after its workers every so often; a short interval finds a dead one sooner.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=False, logging_level=logging.ERROR)
     else:
         ray.init(
+            address="local",  # else Ray would join whichever cluster was last started on this machine
             include_dashboard=False,
             log_to_driver=False,
             logging_level=logging.ERROR,
@@ -63,16 +75,15 @@ def check_resources(config: Comparison, available: dict[str, float]) -> None:
 def requested(config: Comparison) -> dict[str, tuple[float, str]]:
     """What must be there at once, by kind of resource, and which settings ask for it."""
     resources = config.resources
-    workers = resources.num_workers * resources.cpus_per_worker
-    asked = {"CPU": (workers * resources.concurrent_runs, "resources.num_workers x cpus_per_worker x concurrent_runs")}
-    on_policy = any(isinstance(entry.method, OnPolicyMethod) for entry in config.entries)
-    num_actors = config.generation.num_actors if on_policy or config.task.kind == "text" else 0
+    workers, groups = resources.num_workers * resources.cpus_per_worker, max(1, resources.concurrent_runs)
+    asked = {"CPU": (workers * groups, "resources.num_workers x cpus_per_worker x concurrent_runs")}
+    num_actors = config.generation.num_actors if generates(config) else 0
     with_rollouts = workers + num_actors * config.generation.cpus
     if num_actors and not resources.use_gpu and with_rollouts > asked["CPU"][0]:
         why = "resources.num_workers x cpus_per_worker for training, and generation.num_actors x cpus"
         asked["CPU"] = (with_rollouts, why)
     if resources.use_gpu:
         training = resources.num_workers * resources.gpus_per_worker
-        num_gpus = max(training * resources.concurrent_runs, training + num_actors * config.generation.gpus)
+        num_gpus = max(training * groups, training + num_actors * config.generation.gpus)
         asked["GPU"] = (num_gpus, "resources.num_workers x gpus_per_worker, and generation.num_actors x gpus")
     return asked

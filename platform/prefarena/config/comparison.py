@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from prefarena.config.judges import JudgeSettings, RewardModel
+from prefarena.config.labels import Labels
 from prefarena.config.models import Model, ScratchModel
 from prefarena.config.off_policy import DPO, IPO, MPO, SFT, Optimisation
 from prefarena.config.on_policy import GRPO, RLHF, RLOO, BestOfN
@@ -44,6 +45,7 @@ class Generation(Section):
         le=1,
         description="GPUs of the actor, when use_gpu is true; a share where trainer and engine share one.",
     )
+    labels: Labels = Field((), description="Labels of the nodes that hold generation actors, e.g. {role: generate}.")
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     kv_cache_gib: int = Field(1, ge=1, description="KV cache on CPU, whole GiB.")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
@@ -59,6 +61,17 @@ class Generation(Section):
     sync_timeout_s: float = Field(120, gt=0)
 
 
+class Scoring(Section):
+    """What scores finished text: the reference's log-probs of pairs, and evaluations from samples."""
+
+    num_actors: int | None = Field(None, ge=1, description="Actors for log-probs; none: resources.num_workers.")
+    cpus: float = Field(1, gt=0, description="CPUs of each; its torch threads, and at least one.")
+    gpus: float | None = Field(
+        None, gt=0, le=1, description="GPUs of each, when use_gpu is true; none: resources.gpus_per_worker."
+    )
+    labels: Labels = Field((), description="Labels of the nodes that they run on.")
+
+
 class Resources(Section):
     """What is asked of the cluster."""
 
@@ -66,12 +79,19 @@ class Resources(Section):
     cpus_per_worker: float = Field(1, ge=1, description="CPUs, and torch threads, of each worker.")
     use_gpu: bool = False
     gpus_per_worker: float = Field(1, gt=0, le=1, description="When use_gpu is true; a share for weight_sync: ipc.")
+    labels: Labels = Field((), description="Labels of the nodes that hold training workers, e.g. {role: train}.")
+    scoring: Scoring = Scoring()
+    concurrent_runs: int = Field(
+        1, ge=0, description="Groups of off-policy trainings at the same time; 0: as many as the cluster has room for."
+    )
     sharding: Literal["none", "fsdp"] = Field(
         "none",
         description="fsdp: each worker of an off-policy, reference or reward model training holds a part of weights, "
         "gradients and optimizer state (FSDP2); none, and on-policy methods: each holds all of them (DDP).",
     )
-    concurrent_runs: int = Field(1, ge=1, description="Off-policy Ray Train runs at the same time.")
+    autoscaled: bool = Field(
+        False, description="The cluster grows on demand: what it has not yet is waited for, not refused."
+    )
     start_timeout_s: float = Field(
         300, gt=0, description="Longest wait for a group of training workers to be placed, one more attempt included."
     )

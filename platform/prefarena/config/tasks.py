@@ -49,7 +49,13 @@ class TextTask(Section):
     max_prompt_tokens: int = Field(256, ge=1, description="Longer prompts keep their last tokens or are dropped.")
     long_prompts: Literal["drop", "keep_end"] = "drop"
     max_response_tokens: int = Field(128, ge=1, description="Longer responses keep their first tokens (and lose eos).")
-    max_rejected_share: float = Field(0.5, ge=0, le=1, description="More rows than this dropped stops the run.")
+    max_row_bytes: int = Field(4 << 20, ge=1024, description="Larger rows are rejected without being held in memory.")
+    max_rejected_share: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="A larger share of rows that cannot be trained on stops the run; repeats are not counted.",
+    )
     pretraining_text: str | None = Field(None, description="jsonl(.gz) with a `text` column, for gamma > 0.")
 
 

@@ -13,38 +13,52 @@ with which two answers both begin out of the loss and into the prompt.
 - Conversational, explicit: `prompt` is a list of messages; each answer is one assistant message.
 - Conversational, implicit: each list's last message is the answer, those before it are the prompt.
 
+In a conversation user and assistant alternate, the user first. A system (or developer) message may stand before them,
+and results of tools (`tool`) behind an assistant's message. Only a system message and a tool's result may be blank.
+
 Whichever way two prompts are found, they must be equal.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prefarena.data.rejections import (
+    BAD_LABEL,
+    BAD_ROLES,
+    BAD_UNICODE,
+    EMPTY_MESSAGE,
+    EMPTY_PROMPT,
+    EMPTY_RESPONSE,
+    IDENTICAL,
+    MISSING_COLUMN,
+    NO_BOUNDARY,
+    NOT_AN_ANSWER,
+    NOT_HH,
+    NUL_INSIDE,
+    PROMPTS_DIFFER,
+    TOOL_CALLS,
+    WRONG_TYPE,
+    Unusable,
+)
 from prefarena.records import content_id
 
 Message = dict[str, str]
 Format = Literal["auto", "standard", "conversational", "hh"]
 
-_ROLES = {"system", "developer", "user", "assistant", "tool"}
+_LEADING = ("system", "developer")
+#: The roles behind which a message of each role may stand; "" is the start of the conversation.
+_BEFORE = {
+    "system": ("",),
+    "developer": ("",),
+    "user": ("", *_LEADING, "assistant"),
+    "assistant": ("user", "tool"),
+    "tool": ("assistant", "tool"),
+}
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _ANSWER_MARK = re.compile(r"^(?:### *)?(?:Assistant|AI|Bot|Answer|A|Response):", re.MULTILINE)
-
-# Reasons for which rows are dropped; what they say is what people read.
-MISSING_COLUMN = "missing column"
-WRONG_TYPE = "wrong type"
-BAD_UNICODE = "text is not valid Unicode"
-EMPTY_PROMPT = "empty prompt"
-EMPTY_RESPONSE = "empty response"
-IDENTICAL = "identical responses"
-PROMPTS_DIFFER = "prompts differ"
-NO_BOUNDARY = "no boundary between prompt and response"
-NOT_HH = "not an HH-RLHF transcript"
-NOT_AN_ANSWER = "does not end with one assistant message"
-BAD_ROLES = "bad roles"
-BAD_LABEL = "label is not a probability"
 
 
 @dataclass(frozen=True)
@@ -72,15 +86,6 @@ class Pair:
     @property
     def id(self) -> str:
         return content_id(self.prompt, self.chosen, self.rejected)
-
-
-class Unusable(Exception):
-    """A row that cannot be trained on: `reason` is one of this module's constants, `detail` says what was found."""
-
-    def __init__(self, reason: str, detail: str = "") -> None:
-        super().__init__(f"{reason}: {detail}" if detail else reason)
-        self.reason = reason
-        self.detail = detail
 
 
 def recognise(row: dict[str, Any]) -> Literal["standard", "conversational", "hh"]:
@@ -113,10 +118,9 @@ def normalise(row: dict[str, Any], form: Format = "auto", source: str = "") -> P
             raise Unusable(EMPTY_RESPONSE, name)
     if chosen.strip() == rejected.strip():
         raise Unusable(IDENTICAL)
-    given = row.get("source")
-    return Pair(
-        prompt, chosen, rejected, _label(row.get("label")), given if isinstance(given, str) else source, opening
-    )
+    if isinstance(row.get("source"), str):
+        source = _text(row, "source")
+    return Pair(prompt, chosen, rejected, _label(row.get("label")), source, opening)
 
 
 _Parts = tuple[str | tuple[tuple[str, str], ...], str, str, str]
@@ -173,12 +177,25 @@ def _conversational(row: dict[str, Any]) -> _Parts:
     if chosen[:-1] != rejected[:-1]:
         raise Unusable(PROMPTS_DIFFER)
     messages = explicit or chosen[:-1]
-    if not any(role == "user" and content.strip() for role, content in messages):
-        raise Unusable(EMPTY_PROMPT)
-    if messages[-1][0] not in ("user", "tool"):
-        raise Unusable(BAD_ROLES, f"the prompt ends with a message of {messages[-1][0]}")
-    first = next(i for i, (role, _) in enumerate(messages) if role == "user")
-    return messages, chosen[-1][1], rejected[-1][1], messages[first][1] or messages[-1][1]
+    _check_turns(messages)
+    opening = next(content for role, content in messages if role == "user")
+    return messages, chosen[-1][1], rejected[-1][1], opening
+
+
+def _check_turns(messages: tuple[tuple[str, str], ...]) -> None:
+    """Raise Unusable unless the messages are a prompt: turns in order, with text, up to what is to be answered."""
+    if all(role in _LEADING for role, _ in messages):
+        raise Unusable(EMPTY_PROMPT, "there is no message of the user")
+    before = ""
+    for number, (role, content) in enumerate(messages, start=1):
+        if before not in _BEFORE[role]:
+            place = f"after one of {before}" if before else "at the start"
+            raise Unusable(BAD_ROLES, f"message {number} is of {role}, {place}")
+        if role in ("user", "assistant") and not content.strip():
+            raise Unusable(EMPTY_MESSAGE, f"message {number}, of {role}")
+        before = role
+    if before not in ("user", "tool"):
+        raise Unusable(BAD_ROLES, f"the prompt ends with a message of {before}")
 
 
 def _messages(row: dict[str, Any], column: str) -> tuple[tuple[str, str], ...]:
@@ -187,11 +204,16 @@ def _messages(row: dict[str, Any], column: str) -> tuple[tuple[str, str], ...]:
         raise Unusable(WRONG_TYPE, f"{column} is {type(value).__name__}, not a list of messages")
     messages = []
     for message in value:
-        if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        if not isinstance(message, dict):
+            raise Unusable(WRONG_TYPE, f"{column} holds {type(message).__name__} where a message must be")
+        role, content = message.get("role"), message.get("content")
+        if message.get("tool_calls"):
+            raise Unusable(TOOL_CALLS, column)
+        if not isinstance(content, str):
             raise Unusable(WRONG_TYPE, f"{column} holds a message without text in `content`")
-        if message.get("role") not in _ROLES:
-            raise Unusable(BAD_ROLES, f"{column} holds a message of {message.get('role')!r}")
-        messages.append((str(message["role"]), _valid(message["content"], column)))
+        if not isinstance(role, str) or role not in _BEFORE:
+            raise Unusable(BAD_ROLES, f"{column} holds a message of {role!r}")
+        messages.append((role, valid_text(content, column)))
     return tuple(messages)
 
 
@@ -199,14 +221,17 @@ def _text(row: dict[str, Any], column: str) -> str:
     value = row[column]
     if not isinstance(value, str):
         raise Unusable(WRONG_TYPE, f"{column} is {type(value).__name__}, not text")
-    return _valid(value, column)
+    return valid_text(value, column)
 
 
-def _valid(text: str, column: str) -> str:
+def valid_text(text: str, column: str) -> str:
+    """The text of a column. Raises Unusable where a tokenizer could not read it."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:  # a lone surrogate, which JSON can write and no tokenizer can read
         raise Unusable(BAD_UNICODE, column) from None
+    if "\0" in text:
+        raise Unusable(NUL_INSIDE, column)
     return text
 
 
@@ -215,6 +240,6 @@ def _label(value: Any) -> float:
         return 1.0
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise Unusable(WRONG_TYPE, f"label is {type(value).__name__}, not a number")
-    if math.isnan(value) or not 0 <= value <= 1:
+    if not 0 <= value <= 1:  # which holds for nan, too
         raise Unusable(BAD_LABEL, str(value))
     return float(value)

@@ -1,8 +1,8 @@
 """Where rows come from: jsonl(.gz) and parquet files, folders of them, saved `datasets`, hub ids.
 
-Rows are read in pieces, in the order in which they are written, with the file and the line (or row) that they came
-from. Nothing here holds a whole file. Lines end at b"\\n" alone: other characters that Unicode calls line ends may
-stand inside a JSON string.
+A part is read in chunks: some lines of a file, or some rows of a table, with the number of the first of them. A chunk
+is what travels to the processes that parse it; nothing here holds a whole file. A row that cannot be parsed is an
+`Unusable` in its place; a file that cannot be read, or breaks off, is a `BrokenFile`.
 """
 
 from __future__ import annotations
@@ -11,21 +11,26 @@ import gzip
 import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import IO, Any, Literal, cast
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prefarena.data.lines import WrongFile, parse_line, read_lines
+from prefarena.data.rejections import TOO_LARGE, Unusable
 from prefarena.errors import UserError
 
 _JSONL = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz")
 _SUFFIXES = (*_JSONL, ".parquet")
 _DATASET_FILES = ("state.json", "dataset_dict.json")
 _DATASET_PART = 10_000  # rows of a `datasets` table that one reader takes
-_READ_BATCH = 256  # rows taken from a parquet file or a `datasets` table at once
+_COMPRESSION = 3  # of gzip and parquet files, about
+_ROW_BYTES = 1500  # of a `datasets` table, about
+_CHUNK_BYTES = 256 << 10
+_CHUNK_ROWS = 256  # most rows of a table in a chunk
 
 
 @dataclass(frozen=True)
@@ -40,21 +45,30 @@ class Part:
 
 
 @dataclass(frozen=True)
-class RawRow:
-    """A row as JSON. `row` is the line number in a jsonl file, else the row number; both start at 1."""
+class Chunk:
+    """Neighbouring rows of a file: `data` is lines, or rows of a table in Arrow's stream format.
+
+    `first` is the line number in a jsonl file, else the row number, from 1. A `too_long` line's data is left out.
+    """
 
     file: str
-    row: int
+    first: int
+    kind: Literal["lines", "table", "too_long"]
     data: bytes
 
 
-class BrokenRow(Exception):
-    """A line that is not JSON, or a file that breaks off; the message names file and line."""
+class BrokenFile(Exception):
+    """A file that cannot be read to its end; the message names it, where it breaks, and what to do."""
 
 
 def find_parts(path: str, split: str) -> list[Part]:
     """What there is to read at `path`, in a fixed order. Raises UserError where there is nothing."""
-    fs, root = fsspec.core.url_to_fs(os.path.expanduser(path))
+    try:
+        fs, root = fsspec.core.url_to_fs(os.path.expanduser(path))
+    except (ValueError, ImportError) as error:
+        raise UserError(
+            f"{path}: no such URL can be read ({_what(error)}); install its driver or copy the data"
+        ) from None
     if fs.isfile(root):
         return [_file_part(path, fs.unstrip_protocol(root))]
     if fs.isdir(root):
@@ -63,7 +77,9 @@ def find_parts(path: str, split: str) -> list[Part]:
             return _table_parts("saved", root, split)
         files = [name for name in names if name.endswith(_SUFFIXES)]
         if not files:
-            raise UserError(f"{path}: the folder holds no jsonl or parquet file, and no saved dataset")
+            raise UserError(
+                f"{path}: the folder holds no jsonl or parquet file, and no saved dataset; give the files' own folder"
+            )
         return [_file_part(path, fs.unstrip_protocol(name)) for name in files]
     looks_like_path = path.endswith(_SUFFIXES) or path.startswith((".", "/", "~")) or "://" in path
     if looks_like_path or path.count("/") > 1:
@@ -71,41 +87,90 @@ def find_parts(path: str, split: str) -> list[Part]:
     return _table_parts("hub", path, split)
 
 
-def read_part(part: Part, columns: tuple[str, ...], limit: int | None = None) -> Iterator[RawRow]:
-    """The rows of a part (its first `limit`). `columns` are all that is kept of tables; lines are kept whole.
+def approximate_bytes(parts: list[Part]) -> int:
+    """About how much text there is to read."""
+    size = 0
+    for part in parts:
+        if part.kind in ("jsonl", "parquet"):
+            fs, root = fsspec.core.url_to_fs(part.path)
+            size += (fs.size(root) or 0) * (_COMPRESSION if part.path.endswith((".gz", ".parquet")) else 1)
+        else:
+            size += (part.stop - part.start) * _ROW_BYTES
+    return size
 
-    Raises BrokenRow where a compressed or parquet file is damaged.
+
+def read_chunks(part: Part, columns: tuple[str, ...], most_bytes: int, limit: int | None = None) -> Iterator[Chunk]:
+    """The rows of a part, in order; with `limit` no chunks beyond that many rows.
+
+    `columns` are all that is kept of tables; lines are kept whole. A row of more than `most_bytes` is not held. Raises
+    BrokenFile where a file cannot be read.
     """
-    rows = {"jsonl": _read_jsonl, "parquet": _read_parquet, "saved": _read_table, "hub": _read_table}[part.kind]
-    for count, row in enumerate(rows(part, columns)):
-        if limit is not None and count >= limit:
-            return
-        yield row
+    read = {"jsonl": _read_jsonl, "parquet": _read_parquet, "saved": _read_table, "hub": _read_table}[part.kind]
+    num_rows = 0
+    for chunk in read(part, columns, most_bytes):
+        yield chunk
+        if limit is not None:
+            num_rows += sum(1 for _ in raw_rows(chunk))
+            if num_rows >= limit:
+                return
 
 
-def column_names(part: Part) -> list[str]:
-    """The columns of a part's first rows."""
+def rows_of(chunk: Chunk, most_bytes: int) -> Iterator[tuple[int, dict[str, Any] | Unusable]]:
+    """The rows of a chunk with their numbers; blank lines are none."""
+    for number, row in raw_rows(chunk):
+        try:
+            if row is None or (isinstance(row, dict) and len(chunk.data) > most_bytes and _size(row) > most_bytes):
+                raise Unusable(TOO_LARGE, f"more than task.max_row_bytes {most_bytes}")
+            yield number, parse_line(row) if isinstance(row, bytes) else row
+        except Unusable as error:
+            yield number, error
+
+
+def raw_rows(chunk: Chunk) -> Iterator[tuple[int, bytes | dict[str, Any] | None]]:
+    """The rows of a chunk with their numbers, lines unparsed; None for one that is too long."""
+    if chunk.kind == "too_long":
+        yield chunk.first, None
+    elif chunk.kind == "table":
+        with pa.ipc.open_stream(chunk.data) as stream:
+            yield from enumerate(stream.read_all().to_pylist(), start=chunk.first)
+    else:
+        for number, line in enumerate(chunk.data.split(b"\n"), start=chunk.first):
+            if line and not line.isspace():
+                yield number, line
+
+
+def read_rows_of(
+    part: Part, columns: tuple[str, ...], most_bytes: int, limit: int | None = None
+) -> Iterator[tuple[int, dict[str, Any] | Unusable]]:
+    """The rows of a part (its first `limit`) with their numbers."""
+    count = 0
+    for chunk in read_chunks(part, columns, most_bytes, limit):
+        for numbered in rows_of(chunk, most_bytes):
+            yield numbered
+            count += 1
+            if count == limit:
+                return
+
+
+def table_schema(part: Part) -> pa.Schema | None:
+    """The columns of a table; None for lines, of which each has its own. Raises BrokenFile where there are none."""
     if part.kind == "jsonl":
-        return sorted({name for raw in read_part(part, (), 20) for name in parse(raw)})
+        return None
     if part.kind == "parquet":
-        with fsspec.open(part.path, "rb") as raw_file:
-            return list(pq.read_schema(raw_file).names)
-    return list(_load_table(part.kind, part.path, part.split).column_names)
+        try:
+            with fsspec.open(part.path, "rb") as raw:
+                return pq.read_schema(raw)
+        except (pa.ArrowException, OSError) as error:
+            raise _damaged_parquet(part, 1, error) from None
+    return _load_table(part.kind, part.path, part.split).features.arrow_schema
 
 
-def parse(row: RawRow) -> dict[str, Any]:
-    """The JSON object of a row. Raises BrokenRow naming file and line."""
-    try:
-        value = json.loads(row.data)
-    except (ValueError, RecursionError) as error:
-        raise BrokenRow(f"{row.file}:{row.row}: the line is not valid JSON ({_what(error)})") from None
-    if not isinstance(value, dict):
-        raise BrokenRow(f"{row.file}:{row.row}: the line is not a JSON object but {type(value).__name__}")
-    return value
+def _size(row: dict[str, Any]) -> int:
+    return len(json.dumps(row, default=str, ensure_ascii=False))
 
 
 def _what(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    return (str(error) or type(error).__name__).splitlines()[0]
 
 
 def _file_part(given: str, url: str) -> Part:
@@ -114,47 +179,66 @@ def _file_part(given: str, url: str) -> Part:
         return Part("parquet", path)
     if path.endswith(_JSONL):
         return Part("jsonl", path)
-    raise UserError(f"{given}: neither jsonl, jsonl.gz nor parquet, by its name")
+    raise UserError(f"{given}: neither jsonl, jsonl.gz nor parquet, by its name; rename or convert it")
 
 
-def _read_jsonl(part: Part, columns: tuple[str, ...]) -> Iterator[RawRow]:
-    number = 0
+def _read_jsonl(part: Part, columns: tuple[str, ...], most_bytes: int) -> Iterator[Chunk]:
+    following = 1
     try:
         with fsspec.open(part.path, "rb") as raw:
-            lines: Iterable[bytes] = gzip.GzipFile(fileobj=raw) if part.path.endswith(".gz") else raw
-            for number, line in enumerate(lines, start=1):  # binary files split at b"\n" alone
-                if line.strip():
-                    yield RawRow(part.path, number, line)
+            stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if part.path.endswith(".gz") else raw
+            for lines in read_lines(stream, _CHUNK_BYTES, most_bytes):
+                following = lines.first + lines.data.count(b"\n") + 1
+                yield Chunk(part.path, lines.first, "too_long" if lines.too_long else "lines", lines.data)
+    except WrongFile as error:
+        raise BrokenFile(f"{part.path}: {error}") from None
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise BrokenRow(f"{part.path}:{number + 1}: the compressed file is damaged ({_what(error)})") from None
+        raise BrokenFile(
+            f"{part.path}:{following}: the compressed file is damaged at this line or behind it ({_what(error)}); "
+            "get it again, and check it by `gzip -t`"
+        ) from None
+    except OSError as error:
+        raise BrokenFile(f"{part.path}:{following}: the file cannot be read ({_what(error)})") from None
 
 
-def _read_parquet(part: Part, columns: tuple[str, ...]) -> Iterator[RawRow]:
-    number = 0
+def _read_parquet(part: Part, columns: tuple[str, ...], most_bytes: int) -> Iterator[Chunk]:
+    first = 1
     try:
         with fsspec.open(part.path, "rb") as raw:
             file = pq.ParquetFile(raw)
             names = [name for name in file.schema_arrow.names if name in columns]
-            for batch in file.iter_batches(batch_size=_READ_BATCH, columns=names):
-                for row in batch.to_pylist():
-                    number += 1
-                    yield RawRow(part.path, number, _as_json(row))
+            for group in range(file.num_row_groups):
+                size = _rows_at_once(file.metadata.row_group(group), names)
+                for batch in file.iter_batches(batch_size=size, row_groups=[group], columns=names):
+                    yield _table_chunk(part, first, pa.Table.from_batches([batch]))
+                    first += batch.num_rows
     except (pa.ArrowException, OSError) as error:
-        first_line = _what(error).splitlines()[0]
-        raise BrokenRow(f"{part.path}: row {number + 1}: not readable as parquet ({first_line})") from None
+        raise _damaged_parquet(part, first, error) from None
 
 
-def _read_table(part: Part, columns: tuple[str, ...]) -> Iterator[RawRow]:
+def _rows_at_once(group: Any, names: list[str]) -> int:
+    """Rows of a parquet row group that make up a chunk, by their mean size: huge rows are taken singly."""
+    columns = [group.column(i) for i in range(group.num_columns)]
+    size = sum(column.total_uncompressed_size for column in columns if column.path_in_schema.split(".")[0] in names)
+    return max(1, min(_CHUNK_ROWS, 4 * _CHUNK_BYTES * group.num_rows // max(1, size)))
+
+
+def _damaged_parquet(part: Part, row: int, error: Exception) -> BrokenFile:
+    return BrokenFile(f"{part.path}:{row}: not readable as parquet ({_what(error)}); get or write the file again")
+
+
+def _read_table(part: Part, columns: tuple[str, ...], most_bytes: int) -> Iterator[Chunk]:
     table = _load_table(part.kind, part.path, part.split)
-    table = table.select_columns([name for name in table.column_names if name in columns])
-    for start in range(part.start, part.stop, _READ_BATCH):
-        batch = table[start : min(start + _READ_BATCH, part.stop)]
-        for i, values in enumerate(zip(*batch.values(), strict=True)):
-            yield RawRow(part.path, start + i + 1, _as_json(dict(zip(batch, values, strict=True))))
+    table = table.select_columns([name for name in table.column_names if name in columns]).with_format("arrow")
+    for start in range(part.start, part.stop, _CHUNK_ROWS):
+        yield _table_chunk(part, start + 1, table[start : min(start + _CHUNK_ROWS, part.stop)])
 
 
-def _as_json(row: dict[str, Any]) -> bytes:
-    return json.dumps(row, default=str).encode()
+def _table_chunk(part: Part, first: int, table: pa.Table) -> Chunk:
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return Chunk(part.path, first, "table", sink.getvalue().to_pybytes())
 
 
 def _table_parts(kind: Literal["saved", "hub"], path: str, split: str) -> list[Part]:
@@ -172,7 +256,7 @@ def _load_table(kind: str, path: str, split: str) -> Any:
             return datasets.load_dataset(path, split=split)
         table = datasets.load_from_disk(path)
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        first_line = _what(error).splitlines()[0]
+        first_line = _what(error)
         kind_name = "hub dataset" if kind == "hub" else "saved dataset"
         raise UserError(f"{path}: cannot be read as a {kind_name} with a split {split!r} ({first_line})") from None
     if isinstance(table, datasets.DatasetDict):

@@ -11,6 +11,8 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+ROW_GROUP = 1024  # rows that are read or written at once where a table is not taken whole
+
 
 def read_rows(path: str | Path, columns: list[str] | None = None) -> pa.Table:
     """A parquet file, or a folder of them, sorted by `id`: the order of files and blocks does not matter."""
@@ -23,7 +25,7 @@ def write_rows(table: pa.Table, path: str | Path, schema: pa.Schema) -> None:
     """One parquet file at `path`, with exactly `schema`."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.select(schema.names).cast(schema), target)
+    pq.write_table(table.select(schema.names).cast(schema), target, row_group_size=ROW_GROUP)
 
 
 @dataclass(frozen=True)

@@ -1,24 +1,21 @@
-"""Writes a text task's token tables row by row: repeats left out, dropped rows listed, everything counted."""
+"""Writes a text task's token tables batch by batch: repeats left out, rejected rows listed, everything counted."""
 
 from __future__ import annotations
 
-import json
 import sqlite3
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefarena.config import TextTask
+from prefarena.data.rejections import DUPLICATE, OTHER_SPLIT, Rejections
+from prefarena.data.tables import ROW_GROUP
 from prefarena.errors import UserError
-from prefarena.records import DEMONSTRATIONS, PAIRS, PROMPTS, content_id
-
-DUPLICATE = "repeats an earlier pair"
-OTHER_SPLIT = "its truncated prompt is in another split"
-BROKEN = "broken"
+from prefarena.records import DEMONSTRATIONS, PAIRS, PROMPTS
 
 _TABLES = {
     "train_pairs": PAIRS,
@@ -27,7 +24,8 @@ _TABLES = {
     "demonstrations": DEMONSTRATIONS,
     "prompts": PROMPTS,
 }
-_ROW_GROUP = 1024
+#: What decides where a row goes; the token columns stay in Arrow.
+_DECIDING = ["file", "row", "reason", "detail", "split", "id", "prompt_id", "demonstration_id"]
 
 
 class ParquetRows:
@@ -38,22 +36,25 @@ class ParquetRows:
         self.count = 0
         self._schema = schema
         self._writer = pq.ParquetWriter(folder / "part-0.parquet", schema)
-        self._rows: list[dict[str, Any]] = []
+        self._waiting = schema.empty_table()
 
-    def add(self, row: dict[str, Any]) -> None:
-        self.count += 1
-        self._rows.append(row)
-        if len(self._rows) == _ROW_GROUP:
-            self._flush()
+    def add(self, columns: dict[str, pa.ChunkedArray | pa.Array]) -> None:
+        """Append rows. Row groups have the same rows however these come."""
+        table = pa.Table.from_pydict({name: columns[name] for name in self._schema.names}, schema=self._schema)
+        self.count += table.num_rows
+        self._waiting = pa.concat_tables([self._waiting, table])
+        whole = self._waiting.num_rows // ROW_GROUP * ROW_GROUP
+        if whole:
+            self._write(self._waiting.slice(0, whole))
+            self._waiting = self._waiting.slice(whole).combine_chunks()
 
     def close(self) -> None:
-        self._flush()
+        if self._waiting.num_rows:
+            self._write(self._waiting)
         self._writer.close()
 
-    def _flush(self) -> None:
-        if self._rows:
-            self._writer.write_table(pa.Table.from_pylist(self._rows, schema=self._schema))
-            self._rows = []
+    def _write(self, rows: pa.Table) -> None:
+        self._writer.write_table(rows.combine_chunks(), row_group_size=ROW_GROUP)
 
 
 class Seen:
@@ -85,56 +86,40 @@ class TokenTables:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.num_rows = 0
-        self._dropped: Counter[str] = Counter()
         self._cut: Counter[str] = Counter()
 
     def __enter__(self) -> TokenTables:
         self._tables = {name: ParquetRows(self.folder / name, schema) for name, schema in _TABLES.items()}
-        self._list: IO[str] = (self.folder / "dropped.jsonl").open("w", encoding="utf-8")
+        self.rejections = Rejections(self.folder / "dropped.jsonl")
         self._seen = Seen(self.folder / ".seen.sqlite")
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         for table in self._tables.values():
             table.close()
-        self._list.close()
+        self.rejections.close()
         self._seen.close()
 
-    def add(self, row: dict[str, Any]) -> None:
-        """Write one row, or list it as dropped. Raises UserError at a broken one."""
-        self.num_rows += 1
-        if row["reason"] == BROKEN:
-            raise UserError(row["detail"])
-        if row["reason"] is not None:
-            return self._drop(row, row["reason"], row["detail"])
-        split, prompt_id = row["split"], content_id(row["prompt_ids"])
-        if self._seen.first("pair", row["id"]) is not None:
-            return self._drop(row, DUPLICATE)
-        earlier = self._seen.first("prompt", prompt_id, split)
-        if earlier not in (None, split):  # two long prompts with the same end
-            return self._drop(row, OTHER_SPLIT)
-        self._tables[f"{split}_pairs"].add({name: row[name] for name in PAIRS.names})
-        self._cut["prompts"] += row["prompt_cut"]
-        self._cut["responses"] += row["num_responses_cut"]
-        self._cut["rows"] += bool(row["prompt_cut"] or row["num_responses_cut"])
-        if split != "judge" and earlier is None:
-            prompt = {"id": prompt_id, "prompt_ids": row["prompt_ids"], "covered": split == "train", "split": split}
-            self._tables["prompts"].add(prompt)
-        if split == "train":
-            self._demonstrate(row)
+    def add(self, rows: pa.Table) -> None:
+        """Write PREPARED_PAIRS, or list them as rejected."""
+        self.num_rows += rows.num_rows
+        places: dict[str, list[int]] = defaultdict(list)  # row numbers in `rows`, by the table that takes them
+        for i, row in enumerate(rows.select(_DECIDING).to_pylist()):
+            for name in self._tables_of(row):
+                places[name].append(i)
+        for name, numbers in places.items():
+            self._tables[name].add(_columns_of(name, rows.take(numbers)))
+            if name.endswith("_pairs"):
+                self._count_cuts(rows.take(numbers))
 
     def summary(self, task: TextTask) -> dict[str, Any]:
-        """Counts. Raises UserError where a split is empty, or too many rows were dropped."""
-        rejected = sum(count for reason, count in self._dropped.items() if reason != DUPLICATE)
-        reasons = ", ".join(f"{reason} {count}" for reason, count in self._dropped.most_common())
-        if rejected > task.max_rejected_share * self.num_rows:
-            raise UserError(
-                f"{task.data}: {rejected} of {self.num_rows} rows cannot be trained on ({reasons}), which is more than "
-                f"task.max_rejected_share {task.max_rejected_share}; {self.folder / 'dropped.jsonl'} lists them"
-            )
+        """Counts. Raises UserError where a split is empty, or too many rows were rejected."""
+        self.rejections.check(task.data, self.num_rows, task.max_rejected_share)
+        dropped = dict(self.rejections.reasons.most_common())
         needed = ["train", "test", *(["judge"] if task.judge_share > 0 else [])]
         for split in needed:
             if self._tables[f"{split}_pairs"].count == 0:
+                reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
                 raise UserError(
                     f"{task.data}: no {split} pairs are left of {self.num_rows} rows"
                     f"{f' ({reasons})' if reasons else ''}; give more data or another share of it"
@@ -142,20 +127,50 @@ class TokenTables:
         return {
             "num_rows": self.num_rows,
             **{f"num_{name}": table.count for name, table in self._tables.items()},
-            "num_dropped": sum(self._dropped.values()),
-            "dropped": dict(self._dropped.most_common()),
+            "num_dropped": sum(dropped.values()),
+            "dropped": dropped,
             "num_truncated": self._cut["rows"],
             "num_truncated_prompts": self._cut["prompts"],
             "num_truncated_responses": self._cut["responses"],
         }
 
-    def _demonstrate(self, row: dict[str, Any]) -> None:
-        identity = content_id(row["prompt_ids"], row["chosen_ids"])
-        if self._seen.first("demonstration", identity) is None:
-            fields = {"id": identity, "prompt_ids": row["prompt_ids"], "response_ids": row["chosen_ids"]}
-            self._tables["demonstrations"].add(fields)
+    def _tables_of(self, row: dict[str, Any]) -> list[str]:
+        """The tables that a row belongs to; none where it is rejected, which is then listed."""
+        reason, split, prompt = row["reason"], row["split"], None
+        if reason is None and self._seen.first("pair", row["id"]) is not None:
+            reason = DUPLICATE
+        if reason is None:
+            prompt = self._seen.first("prompt", row["prompt_id"], split)
+            if prompt not in (None, split):  # two long prompts with the same end
+                reason = OTHER_SPLIT
+        if reason is not None:
+            self.rejections.add(row["file"], row["row"], reason, row["detail"] or "")
+            return []
+        names = [f"{split}_pairs"]
+        if split != "judge" and prompt is None:
+            names.append("prompts")
+        if split == "train" and self._seen.first("demonstration", row["demonstration_id"]) is None:
+            names.append("demonstrations")
+        return names
 
-    def _drop(self, row: dict[str, Any], reason: str, detail: str | None = None) -> None:
-        self._dropped[reason] += 1
-        line = {"file": row["file"], "row": row["row"], "reason": reason, "detail": detail or ""}
-        self._list.write(json.dumps(line, ensure_ascii=False) + "\n")
+    def _count_cuts(self, rows: pa.Table) -> None:
+        for prompt, responses in zip(
+            rows["prompt_cut"].to_pylist(), rows["num_responses_cut"].to_pylist(), strict=True
+        ):
+            self._cut["prompts"] += prompt
+            self._cut["responses"] += responses
+            self._cut["rows"] += bool(prompt or responses)
+
+
+def _columns_of(name: str, rows: pa.Table) -> dict[str, pa.ChunkedArray | pa.Array]:
+    """The columns of the table `name` from rows of PREPARED_PAIRS."""
+    if name == "prompts":
+        covered = pa.array([split == "train" for split in rows["split"].to_pylist()], pa.bool_())
+        return {"id": rows["prompt_id"], "prompt_ids": rows["prompt_ids"], "covered": covered, "split": rows["split"]}
+    if name == "demonstrations":
+        return {
+            "id": rows["demonstration_id"],
+            "prompt_ids": rows["prompt_ids"],
+            "response_ids": rows["chosen_ids"],
+        }
+    return {column: rows[column] for column in PAIRS.names}

@@ -14,22 +14,38 @@ its first tokens and so loses its eos.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prefarena.config import TextTask
-from prefarena.data.formats import IDENTICAL, Message, Pair, Unusable
+from prefarena.data.formats import Message, Pair
+from prefarena.data.rejections import (
+    EMPTY_PROMPT,
+    EMPTY_RESPONSE,
+    END_INSIDE,
+    IDENTICAL,
+    IDENTICAL_CUT,
+    PROMPT_TOO_LONG,
+    TEMPLATE_REFUSES,
+    Unusable,
+)
 from prefarena.errors import UserError
 
-PROMPT_TOO_LONG = "prompt too long"
-TEMPLATE_REFUSES = "the chat template refuses it"
-END_INSIDE = "response has an end-of-sequence token inside"
-IDENTICAL_CUT = IDENTICAL + " after truncation"
-
+#: What a template, which is a program, can fail with; its compilation fails with the first.
+_TEMPLATE_FAILURES = (
+    TemplateError,
+    TypeError,
+    ValueError,
+    LookupError,
+    AttributeError,
+    ArithmeticError,
+    RecursionError,
+)
 _TURNS = {"user": "Human", "assistant": "Assistant", "system": "System", "developer": "System", "tool": "Tool"}
 
 
@@ -62,33 +78,67 @@ class Tokenizer:
 
     def pair(self, pair: Pair) -> TokenPair:
         """Ids within the limits. Raises Unusable where the pair cannot be trained on."""
-        prompt_ids, prompt_cut = self._fit_prompt(self.prompt(pair))
-        answers = [self.response(pair, text) for text in (pair.chosen, pair.rejected)]
+        (done,) = self.pairs([pair])
+        if isinstance(done, Unusable):
+            raise done
+        return done
+
+    def pairs(self, pairs: Sequence[Pair]) -> list[TokenPair | Unusable]:
+        """Ids of each pair within the limits, or why it cannot be trained on. All texts are encoded in one call."""
+        texts = [self._try_texts(pair) for pair in pairs]
+        ids = iter(self._encode([text for found in texts if not isinstance(found, Unusable) for text in found]))
+        return [
+            found if isinstance(found, Unusable) else self._try_fit(pair, list(islice(ids, len(found))))
+            for pair, found in zip(pairs, texts, strict=True)
+        ]
+
+    def _try_texts(self, pair: Pair) -> list[str] | Unusable:
+        """The texts to encode: prompt, chosen and rejected as they are read; for messages then both bare answers."""
+        messages = pair.messages
+        if messages is None:
+            return [str(pair.prompt), pair.chosen, pair.rejected]
+        try:
+            prompt = self._render(messages)
+            answers = [self._render_answer(prompt, messages, answer) for answer in (pair.chosen, pair.rejected)]
+        except Unusable as error:
+            return error
+        return [prompt, *answers, pair.chosen, pair.rejected]
+
+    def _try_fit(self, pair: Pair, ids: list[list[int]]) -> TokenPair | Unusable:
+        try:
+            return self._fit(pair, ids)
+        except Unusable as error:
+            return error
+
+    def _fit(self, pair: Pair, ids: list[list[int]]) -> TokenPair:
+        """The ids of a pair's texts, in the order of `_try_texts`, within the limits."""
+        prompt_ids, prompt_cut = self._fit_prompt(self._begun(ids[0]))
+        answers = [self._ended(found, ids[3 + i] if pair.messages else None) for i, found in enumerate(ids[1:3])]
         limit = self.task.max_response_tokens
-        chosen, rejected = (ids[:limit] for ids in answers)
+        chosen, rejected = (answer[:limit] for answer in answers)
         if answers[0] == answers[1]:
             raise Unusable(IDENTICAL)
         if chosen == rejected:
             raise Unusable(IDENTICAL_CUT)
-        return TokenPair(prompt_ids, chosen, rejected, prompt_cut, sum(len(ids) > limit for ids in answers))
+        if min(map(len, answers)) < 2:
+            raise Unusable(EMPTY_RESPONSE, "the tokenizer finds no token in it")
+        return TokenPair(prompt_ids, chosen, rejected, prompt_cut, sum(len(answer) > limit for answer in answers))
 
-    def prompt(self, pair: Pair) -> list[int]:
-        """The prompt's ids at full length: one bos, then the text."""
-        text = pair.prompt if isinstance(pair.prompt, str) else self._render(pair.messages or [])
-        ids, bos = self._encode(text), self.tokenizer.bos_token_id
+    def _begun(self, ids: list[int]) -> list[int]:
+        """A prompt's ids at full length: one bos, then the text."""
+        bos = self.tokenizer.bos_token_id
         while ids and ids[0] == bos:
             ids = ids[1:]
+        if not ids:
+            raise Unusable(EMPTY_PROMPT, "the tokenizer finds no token in it")
         return ids if bos is None else [bos, *ids]
 
-    def response(self, pair: Pair, answer: str) -> list[int]:
-        """An answer's ids at full length: the text, then one eos."""
+    def _ended(self, ids: list[int], bare: list[int] | None) -> list[int]:
+        """An answer's ids at full length: the text, then one eos. `bare`: a message's ids without its template."""
         eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-        messages = pair.messages
-        text = answer if messages is None else self._render_answer(messages, answer)
-        ids = self._encode(text)
-        if messages is not None and eos in self._encode(answer):
+        if bare is not None and eos in bare:
             raise Unusable(END_INSIDE)
-        if messages is not None and eos in ids:
+        if bare is not None and eos in ids:
             ids = ids[: ids.index(eos)]  # what a template writes after the end of the turn is not the answer's
         while ids and ids[-1] == eos:
             ids = ids[:-1]
@@ -99,12 +149,22 @@ class Tokenizer:
     def text(self, text: str) -> list[list[int]]:
         """Pretraining text as pieces of at most prompt + response tokens, each with a bos, the last with an eos."""
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = [*self._encode(text), self.tokenizer.eos_token_id]
+        ids = [*self._encode([text])[0], self.tokenizer.eos_token_id]
         size = self.task.max_prompt_tokens + self.task.max_response_tokens - len(bos)
         return [bos + ids[start : start + size] for start in range(0, len(ids), size)]
 
-    def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    def _encode(self, texts: list[str]) -> list[list[int]]:
+        """Ids of each text, without special tokens of the tokenizer's own."""
+        if not texts:
+            return []
+        if getattr(type(self.tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
+            return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
+        # What the call above does with such a tokenizer, but for the masks and offsets that nobody reads.
+        backend = self.tokenizer.backend_tokenizer
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = self.tokenizer.split_special_tokens
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _fit_prompt(self, ids: list[int]) -> tuple[list[int], bool]:
         limit = self.task.max_prompt_tokens
@@ -121,13 +181,12 @@ class Tokenizer:
             return turns if answered else turns + "\n\nAssistant:"
         try:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
-        except TemplateError as error:
-            raise Unusable(TEMPLATE_REFUSES, str(error)) from None
+        except _TEMPLATE_FAILURES as error:
+            raise Unusable(TEMPLATE_REFUSES, f"{type(error).__name__}: {error}") from None
         return str(text)
 
-    def _render_answer(self, messages: list[Message], answer: str) -> str:
+    def _render_answer(self, prompt: str, messages: list[Message], answer: str) -> str:
         """What the whole conversation has after its prompt; the bare answer where a template rewrites the prompt."""
-        prompt = self._render(messages)
         whole = self._render([*messages, {"role": "assistant", "content": answer}], answered=True)
         return whole.removeprefix(prompt) if whole.startswith(prompt) else answer
 

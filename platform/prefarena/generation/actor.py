@@ -198,9 +198,12 @@ class Generator:
         """Have the actor started; `call_dtype` tells when its engine is up."""
         needs = {"num_gpus": settings.gpus, "num_cpus": 0} if use_gpu else {"num_cpus": settings.cpus}
         options = {"name": name, "max_restarts": _MAX_RESTARTS, "runtime_env": {"env_vars": _environment(settings)}}
+        if settings.labels:
+            options["label_selector"] = dict(settings.labels)
         remote = ray.remote(GenerationActor).options(**needs, **options)
         generator = cls(remote.remote(model_path, settings, max_model_len, use_gpu, seed), name, settings)
-        generator._needs = ", ".join(f"{key}={value:g}" for key, value in needs.items())
+        asked = [f"{key}={value:g}" for key, value in needs.items()]
+        generator._needs = ", ".join(asked + [f"{label}: {wanted}" for label, wanted in settings.labels])
         return generator
 
     @classmethod

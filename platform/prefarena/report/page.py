@@ -70,7 +70,18 @@ def _compared(results: Results) -> str:
 
 
 def _verdict(results: Results) -> str:
-    return "## In short\n\n" + "".join(f"- {sentence}\n" for sentence in [*_leaks(results), *verdict(results)])
+    return "## In short\n\n" + "".join(
+        f"- {sentence}\n" for sentence in [*_failed(results), *_leaks(results), *verdict(results)]
+    )
+
+
+def _failed(results: Results) -> list[str]:
+    """Which entries have no policy, and why."""
+    return [
+        f"**{entry.name} failed** with seed {seed}: {reason}."
+        for entry in results.entries
+        for seed, reason in entry.failures.items()
+    ]
 
 
 def _leaks(results: Results) -> list[str]:

@@ -36,12 +36,25 @@ class Part(BaseModel):
 
 
 class EntryResult(Part):
-    """One entry of the comparison: `seeds` maps the seed, as text, to what its policy measured."""
+    """One entry of the comparison: `seeds` maps the seed, as text, to what its policy measured.
+
+    failures: the seeds whose training failed, and why; they are in `failures` or in `seeds`, never in both.
+    """
 
     name: str
     kind: str
     settings: dict[str, Any] = {}
     seeds: dict[str, EvalRow] = {}
+    failures: dict[str, str] = {}
+
+    @property
+    def shown_name(self) -> str:
+        """The name, and whether the entry failed: with every seed, or with how many."""
+        if not self.failures:
+            return self.name
+        if not self.seeds:
+            return f"{self.name} (failed)"
+        return f"{self.name} ({len(self.failures)} of {len(self.failures) + len(self.seeds)} seeds failed)"
 
     @property
     def is_trained(self) -> bool:

@@ -129,7 +129,7 @@ def main_table(results: Results, *, brief: bool = False) -> Table:
     ]
     cells = [[column.value(results, entry) for column in columns] for entry in results.entries]
     rows = [
-        (entry.name, *(plus_minus(cell, column.digits) for cell, column in zip(row, columns, strict=True)))
+        (entry.shown_name, *(plus_minus(cell, column.digits) for cell, column in zip(row, columns, strict=True)))
         for entry, row in zip(results.entries, cells, strict=True)
     ]
     values = [cell for row in cells for cell in row if cell is not None]

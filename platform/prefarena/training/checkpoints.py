@@ -28,7 +28,7 @@ from torch import Tensor
 
 from prefarena.errors import UserError
 from prefarena.stages import write_json
-from prefarena.training.storage import full_disk_named, retried
+from prefarena.training.storage import errno_of, full_disk_named, retried
 
 #: Of a checkpoint's files; raise it when they change.
 _FORMAT = 1
@@ -172,6 +172,8 @@ class CheckpointFolder:
                 raise DamagedCheckpointError(f"{path}: size or checksum is not that of what was written")
             return Checkpoint(step, load_file(path), state)
         except (FileNotFoundError, SafetensorError) as error:
+            if errno_of(error) not in (0, errno.ENOENT):
+                raise
             raise DamagedCheckpointError(f"{path}: {error}") from error
 
     def remove(self, step: int) -> None:

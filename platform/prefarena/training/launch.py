@@ -73,10 +73,11 @@ def _fit(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
     except ControllerError as error:
         if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             raise
-        each = ", ".join(f"{amount:g} {kind}" for kind, amount in _per_worker(resources).items())
+        each = ", ".join(f"{amount:g} {kind}" for kind, amount in _per_worker(resources).items()) + " each"
+        each += "".join(f", {label}: {wanted}" for label, wanted in resources.labels)
         raise WaitTimeoutError(
             f"waited {resources.start_timeout_s:g} s for a group of {resources.num_workers} training workers "
-            f"({each} each) to be placed; resources.start_timeout_s sets the limit"
+            f"({each}) to be placed; resources.start_timeout_s sets the limit"
         ) from error
     finally:
         shutil.rmtree(Path(storage) / name, ignore_errors=True)
@@ -95,7 +96,10 @@ def _trainer(jobs: Sequence[Job], resources: Resources, storage: str, name: str)
             "sharding": resources.sharding,
         },
         scaling_config=ScalingConfig(
-            num_workers=resources.num_workers, use_gpu=resources.use_gpu, resources_per_worker=_per_worker(resources)
+            num_workers=resources.num_workers,
+            use_gpu=resources.use_gpu,
+            resources_per_worker=_per_worker(resources),
+            label_selector=dict(resources.labels) or None,
         ),
         run_config=RunConfig(
             name=name,

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import errno
 import logging
+import os
+import re
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
+
+from safetensors import SafetensorError
 
 from prefarena.errors import StorageError, StorageFullError
 
@@ -29,6 +33,14 @@ _FIRST_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 10.0
 _logger = logging.getLogger(__name__)
 
 
+def errno_of(error: OSError | SafetensorError) -> int:
+    """The system's number of an error; 0 where it is none of the system's. safetensors tells it in words."""
+    if isinstance(error, OSError):
+        return error.errno or 0
+    found = re.search(r"\(os error (\d+)\)", str(error))
+    return int(found[1]) if found else 0
+
+
 def retried(call: Callable[[], Value], limit_s: float, what: str, pause: Callable[[float], None] = time.sleep) -> Value:
     """What `call` returns; while storage fails in a way that may pass it is called again, with ever longer pauses.
 
@@ -39,8 +51,8 @@ def retried(call: Callable[[], Value], limit_s: float, what: str, pause: Callabl
     while True:
         try:
             return call()
-        except OSError as error:
-            if error.errno not in _PASSING:
+        except (OSError, SafetensorError) as error:
+            if errno_of(error) not in _PASSING:
                 raise
             if waited + length > limit_s:
                 raise StorageError(
@@ -57,10 +69,11 @@ def full_disk_named(what: str, folder: Path) -> Iterator[None]:
     """Turns a full disk or quota, met within the block, into a StorageFullError that says what was being written."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in _FULL:
+    except (OSError, SafetensorError) as error:
+        number = errno_of(error)
+        if number not in _FULL:
             raise
         raise StorageFullError(
-            f"{what}: no room is left under {folder} ({error.strerror}); free some and run the same command again, "
-            "which goes on from the last checkpoint"
+            f"{what}: no room is left under {folder} ({os.strerror(number)}); free some and run the same command "
+            "again, which goes on from the last checkpoint"
         ) from error

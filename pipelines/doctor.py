@@ -1,0 +1,127 @@
+"""Will it run here? `python -m pipelines.doctor [CONFIG]`, or `prefarena doctor`; as a job, `submit --check`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+
+from pipelines.compare import check_input
+from pipelines.plan import max_length
+from prefarena.cluster.capacity import cluster_nodes, describe, generates
+from prefarena.cluster.doctor import (
+    Finding,
+    Shape,
+    disk_needed,
+    heaviest_training,
+    judge_capacity,
+    judge_memory,
+    judge_nodes,
+    judge_storage,
+)
+from prefarena.cluster.probe import ask_nodes, token_file
+from prefarena.cluster.session import check_resources, ray_session
+from prefarena.config import Comparison, PretrainedModel, TextTask
+from prefarena.errors import UserError
+from prefarena.tasks.language import Language
+
+_ANSWER_LIMIT_S = 120.0
+_MARKS = {True: "✗", False: "✓", None: "·"}
+
+
+def doctor(config: Comparison | None) -> int:
+    """Print what is here, what `config` needs, and what will not fit. Returns the exit status: 0, or 2 with problems.
+
+    Nothing is started but a task of no CPU on every node, and nothing is left behind.
+    """
+    with ray_session() as available:
+        found = []
+        for finding in _findings(config, available):
+            print(f"{_MARKS[finding.problem]} {finding.text}", flush=True)
+            found.append(finding)
+    problems = sum(finding.problem is True for finding in found)
+    print(f"{problems} problem{'' if problems == 1 else 's'}" if problems else "no problem found")
+    return 2 if problems else 0
+
+
+def _findings(config: Comparison | None, available: dict[str, float]) -> Iterator[Finding]:
+    if config is None:
+        reports, silent = ask_nodes(None, "", _ANSWER_LIMIT_S)
+        yield from judge_nodes(reports, silent, generates=False)
+        yield Finding(None, f"the cluster has {describe(cluster_nodes())}")
+        return
+    try:
+        check_input(config)
+        yield Finding(False, f"comparison {config.name!r}: its settings and its data can be used")
+    except UserError as error:
+        yield Finding(True, str(error))
+    output = Path(config.output).absolute()
+    try:
+        with token_file(output) as (token, text):
+            reports, silent = ask_nodes(token, text, _ANSWER_LIMIT_S)
+    except OSError as error:
+        yield Finding(True, f"output: {output} cannot be written ({error.strerror or error})")
+        return
+    yield from judge_nodes(reports, silent, generates(config))
+    shape = model_shape(config)
+    memory = heaviest_training(config, shape, max_length(config.task)) if shape else None
+    capacity = judge_capacity(config, cluster_nodes(), memory)
+    yield from capacity
+    if not config.resources.autoscaled and not any(finding.problem for finding in capacity):
+        try:
+            check_resources(config, available)  # each part fits; do those that stand side by side fit together?
+        except UserError as error:
+            yield Finding(True, str(error))
+    yield from judge_memory(config, reports, memory)
+    if reports:
+        needed = disk_needed(config, shape, _data_bytes(config)) if shape else None
+        yield from judge_storage(str(output), reports, needed)
+
+
+def model_shape(config: Comparison) -> Shape | None:
+    """Sizes of the comparison's model, from its configuration alone; None where that cannot be read."""
+    if isinstance(config.model, PretrainedModel):
+        try:
+            settings = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision or "main")
+        except (OSError, ValueError):
+            return None
+    else:
+        task, model = config.task, config.model
+        settings = LlamaConfig(
+            vocab_size=model.vocab_size if isinstance(task, TextTask) else Language(task).vocab_size,
+            hidden_size=model.hidden_size,
+            intermediate_size=model.intermediate_size,
+            num_hidden_layers=model.num_layers,
+            num_attention_heads=model.num_heads,
+            num_key_value_heads=model.num_heads,
+            tie_word_embeddings=False,
+        )
+    return _shape(settings)
+
+
+def _shape(settings: PretrainedConfig) -> Shape:
+    with torch.device("meta"):  # sizes without memory
+        number = AutoModelForCausalLM.from_config(settings).num_parameters()
+    width = settings.hidden_size
+    inner = getattr(settings, "intermediate_size", None) or 4 * width
+    return Shape(number, width, inner, settings.num_hidden_layers, settings.vocab_size)
+
+
+def _data_bytes(config: Comparison) -> int:
+    """Of the task's data: its files, or the language's tables of every response, 16 bytes each for each policy."""
+    if isinstance(config.task, TextTask):
+        path = Path(config.task.data)
+        files = path.rglob("*") if path.is_dir() else [path]
+        return sum(file.stat().st_size for file in files if file.is_file())
+    language = Language(config.task)
+    responses = sum((language.vocab_size - 1) ** length for length in range(config.task.response_limit + 1))
+    return 16 * responses * config.task.num_prompts * (1 + len(config.entries) * len(config.seeds)) // 3
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main
+
+    sys.exit(main(["doctor", *sys.argv[1:]]))

@@ -1,0 +1,120 @@
+"""A chunk of raw rows to rows of token ids, or to the reasons why not. What the pipeline's actors do; no Ray here."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from prefarena.config import TextTask
+from prefarena.data.formats import Pair, normalise, valid_text
+from prefarena.data.rejections import WRONG_TYPE, Unusable
+from prefarena.data.sources import Chunk, rows_of
+from prefarena.data.tokenization import Tokenizer, TokenPair
+from prefarena.records import PAIRS, PRETRAINING, content_id
+
+COLUMNS = ("prompt", "chosen", "rejected", "label", "source")  # what is read of a table of pairs
+TEXT_COLUMNS = ("text",)
+
+_REJECTED = [("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
+#: `split` is train, judge or test; for a rejected row `reason` says why, `detail` what, and other columns are null.
+PREPARED_PAIRS = pa.schema(
+    [
+        *_REJECTED,
+        *PAIRS,
+        ("split", pa.string()),
+        ("prompt_id", pa.string()),
+        ("demonstration_id", pa.string()),
+        ("prompt_cut", pa.bool_()),
+        ("num_responses_cut", pa.int32()),
+    ]
+)
+PREPARED_PIECES = pa.schema([*_REJECTED, ("piece", pa.int32()), *PRETRAINING])
+
+
+def prepare_pairs(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.Table:
+    """One row of PREPARED_PAIRS for each row of the chunk, in order."""
+    source = Path(chunk.file).name
+    found = [(number, _try_pair(row, task, source)) for number, row in rows_of(chunk, task.max_row_bytes)]
+    tokens = iter(tokenizer.pairs([pair for _, pair in found if isinstance(pair, Pair)]))
+    columns: dict[str, list[Any]] = {name: [] for name in PREPARED_PAIRS.names}
+    for number, pair in found:
+        row = _prepared(pair, next(tokens), task) if isinstance(pair, Pair) else _rejected(pair)
+        row |= {"file": chunk.file, "row": number}
+        for name, values in columns.items():
+            values.append(row.get(name))
+    return pa.Table.from_pydict(columns, schema=PREPARED_PAIRS)
+
+
+def prepare_pieces(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.Table:
+    """Rows of PREPARED_PIECES: each text's pieces, numbered from 0, or one row for a rejected text."""
+    rows: list[dict[str, Any]] = []
+    for number, row in rows_of(chunk, task.max_row_bytes):
+        where = {"file": chunk.file, "row": number}
+        try:
+            text = text_of(row)
+        except Unusable as error:
+            rows.append({**where, **_rejected(error)})
+            continue
+        if text.strip():
+            place = f"{chunk.file}:{number}"
+            rows += [
+                {**where, "piece": i, "id": content_id(place, text, i), "ids": ids}
+                for i, ids in enumerate(tokenizer.text(text))
+            ]
+    return pa.Table.from_pylist(rows, schema=PREPARED_PIECES)
+
+
+def split_of(pair: Pair, task: TextTask) -> str:
+    """train, judge or test: a seeded hash of the dialogue's opening, so it depends on no other row."""
+    digest = hashlib.sha256(f"{task.split_seed}:{pair.opening.strip()}".encode()).digest()
+    share = int.from_bytes(digest[:8], "big") / 2**64
+    if share < task.test_share:
+        return "test"
+    return "judge" if share < task.test_share + task.judge_share else "train"
+
+
+def pair_of(row: dict[str, Any] | Unusable, task: TextTask, source: str = "") -> Pair:
+    """The pair that a row holds. Raises Unusable where it holds none, or was itself found to be unusable."""
+    if isinstance(row, Unusable):
+        raise row
+    return normalise(row, task.format, source)
+
+
+def text_of(row: dict[str, Any] | Unusable) -> str:
+    """The text of a row of pretraining text. Raises Unusable as `pair_of` does."""
+    if isinstance(row, Unusable):
+        raise row
+    text = row.get("text")
+    if not isinstance(text, str):
+        raise Unusable(WRONG_TYPE, f"text is {type(text).__name__}, not text")
+    return valid_text(text, "text")
+
+
+def _try_pair(row: dict[str, Any] | Unusable, task: TextTask, source: str) -> Pair | Unusable:
+    try:
+        return pair_of(row, task, source)
+    except Unusable as error:
+        return error
+
+
+def _rejected(error: Unusable) -> dict[str, Any]:
+    return {"reason": error.reason, "detail": error.detail}
+
+
+def _prepared(pair: Pair, tokens: TokenPair | Unusable, task: TextTask) -> dict[str, Any]:
+    if isinstance(tokens, Unusable):
+        return _rejected(tokens)
+    split = split_of(pair, task)
+    demonstration = content_id(tokens.prompt_ids, tokens.chosen_ids) if split == "train" else None
+    return {
+        "id": pair.id,
+        "label": pair.label,
+        "source": pair.source,
+        "split": split,
+        "prompt_id": content_id(tokens.prompt_ids),
+        "demonstration_id": demonstration,
+        **vars(tokens),
+    }
