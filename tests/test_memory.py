@@ -17,11 +17,14 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 from tiny import save_tiny_policy
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 
 from prefarena.config import LoRA, Optimisation
 from prefarena.data.tables import write_rows
+from prefarena.modeling.logprobs import LogProbs, sequence_logps
+from prefarena.modeling.memory import training_memory
 from prefarena.records import REFERENCED_PAIRS
 from prefarena.stages import read_manifest
 
@@ -97,6 +100,21 @@ def found(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, float
 def test_what_is_predicted_is_what_is_then_taken(found: dict[str, dict[str, float]], name: str) -> None:
     assert found[name]["measured"] > 80  # far more than what a process does beside
     assert found[name]["predicted"] == pytest.approx(found[name]["measured"], rel=0.2)
+
+
+def test_a_model_whose_shapes_depend_on_numbers_has_no_prediction() -> None:
+    config = MixtralConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, num_local_experts=2,
+    )  # fmt: skip
+    config._experts_implementation = "eager"
+    module = LogProbs(MixtralForCausalLM(config).eval(), 64)
+
+    def loss(twin: torch.nn.Module) -> torch.Tensor:
+        return -sequence_logps(twin, [[3, 4]], [[[5], [6, 7]]])[0].sum()
+
+    loss(module).backward()  # it trains
+    assert training_memory(module, [loss]) is None
 
 
 def test_a_vocabulary_of_128k_adds_little_beyond_weights_gradients_and_optimizer(

@@ -15,7 +15,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -45,15 +51,19 @@ class MemoryNeed:
 
 def training_memory(
     module: nn.Module, losses: Iterable[Loss], *, bfloat16: bool = False, accumulates: bool = True, num_shards: int = 1
-) -> MemoryNeed:
+) -> MemoryNeed | None:
     """Most memory that a training step takes, over `losses`; nothing is computed, and `module` stays as it is.
 
     accumulates: whether a step has several micro-batches, so that whole gradients exist while one is run. num_shards:
-    workers that weights, gradients and optimizer state are spread over.
+    workers that weights, gradients and optimizer state are spread over. None where shapes depend on numbers, as in a
+    mixture of experts.
     """
     weights = size_of(module.parameters()) + size_of(module.buffers())
     trained = size_of(parameter for parameter in module.parameters() if parameter.requires_grad)
-    passes = max(_peak_of_pass(module, loss, bfloat16, accumulates) for loss in losses)
+    try:
+        passes = max(_peak_of_pass(module, loss, bfloat16, accumulates) for loss in losses)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
+        return None
     if num_shards == 1:
         gradients = trained if accumulates else 0
         step = trained  # gradients are all there when the optimizer moves, and activations are not

@@ -101,7 +101,7 @@ def train(
         if done % training.checkpoint_every == 0 and done < num_steps:
             worker.save(done, _tensors(module, optimizer), guard.state(), sharded=is_sharded(module))
     return {
-        "predicted_memory_mib": predicted,
+        **({"predicted_memory_mib": predicted} if predicted is not None else {}),
         "num_steps": num_steps,
         "num_tokens_trained": sum(term.num_tokens(step) for term in terms for step in range(first, num_steps)),
     }

@@ -18,11 +18,11 @@ from prefarena.training.worker import Worker
 FILE = "memory.json"
 
 
-def predict_memory(module: nn.Module, terms: list[Term], training: Optimisation, worker: Worker) -> float:
+def predict_memory(module: nn.Module, terms: list[Term], training: Optimisation, worker: Worker) -> float | None:
     """MiB of this worker at its peak; rank 0 writes them to the job's folder.
 
     On a CPU with what the process holds beside the model; on a GPU what will be allocated there. `module` is not
-    wrapped yet, and on the CPU.
+    wrapped yet, and on the CPU. None where it cannot be told before the model runs.
     """
     largest = [(term, term.plan.largest_micro_batch()) for term in terms]
     share = training.batch_size // worker.world_size
@@ -33,6 +33,8 @@ def predict_memory(module: nn.Module, terms: list[Term], training: Optimisation,
         accumulates=len(terms) > 1 or any(len(rows) < share for _, rows in largest),
         num_shards=worker.world_size if worker.sharding == "fsdp" else 1,
     )
+    if need is None:
+        return None
     beside = worker.memory_in_use_mib()
     if worker.device.type == "cpu":
         beside -= size_of([*module.parameters(), *module.buffers()]) / 2**20
