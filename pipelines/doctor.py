@@ -85,7 +85,9 @@ def model_shape(config: Comparison) -> Shape | None:
     """Sizes of the comparison's model, from its configuration alone; None where that cannot be read."""
     if isinstance(config.model, PretrainedModel):
         try:
-            settings = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision or "main")
+            settings = AutoConfig.from_pretrained(
+                config.model.path, revision=config.model.revision or "main", trust_remote_code=False
+            )
         except (OSError, ValueError):
             return None
     else:
