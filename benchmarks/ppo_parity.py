@@ -157,7 +157,7 @@ def _compare_update(trainer: OnPolicyTrainer, batch: Batch, frozen: Frozen, spec
     parts, count = trainer.parts(batch, rows), trainer.count(batch, rows)
     for learner, term in trainer.terms(spec["kl_coef"]):
         kind = "policy" if learner.name == "policy" else "value"
-        module = learner.module if kind == "policy" else learner.module.get_submodule("model")
+        module = learner.module.get_submodule("model")
         path = spec["perturbed_policy" if kind == "policy" else "perturbed_critic"]
         module.load_state_dict(load_file(f"{path}/model.safetensors"))
         metrics = learner.accumulate(parts, term, count, trainer.autocast)

@@ -12,14 +12,22 @@ import numpy as np
 import pyarrow as pa
 import torch
 from numpy.typing import NDArray
-from tokenizers import Tokenizer as Fast
-from tokenizers import models
-from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
+from random_pairs import (
+    EQUAL_LENGTHS,
+    MAX_PROMPT,
+    MAX_RESPONSE,
+    TokenPairs,
+    equal_lengths,
+    hh_lengths,
+    random_pairs,
+    word_tokenizer,
+)
+from transformers import PreTrainedTokenizerBase
 
 from prefarena.config import ScratchModel, TextTask
 from prefarena.data.formats import Pair, Unusable, normalise
 from prefarena.data.plan import BatchPlan
-from prefarena.data.sources import find_parts, parse, read_part
+from prefarena.data.sources import find_parts, read_rows_of
 from prefarena.data.tables import write_rows
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
@@ -28,18 +36,10 @@ from prefarena.records import PAIRS
 
 #: Nine million parameters, 4.2 of them in the embedding and the head.
 MODEL = ScratchModel(hidden_size=256, num_layers=6, num_heads=4, intermediate_size=704, vocab_size=8192)
-#: Together TRL's default max_length, 1024: where this cuts a pair, TRL would, too.
-MAX_PROMPT, MAX_RESPONSE = 512, 512
-#: Every 5th percentile of the lengths of prompts, chosen and rejected responses in HH-RLHF's harmless split (1,992
-#: pairs), in tokens of a BPE of 8,192 learnt from them.
-HH_PERCENTILES = (
-    (12, 17, 19, 22, 26, 33, 47, 61, 73, 85, 97, 110, 122, 137, 152, 171, 196, 229, 276, 353, 849),
-    (2, 7, 9, 12, 14, 16, 18, 21, 23, 26, 29, 32, 37, 42, 48, 56, 64, 77, 92, 122, 282),
-    (2, 7, 10, 13, 16, 19, 22, 25, 29, 33, 37, 42, 48, 55, 61, 68, 78, 91, 114, 151, 576),
-)
-EQUAL_LENGTHS = (128, 64, 64)
 
-TokenPairs = list[tuple[list[int], list[int], list[int]]]
+
+#: Of a row that is read.
+_MOST_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -93,28 +93,12 @@ def hh_pairs(path: str, setting: Setting, folder: Path) -> tuple[TokenPairs, Pre
 
 def _usable(path: str) -> Iterator[Pair]:
     for part in find_parts(path, "train"):
-        for row in read_part(part, ("chosen", "rejected")):
+        for _, row in read_rows_of(part, ("chosen", "rejected"), _MOST_BYTES):
             try:
-                yield normalise(parse(row), "hh")
+                if not isinstance(row, Unusable):
+                    yield normalise(row, "hh")
             except Unusable:
                 continue
-
-
-def synthetic_pairs(setting: Setting) -> tuple[TokenPairs, PreTrainedTokenizerBase]:
-    """Random tokens: all of one length, or with lengths drawn from HH-RLHF's distribution."""
-    source = np.random.default_rng(setting.seed)
-    words = {f"t{i}": i for i in range(MODEL.vocab_size)}
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=Fast(models.WordLevel(words, unk_token="t0")), pad_token="t0", bos_token="t1", eos_token="t2"
-    )
-    if setting.name == "equal":
-        lengths = np.tile(EQUAL_LENGTHS, (setting.num_pairs, 1))
-    else:
-        drawn = source.uniform(0, 100, (setting.num_pairs, 3))
-        grid = np.linspace(0, 100, len(HH_PERCENTILES[0]))
-        columns = [np.interp(drawn[:, i], grid, percentiles) for i, percentiles in enumerate(HH_PERCENTILES)]
-        lengths = np.minimum(np.stack(columns, 1).astype(int), (MAX_PROMPT, MAX_RESPONSE, MAX_RESPONSE))
-    return [tuple(source.integers(3, MODEL.vocab_size, n).tolist() for n in row) for row in lengths], fast  # type: ignore[misc]
 
 
 def prepare(setting: Setting, data: str | None, folder: Path) -> Path:
@@ -123,10 +107,22 @@ def prepare(setting: Setting, data: str | None, folder: Path) -> Path:
     if data is not None and setting.name == "natural":
         pairs, tokenizer = hh_pairs(data, setting, folder / "tokenizer")
     else:
-        pairs, tokenizer = synthetic_pairs(setting)
-    save_policy(new_policy(MODEL, tokenizer, MAX_PROMPT + MAX_RESPONSE, setting.seed), tokenizer, folder / "policy")
+        tokenizer = word_tokenizer(MODEL.vocab_size)
+        equal = setting.name == "equal"
+        lengths = equal_lengths(setting.num_pairs) if equal else hh_lengths(setting.num_pairs, setting.seed)
+        pairs = random_pairs(lengths, MODEL.vocab_size, setting.seed)
+    return write_spec(setting, MODEL, pairs, tokenizer, folder)
+
+
+def write_spec(
+    setting: Setting, model: ScratchModel, pairs: TokenPairs, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> Path:
+    """The model, the table of pairs and the settings in `folder`; returns the settings' file."""
+    save_policy(new_policy(model, tokenizer, MAX_PROMPT + MAX_RESPONSE, setting.seed), tokenizer, folder / "policy")
     _write_pairs(pairs, folder / "pairs.parquet")
     spec: dict[str, Any] = asdict(setting) | {
+        "device": "cpu",
+        "bf16": False,
         "policy": str(folder / "policy"),
         "pairs_table": str(folder / "pairs.parquet"),
         "referenced_table": str(folder / "referenced.parquet"),

@@ -29,7 +29,7 @@ from typing import Any, Literal
 
 from preference_setting import MODEL, SETTINGS, Setting, num_parameters, num_tokens, prepare
 from sides import HERE, Side, environment_python, machine, versions, versions_in
-from step_ours import write_reference
+from step_ours import PRODUCTION, write_reference
 
 ENVIRONMENT = HERE / ".venv-trl116"
 REQUIREMENTS = HERE / "requirements" / "trl-dpo.txt"
@@ -65,34 +65,29 @@ _TRL = {"order": "shuffled", "micro_batch": 8, "precompute": False, "fused": Tru
 #: What makes TRL fastest here (`--search`), besides the settings that all of its sides have: no activation
 #: checkpointing, no autocast.
 _TRL_BEST = {"order": "bucketed", "micro_batch": 2}
-_OURS = {
-    "method": "dpo", "order": "bucketed", "rows": "packed", "chunked_head": True, "fused": True,
-    "micro_batch_tokens": 1024,
-}  # fmt: skip
-
 MAIN = (
     Contender("TRL online", "trl", _TRL),
     Contender("TRL precomputed", "trl", _TRL | {"precompute": True}),
     Contender("TRL online, best", "trl", _TRL | _TRL_BEST),
     Contender("TRL precomputed, best", "trl", _TRL | _TRL_BEST | {"precompute": True}),
     Contender("plain PyTorch", "plain", {"order": "shuffled"}),
-    Contender("ours, DPO", "ours", _OURS),
-    Contender("ours, MPO", "ours", _OURS | {"method": "mpo"}),
+    Contender("ours, DPO", "ours", PRODUCTION),
+    Contender("ours, MPO", "ours", PRODUCTION | {"method": "mpo"}),
 )
 #: One change each against production, except the last: all of them.
 ABLATION = (
-    Contender("ours, DPO", "ours", _OURS),
-    Contender("prompt not shared", "ours", _OURS | {"rows": "repeated"}),
-    Contender("nor packed: padded rows", "ours", _OURS | {"rows": "padded"}),
-    Contender("a pair a pass", "ours", _OURS | {"micro_batch_tokens": 1}),
-    Contender("a batch a pass", "ours", _OURS | {"micro_batch_tokens": 8192}),
-    Contender("head not chunked", "ours", _OURS | {"chunked_head": False}),
-    Contender("no length bucketing", "ours", _OURS | {"order": "shuffled"}),
-    Contender("AdamW not fused", "ours", _OURS | {"fused": False}),
+    Contender("ours, DPO", "ours", PRODUCTION),
+    Contender("prompt not shared", "ours", PRODUCTION | {"rows": "repeated"}),
+    Contender("nor packed: padded rows", "ours", PRODUCTION | {"rows": "padded"}),
+    Contender("a pair a pass", "ours", PRODUCTION | {"micro_batch_tokens": 1}),
+    Contender("a batch a pass", "ours", PRODUCTION | {"micro_batch_tokens": 8192}),
+    Contender("head not chunked", "ours", PRODUCTION | {"chunked_head": False}),
+    Contender("no length bucketing", "ours", PRODUCTION | {"order": "shuffled"}),
+    Contender("AdamW not fused", "ours", PRODUCTION | {"fused": False}),
     Contender(
         "none of them",
         "ours",
-        _OURS | {"rows": "padded", "chunked_head": False, "order": "shuffled", "fused": False,
+        PRODUCTION | {"rows": "padded", "chunked_head": False, "order": "shuffled", "fused": False,
                  "micro_batch_tokens": 8192},
     ),
 )  # fmt: skip

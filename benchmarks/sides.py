@@ -55,12 +55,20 @@ class Side:
 
     def block(self, line: str = "") -> Any:
         """The answer to one line; raises RuntimeError with the end of the process's log where it died."""
-        assert self._process.stdin is not None and self._process.stdout is not None
+        self.ask(line)
+        return self.result()
+
+    def ask(self, line: str = "") -> None:
+        """Give it one line, and go on; `result` waits for the answer."""
+        assert self._process.stdin is not None
         self._process.stdin.write(line + "\n")
         self._process.stdin.flush()
-        for answer in self._process.stdout:
-            if answer.startswith(ANSWER):
-                return json.loads(answer.removeprefix(ANSWER))
+
+    def result(self) -> Any:
+        assert self._process.stdout is not None
+        for printed in self._process.stdout:
+            if printed.startswith(ANSWER):
+                return json.loads(printed.removeprefix(ANSWER))
         raise RuntimeError(f"a side ended early:\n{self._log.read_text()[-3000:]}")
 
     def end(self) -> None:

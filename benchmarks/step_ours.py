@@ -27,6 +27,7 @@ from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.objectives.output import ObjectiveOutput
 from prefarena.objectives.preference import PairLogps
 from prefarena.records import REFERENCED_PAIRS
+from prefarena.training.guard import GuardedOptimizer
 from prefarena.training.off_policy import Window, optimizer_step
 from prefarena.training.terms import Pairs, PreferenceTerm, Rows, Shares, preference_objective
 from prefarena.training.worker import Worker
@@ -55,10 +56,10 @@ class Step:
     `shuffled`. fused: AdamW in one pass. micro_batch_tokens: most tokens in a forward pass.
     """
 
-    def __init__(self, spec: dict[str, Any], side: dict[str, Any]) -> None:
+    def __init__(self, spec: dict[str, Any], side: dict[str, Any], worker: Worker) -> None:
         method = make_method(spec, side)
         self._training = method.training
-        self._worker = Worker(f"{spec['output']}/ours")
+        self._worker = worker
         module = LogProbs(load_policy(spec["policy"]), spec["max_length"])
         if side["rows"] == "padded":
             module.packed = False
@@ -70,17 +71,16 @@ class Step:
         if side["order"] == "shuffled":  # a plan that knows no lengths
             plan = self._term.plan
             self._term.plan = replace(plan, lengths=np.ones_like(plan.lengths))
-        self._module = self._worker.wrap(module.eval())
-        self._optimizer = torch.optim.AdamW(
+        self._module = worker.distribute(module.eval(), self._training.precision)
+        optimizer = torch.optim.AdamW(
             module.parameters(), lr=spec["learning_rate"], betas=spec["betas"], weight_decay=0.0, fused=side["fused"]
         )
+        self._guard = GuardedOptimizer(optimizer, worker)
         self.window = Window()
 
     def __call__(self, step: int) -> Tensor:
         """One update; returns the gradient's norm before clipping, []."""
-        return optimizer_step(
-            self._module, [self._term], step, self._optimizer, self._training, self._worker, self.window
-        )
+        return optimizer_step(self._module, [self._term], step, self._guard, self._training, self._worker, self.window)
 
     def loss(self) -> float:
         """The mean loss of the steps since the last call."""
@@ -118,13 +118,19 @@ def write_reference(spec: dict[str, Any], tokens_at_once: int = 8192) -> float:
     return time.perf_counter() - began
 
 
+PRODUCTION: dict[str, Any] = {
+    "method": "dpo", "order": "bucketed", "rows": "packed", "chunked_head": True, "fused": True,
+    "micro_batch_tokens": 1024,
+}  # fmt: skip
+
+
 def main() -> None:
     with open(sys.argv[1], encoding="utf-8") as file:
         spec = json.load(file)
     side = json.loads(sys.argv[2])
     torch.set_num_threads(spec["threads"])
     before = memory_mib("VmRSS")
-    step = Step(spec, side)
+    step = Step(spec, side, Worker(f"{spec['output']}/ours"))
 
     def block() -> dict[str, Any]:
         began, losses, norms = time.perf_counter(), [], []

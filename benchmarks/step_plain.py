@@ -43,11 +43,24 @@ def logps(model: Any, ids: Tensor, mask: Tensor, labels: Tensor) -> tuple[Tensor
     return chosen, rejected
 
 
+def peak_mib(device: str) -> float:
+    """The most memory that was ever held, by this process or on its GPU."""
+    return torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else memory_mib("VmHWM")
+
+
+def wait_for(device: str) -> None:
+    """Until the device has done all that it was told, so that a clock read afterwards is right."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
 def step(policy: Any, reference: Any, optimizer: torch.optim.Optimizer, batch: Any, spec: Any) -> tuple[Tensor, Tensor]:
     """One update on a batch; returns its loss and the gradient's norm before clipping."""
-    chosen, rejected = logps(policy, *batch)
-    with torch.no_grad():
-        reference_chosen, reference_rejected = logps(reference, *batch)
+    batch = [part.to(spec["device"]) for part in batch]
+    with torch.autocast(spec["device"], torch.bfloat16, enabled=spec["bf16"]):
+        chosen, rejected = logps(policy, *batch)
+        with torch.no_grad():
+            reference_chosen, reference_rejected = logps(reference, *batch)
     loss = -F.logsigmoid(spec["beta"] * ((chosen - rejected) - (reference_chosen - reference_rejected))).mean()
     optimizer.zero_grad()
     loss.backward()
@@ -62,8 +75,10 @@ def main() -> None:
     side = json.loads(sys.argv[2])
     torch.set_num_threads(spec["threads"])
     before = memory_mib("VmRSS")
-    policy, reference = (AutoModelForCausalLM.from_pretrained(spec["policy"], dtype=torch.float32) for _ in range(2))
-    policy.eval(), reference.eval()
+    policy, reference = (
+        AutoModelForCausalLM.from_pretrained(spec["policy"], dtype=torch.float32).to(spec["device"]).eval()
+        for _ in range(2)
+    )
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=spec["learning_rate"], betas=spec["betas"], eps=spec["epsilon"], weight_decay=0.0
     )
@@ -74,11 +89,12 @@ def main() -> None:
         for i in range(side["num_steps"]):
             batch = padded([spec["pairs"][row] for row in order[i * size : (i + 1) * size]], spec["pad"])
             rows.append(step(policy, reference, optimizer, batch, spec))
+        wait_for(spec["device"])
         seconds = time.perf_counter() - began
         losses, norms = ([float(value) for value in values] for values in zip(*rows, strict=True))
         return {
             "seconds": seconds, "losses": losses, "norms": norms,
-            "before_mib": before, "peak_mib": memory_mib("VmHWM"),
+            "before_mib": before, "peak_mib": peak_mib(spec["device"]),
         }  # fmt: skip
 
     serve(block)

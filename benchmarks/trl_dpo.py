@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from datasets import Dataset
 from sides import answer, memory_mib
+from step_plain import peak_mib, wait_for
 from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 from trl import DPOConfig, DPOTrainer
 
@@ -30,9 +31,9 @@ class TokenisedTrainer(DPOTrainer):
 class Blocks(TrainerCallback):
     """Stops `train()` between blocks of steps. Time runs from a line's arrival to the end of the block's last step."""
 
-    def __init__(self, before_mib: float) -> None:
+    def __init__(self, device: str, before_mib: float) -> None:
         self.setup: dict[str, float] = {}
-        self._before_mib = before_mib
+        self._device, self._before_mib = device, before_mib
         self._rows: list[dict[str, float]] = []
         self._seconds = 0.0
         self._began = 0.0
@@ -41,6 +42,7 @@ class Blocks(TrainerCallback):
         self._wait()
 
     def on_step_end(self, *_: Any, **__: Any) -> None:
+        wait_for(self._device)
         self._seconds = time.perf_counter() - self._began
 
     def on_log(self, *_: Any, **context: Any) -> None:
@@ -55,7 +57,7 @@ class Blocks(TrainerCallback):
                 "losses": [row["loss"] for row in rows],
                 "norms": [row["grad_norm"] for row in rows],
                 "before_mib": self._before_mib,
-                "peak_mib": memory_mib("VmHWM"),
+                "peak_mib": peak_mib(self._device),
                 **self.setup,
             }
         )
@@ -69,7 +71,7 @@ class Blocks(TrainerCallback):
 
 
 def make_trainer(spec: dict[str, Any], side: dict[str, Any], callback: Blocks) -> DPOTrainer:
-    """No activation checkpointing, no autocast, no evaluation, no saving; metrics are computed, as they always are."""
+    """No evaluation, no saving, activation checkpointing only where `side` asks for it; with TRL's own metrics."""
     pairs = [spec["pairs"][row] for row in spec["orders"][side["order"]]][: side["num_steps"] * spec["batch_size"]]
     columns = {f"{name}_ids": [pair[i] for pair in pairs] for i, name in enumerate(("prompt", "chosen", "rejected"))}
     arguments = DPOConfig(
@@ -90,9 +92,9 @@ def make_trainer(spec: dict[str, Any], side: dict[str, Any], callback: Blocks) -
         precompute_ref_log_probs=side["precompute"],
         train_sampling_strategy="sequential",
         num_train_epochs=100_000,
-        bf16=False,
-        use_cpu=True,
-        gradient_checkpointing=False,
+        bf16=spec["bf16"],
+        use_cpu=spec["device"] == "cpu",
+        gradient_checkpointing=side.get("checkpointing", False),
         dataloader_num_workers=0,
         save_strategy="no",
         report_to="none",
@@ -117,7 +119,7 @@ def main() -> None:
     side = json.loads(sys.argv[2])
     sys.stdout = sys.stderr  # stdout carries results alone
     torch.set_num_threads(spec["threads"])
-    blocks = Blocks(memory_mib("VmRSS"))
+    blocks = Blocks(spec["device"], memory_mib("VmRSS"))
     began = time.perf_counter()
     trainer = make_trainer(spec, side, blocks)
     blocks.setup = {"setup_seconds": time.perf_counter() - began}

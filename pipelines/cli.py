@@ -52,11 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _add_config(command)
-        command.add_argument(
-            "--retry-failed",
-            action="store_true",
-            help="train again what failed in an earlier run, from its last checkpoint",
-        )
+        _add_retry(command)
     doctor = commands.add_parser("doctor", help="what is here, what a comparison needs, and what of it will not fit")
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="none: only what is here")
     _add_overrides(doctor)
@@ -68,6 +64,14 @@ def build_parser() -> argparse.ArgumentParser:
 def _add_config(command: argparse.ArgumentParser) -> None:
     command.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="default: the embedded default")
     _add_overrides(command)
+
+
+def _add_retry(command: argparse.ArgumentParser) -> None:
+    command.add_argument(
+        "--retry-failed",
+        action="store_true",
+        help="train again what failed in an earlier run, from its last checkpoint",
+    )
 
 
 def _add_overrides(command: argparse.ArgumentParser) -> None:
@@ -85,6 +89,7 @@ def _add_cluster_commands(commands: Any) -> None:
     follow = "stay, show the log, and end with the job's exit status"
     submit = commands.add_parser("submit", help="run a comparison as a job on a Ray cluster (docs/cluster.md)")
     _add_config(submit)
+    _add_retry(submit)
     submit.add_argument("--name", help="the job's name; none: the comparison's and eight random characters")
     submit.add_argument("--follow", action="store_true", help=follow)
     submit.add_argument("--check", action="store_true", help="run `prefarena doctor` there instead of the comparison")

@@ -23,7 +23,7 @@ from prefarena.cluster.doctor import (
     judge_storage,
 )
 from prefarena.cluster.probe import ask_nodes, token_file
-from prefarena.cluster.session import ray_session
+from prefarena.cluster.session import check_resources, ray_session
 from prefarena.config import Comparison, PretrainedModel, TextTask
 from prefarena.errors import UserError
 from prefarena.tasks.language import Language
@@ -37,9 +37,9 @@ def doctor(config: Comparison | None) -> int:
 
     Nothing is started but a task of no CPU on every node, and nothing is left behind.
     """
-    with ray_session():
+    with ray_session() as available:
         found = []
-        for finding in _findings(config):
+        for finding in _findings(config, available):
             print(f"{_MARKS[finding.problem]} {finding.text}", flush=True)
             found.append(finding)
     problems = sum(finding.problem is True for finding in found)
@@ -47,7 +47,7 @@ def doctor(config: Comparison | None) -> int:
     return 2 if problems else 0
 
 
-def _findings(config: Comparison | None) -> Iterator[Finding]:
+def _findings(config: Comparison | None, available: dict[str, float]) -> Iterator[Finding]:
     if config is None:
         reports, silent = ask_nodes(None, "", _ANSWER_LIMIT_S)
         yield from judge_nodes(reports, silent, generates=False)
@@ -68,7 +68,13 @@ def _findings(config: Comparison | None) -> Iterator[Finding]:
     yield from judge_nodes(reports, silent, generates(config))
     shape = model_shape(config)
     memory = heaviest_training(config, shape, max_length(config.task)) if shape else None
-    yield from judge_capacity(config, cluster_nodes(), memory)
+    capacity = judge_capacity(config, cluster_nodes(), memory)
+    yield from capacity
+    if not config.resources.autoscaled and not any(finding.problem for finding in capacity):
+        try:
+            check_resources(config, available)  # each part fits; do those that stand side by side fit together?
+        except UserError as error:
+            yield Finding(True, str(error))
     yield from judge_memory(config, reports, memory)
     if reports:
         needed = disk_needed(config, shape, _data_bytes(config)) if shape else None
@@ -79,7 +85,9 @@ def model_shape(config: Comparison) -> Shape | None:
     """Sizes of the comparison's model, from its configuration alone; None where that cannot be read."""
     if isinstance(config.model, PretrainedModel):
         try:
-            settings = AutoConfig.from_pretrained(config.model.path, revision=config.model.revision or "main")
+            settings = AutoConfig.from_pretrained(
+                config.model.path, revision=config.model.revision or "main", trust_remote_code=False
+            )
         except (OSError, ValueError):
             return None
     else:

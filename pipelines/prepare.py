@@ -17,7 +17,7 @@ from pipelines.preferences import prepare_text
 from pipelines.progress import stage_line, watch
 from pipelines.reference import add_reference_logps
 from pipelines.reference_samples import draw_reference_samples
-from prefarena.cluster.capacity import telling_capacity
+from prefarena.cluster.capacity import cluster_nodes, groups_at_once, telling_capacity
 from prefarena.cluster.waiting import get_within
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, Resources, TextTask
 from prefarena.data.tables import write_rows
@@ -58,7 +58,8 @@ def run(resources: Resources, jobs: Sequence[Job], config: Comparison, console: 
 def run_claimed(resources: Resources, config: Comparison, console: Console, jobs: list[Job]) -> None:
     """`run` of jobs that nobody else is at. Says which of them failed."""
     storage = str(Path(config.output).absolute() / "ray_train")
-    groups = [jobs[start :: resources.concurrent_runs] for start in range(min(resources.concurrent_runs, len(jobs)))]
+    number = groups_at_once(config.model_copy(update={"resources": resources}), cluster_nodes())
+    groups = [jobs[start::number] for start in range(min(number, len(jobs)))]
     title = f"training {', '.join(job.name for job in jobs)}"
     with (
         stage_line(console, title),

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from prefarena.stages import is_finished
 from prefarena.training.jobs import Job
+from prefarena.training.prediction import FILE as MEMORY_FILE
 
 _PLAIN_INTERVAL_S = 15.0  # seconds between lines where the output is not a terminal
 
@@ -41,6 +42,20 @@ def watch(console: Console, jobs: list[Job]) -> Iterator[None]:
         thread.join()
 
 
+def memory_lines(jobs: list[Job], said: set[Job]) -> list[str]:
+    """What jobs that have just begun are predicted to take; each is said once."""
+    lines = []
+    for job in jobs:
+        path = Path(job.stage_dir) / MEMORY_FILE
+        if job in said or not path.exists():
+            continue
+        said.add(job)
+        memory = json.loads(path.read_text(encoding="utf-8"))
+        parts = ", ".join(f"{name.removesuffix('_mib')} {size:,.0f}" for name, size in memory.items())
+        lines.append(f"  {job.name}: memory of a worker in MiB: {parts}")
+    return lines
+
+
 class Rate:
     """Steps a second of each job, measured from the first row that was seen."""
 
@@ -55,11 +70,13 @@ class Rate:
 
 def _bars(console: Console, jobs: list[Job], stop: threading.Event) -> None:
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"))
-    rates = Rate()
+    rates, said = Rate(), set[Job]()
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         tasks = {job: progress.add_task(job.name, total=None, start=False, rate="waiting") for job in jobs}
         while True:
             last_round = stop.wait(0.5)
+            for line in memory_lines(jobs, said):
+                progress.console.print(line, highlight=False)
             for job, task in tasks.items():
                 row = last_row(job)
                 if row is None:
@@ -75,9 +92,12 @@ def _bars(console: Console, jobs: list[Job], stop: threading.Event) -> None:
 
 def _lines(console: Console, jobs: list[Job], stop: threading.Event) -> None:
     said: dict[Job, float] = {}
+    predicted: set[Job] = set()
     rates, next_lines = Rate(), time.perf_counter() + _PLAIN_INTERVAL_S
     while True:
         last_round = stop.wait(0.5)
+        for line in memory_lines(jobs, predicted):
+            console.print(line, highlight=False)
         rows = {job: row for job in jobs if (row := last_row(job)) is not None}
         speeds = {job: rates.of(job, row) for job, row in rows.items()}
         if last_round or time.perf_counter() >= next_lines:

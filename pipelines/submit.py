@@ -36,7 +36,8 @@ def submit(arguments: argparse.Namespace) -> int:
         include = [Path(path) for path in arguments.include]
         write_package(Path(folder), Path(pipelines.__file__).parent, dump_config(config), include)
         module = "doctor" if arguments.check else "compare"
-        client.submit(name, f"python -m pipelines.{module} {CONFIG_NAME}", Path(folder))
+        retry = " --retry-failed" if arguments.retry_failed and not arguments.check else ""
+        client.submit(name, f"python -m pipelines.{module} {CONFIG_NAME}{retry}", Path(folder))
     what = f"it looks at {config.output}" if arguments.check else f"it writes to {config.output}"
     print(f"job {name} is submitted to {client.shown}; {what}", flush=True)
     if arguments.follow:
@@ -90,8 +91,10 @@ def logs(arguments: argparse.Namespace) -> int:
     client = connect(arguments.address)
     if arguments.follow:
         return _follow(client, arguments.job)
-    client.details(arguments.job)
-    _write(client.get_job_logs(arguments.job))
+    text = client.log(arguments.job)
+    if text is None:
+        raise UserError(f"job {arguments.job!r} has no log: it has not started yet, or its node is gone")
+    _write(text)
     return 0
 
 

@@ -10,11 +10,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import ray
 import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipelines.doctor import model_shape
+from pipelines.doctor import doctor, model_shape
 from prefarena.cluster.capacity import Node
 from prefarena.cluster.doctor import (
     Shape,
@@ -85,10 +86,10 @@ def test_the_heaviest_training_is_named_by_the_setting_that_lowers_it() -> None:
     shape = model_shape(config())
     assert shape is not None
     memory, key = heaviest_training(config(), shape, max_tokens=8)
-    assert key == "reference.training.micro_batch_size" and memory > 16 * shape.num_parameters
-    small = {"training": {"micro_batch_size": 1}}
+    assert key == "reference.training.micro_batch_tokens" and memory > 16 * shape.num_parameters
+    small = {"training": {"micro_batch_tokens": 1}}
     pairs = config(reference=small, entries=[{"name": "dpo", "method": {"kind": "dpo"}}])
-    assert heaviest_training(pairs, shape, 8)[1] == "entries.dpo.method.training.micro_batch_size"
+    assert heaviest_training(pairs, shape, 8)[1] == "entries.dpo.method.training.micro_batch_tokens"
     rlhf = config(reference={"train": False}, entries=[{"name": "rlhf", "method": {"kind": "rlhf"}}])
     assert heaviest_training(rlhf, LARGE, 8) == (
         training_memory(LARGE, 64 * 8, num_trained=2, num_frozen=2),
@@ -96,8 +97,22 @@ def test_the_heaviest_training_is_named_by_the_setting_that_lowers_it() -> None:
     )
 
 
+def test_adapters_shards_and_recomputed_layers_need_less() -> None:
+    def needed(training: dict[str, object], **resources: object) -> int:
+        entry = {"name": "dpo", "method": {"kind": "dpo", "training": training}}
+        settings = config(reference={"train": False}, entries=[entry], resources=resources)
+        return heaviest_training(settings, LARGE, 512)[0]
+
+    whole, weights = needed({}), 4 * LARGE.num_parameters
+    assert whole == training_memory(LARGE, 8192)
+    assert needed({}, num_workers=4, sharding="fsdp") == whole - 3 * weights
+    assert whole - 3 * weights < needed({"lora": {"rank": 8}}) < whole - 2.9 * weights
+    kept = 4 * 8192 * (LARGE.num_layers - 1) * (10 * LARGE.width + 4 * LARGE.inner_width)
+    assert needed({"activation_checkpointing": True}) == whole - kept + 4 * 8192 * LARGE.num_layers * LARGE.width
+
+
 def test_memory_that_a_worker_will_not_have() -> None:
-    memory = (30 * GIB, "entries.dpo.method.training.micro_batch_size")
+    memory = (30 * GIB, "entries.dpo.method.training.micro_batch_tokens")
     gpus = config(resources={"use_gpu": True, "gpus_per_worker": 0.5})
     said = problems(judge_memory(gpus, [NODE], memory))
     assert "about 30.0 GiB, its share of the smallest GPU is 12.0 GiB; lower entries.dpo.method" in said
@@ -155,3 +170,13 @@ def test_the_command_leaves_nothing_behind_and_its_ray_listens_on_loopback_alone
     addresses = json.loads(found.read_text(encoding="utf-8"))
     assert len(addresses) > 2
     assert {address.removeprefix("::ffff:") for address in addresses} <= {"127.0.0.1", "::1"}
+
+
+def test_parts_that_fit_alone_and_not_together(
+    ray_session: None, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    cpus = int(ray.cluster_resources()["CPU"])
+    assert doctor(config(output=str(tmp_path / "runs"), resources={"num_workers": cpus})) == 2
+    text = capsys.readouterr().out
+    assert f"✓ {cpus} x (1 CPU) for training workers: fits" in text
+    assert f"✗ the cluster has {cpus} CPUs, but {cpus + 1} are asked for" in text and text.endswith("1 problem\n")

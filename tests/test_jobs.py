@@ -22,7 +22,7 @@ from prefarena.cluster.package import write_package
 from prefarena.errors import ClusterLostError, UserError
 
 ROOT = Path(__file__).parents[1]
-QUICK = {"num_steps": 4, "batch_size": 16, "micro_batch_size": 16}
+QUICK = {"num_steps": 4, "batch_size": 16}
 TINY = {
     "name": "tiny",
     "task": {
@@ -166,7 +166,7 @@ class CutClient:
             raise aiohttp.ClientConnectionError
         yield "two\n"
 
-    def get_job_logs(self, name: str) -> str:
+    def log(self, name: str) -> str:
         return self.text
 
 

@@ -12,7 +12,16 @@ import pytest
 import yaml
 
 from pipelines.plan import make_plan
-from prefarena.cluster.capacity import Demand, Node, check_placement, demands, describe, fitting, has_labels
+from prefarena.cluster.capacity import (
+    Demand,
+    Node,
+    check_placement,
+    demands,
+    describe,
+    fitting,
+    groups_at_once,
+    has_labels,
+)
 from prefarena.config import Comparison, dump_config, parse_config
 from prefarena.errors import UserError
 
@@ -64,6 +73,17 @@ def test_what_does_not_fit_is_told_with_what_there_is_and_the_setting() -> None:
     assert "generation.labels" in message and "resources.autoscaled" in message
     with pytest.raises(UserError, match=r"training workers, and there is room for 0.*change resources, or"):
         check_placement(config(resources={"cpus_per_worker": 9}), NODES)
+
+
+def test_as_many_groups_train_at_once_as_there_is_room_for_and_never_none() -> None:
+    def groups(**resources: object) -> int:
+        return groups_at_once(config(resources=resources), NODES)
+
+    assert groups() == 1 and groups(concurrent_runs=3) == 3
+    assert groups(concurrent_runs=0) == 18 and groups(concurrent_runs=0, num_workers=4, cpus_per_worker=2) == 2
+    assert groups(concurrent_runs=0, use_gpu=True, labels={"role": "train"}) == 2
+    assert groups(concurrent_runs=0, num_workers=64) == 1
+    check_placement(config(resources={"concurrent_runs": 0, "cpus_per_worker": 8}), NODES)
 
 
 def test_stages_that_score_have_resources_of_their_own() -> None:

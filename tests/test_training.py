@@ -24,6 +24,7 @@ from prefarena.config import (
 )
 from prefarena.data.tables import read_rows
 from prefarena.errors import WaitTimeoutError
+from prefarena.modeling import logprobs
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.load import load_policy
 from prefarena.stages import read_manifest
@@ -43,13 +44,28 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("mean", ["sequences", "tokens"])
 def test_gradient_accumulation_changes_nothing(inputs: Path, tmp_path: Path, mean: Any) -> None:
-    for micro in (16, 5):
+    for micro in (8192, 60):
         training = QUICK.model_copy(update={"micro_batch_tokens": micro})
         method = MPO(demonstration_weight=0.3, demonstration_mean=mean, training=training)
         run_job(off_policy_job(inputs, tmp_path / str(micro), method), Worker(str(tmp_path / str(micro))))
-    whole, parts = metric_rows(tmp_path / "16"), metric_rows(tmp_path / "5")
+    whole, parts = metric_rows(tmp_path / "8192"), metric_rows(tmp_path / "60")
     for key in ("loss", "grad_norm", "preference/margin", "demonstration/nll"):
         np.testing.assert_allclose([r[key] for r in whole], [r[key] for r in parts], rtol=1e-4, atol=1e-6, err_msg=key)
+
+
+@pytest.mark.parametrize("method", [MPO(demonstration_weight=0.1), DPO(), IPO()], ids=lambda method: method.kind)
+def test_packed_pairs_train_as_padded_sequences_do(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: OffPolicyMethod
+) -> None:
+    method = method.model_copy(update={"training": QUICK.model_copy(update={"num_steps": 30})})
+    run_job(off_policy_job(inputs, tmp_path / "packed", method), Worker(str(tmp_path / "packed")))
+    monkeypatch.setattr(logprobs, "why_not_packed", lambda model, max_length: "it is not wanted here")
+    run_job(off_policy_job(inputs, tmp_path / "padded", method), Worker(str(tmp_path / "padded")))
+    packed, padded = metric_rows(tmp_path / "packed"), metric_rows(tmp_path / "padded")
+    for key in ("loss", "grad_norm", "preference/margin", "logps/chosen"):
+        np.testing.assert_allclose([r[key] for r in packed], [r[key] for r in padded], rtol=1e-4, atol=1e-5)
+    num_tokens = [read_manifest(tmp_path / name)["costs"]["num_tokens_trained"] for name in ("packed", "padded")]
+    assert num_tokens[0] < num_tokens[1]  # the prompt counts once
 
 
 class KilledError(RuntimeError):

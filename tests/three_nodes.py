@@ -19,7 +19,7 @@ from pipelines.train import start_generator
 from prefarena.config import Comparison, parse_config
 from prefarena.errors import UserError, WaitTimeoutError
 
-QUICK = {"num_steps": 2, "batch_size": 16, "micro_batch_size": 16}
+QUICK = {"num_steps": 2, "batch_size": 16}
 PPO = {"num_iterations": 1, "rollouts_per_iteration": 16, "micro_batch_size": 16, "num_minibatches": 1}
 NOBODY = {"role": "nobody"}
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 from prefarena.cluster.capacity import Demand, Node, demands, describe, fitting
 from prefarena.cluster.probe import PACKAGES, NodeReport
-from prefarena.config import BestOfN, Comparison, OffPolicyMethod, RewardModel
+from prefarena.config import BestOfN, Comparison, OffPolicyMethod, Optimisation, RewardModel
 
 _FLOAT = 4  # bytes; master weights are float32
 _GIB = 2**30
@@ -36,38 +35,43 @@ class Finding:
 # --------------------------------------------------------------------------------------- predictions
 
 
-def training_memory(shape: Shape, num_tokens: int, num_trained: int = 1, num_frozen: int = 0) -> int:
+def training_memory(
+    shape: Shape, num_tokens: int, num_trained: float = 1, num_frozen: float = 0, recomputed: bool = False
+) -> int:
     """Bytes of a training worker at its peak, without the interpreter's own (about 0.5 GiB).
 
-    Each trained model: weights, gradients and both of Adam's moments, 16 bytes a parameter. Each frozen one: 4.
-    Activations of one micro-batch, kept for the backward pass, in floats a token: per layer 10 of the width (input, two
-    norms, query, key, value, attention's result and projection, two sums) and 4 of the inner width (gate, up, its
-    activation, their product); at the end 3 of the vocabulary (logits, their log-softmax, its gradient).
+    num_trained, num_frozen: models, or shares of them. Trained: weights, gradients and both of Adam's moments, 16 bytes
+    a parameter; frozen: 4. Activations of one micro-batch, kept for the backward pass, in floats a token: per layer 10
+    of the width (input, two norms, query, key, value, attention's result and projection, two sums) and 4 of the inner
+    width (gate, up, its activation, their product); recomputed layers keep their input, and one at a time all of it.
+    At the end 3 of the vocabulary (logits, their log-softmax, its gradient; less where the head goes through its tokens
+    in chunks).
     """
-    per_token = shape.num_layers * (10 * shape.width + 4 * shape.inner_width) + 3 * shape.vocab_size
+    layer = 10 * shape.width + 4 * shape.inner_width
+    layers = shape.num_layers * shape.width + layer if recomputed else shape.num_layers * layer
     models = 4 * _FLOAT * num_trained + _FLOAT * num_frozen
-    return models * shape.num_parameters + _FLOAT * num_tokens * per_token
+    return int(models * shape.num_parameters) + _FLOAT * num_tokens * (layers + 3 * shape.vocab_size)
 
 
 def heaviest_training(config: Comparison, shape: Shape, max_tokens: int) -> tuple[int, str]:
-    """Bytes of the training that needs most, and the key of its micro-batch size.
+    """Bytes of the training that needs most, and the key of its micro-batch.
 
     Pairs are two sequences. PPO trains a critic too, and holds reference and reward; groups hold reference and reward.
     """
     found = []
     if config.reference.train:
-        found.append(_supervised(shape, config.reference.training, max_tokens, "reference.training"))
+        found.append(_supervised(config, shape, config.reference.training, max_tokens, "reference.training"))
     if config.task.kind == "text" and isinstance(config.judge, RewardModel):
-        found.append(_supervised(shape, config.judge.training, 2 * max_tokens, "judge.training"))
+        found.append(_supervised(config, shape, config.judge.training, 2 * max_tokens, "judge.training"))
     for entry in config.entries:
         where, method = f"entries.{entry.name}.method", entry.method
         reward = getattr(method, "reward", None)
         if isinstance(reward, RewardModel):
-            found.append(_supervised(shape, reward.training, 2 * max_tokens, f"{where}.reward.training"))
+            found.append(_supervised(config, shape, reward.training, 2 * max_tokens, f"{where}.reward.training"))
         if isinstance(method, BestOfN):
             continue
         if isinstance(method, OffPolicyMethod):
-            found.append(_supervised(shape, method.training, 2 * max_tokens, f"{where}.training"))
+            found.append(_supervised(config, shape, method.training, 2 * max_tokens, f"{where}.training"))
             continue
         trained = 2 if method.kind == "rlhf" else 1
         tokens = method.training.micro_batch_size * max_tokens
@@ -75,15 +79,25 @@ def heaviest_training(config: Comparison, shape: Shape, max_tokens: int) -> tupl
     return max(found, default=(0, "entries"))
 
 
-def _supervised(shape: Shape, training: Any, tokens_each: int, where: str) -> tuple[int, str]:
-    return training_memory(shape, training.micro_batch_size * tokens_each), f"{where}.micro_batch_size"
+def _supervised(
+    config: Comparison, shape: Shape, training: Optimisation, tokens_each: int, where: str
+) -> tuple[int, str]:
+    """With LoRA the model is frozen, and adapters of a layer's seven projections are trained; FSDP shares out all."""
+    trained, frozen = 1.0, 0.0
+    if training.lora is not None:
+        sides = 8 * shape.width + 3 * (shape.width + shape.inner_width)
+        trained, frozen = training.lora.rank * shape.num_layers * sides / shape.num_parameters, 1.0
+    shards = config.resources.num_workers if config.resources.sharding == "fsdp" else 1
+    tokens = max(training.micro_batch_tokens, tokens_each)  # what is longer goes alone
+    memory = training_memory(shape, tokens, trained / shards, frozen / shards, training.activation_checkpointing)
+    return memory, f"{where}.micro_batch_tokens"
 
 
 def disk_needed(config: Comparison, shape: Shape, data_bytes: int) -> int:
-    """Bytes under `output`: models, snapshots, checkpoints of runs under way, tables.
+    """Bytes under `output`: models, snapshots, checkpoints of trainings under way, tables.
 
-    Every trained stage leaves its weights. A run under way keeps two checkpoints of weights and both moments (PPO's
-    also of the critic). Tables: the data as pairs, and again with log-probs; a comparison of one seed more adds models.
+    Every trained stage leaves its weights. A training under way keeps two checkpoints of weights and both moments
+    (PPO's also of the critic). Tables: the data as pairs, and again with log-probs; every seed adds models.
     """
     weights = _FLOAT * shape.num_parameters
     models = 2.0  # base and reference
@@ -98,7 +112,7 @@ def disk_needed(config: Comparison, shape: Shape, data_bytes: int) -> int:
         models += each * len(config.seeds)
     if config.task.kind == "text" and isinstance(config.judge, RewardModel):
         models += 1
-    running = 2 * checkpoint * config.resources.concurrent_runs
+    running = 2 * checkpoint * max(1, config.resources.concurrent_runs)
     return int(weights * (models + running) + 3 * data_bytes)
 
 

@@ -115,6 +115,14 @@ class JobClient(JobSubmissionClient):
             raise UserError(f"{self.shown} has no job {name!r}; `prefarena status` lists them")
         return found
 
+    def log(self, name: str) -> str | None:
+        """All that a job has logged; None where the node that holds it is gone, or nothing was started yet."""
+        self.details(name)
+        try:
+            return self.get_job_logs(name)
+        except RefusedError:
+            return None
+
     def stop(self, name: str, limit_s: float) -> JobDetails:
         """End a job, and wait until it has. Raises ClusterLostError where it takes longer than `limit_s`."""
         details, deadline = self.details(name), time.monotonic() + limit_s
@@ -235,7 +243,7 @@ async def _follow(client: JobClient, name: str, write: Callable[[str], Any], pat
                 written += len(new)
         details = await _details(client, name, patience_s)
         if has_ended(details):
-            if rest := client.get_job_logs(name)[written:]:
+            if rest := (client.log(name) or "")[written:]:
                 write(rest)
             return details
         await asyncio.sleep(_RETRY_S)

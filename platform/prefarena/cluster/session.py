@@ -75,8 +75,8 @@ def check_resources(config: Comparison, available: dict[str, float]) -> None:
 def requested(config: Comparison) -> dict[str, tuple[float, str]]:
     """What must be there at once, by kind of resource, and which settings ask for it."""
     resources = config.resources
-    workers = resources.num_workers * resources.cpus_per_worker
-    asked = {"CPU": (workers * resources.concurrent_runs, "resources.num_workers x cpus_per_worker x concurrent_runs")}
+    workers, groups = resources.num_workers * resources.cpus_per_worker, max(1, resources.concurrent_runs)
+    asked = {"CPU": (workers * groups, "resources.num_workers x cpus_per_worker x concurrent_runs")}
     num_actors = config.generation.num_actors if generates(config) else 0
     with_rollouts = workers + num_actors * config.generation.cpus
     if num_actors and not resources.use_gpu and with_rollouts > asked["CPU"][0]:
@@ -84,6 +84,6 @@ def requested(config: Comparison) -> dict[str, tuple[float, str]]:
         asked["CPU"] = (with_rollouts, why)
     if resources.use_gpu:
         training = resources.num_workers * resources.gpus_per_worker
-        num_gpus = max(training * resources.concurrent_runs, training + num_actors * config.generation.gpus)
+        num_gpus = max(training * groups, training + num_actors * config.generation.gpus)
         asked["GPU"] = (num_gpus, "resources.num_workers x gpus_per_worker, and generation.num_actors x gpus")
     return asked

@@ -81,12 +81,14 @@ class Resources(Section):
     gpus_per_worker: float = Field(1, gt=0, le=1, description="When use_gpu is true; a share for weight_sync: ipc.")
     labels: Labels = Field((), description="Labels of the nodes that hold training workers, e.g. {role: train}.")
     scoring: Scoring = Scoring()
+    concurrent_runs: int = Field(
+        1, ge=0, description="Groups of off-policy trainings at the same time; 0: as many as the cluster has room for."
+    )
     sharding: Literal["none", "fsdp"] = Field(
         "none",
         description="fsdp: each worker of an off-policy, reference or reward model training holds a part of weights, "
         "gradients and optimizer state (FSDP2); none, and on-policy methods: each holds all of them (DDP).",
     )
-    concurrent_runs: int = Field(1, ge=1, description="Off-policy Ray Train runs at the same time.")
     autoscaled: bool = Field(
         False, description="The cluster grows on demand: what it has not yet is waited for, not refused."
     )

@@ -16,6 +16,9 @@ from prefarena.errors import UserError
 _BUCKET_BATCHES = 16  # batches whose rows are sorted by length together: little padding, enough randomness
 
 
+_SEARCHED_STEPS = 256  # for the largest micro-batch
+
+
 @dataclass(frozen=True)
 class BatchPlan:
     """The plan of one data set. `lengths`: [N], by which rows are sorted; `batch_size`: rows a step over all workers;
@@ -64,6 +67,17 @@ class BatchPlan:
             longest = max(range(len(mine)), key=lambda part: len(mine[part]))
             mine[longest : longest + 1] = np.array_split(mine[longest], 2)
         return mine
+
+    def largest_micro_batch(self) -> NDArray[np.int64]:
+        """The rows with the most tokens that one worker takes in one pass; of many steps of the first epoch."""
+        order, steps = self._epoch(0), max(1, len(self.lengths) // self.batch_size)
+        parts = []
+        for step in np.unique(np.linspace(0, steps - 1, min(steps, _SEARCHED_STEPS)).astype(int)):
+            rows = order[step * self.batch_size : (step + 1) * self.batch_size]
+            rows = rows[np.argsort(self.lengths[rows], kind="stable")]
+            for rank in range(self.world_size):
+                parts += within_budget(rows[rank :: self.world_size], self.sizes, self.micro_batch_tokens)
+        return max(parts, key=lambda part: int(self.sizes[part].sum()))
 
     def _epoch(self, epoch: int) -> NDArray[np.int64]:
         generator = np.random.default_rng([self.seed, epoch])

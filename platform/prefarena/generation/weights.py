@@ -33,7 +33,7 @@ def expected_shapes(model_path: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the transformers state dict of this model, a tied head included. Loads no weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config: Any = AutoConfig.from_pretrained(model_path)
+    config: Any = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)
     return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}

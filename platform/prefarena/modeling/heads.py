@@ -33,7 +33,8 @@ class ScalarHead(nn.Module):
 
     def _at(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         hidden = body_output(self.model, batch).index_select(0, positions)
-        return at_least_float32(self.model.get_submodule("score")(hidden)[..., 0])
+        raw = self.model.get_submodule("score")(hidden)
+        return at_least_float32(raw)[..., 0].clone()  # what FSDP wraps must not return a view
 
 
 class ValueHead(ScalarHead):

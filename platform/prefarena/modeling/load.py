@@ -1,9 +1,13 @@
-"""Load and save transformers models and tokenizers; nothing here knows how they are trained."""
+"""Load and save transformers models and tokenizers; nothing here knows how they are trained.
+
+Weights are read from safetensors alone, and code that comes with a model is never run.
+"""
 
 from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import (
@@ -20,11 +24,13 @@ from transformers import (
 from prefarena.config import PretrainedModel, ScratchModel
 from prefarena.errors import UserError
 
+_SAFELY: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
+
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer with an eos and a pad token. Raises UserError where it has no eos, or cannot be loaded."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main")
+        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no tokenizer can be loaded from it ({_first_line(error)})") from None
     if tokenizer.eos_token_id is None:
@@ -37,7 +43,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
 def load_policy(path: str | Path, revision: str | None = None) -> PreTrainedModel:
     """A causal language model in float32, eval mode. Raises UserError where none can be loaded."""
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), revision=revision or "main", dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(str(path), revision=revision or "main", **_SAFELY)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no causal language model can be loaded from it ({_first_line(error)})") from None
     return model.eval()
@@ -71,7 +77,7 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 def new_reward_model(policy_path: str | Path, seed: int) -> PreTrainedModel:
     """A sequence-classification model with the policy's body and a fresh scalar head ~ N(0, 1 / (width + 1))."""
-    config = AutoConfig.from_pretrained(str(policy_path), num_labels=1)
+    config = AutoConfig.from_pretrained(str(policy_path), num_labels=1, trust_remote_code=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_config(config).float()
@@ -84,7 +90,7 @@ def new_reward_model(policy_path: str | Path, seed: int) -> PreTrainedModel:
 def load_reward_model(path: str | Path) -> PreTrainedModel:
     """A sequence-classification model with one label, float32, eval mode."""
     try:
-        model = AutoModelForSequenceClassification.from_pretrained(str(path), dtype=torch.float32)
+        model = AutoModelForSequenceClassification.from_pretrained(str(path), **_SAFELY)
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: no reward model can be loaded from it ({_first_line(error)})") from None
     return model.eval()

@@ -93,6 +93,7 @@ class Cost(Part):
     wall_seconds: float = 0.0
     device_seconds: float = 0.0
     peak_memory_mib: float | None = None
+    predicted_memory_mib: float | None = None
     num_tokens_trained: int = 0
     num_tokens_generated: int = 0
     reused: bool = False

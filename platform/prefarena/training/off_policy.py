@@ -17,6 +17,7 @@ from prefarena.config import Optimisation
 from prefarena.modeling.layers import recompute_layers
 from prefarena.objectives.output import Mean
 from prefarena.training.guard import GuardedOptimizer, TrainingDivergedError
+from prefarena.training.prediction import predict_memory
 from prefarena.training.schedule import warmed_up
 from prefarena.training.sharding import is_sharded, own_part, whole
 from prefarena.training.terms import Term
@@ -61,8 +62,8 @@ def train(
     terms: list[Term],
     training: Optimisation,
     worker: Worker,
-) -> dict[str, int]:
-    """Run all steps from the last checkpoint on. Returns the numbers of steps and tokens trained.
+) -> dict[str, float]:
+    """Run all steps from the last checkpoint on. Returns the numbers of steps and tokens trained, and predicted memory.
 
     `module` holds the parameters in float32; those that require a gradient are trained (master weights). `precision:
     bfloat16` computes under autocast; a sharded module makes halved copies itself. A step whose loss or gradient is not
@@ -72,6 +73,7 @@ def train(
     module.eval()  # dropout off: policy and reference agree at the start, and runs repeat
     if training.activation_checkpointing:
         recompute_layers(module)
+    predicted = predict_memory(module, terms, training, worker)
     trained = worker.distribute(module, training.precision)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in module.parameters() if parameter.requires_grad],
@@ -99,6 +101,7 @@ def train(
         if done % training.checkpoint_every == 0 and done < num_steps:
             worker.save(done, _tensors(module, optimizer), guard.state(), sharded=is_sharded(module))
     return {
+        **({"predicted_memory_mib": predicted} if predicted is not None else {}),
         "num_steps": num_steps,
         "num_tokens_trained": sum(term.num_tokens(step) for term in terms for step in range(first, num_steps)),
     }

@@ -28,9 +28,8 @@ def shard(
     Gradients are summed in float32 and averaged over the workers, as DDP does.
     """
     mesh = init_device_mesh(device.type, (world_size,))
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if precision == "bfloat16" else None, reduce_dtype=torch.float32
-    )
+    halved = precision == "bfloat16"
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if halved else MixedPrecisionPolicy()
     for layer in decoder_layers(module):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     fully_shard(module, mesh=mesh, mp_policy=policy)

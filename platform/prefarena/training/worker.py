@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import resource
 import secrets
 import time
 from contextlib import nullcontext
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from prefarena.stages import write_json, write_text
+from prefarena.training import process_memory
 from prefarena.training.checkpoints import Checkpoint, CheckpointFolder, DamagedCheckpointError
 from prefarena.training.sharding import is_sharded, like, own_part, reduce_after_backward, shard
 from prefarena.training.storage import full_disk_named, retried
@@ -48,12 +48,13 @@ class Worker:
         self._restored = False
         self.stage_dir.mkdir(parents=True, exist_ok=True)
         self._started = time.perf_counter()
-        self._reset_peak_memory()
+        self._measure_from_here()
+        self.first_memory_mib = self.memory_in_use_mib()
 
     def wrap(self, module: nn.Module) -> nn.Module:
         """The module on this worker's device, averaging gradients over workers where there are several."""
         module = module.to(self.device)
-        return DistributedDataParallel(module) if self.world_size > 1 else module
+        return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.world_size > 1 else module
 
     def distribute(self, module: nn.Module, precision: Literal["float32", "bfloat16"]) -> nn.Module:
         """The same, or spread over the workers where `sharding` says so; it then computes in `precision` of itself."""
@@ -198,7 +199,7 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------- costs
 
-    def costs(self, **counts: int) -> dict[str, Any]:
+    def costs(self, **counts: float) -> dict[str, Any]:
         """What the job has cost so far: seconds, device-seconds, this worker's peak memory, and `counts`."""
         wall = time.perf_counter() - self._started
         return {
@@ -208,24 +209,24 @@ class Worker:
             **counts,
         }
 
-    def _reset_peak_memory(self) -> None:
+    def _measure_from_here(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
-        try:
-            Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-        except OSError:  # not Linux, or not allowed: the peak is then that of the process, not of the job
-            return
+        process_memory.give_back_freed()
+        process_memory.forget_peak()
+
+    def memory_in_use_mib(self) -> float:
+        """Of the process on a CPU, with nothing freed in it; of the device on a GPU."""
+        if self.device.type == "cuda":
+            return torch.cuda.memory_allocated(self.device) / 2**20
+        process_memory.give_back_freed()
+        return process_memory.resident_mib()
 
     def _peak_memory_mib(self) -> float:
         if self.device.type == "cuda":
             return torch.cuda.max_memory_allocated(self.device) / 2**20
-        status = Path("/proc/self/status")
-        if status.exists():
-            for line in status.read_text(encoding="ascii").splitlines():
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) / 2**10
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+        return process_memory.peak_mib()
 
 
 class RayTrainWorker(Worker):

@@ -1,0 +1,135 @@
+"""The memory that training will take, found out before it starts.
+
+The forward and the backward pass of the largest micro-batch are run once with shapes in place of numbers (torch's fake
+tensors): every tensor that the real pass will make is counted while it lives, whatever the model, the adapters and what
+is recomputed. The weights, the gradients and the state of AdamW are counted beside them.
+"""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeCopyMode,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from prefarena.modeling.layers import decoder_layers
+
+#: The forward pass of a micro-batch, to its loss [].
+Loss = Callable[[nn.Module], Tensor]
+#: AdamW's two moments.
+_MOMENTS = 2
+#: Decoder layers that are whole at once while a sharded model runs: one at work, the next one on its way.
+_WHOLE_LAYERS = 2
+
+
+@dataclass(frozen=True)
+class MemoryNeed:
+    """Bytes on one worker. activations: what the passes hold at their peak beyond the rest, gradients under way too."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.gradients + self.optimizer + self.activations
+
+
+def training_memory(
+    module: nn.Module, losses: Iterable[Loss], *, bfloat16: bool = False, accumulates: bool = True, num_shards: int = 1
+) -> MemoryNeed | None:
+    """Most memory that a training step takes, over `losses`; nothing is computed, and `module` stays as it is.
+
+    accumulates: whether a step has several micro-batches, so that whole gradients exist while one is run. num_shards:
+    workers that weights, gradients and optimizer state are spread over. None where shapes depend on numbers, as in a
+    mixture of experts.
+    """
+    weights = size_of(module.parameters()) + size_of(module.buffers())
+    trained = size_of(parameter for parameter in module.parameters() if parameter.requires_grad)
+    try:
+        passes = max(_peak_of_pass(module, loss, bfloat16, accumulates) for loss in losses)
+    except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
+        return None
+    if num_shards == 1:
+        gradients = trained if accumulates else 0
+        step = trained  # gradients are all there when the optimizer moves, and activations are not
+        return MemoryNeed(weights, step, _MOMENTS * trained, max(passes - (step - gradients), 0))
+    gathered = _gathered(module, bfloat16)
+    gradients = trained if accumulates else trained // num_shards
+    beyond = passes if accumulates else max(passes - trained, 0)
+    return MemoryNeed(weights // num_shards + gathered, gradients, _MOMENTS * trained // num_shards, beyond + gathered)
+
+
+def size_of(tensors: Iterable[Tensor]) -> int:
+    """Bytes."""
+    return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
+
+
+def _gathered(module: nn.Module, bfloat16: bool) -> int:
+    """Bytes of the weights that are whole at once in a sharded model: what belongs to no layer, and a few layers."""
+    layers = [size_of(layer.parameters()) for layer in decoder_layers(module)]
+    whole = size_of(module.parameters()) - sum(layers) + sum(sorted(layers)[-_WHOLE_LAYERS:])
+    return whole // 2 if bfloat16 else whole
+
+
+def _peak_of_pass(module: nn.Module, loss: Loss, bfloat16: bool, accumulates: bool) -> int:
+    """Most bytes that one forward and backward pass holds beyond weights, and gradients where they exist before it."""
+    fake = FakeTensorMode(allow_non_fake_inputs=True)
+    with FakeCopyMode(fake):
+        twin = copy.deepcopy(module)
+    with fake:
+        if accumulates:
+            for parameter in twin.parameters():
+                parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
+        held = [*twin.parameters(), *twin.buffers(), *(p.grad for p in twin.parameters() if p.grad is not None)]
+        count = _Living(held)
+        with count:
+            with torch.autocast(held[0].device.type, torch.bfloat16, enabled=bfloat16):
+                total = loss(twin)
+            total.backward()
+    return count.peak
+
+
+class _Living(TorchDispatchMode):
+    """Counts the bytes of the tensors that operations make, while they live. `held` were there before."""
+
+    def __init__(self, held: list[Tensor]) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known = {id(tensor.untyped_storage()) for tensor in held}
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        made = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(made):
+            if isinstance(leaf, Tensor):
+                self._note(leaf.untyped_storage())
+        return made
+
+    def _note(self, storage: torch.UntypedStorage) -> None:
+        if id(storage) in self._known:  # made in place, or another view
+            return
+        size = storage.nbytes()
+        self._known.add(id(storage))
+        weakref.finalize(storage, self._forget, id(storage), size)
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def _forget(self, identity: int, size: int) -> None:
+        self._known.discard(identity)
+        self.now -= size

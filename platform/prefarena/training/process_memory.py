@@ -1,0 +1,47 @@
+"""The memory of this process, as the operating system counts it."""
+
+from __future__ import annotations
+
+import ctypes
+import resource
+from pathlib import Path
+
+#: glibc's mallopt parameter, and the bytes from which a tensor gets pages of its own. Left to itself glibc raises the
+#: limit to the size of what was freed, up to 32 MiB, keeps freed tensors in its heap, and fills the holes badly.
+_M_MMAP_THRESHOLD, _OWN_PAGES = -3, 2**19
+
+
+def give_back_freed() -> None:
+    """Return to the system what was freed, and from now on large tensors when they are freed; with glibc only."""
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "malloc_trim"):
+        libc.mallopt(_M_MMAP_THRESHOLD, _OWN_PAGES)
+        libc.malloc_trim(0)
+
+
+def forget_peak() -> None:
+    """Let the peak be that from now on. Where that is not possible it stays that of the process so far."""
+    try:
+        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    except OSError:  # not Linux, or not allowed
+        return
+
+
+def resident_mib() -> float:
+    """Memory in use now; 0 where the system does not tell."""
+    return _status("VmRSS") or 0.0
+
+
+def peak_mib() -> float:
+    """The most since `forget_peak`."""
+    return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
+
+
+def _status(name: str) -> float | None:
+    path = Path("/proc/self/status")
+    if not path.exists():
+        return None
+    for line in path.read_text(encoding="ascii").splitlines():
+        if line.startswith(f"{name}:"):
+            return int(line.split()[1]) / 2**10
+    return None
