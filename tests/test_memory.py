@@ -41,13 +41,13 @@ class Shape:
 
 STEPS = {"num_steps": 2, "warmup_steps": 0}
 SHAPES = {
-    "small vocabulary": Shape(8_192, 4, 128, 64, 32, Optimisation(batch_size=32, micro_batch_tokens=4096, **STEPS)),
-    "large vocabulary": Shape(131_072, 4, 128, 64, 32, Optimisation(batch_size=32, micro_batch_tokens=4096, **STEPS)),
-    "long and deep": Shape(8_192, 12, 1024, 300, 4, Optimisation(batch_size=4, micro_batch_tokens=3300, **STEPS)),
+    "small vocabulary": Shape(8_192, 4, 128, 64, 16, Optimisation(batch_size=16, micro_batch_tokens=4096, **STEPS)),
+    "large vocabulary": Shape(131_072, 4, 128, 64, 16, Optimisation(batch_size=16, micro_batch_tokens=4096, **STEPS)),
+    "long and deep": Shape(8_192, 8, 512, 150, 4, Optimisation(batch_size=4, micro_batch_tokens=1700, **STEPS)),
     "long, deep and recomputed, with adapters": Shape(
-        8_192, 12, 1024, 300, 4,
+        8_192, 8, 512, 150, 8,
         Optimisation(
-            batch_size=4, micro_batch_tokens=6600, activation_checkpointing=True, lora=LoRA(rank=8), **STEPS
+            batch_size=8, micro_batch_tokens=7000, activation_checkpointing=True, lora=LoRA(rank=8), **STEPS
         ),
     ),
 }  # fmt: skip

@@ -108,8 +108,9 @@ def runs(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_two_workers_have_the_losses_of_one(runs: Path, variant: str, workers: str) -> None:
     one, two = (metric_rows(runs / where / variant) for where in ("one", workers))
-    for name in ("loss", "grad_norm", "preference/margin"):
+    for name in ("loss", "preference/margin"):
         np.testing.assert_allclose(column(two, name), column(one, name), rtol=0, atol=1e-5, err_msg=name)
+    np.testing.assert_allclose(column(two, "grad_norm"), column(one, "grad_norm"), rtol=1e-4)
     assert len(one) == NUM_STEPS
     assert np.mean(column(one[-5:], "preference/margin")) > 0.3  # it has learnt something
 
