@@ -14,6 +14,7 @@ from on_policy import LocalGenerator, make_job, metric_rows
 from test_training import QUICK, inputs, off_policy_job, weights
 from test_training import metric_rows as rows_of
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from prefarena.config import DPO, PPOTraining
 from prefarena.modeling.load import load_policy
@@ -76,6 +77,8 @@ class PoisonedTerm(PreferenceTerm):
 
     def __call__(self, *arguments: object) -> ObjectiveOutput:
         output = super().__call__(*arguments)  # type: ignore[arg-type]
+        if isinstance(output.loss.total, FakeTensor):  # memory is being predicted, nothing trained
+            return output
         type(self).calls += 1
         if self.calls not in self.bad:
             return output
