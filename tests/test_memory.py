@@ -8,6 +8,7 @@ process, and the peak of the first shape is about a third above what its tensors
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -80,7 +81,9 @@ def measured(folder: Path, shape: Shape) -> dict[str, float]:
     stage = folder / "stage"
     command = [sys.executable, str(Path(__file__).with_name("memory_probe.py")), str(folder), str(stage)]
     command.append(shape.training.model_dump_json())
-    ran = subprocess.run(command, check=True, timeout=300, stdout=subprocess.PIPE, text=True)
+    # What glibc keeps of freed tensors is not the job's need; so it returns them (training/process_memory.py).
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": str(2**19)}
+    ran = subprocess.run(command, check=True, timeout=300, stdout=subprocess.PIPE, text=True, env=environment)
     base = float(ran.stdout.splitlines()[-1])
     costs = read_manifest(stage)["costs"]
     memory = json.loads((stage / "memory.json").read_text(encoding="utf-8"))
