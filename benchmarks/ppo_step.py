@@ -21,7 +21,7 @@ from pathlib import Path
 
 from ppo_parity import TOLERANCE, Parity, compare
 from ppo_setting import MODEL, SETTINGS, VOCABULARY, Setting, prepare
-from sides import HERE, Side, environment_python, machine, versions, versions_in
+from sides import HERE, Report, Side, environment_python, machine, versions, versions_in
 
 ENVIRONMENT = HERE / ".venv-trl"
 REQUIREMENTS = HERE / "requirements" / "trl-ppo.txt"
@@ -139,28 +139,21 @@ def main() -> None:
     parser.add_argument("--parity", action="store_true", help="compare the objectives, take no times")
     arguments = parser.parse_args()
     python = environment_python(ENVIRONMENT, REQUIREMENTS)
-    lines: list[str] = []
-
-    def say(new: list[str]) -> None:
-        lines.extend(new)
-        print("\n".join(new), flush=True)
-
-    say(header(python, arguments.repeats))
+    report = Report(arguments.out)
+    report.say(header(python, arguments.repeats))
     for setting in SETTINGS:
         if arguments.only not in (None, setting.name):
             continue
         with tempfile.TemporaryDirectory() as folder:
             path = prepare(setting, Path(folder) / setting.name, ITERATIONS)
-            say(["", description(setting)])
+            report.say(["", description(setting)])
             parity = freeze_and_compare(python, path)
-            say(parity_lines(parity))
+            report.say(parity_lines(parity))
             if not parity.same:
                 sys.exit(f"the two sides differ by more than {TOLERANCE:g}: nothing is timed")
             if not arguments.parity:
-                say(timing_lines(setting, measure(python, path, setting, arguments.repeats)))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                report.say(timing_lines(setting, measure(python, path, setting, arguments.repeats)))
+    report.save()
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ class Setting:
 
     name: str
     title: str
-    num_steps: int = 16
+    num_steps: int = 10
     batch_size: int = 8
     parity_steps: int = 10
     learning_rate: float = 1e-4

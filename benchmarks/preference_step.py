@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from preference_setting import MODEL, SETTINGS, Setting, num_parameters, num_tokens, prepare
-from sides import HERE, Side, environment_python, machine, versions, versions_in
+from sides import HERE, Report, Side, environment_python, machine, versions, versions_in
 from step_ours import PRODUCTION, write_reference
 
 ENVIRONMENT = HERE / ".venv-trl116"
@@ -80,9 +80,12 @@ ABLATION = (
     Contender("prompt not shared", "ours", PRODUCTION | {"rows": "repeated"}),
     Contender("nor packed: padded rows", "ours", PRODUCTION | {"rows": "padded"}),
     Contender("a pair a pass", "ours", PRODUCTION | {"micro_batch_tokens": 1}),
+    Contender("512 tokens a pass", "ours", PRODUCTION | {"micro_batch_tokens": 512}),
+    Contender("2048 tokens a pass", "ours", PRODUCTION | {"micro_batch_tokens": 2048}),
     Contender("a batch a pass", "ours", PRODUCTION | {"micro_batch_tokens": 8192}),
     Contender("head not chunked", "ours", PRODUCTION | {"chunked_head": False}),
     Contender("no length bucketing", "ours", PRODUCTION | {"order": "shuffled"}),
+    Contender("torch.compile", "ours", PRODUCTION | {"compiled": True}),
     Contender("AdamW not fused", "ours", PRODUCTION | {"fused": False}),
     Contender(
         "none of them",
@@ -91,15 +94,15 @@ ABLATION = (
                  "micro_batch_tokens": 8192},
     ),
 )  # fmt: skip
+_PRECOMPUTED = _TRL | {"precompute": True}
 SEARCH = (
-    Contender("precomputed", "trl", _TRL | {"precompute": True}),
-    Contender("micro-batch 4", "trl", _TRL | {"precompute": True, "micro_batch": 4}),
-    Contender("bucketed", "trl", _TRL | {"precompute": True, "order": "bucketed"}),
-    Contender("bucketed, micro-batch 4", "trl", _TRL | {"precompute": True, "order": "bucketed", "micro_batch": 4}),
-    Contender("bucketed, micro-batch 2", "trl", _TRL | {"precompute": True, "order": "bucketed", "micro_batch": 2}),
-    Contender("bucketed, micro-batch 1", "trl", _TRL | {"precompute": True, "order": "bucketed", "micro_batch": 1}),
-    Contender("bucketed, 2, eager", "trl", _TRL | _TRL_BEST | {"precompute": True, "attention": "eager"}),
-    Contender("bucketed, 2, not fused", "trl", _TRL | _TRL_BEST | {"precompute": True, "fused": False}),
+    Contender("shuffled, micro-batch 8", "trl", _PRECOMPUTED),
+    *(
+        Contender(f"bucketed, micro-batch {size}", "trl", _PRECOMPUTED | {"order": "bucketed", "micro_batch": size})
+        for size in (8, 4, 2, 1)
+    ),
+    Contender("the best, eager", "trl", _PRECOMPUTED | _TRL_BEST | {"attention": "eager"}),
+    Contender("the best, not fused", "trl", _PRECOMPUTED | _TRL_BEST | {"fused": False}),
 )
 #: Ours against theirs, with what a reader may hold them to.
 RATIOS = (
@@ -277,13 +280,8 @@ def main() -> None:
     arguments = parser.parse_args()
     contenders: tuple[Contender, ...] = arguments.contenders
     python = environment_python(ENVIRONMENT, REQUIREMENTS)
-    lines: list[str] = []
-
-    def say(new: list[str]) -> None:
-        lines.extend(new)
-        print("\n".join(new), flush=True)
-
-    say(header(python, arguments.repeats))
+    report = Report(arguments.out)
+    report.say(header(python, arguments.repeats))
     for setting in SETTINGS:
         if arguments.only not in (None, setting.name):
             continue
@@ -292,21 +290,20 @@ def main() -> None:
             spec = json.loads(path.read_text(encoding="utf-8"))
             real = arguments.data is not None and setting.name == "natural"
             source = "pairs of HH-RLHF" if real else "random tokens"
-            say(["", description(setting, spec, num_parameters(path.with_name("policy")), source)])
-            say([f"  reference log-probs of all pairs, by ours, once: {write_reference(spec):.1f} s"])
-            same = parity(python, path, setting, contenders)
-            say(same.lines())
-            if not same.same:
-                sys.exit(f"the sides differ by more than {TOLERANCE:g}, or do not start at log 2: nothing is timed")
+            report.say(["", description(setting, spec, num_parameters(path.with_name("policy")), source)])
+            report.say([f"  reference log-probs of all pairs, by ours, once: {write_reference(spec):.1f} s"])
+            if contenders is not SEARCH:  # one program, and settings that change no number
+                same = parity(python, path, setting, contenders)
+                report.say(same.lines())
+                if not same.same:
+                    sys.exit(f"the sides differ by more than {TOLERANCE:g}, or do not start at log 2: nothing is timed")
             if not arguments.parity:
                 blocks = measure(python, path, setting, contenders, arguments.repeats)
                 found = {title: Measured.of(of_side) for title, of_side in blocks.items()}
-                say(measured_lines(setting, num_tokens(spec), found))
+                report.say(measured_lines(setting, num_tokens(spec), found))
                 if contenders is MAIN:
-                    say(ratio_lines(found))
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+                    report.say(ratio_lines(found))
+    report.save()
 
 
 if __name__ == "__main__":

@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from preference_setting import Setting, num_parameters, write_spec
 from random_pairs import random_pairs, word_tokenizer
-from sides import Side, machine, memory_mib, serve, versions
+from sides import Report, Side, machine, memory_mib, serve, versions
 from step_ours import PRODUCTION, Step
 
 from prefarena.config import ScratchModel
@@ -251,23 +251,18 @@ def main() -> None:
     if arguments.worker:
         work(arguments.worker[0], int(arguments.worker[1]))
         return
-    lines: list[str] = []
-
-    def say(new: list[str]) -> None:
-        lines.extend(new)
-        print("\n".join(new), flush=True)
-
-    say([f"The preference step (MPO, 8 pairs a step, float32): {versions('torch', 'transformers')}", machine(), ""])
+    report = Report(arguments.out)
+    report.say(
+        [f"The preference step (MPO, 8 pairs a step, float32): {versions('torch', 'transformers')}", machine(), ""]
+    )
     for series in SERIES:
         if arguments.only not in (None, series.name):
             continue
         costs = [measure(point) for point in series.points]
-        say(lines_of(series, costs))
+        report.say(lines_of(series, costs))
         if series.name == "workers" and max(_drift(costs[0], cost) for cost in costs) > TOLERANCE:
             sys.exit(f"losses differ by more than {TOLERANCE:g} between numbers of workers")
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text("\n".join(lines), encoding="utf-8")
+    report.save()
 
 
 if __name__ == "__main__":

@@ -118,3 +118,20 @@ def machine() -> str:
     ]
     load = f"load when it began: {os.getloadavg()[0]:.1f}"
     return f"{os.cpu_count()} x {models[0]}; {load}; Python {platform.python_version()}; {time.strftime('%Y-%m-%d')}"
+
+
+class Report:
+    """Lines that are printed as they come; `save` writes them to `out`, where that is given."""
+
+    def __init__(self, out: Path | None) -> None:
+        self._out = out
+        self._lines: list[str] = []
+
+    def say(self, lines: list[str]) -> None:
+        self._lines += lines
+        print("\n".join(lines), flush=True)
+
+    def save(self) -> None:
+        if self._out is not None:
+            self._out.parent.mkdir(parents=True, exist_ok=True)
+            self._out.write_text("\n".join(self._lines).rstrip() + "\n", encoding="utf-8")

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from prefarena.config import DPO, MPO, OffPolicyMethod, Optimisation
 from prefarena.data.plan import within_budget
 from prefarena.data.tables import read_rows, write_rows
+from prefarena.modeling.layers import decoder_layers
 from prefarena.modeling.load import load_policy
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.objectives.output import ObjectiveOutput
@@ -53,7 +54,8 @@ class Step:
 
     rows: `packed`; `repeated`: packed, but with the prompt before each response; `padded`: a padded row for each
     response. chunked_head: no logits are held; else those of all response positions. order: `bucketed` by length, or
-    `shuffled`. fused: AdamW in one pass. micro_batch_tokens: most tokens in a forward pass.
+    `shuffled`. fused: AdamW in one pass. micro_batch_tokens: most tokens in a forward pass. compiled (off in
+    production): each layer's MLP and norms by torch.compile, for all lengths.
     """
 
     def __init__(self, spec: dict[str, Any], side: dict[str, Any], worker: Worker) -> None:
@@ -65,6 +67,10 @@ class Step:
             module.packed = False
         if not side["chunked_head"]:
             module.plain_head = False
+        if side["compiled"]:
+            for part in (part for layer in decoder_layers(module) for part in layer.children()):
+                if "Attention" not in type(part).__name__:
+                    part.compile(dynamic=True)
         shares = Shares(self._training, self._worker.world_size, spec["seed"], packed=side["rows"] == "packed")
         kind = RepeatedPrompts if side["rows"] == "repeated" else PreferenceTerm
         self._term = kind(spec["referenced_table"], method, shares, spec["pad"])
@@ -120,7 +126,7 @@ def write_reference(spec: dict[str, Any], tokens_at_once: int = 8192) -> float:
 
 PRODUCTION: dict[str, Any] = {
     "method": "dpo", "order": "bucketed", "rows": "packed", "chunked_head": True, "fused": True,
-    "micro_batch_tokens": 1024,
+    "micro_batch_tokens": 1024, "compiled": False,
 }  # fmt: skip
 
 

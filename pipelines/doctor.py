@@ -6,22 +6,19 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, LlamaConfig, PretrainedConfig
 
 from pipelines.compare import check_input
-from pipelines.plan import max_length
+from pipelines.plan import longest
 from prefarena.cluster.capacity import cluster_nodes, describe, generates
 from prefarena.cluster.doctor import (
     Finding,
-    Shape,
-    disk_needed,
-    heaviest_training,
     judge_capacity,
     judge_memory,
     judge_nodes,
     judge_storage,
 )
+from prefarena.cluster.needs import Lengths, disk_needed, heaviest_training, num_parameters
 from prefarena.cluster.probe import ask_nodes, token_file
 from prefarena.cluster.session import check_resources, ray_session
 from prefarena.config import Comparison, PretrainedModel, TextTask
@@ -66,8 +63,8 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
         yield Finding(True, f"output: {output} cannot be written ({error.strerror or error})")
         return
     yield from judge_nodes(reports, silent, generates(config))
-    shape = model_shape(config)
-    memory = heaviest_training(config, shape, max_length(config.task)) if shape else None
+    settings = model_settings(config)
+    memory = heaviest_training(config, settings, Lengths(*longest(config.task))) if settings else None
     capacity = judge_capacity(config, cluster_nodes(), memory)
     yield from capacity
     if not config.resources.autoscaled and not any(finding.problem for finding in capacity):
@@ -77,39 +74,29 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
             yield Finding(True, str(error))
     yield from judge_memory(config, reports, memory)
     if reports:
-        needed = disk_needed(config, shape, _data_bytes(config)) if shape else None
+        needed = disk_needed(config, num_parameters(settings), _data_bytes(config)) if settings else None
         yield from judge_storage(str(output), reports, needed)
 
 
-def model_shape(config: Comparison) -> Shape | None:
-    """Sizes of the comparison's model, from its configuration alone; None where that cannot be read."""
+def model_settings(config: Comparison) -> PretrainedConfig | None:
+    """Of the comparison's model, from its configuration alone; None where that cannot be read."""
     if isinstance(config.model, PretrainedModel):
         try:
-            settings = AutoConfig.from_pretrained(
+            return AutoConfig.from_pretrained(
                 config.model.path, revision=config.model.revision or "main", trust_remote_code=False
             )
         except (OSError, ValueError):
             return None
-    else:
-        task, model = config.task, config.model
-        settings = LlamaConfig(
-            vocab_size=model.vocab_size if isinstance(task, TextTask) else Language(task).vocab_size,
-            hidden_size=model.hidden_size,
-            intermediate_size=model.intermediate_size,
-            num_hidden_layers=model.num_layers,
-            num_attention_heads=model.num_heads,
-            num_key_value_heads=model.num_heads,
-            tie_word_embeddings=False,
-        )
-    return _shape(settings)
-
-
-def _shape(settings: PretrainedConfig) -> Shape:
-    with torch.device("meta"):  # sizes without memory
-        number = AutoModelForCausalLM.from_config(settings).num_parameters()
-    width = settings.hidden_size
-    inner = getattr(settings, "intermediate_size", None) or 4 * width
-    return Shape(number, width, inner, settings.num_hidden_layers, settings.vocab_size)
+    task, model = config.task, config.model
+    return LlamaConfig(
+        vocab_size=model.vocab_size if isinstance(task, TextTask) else Language(task).vocab_size,
+        hidden_size=model.hidden_size,
+        intermediate_size=model.intermediate_size,
+        num_hidden_layers=model.num_layers,
+        num_attention_heads=model.num_heads,
+        num_key_value_heads=model.num_heads,
+        tie_word_embeddings=False,
+    )
 
 
 def _data_bytes(config: Comparison) -> int:

@@ -328,6 +328,11 @@ def response_limit(task: LanguageTask | TextTask) -> int:
 
 def max_length(task: LanguageTask | TextTask) -> int:
     """Most tokens in a prompt and its response."""
+    return sum(longest(task))
+
+
+def longest(task: LanguageTask | TextTask) -> tuple[int, int]:
+    """Most tokens in a prompt, and in a response."""
     if isinstance(task, LanguageTask):
-        return 1 + task.prompt_letters + task.response_limit
-    return task.max_prompt_tokens + task.max_response_tokens
+        return 1 + task.prompt_letters, task.response_limit
+    return task.max_prompt_tokens, task.max_response_tokens

@@ -1,6 +1,9 @@
 """Kills random processes of a running comparison at random points of its progress, and starts it again when it ends.
 
-    python tests/chaos.py CONFIG.yaml --kills 50 --seed 1      a longer one, on a comparison of your own
+    python tests/chaos.py [CONFIG.yaml] [--kills 50] [--seed 1] [--out FILE]
+
+runs a comparison, the embedded default where none is named, undisturbed and then disturbed, each from nothing, and
+compares what they left: the numbers of the table, weights and metric rows. It ends with status 1 where they differ.
 
 Points are shares of all training steps, so a slow machine is disturbed as often as a fast one.
 """
@@ -14,16 +17,18 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
+import yaml
 
 from pipelines.plan import make_plan
 from prefarena.config import Comparison, load_config
+from prefarena.report.results import load_results
 from prefarena.stages import is_finished
 
 #: Kind of victim to the start of its process's name. "node" is the raylet, without which all that it runs ends.
@@ -54,8 +59,9 @@ class Disturbed:
     config: Path
     kills: list[Kill]
     num_starts: int = 0
+    seconds: float = 0.0
     _process: subprocess.Popen[bytes] | None = None
-    _unrecovered: list[tuple[Kill, float, int]] = field(default_factory=list)  # since when, in which start
+    _unrecovered: list[tuple[Kill, float, set[int]]] = field(default_factory=list)  # since when; all of the kind then
 
     def __post_init__(self) -> None:
         self._comparison = load_config(str(self.config), [])
@@ -63,16 +69,16 @@ class Disturbed:
 
     def run(self) -> None:
         """To the end, with all kills on the way. Raises what is wrong: no progress, an ending that nobody caused."""
-        best, killed_at, todo = 0.0, time.monotonic(), sorted(self.kills, key=lambda kill: kill.point)
-        moved_at = time.monotonic()
+        began = moved_at = killed_at = time.monotonic()
+        best, todo = 0.0, sorted(self.kills, key=lambda kill: kill.point)
         while True:
             reached = progress(self._folders)
             if reached > best:
                 best, moved_at = reached, time.monotonic()
                 self._recovered()
-            if todo and best >= todo[0].point and self._kill(todo[0]):
-                self._unrecovered.append((todo.pop(0), time.monotonic(), self.num_starts))
+            if todo and best >= todo[0].point and (killed := self._kill(todo[0])):
                 killed_at = time.monotonic()
+                self._unrecovered.append((todo.pop(0), killed_at, killed))
             status = self._process.poll() if self._process is not None else -1
             if status == 0:
                 break
@@ -82,7 +88,9 @@ class Disturbed:
                 self._start()
             assert time.monotonic() - max(moved_at, killed_at) < _LIMIT_S, f"stuck at {best}:\n{self.log()[-3000:]}"
             time.sleep(_POLL_S)
-        self._recovered()
+        self.seconds = time.monotonic() - began
+        for kill, since, _ in self._unrecovered:
+            kill.seconds = time.monotonic() - since
         assert not todo, f"ended before it was disturbed by {todo}"
 
     def log(self) -> str:
@@ -97,29 +105,40 @@ class Disturbed:
             command = [sys.executable, "-m", "pipelines.cli", "compare", str(self.config)]
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
-    def _kill(self, kill: Kill) -> bool:
-        """Whether there was a process of that kind, and it was killed."""
-        if self._process is None or self._process.poll() is not None:
-            return False
-        run = psutil.Process(self._process.pid)
-        name = VICTIMS[kill.kind]
+    def _kill(self, kill: Kill) -> set[int]:
+        """Kill the first process of that kind; the ids of all that there were, none where nothing was killed."""
+        found = self._running(kill.kind)
         try:
-            found = [child for child in run.children(recursive=True) if child.name().startswith(name[:15])]
-            victims = found if name else [run]
-            if victims:
-                victims[0].send_signal(signal.SIGKILL)
+            if found:
+                found[0].send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
-            return False
-        return bool(victims)
+            return set()
+        return {process.pid for process in found}
+
+    def _running(self, kind: str) -> list[psutil.Process]:
+        """The processes of that kind."""
+        if self._process is None or self._process.poll() is not None:
+            return []
+        name = VICTIMS[kind]
+        try:
+            run = psutil.Process(self._process.pid)
+            if not name:
+                return [run]
+            return [child for child in run.children(recursive=True) if child.name().startswith(name[:15])]
+        except psutil.NoSuchProcess:
+            return []
 
     def _recovered(self) -> None:
-        """Take the time of kills that the run is past. Workers may outlive node and driver: those must start again."""
+        """Of kills that the run is past, take the time: a process of the kind runs again, and there was progress since.
+
+        Others may go on for a while without the victim: that is not yet recovery.
+        """
         left = []
-        for kill, since, start in self._unrecovered:
-            if VICTIMS[kill.kind].startswith("ray::") or self.num_starts > start:
+        for kill, since, then in self._unrecovered:
+            if any(process.pid not in then for process in self._running(kill.kind)):
                 kill.seconds = time.monotonic() - since
             else:
-                left.append((kill, since, start))
+                left.append((kill, since, then))
         self._unrecovered = left
 
 
@@ -153,13 +172,23 @@ def last_row(folder: Path) -> dict[str, Any] | None:
     return json.loads(lines[-1]) if lines else None
 
 
-def plan_kills(num_kills: int, seed: int, generating: Callable[[random.Random], float]) -> list[Kill]:
-    """Kinds in turn, at random points; those of generation actors where `generating` says that there are some."""
+def generating_span(config: Comparison) -> tuple[float, float]:
+    """Between which shares of the steps generation actors surely run: on-policy jobs are the last ones."""
+    on_policy = {
+        trained.training.folder
+        for plan in make_plan(config)
+        for trained in plan.trained
+        if trained.training is not None and trained.entry.method.kind in ("rlhf", "grpo", "rloo")
+    }
+    share = len(on_policy) / len(training_folders(config))
+    return 1 - 0.9 * share, 1 - 0.15 * share
+
+
+def plan_kills(num_kills: int, seed: int, generating: tuple[float, float]) -> list[Kill]:
+    """Kinds in turn, at random points; those of generation actors between the shares `generating`."""
     source = random.Random(seed)
     kinds = [list(VICTIMS)[number % len(VICTIMS)] for number in range(num_kills)]
-    return [
-        Kill(kind, generating(source) if kind == "generation actor" else source.uniform(0.01, 0.99)) for kind in kinds
-    ]
+    return [Kill(kind, source.uniform(*(generating if kind == "generation actor" else (0.01, 0.99)))) for kind in kinds]
 
 
 def steps_lost(folders: list[Path]) -> int:
@@ -181,18 +210,72 @@ def summary(run: Disturbed) -> str:
     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("config", type=Path)
+def write_config(tree: dict[str, Any], folder: Path) -> Path:
+    """A comparison that keeps everything in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({**tree, "output": str(folder / "runs")}), encoding="utf-8")
+    return path
+
+
+def differences(whole: Path, broken: Path) -> list[str]:
+    """What the stages and tables of two configurations' runs differ in, times apart; empty: nothing."""
+    found = []
+    for pattern, of_file in (("*.safetensors", bytes), ("metrics.jsonl", _timeless)):
+        ours, theirs = (_stage_files(config, pattern) for config in (broken, whole))
+        found += [f"{name} is not in both" for name in sorted(ours.keys() ^ theirs.keys())]
+        both = sorted(ours.keys() & theirs.keys())
+        found += [f"{name} differs" for name in both if of_file(ours[name]) != of_file(theirs[name])]
+    tables = [_table(config) for config in (whole, broken)]
+    return found + (["the tables differ"] if tables[0] != tables[1] else [])
+
+
+def _stage_files(config: Path, pattern: str) -> dict[str, bytes]:
+    stages = config.parent / "runs" / "stages"
+    return {str(path.relative_to(stages)): path.read_bytes() for path in sorted(stages.rglob(pattern))}
+
+
+def _timeless(content: bytes) -> list[dict[str, Any]]:
+    clocks = ("time/", "tokens_per_second", "steps_per_second")
+    rows = [json.loads(line) for line in content.splitlines()]
+    return [{key: value for key, value in row.items() if not key.startswith(clocks)} for row in rows]
+
+
+def _table(config: Path) -> list[Any]:
+    return [entry.seeds for entry in load_results(run_folder(config)).entries]
+
+
+def run_folder(config: Path) -> Path:
+    """Of the one comparison in this configuration's output."""
+    return next(path for path in (config.parent / "runs").iterdir() if path.name != "stages" and path.is_dir())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("config", nargs="?", help="a comparison; the embedded default where it is left out")
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--generating", type=float, nargs=2, default=(0.8, 0.95), help="shares in which actors run")
+    parser.add_argument("--out", type=Path, help="also write the result there")
     arguments = parser.parse_args()
-    kills = plan_kills(arguments.kills, arguments.seed, lambda source: source.uniform(*arguments.generating))
-    run = Disturbed(arguments.config, kills)
-    run.run()
-    print(summary(run))
+    config = load_config(arguments.config, [f"resources.max_failures={arguments.kills}"])
+    with tempfile.TemporaryDirectory() as folder:
+        tree = config.model_dump(mode="json")
+        whole, broken = (write_config(tree, Path(folder) / name) for name in ("whole", "broken"))
+        undisturbed = Disturbed(whole, [])
+        undisturbed.run()
+        run = Disturbed(broken, plan_kills(arguments.kills, arguments.seed, generating_span(config)))
+        run.run()
+        found = differences(whole, broken)
+        lines = [
+            f"{config.name}: undisturbed {undisturbed.seconds:.0f} s, disturbed {run.seconds:.0f} s, both from nothing",
+            summary(run),
+            *(found or ["tables, weights and metric rows are equal, bit for bit"]),
+        ]
+    print("\n".join(lines))
+    if arguments.out:
+        arguments.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return 1 if found else 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

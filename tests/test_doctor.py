@@ -9,31 +9,30 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import ray
 import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipelines.doctor import doctor, model_shape
+from pipelines.doctor import doctor, model_settings
 from prefarena.cluster.capacity import Node
 from prefarena.cluster.doctor import (
-    Shape,
-    disk_needed,
-    heaviest_training,
     judge_capacity,
     judge_memory,
     judge_nodes,
     judge_storage,
-    training_memory,
 )
+from prefarena.cluster.needs import Lengths, disk_needed, heaviest_training, num_parameters
 from prefarena.cluster.probe import NodeReport, versions, vllm_wants_torch
 from prefarena.config import Comparison, parse_config
+from prefarena.modeling.logprobs import LogProbs, sequence_logps
+from prefarena.modeling.memory import training_memory
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
 ENTRIES = [{"name": "dpo", "method": {"kind": "dpo"}}, {"name": "rlhf", "method": {"kind": "rlhf"}}]
-LARGE = Shape(num_parameters=7 * 10**9, width=4096, inner_width=11008, num_layers=32, vocab_size=32000)
 NODE = NodeReport(
     "a", {"python": "3.12.1", "torch": "2.13.0", "vllm": "0.32.0"}, "2.13.0", [("L4", 24 * GIB)], True, GIB
 )
@@ -47,68 +46,93 @@ def problems(findings: list) -> str:
     return "\n".join(finding.text for finding in findings if finding.problem)
 
 
-def test_the_prediction_of_activations_is_what_autograd_keeps() -> None:
-    """The bytes that a forward pass keeps, counted by hooks; the last two of logits' three come with the backward."""
-    width, inner, layers, vocab, batch, length = 128, 352, 3, 512, 4, 64
-    settings = LlamaConfig(
-        vocab_size=vocab, hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
-        num_attention_heads=2, num_key_value_heads=2, tie_word_embeddings=False,
+LENGTHS = Lengths(prompt=40, response=12)
+#: Of 7 billion parameters, none of which is made.
+LARGE = LlamaConfig(
+    hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32, vocab_size=32000,
+    tie_word_embeddings=False,
+)  # fmt: skip
+
+
+def small_settings() -> LlamaConfig:
+    return LlamaConfig(
+        hidden_size=128, intermediate_size=352, num_hidden_layers=2, num_attention_heads=2, vocab_size=512,
+        tie_word_embeddings=False,
     )  # fmt: skip
-    model = LlamaForCausalLM(settings)
-    weights = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in weights:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        logps = model(torch.zeros(batch, length, dtype=torch.long)).logits.log_softmax(-1)
-        loss = logps.sum()
-    assert loss.requires_grad
-    shape = Shape(model.num_parameters(), width, inner, layers, vocab)
-    predicted = training_memory(shape, batch * length) - 16 * shape.num_parameters
-    assert predicted - 2 * 4 * batch * length * vocab == pytest.approx(sum(kept.values()), rel=0.1)
 
 
-def test_the_model_is_measured_without_being_made() -> None:
-    shape = model_shape(config())
-    assert shape is not None and (shape.width, shape.num_layers, shape.vocab_size) == (64, 2, 16)
-    assert 100_000 < shape.num_parameters < 120_000
-    assert (
-        model_shape(config(task={"kind": "text", "data": "x"}, model={"kind": "pretrained", "path": "/none"})) is None
+def pairs_only(training: dict[str, object], **resources: object) -> Comparison:
+    entry = {"name": "dpo", "method": {"kind": "dpo", "training": training}}
+    return config(reference={"train": False}, entries=[entry], resources=resources)
+
+
+def test_memory_is_predicted_from_settings_as_it_is_from_the_model_itself() -> None:
+    module = LogProbs(LlamaForCausalLM(small_settings()).eval(), LENGTHS.total)
+    prompts, responses = [[3] * LENGTHS.prompt] * 4, [[[4] * LENGTHS.response] * 2] * 4
+
+    def loss(twin: torch.nn.Module) -> torch.Tensor:
+        return sequence_logps(twin, prompts, responses)[0].sum()
+
+    need = training_memory(module, [loss])
+    assert need is not None
+    tokens = 4 * (LENGTHS.prompt + 2 * LENGTHS.response) + 1
+    found = heaviest_training(pairs_only({"micro_batch_tokens": tokens}), small_settings(), LENGTHS)
+    assert found == (need.total, "entries.dpo.method.training.micro_batch_tokens")
+    assert num_parameters(small_settings()) == sum(weight.numel() for weight in module.parameters())
+
+
+def test_a_model_of_seven_billion_parameters_is_measured_without_being_made() -> None:
+    before = psutil.Process().memory_info().rss
+    number = num_parameters(LARGE)
+    found = heaviest_training(pairs_only({}), LARGE, LENGTHS)
+    assert 6.7e9 < number < 6.8e9 and found is not None and found[0] > 16 * number
+    assert psutil.Process().memory_info().rss - before < GIB
+
+
+def test_the_settings_of_a_comparison_name_its_model() -> None:
+    settings = model_settings(config())
+    assert settings is not None and (settings.hidden_size, settings.num_hidden_layers, settings.vocab_size) == (
+        64,
+        2,
+        16,
     )
+    assert 100_000 < num_parameters(settings) < 120_000
+    unknown = config(task={"kind": "text", "data": "x"}, model={"kind": "pretrained", "path": "/none"})
+    assert model_settings(unknown) is None
 
 
 def test_the_heaviest_training_is_named_by_the_setting_that_lowers_it() -> None:
-    shape = model_shape(config())
-    assert shape is not None
-    memory, key = heaviest_training(config(), shape, max_tokens=8)
-    assert key == "reference.training.micro_batch_tokens" and memory > 16 * shape.num_parameters
-    small = {"training": {"micro_batch_tokens": 1}}
-    pairs = config(reference=small, entries=[{"name": "dpo", "method": {"kind": "dpo"}}])
-    assert heaviest_training(pairs, shape, 8)[1] == "entries.dpo.method.training.micro_batch_tokens"
-    rlhf = config(reference={"train": False}, entries=[{"name": "rlhf", "method": {"kind": "rlhf"}}])
-    assert heaviest_training(rlhf, LARGE, 8) == (
-        training_memory(LARGE, 64 * 8, num_trained=2, num_frozen=2),
-        "entries.rlhf.method.training.micro_batch_size",
-    )
+    settings = small_settings()
+
+    def heaviest(**changed: object) -> tuple[int, str]:
+        found = heaviest_training(config(**changed), settings, LENGTHS)
+        assert found is not None
+        return found
+
+    small, dpo = {"training": {"micro_batch_tokens": 1}}, [{"name": "dpo", "method": {"kind": "dpo"}}]
+    assert heaviest(reference=small, entries=dpo)[1] == "entries.dpo.method.training.micro_batch_tokens"
+    assert heaviest(entries=[{"name": "dpo", "method": {"kind": "dpo", **small}}])[1].startswith("reference.training.")
+    rlhf = {"name": "rlhf", "method": {"kind": "rlhf", "reward": {"kind": "gold"}}}
+    memory, key = heaviest(reference={"train": False}, entries=[rlhf])
+    assert key == "entries.rlhf.method.training.micro_batch_size"
+    assert memory > 40 * num_parameters(settings)  # two of 16 bytes each, and two frozen
 
 
 def test_adapters_shards_and_recomputed_layers_need_less() -> None:
-    def needed(training: dict[str, object], **resources: object) -> int:
-        entry = {"name": "dpo", "method": {"kind": "dpo", "training": training}}
-        settings = config(reference={"train": False}, entries=[entry], resources=resources)
-        return heaviest_training(settings, LARGE, 512)[0]
+    shallow = LlamaConfig.from_dict({**LARGE.to_dict(), "num_hidden_layers": 4})
 
-    whole, weights = needed({}), 4 * LARGE.num_parameters
-    assert whole == training_memory(LARGE, 8192)
-    assert needed({}, num_workers=4, sharding="fsdp") == whole - 3 * weights
-    assert whole - 3 * weights < needed({"lora": {"rank": 8}}) < whole - 2.9 * weights
-    kept = 4 * 8192 * (LARGE.num_layers - 1) * (10 * LARGE.width + 4 * LARGE.inner_width)
-    assert needed({"activation_checkpointing": True}) == whole - kept + 4 * 8192 * LARGE.num_layers * LARGE.width
+    def needed(training: dict[str, object], **resources: object) -> int:
+        found = heaviest_training(pairs_only(training, **resources), shallow, Lengths(384, 64))
+        assert found is not None
+        return found[0]
+
+    whole, weights = needed({}), 4 * num_parameters(shallow)
+    assert weights < needed({}, num_workers=4, sharding="fsdp") < whole - weights
+    assert weights < needed({"lora": {"rank": 8}}) < whole - 2.9 * weights
+    assert needed({"activation_checkpointing": True}) < whole
+    reward = {"name": "best", "method": {"kind": "best_of_n", "reward": {"kind": "learned"}}}
+    found = heaviest_training(config(reference={"train": False}, entries=[reward]), shallow, LENGTHS)
+    assert found is not None and found[1] == "entries.best.method.reward.training.micro_batch_tokens"
 
 
 def test_memory_that_a_worker_will_not_have() -> None:
@@ -150,8 +174,8 @@ def test_storage_that_is_not_shared_or_too_small() -> None:
     assert "output: b cannot read and write" in problems(judge_storage("/x", [NODE, blind], None))
     assert "1.0 GiB free, but about 2.0 GiB are needed" in problems(judge_storage("/x", [NODE], 2 * GIB))
     assert not problems(judge_storage("/x", [NODE], GIB // 2))
-    one, two = (disk_needed(config(seeds=seeds), LARGE, 0) for seeds in ([0], [0, 1]))
-    assert two - one == 3 * 4 * LARGE.num_parameters  # dpo, rlhf and its reward model
+    one, two = (disk_needed(config(seeds=seeds), 1000, 0) for seeds in ([0], [0, 1]))
+    assert two - one == 3 * 4 * 1000  # dpo, rlhf and its reward model
 
 
 def test_the_command_leaves_nothing_behind_and_its_ray_listens_on_loopback_alone(tmp_path: Path) -> None:

@@ -82,6 +82,8 @@ def test_as_many_groups_train_at_once_as_there_is_room_for_and_never_none() -> N
     assert groups() == 1 and groups(concurrent_runs=3) == 3
     assert groups(concurrent_runs=0) == 18 and groups(concurrent_runs=0, num_workers=4, cpus_per_worker=2) == 2
     assert groups(concurrent_runs=0, use_gpu=True, labels={"role": "train"}) == 2
+    assert groups(use_gpu=True, labels={"role": "train"}) == 2  # each has a GPU of its own
+    assert groups(use_gpu=True, gpus_per_worker=0.5, labels={"role": "train"}) == 1
     assert groups(concurrent_runs=0, num_workers=64) == 1
     check_placement(config(resources={"concurrent_runs": 0, "cpus_per_worker": 8}), NODES)
 

@@ -70,7 +70,7 @@ def demands(config: Comparison) -> list[Demand]:
         worker["GPU"] = resources.gpus_per_worker
         scorer["GPU"] = scoring.gpus if scoring.gpus is not None else resources.gpus_per_worker
         actor = {"GPU": generation.gpus}
-    number = resources.num_workers * max(1, resources.concurrent_runs)
+    number = resources.num_workers * max(1, resources.num_groups)
     found = [Demand("training workers", number, worker, resources.labels, "resources")]
     if generates(config):
         found.append(Demand("generation actors", generation.num_actors, actor, generation.labels, "generation"))
@@ -96,12 +96,12 @@ def check_placement(config: Comparison, nodes: Sequence[Node]) -> None:
 
 
 def groups_at_once(config: Comparison, nodes: Sequence[Node]) -> int:
-    """`resources.concurrent_runs`; where that is 0, how many groups of workers these nodes have room for, at least one.
+    """`resources.num_groups`; where that is 0, how many groups of workers these nodes have room for, at least one.
 
     What is trained does not depend on it: a job has its own seed, folder and checkpoints, whatever group it is in.
     """
-    if config.resources.concurrent_runs:
-        return config.resources.concurrent_runs
+    if config.resources.num_groups:
+        return config.resources.num_groups
     return max(1, fitting(demands(config)[0], nodes) // config.resources.num_workers)
 
 

@@ -75,7 +75,7 @@ def check_resources(config: Comparison, available: dict[str, float]) -> None:
 def requested(config: Comparison) -> dict[str, tuple[float, str]]:
     """What must be there at once, by kind of resource, and which settings ask for it."""
     resources = config.resources
-    workers, groups = resources.num_workers * resources.cpus_per_worker, max(1, resources.concurrent_runs)
+    workers, groups = resources.num_workers * resources.cpus_per_worker, max(1, resources.num_groups)
     asked = {"CPU": (workers * groups, "resources.num_workers x cpus_per_worker x concurrent_runs")}
     num_actors = config.generation.num_actors if generates(config) else 0
     with_rollouts = workers + num_actors * config.generation.cpus

@@ -81,8 +81,11 @@ class Resources(Section):
     gpus_per_worker: float = Field(1, gt=0, le=1, description="When use_gpu is true; a share for weight_sync: ipc.")
     labels: Labels = Field((), description="Labels of the nodes that hold training workers, e.g. {role: train}.")
     scoring: Scoring = Scoring()
-    concurrent_runs: int = Field(
-        1, ge=0, description="Groups of off-policy trainings at the same time; 0: as many as the cluster has room for."
+    concurrent_runs: int | None = Field(
+        None,
+        ge=0,
+        description="Groups of off-policy trainings at the same time; 0: as many as the cluster has room for. None: 0 "
+        "where each worker has GPUs of its own, else 1, because groups that share a machine slow each other down.",
     )
     sharding: Literal["none", "fsdp"] = Field(
         "none",
@@ -104,6 +107,13 @@ class Resources(Section):
     storage_retry_s: float = Field(
         120, ge=0, description="How long a training worker asks storage again that fails in a way that may pass."
     )
+
+    @property
+    def num_groups(self) -> int:
+        """`concurrent_runs`, decided; 0: as many as the cluster has room for."""
+        if self.concurrent_runs is None:
+            return 0 if self.use_gpu and self.gpus_per_worker == 1 else 1
+        return self.concurrent_runs
 
 
 class Evaluation(Section):

@@ -10,22 +10,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefarena.modeling.logprobs import Sequences, at_least_float32, at_responses, can_pack, pack_sequences
+from prefarena.modeling.logprobs import PackedModel, Sequences, at_least_float32, at_responses, can_pack, pack_sequences
 from prefarena.modeling.packing import PackedBatch
-from prefarena.modeling.support import body_output, why_not_packed
+from prefarena.modeling.support import body_output
 
 
-class ScalarHead(nn.Module):
-    """A sequence-classification model with one label, as a module that DDP and FSDP can wrap.
-
-    packed: whether prompts may be shared between responses.
-    """
-
-    def __init__(self, model: PreTrainedModel, max_length: int | None = None) -> None:
-        """max_length: most tokens of a prompt and its response (for models whose attention reaches only so far)."""
-        super().__init__()
-        self.model = model
-        self.packed = why_not_packed(model, max_length) is None
+class ScalarHead(PackedModel):
+    """A sequence-classification model with one label."""
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Raw scores [R] of the responses, each at its true last token; float32."""

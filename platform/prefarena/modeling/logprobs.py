@@ -65,8 +65,8 @@ def collate(prompts: list[list[int]], responses: list[list[int]], pad_id: int) -
     return Sequences(input_ids, attention_mask.long(), prompt_lengths, response_lengths)
 
 
-class LogProbs(nn.Module):
-    """A causal language model as a module whose forward gives response log-probs, so that DDP and FSDP can wrap it.
+class PackedModel(nn.Module):
+    """A transformers model that runs on packed rows where it can, as a module that DDP and FSDP can wrap.
 
     packed: whether prompts may be shared between responses. notes: for the user, why the model takes a slower path.
     """
@@ -77,8 +77,15 @@ class LogProbs(nn.Module):
         self.model = model
         reason = why_not_packed(model, max_length)
         self.packed = reason is None
-        self.plain_head = has_plain_head(model)
         self.notes = [f"prompts are not shared between responses, and rows are padded: {reason}"] if reason else []
+
+
+class LogProbs(PackedModel):
+    """A causal language model as a module whose forward gives response log-probs."""
+
+    def __init__(self, model: PreTrainedModel, max_length: int | None = None) -> None:
+        super().__init__(model, max_length)
+        self.plain_head = has_plain_head(model)
         if not self.plain_head:
             self.notes.append("its head is more than a linear map, so whole rows of logits are held in memory")
 
@@ -110,7 +117,7 @@ def _from_logits(logits: Tensor, targets: Tensor, temperature: float, entropy: b
 
 
 def can_pack(module: nn.Module) -> bool:
-    """Of a `LogProbs` or `ScalarHead`, as it is or in DDP."""
+    """Of a `PackedModel`, as it is or in DDP."""
     return bool(getattr(module, "module", module).packed)
 
 

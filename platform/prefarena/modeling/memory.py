@@ -11,7 +11,7 @@ import copy
 import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ from torch.utils._pytree import tree_leaves
 
 from prefarena.modeling.layers import decoder_layers
 
+_Module = TypeVar("_Module", bound=nn.Module)
 #: The forward pass of a micro-batch, to its loss [].
 Loss = Callable[[nn.Module], Tensor]
 #: AdamW's two moments.
@@ -74,6 +75,12 @@ def training_memory(
     return MemoryNeed(weights // num_shards + gathered, gradients, _MOMENTS * trained // num_shards, beyond + gathered)
 
 
+def on_shapes(make: Callable[[], _Module]) -> _Module:
+    """What `make` makes, with shapes in place of weights: it takes no memory, and nothing can be computed with it."""
+    with torch.device("meta"):
+        return make()
+
+
 def size_of(tensors: Iterable[Tensor]) -> int:
     """Bytes."""
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
@@ -89,8 +96,13 @@ def _gathered(module: nn.Module, bfloat16: bool) -> int:
 def _peak_of_pass(module: nn.Module, loss: Loss, bfloat16: bool, accumulates: bool) -> int:
     """Most bytes that one forward and backward pass holds beyond weights, and gradients where they exist before it."""
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    with FakeCopyMode(fake):
+    if next(module.parameters()).is_meta:
         twin = copy.deepcopy(module)
+        with fake:
+            twin.to_empty(device="cpu")
+    else:
+        with FakeCopyMode(fake):
+            twin = copy.deepcopy(module)
     with fake:
         if accumulates:
             for parameter in twin.parameters():

@@ -1,4 +1,7 @@
-"""Which models can be packed, and which have a plain head: found out by what they compute, not by their names."""
+"""Which models can be packed, and which have a plain head: found out by what they compute, not by their names.
+
+A model that has shapes in place of weights (memory.py) computes nothing: it is taken to be what most models are.
+"""
 
 from __future__ import annotations
 
@@ -56,6 +59,8 @@ def has_plain_head(model: PreTrainedModel) -> bool:
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         return False
+    if head.weight.is_meta:
+        return True
     ids = torch.tensor([_numbers(model.config.get_text_config().vocab_size, 8)], device=model.device)
     hidden = model.base_model(input_ids=ids, use_cache=False).last_hidden_state
     logits = model(input_ids=ids, use_cache=False).logits
@@ -86,6 +91,8 @@ def _packing_differs(model: PreTrainedModel) -> str | None:
         return "its attention does not go through transformers' attention interface"
     before = model.config._attn_implementation
     model.set_attn_implementation(tree_attention.NAME)
+    if next(model.parameters()).is_meta:
+        return None
     # Both ways of attending on CPU: two short trees, and a long one; no position above 4, which every model has.
     vocabulary = model.config.get_text_config().vocab_size
     sizes = [(3, [2, 1]), (2, [3, 1]), (2, [3] * 22)]

@@ -9,8 +9,9 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prefarena.config import Optimisation
-from prefarena.modeling.memory import MemoryNeed, size_of, training_memory
+from prefarena.modeling.memory import size_of, training_memory
 from prefarena.stages import write_json
+from prefarena.training.process_memory import KEPT_SHARE
 from prefarena.training.terms import Term
 from prefarena.training.worker import Worker
 
@@ -21,7 +22,8 @@ FILE = "memory.json"
 def predict_memory(module: nn.Module, terms: list[Term], training: Optimisation, worker: Worker) -> float | None:
     """MiB of this worker at its peak; rank 0 writes them to the job's folder.
 
-    On a CPU with what the process holds beside the model; on a GPU what will be allocated there. `module` is not
+    On a CPU with what the process holds beside the model, and what its allocator keeps of what is freed; on a GPU what
+    will be allocated there. `module` is not
     wrapped yet, and on the CPU. None where it cannot be told before the model runs.
     """
     largest = [(term, term.plan.largest_micro_batch()) for term in terms]
@@ -35,20 +37,18 @@ def predict_memory(module: nn.Module, terms: list[Term], training: Optimisation,
     )
     if need is None:
         return None
-    beside = worker.memory_in_use_mib()
+    beside, kept = worker.memory_in_use_mib(), 0.0
     if worker.device.type == "cpu":
         beside -= size_of([*module.parameters(), *module.buffers()]) / 2**20
-    predicted = beside + need.total / 2**20
+        kept = KEPT_SHARE * need.total / 2**20
+    parts = {name: getattr(need, name) / 2**20 for name in ("weights", "gradients", "optimizer", "activations")}
+    parts |= {"process": beside, "kept": kept}
+    predicted = sum(parts.values())
     if worker.rank == 0:
-        write_json(worker.stage_dir / FILE, _contents(need, beside, predicted))
+        rounded = {f"{name}_mib": round(mib, 1) for name, mib in {**parts, "predicted": predicted}.items()}
+        write_json(worker.stage_dir / FILE, rounded)
     return predicted
 
 
 def _loss(term: Term, rows: NDArray[np.int64], module: nn.Module) -> Tensor:
     return term(module, rows, next(module.parameters()).device).loss.total
-
-
-def _contents(need: MemoryNeed, process: float, predicted: float) -> dict[str, float]:
-    parts = {name: getattr(need, name) / 2**20 for name in ("weights", "gradients", "optimizer", "activations")}
-    mib = {"process": process, **parts, "predicted": predicted}
-    return {f"{name}_mib": round(value, 1) for name, value in mib.items()}

@@ -6,14 +6,30 @@ import ctypes
 import resource
 from pathlib import Path
 
+#: What glibc keeps of freed tensors, as a share of what a job holds: 0.2 to 0.4 where it keeps them, 0.0 to 0.2 where
+#: it does not (tests/test_memory.py).
+KEPT_SHARE = 0.2
+#: mallopt's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD; the largest of the first, and what glibc goes by with it.
+_MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
+_LARGEST, _TRIMMED = 2**25, 2**26
+_APART, _TRIMMED_APART = 2**20, 2**17
+
+
+def return_tensors(at_once: bool) -> None:
+    """Whether tensors above 1 MiB go back to the system as they are freed, or stay in the process for the next ones.
+
+    glibc alone; as it comes it moves from the first to the second while a job runs. Kept, they may be many times what a
+    job holds at once: 700 MiB for 190 where layers are recomputed and large and small tensors take turns. Returned,
+    every tensor's pages are made anew, and a small model's steps took 5 to 10 % longer.
+    """
+    libc = ctypes.CDLL(None)
+    if hasattr(libc, "mallopt"):
+        libc.mallopt(_MMAP_THRESHOLD, _APART if at_once else _LARGEST)
+        libc.mallopt(_TRIM_THRESHOLD, _TRIMMED_APART if at_once else _TRIMMED)
+
 
 def give_back_freed() -> None:
-    """Return to the system what was freed so far; with glibc only.
-
-    While it runs glibc keeps much of what is freed in its heap, up to 40 % of a training job's memory has been seen.
-    MALLOC_MMAP_THRESHOLD_=524288 in the environment makes it return tensors at once; pages are then made anew for each,
-    and a step of a 9M-parameter model on two cores took 1.6 times as long.
-    """
+    """Return to the system what was freed so far; with glibc only."""
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
         libc.malloc_trim(0)

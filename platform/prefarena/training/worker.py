@@ -213,8 +213,14 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
+        process_memory.return_tensors(at_once=False)
         process_memory.give_back_freed()
         process_memory.forget_peak()
+
+    def spare_memory(self, spare: bool) -> None:
+        """Whether this job's memory counts for more than its speed, where the two are at odds."""
+        if self.device.type == "cpu":
+            process_memory.return_tensors(at_once=spare)
 
     def memory_in_use_mib(self) -> float:
         """Of the process on a CPU, with nothing freed in it; of the device on a GPU."""
