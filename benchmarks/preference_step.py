@@ -64,7 +64,7 @@ class Contender:
 _TRL = {"order": "shuffled", "micro_batch": 8, "precompute": False, "fused": True, "attention": "sdpa"}
 #: What makes TRL fastest here (`--search`), besides the settings that all of its sides have: no activation
 #: checkpointing, no autocast.
-_TRL_BEST = {"order": "bucketed", "micro_batch": 2}
+_TRL_BEST = {"order": "bucketed", "micro_batch": 1}
 MAIN = (
     Contender("TRL online", "trl", _TRL),
     Contender("TRL precomputed", "trl", _TRL | {"precompute": True}),
