@@ -24,7 +24,7 @@ from transformers import (
 from prefarena.config import BestOfN, Comparison, OffPolicyMethod, Optimisation, RewardModel
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.layers import recompute_layers
-from prefarena.modeling.logprobs import LogProbs, sequence_logps
+from prefarena.modeling.logprobs import LogProbs, can_pack, sequence_logps
 from prefarena.modeling.lora import add_adapters
 from prefarena.modeling.memory import on_shapes, size_of, training_memory
 from prefarena.modeling.packing import pack
@@ -146,7 +146,7 @@ def _loss(lengths: Lengths, passes: _Passes, module: nn.Module) -> Tensor:
     prompts = [np.zeros(lengths.prompt, dtype=np.int32)] * passes.number
     responses = [[np.zeros(lengths.response, dtype=np.int32)] * passes.responses] * passes.number
     if passes.scores:
-        return module(pack(prompts, responses, shared=module.packed)).sum()
+        return module(pack(prompts, responses, shared=can_pack(module))).sum()
     return sequence_logps(module, prompts, responses)[0].sum()
 
 
