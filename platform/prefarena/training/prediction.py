@@ -23,8 +23,8 @@ def predict_memory(module: nn.Module, terms: list[Term], training: Optimisation,
     """MiB of this worker at its peak; rank 0 writes them to the job's folder.
 
     On a CPU with what the process holds beside the model, and what its allocator keeps of what is freed; on a GPU what
-    will be allocated there. `module` is not
-    wrapped yet, and on the CPU. None where it cannot be told before the model runs.
+    will be allocated there. `module` is not wrapped yet, and on the CPU. None where it cannot be told before the model
+    runs.
     """
     largest = [(term, term.plan.largest_micro_batch()) for term in terms]
     share = training.batch_size // worker.world_size
@@ -42,7 +42,7 @@ def predict_memory(module: nn.Module, terms: list[Term], training: Optimisation,
         beside -= size_of([*module.parameters(), *module.buffers()]) / 2**20
         kept = KEPT_SHARE * need.total / 2**20
     parts = {name: getattr(need, name) / 2**20 for name in ("weights", "gradients", "optimizer", "activations")}
-    parts |= {"process": beside, "kept": kept}
+    parts |= {"process": beside, "allocator": kept}
     predicted = sum(parts.values())
     if worker.rank == 0:
         rounded = {f"{name}_mib": round(mib, 1) for name, mib in {**parts, "predicted": predicted}.items()}
