@@ -169,5 +169,5 @@ def disk_needed(config: Comparison, num_parameters: int, data_bytes: int) -> int
         models += each * len(config.seeds)
     if config.task.kind == "text" and isinstance(config.judge, RewardModel):
         models += 1
-    running = 2 * checkpoint * max(1, config.resources.num_groups)
+    running = 2 * checkpoint * (config.resources.num_groups or len(config.entries) * len(config.seeds))
     return int(weights * (models + running) + 3 * data_bytes)
