@@ -61,7 +61,7 @@ class Disturbed:
     num_starts: int = 0
     seconds: float = 0.0
     _process: subprocess.Popen[bytes] | None = None
-    _unrecovered: list[tuple[Kill, float, set[int]]] = field(default_factory=list)  # since when; all of the kind then
+    _unrecovered: list[tuple[Kill, float, set[int]]] = field(default_factory=list)  # since when; the old witnesses
 
     def __post_init__(self) -> None:
         self._comparison = load_config(str(self.config), [])
@@ -76,7 +76,7 @@ class Disturbed:
             if reached > best:
                 best, moved_at = reached, time.monotonic()
                 self._recovered()
-            if todo and best >= todo[0].point and (killed := self._kill(todo[0])):
+            if todo and best >= todo[0].point and (killed := self._kill(todo[0])) is not None:
                 killed_at = time.monotonic()
                 self._unrecovered.append((todo.pop(0), killed_at, killed))
             status = self._process.poll() if self._process is not None else -1
@@ -105,15 +105,15 @@ class Disturbed:
             command = [sys.executable, "-m", "pipelines.cli", "compare", str(self.config)]
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
-    def _kill(self, kill: Kill) -> set[int]:
-        """Kill the first process of that kind; the ids of all that there were, none where nothing was killed."""
-        found = self._running(kill.kind)
+    def _kill(self, kill: Kill) -> set[int] | None:
+        """Kill the first process of that kind: the ids of those that will have to be new; None: there was none."""
+        found, witnesses = self._running(kill.kind), self._running(_witness(kill))
         try:
             if found:
                 found[0].send_signal(signal.SIGKILL)
         except psutil.NoSuchProcess:
-            return set()
-        return {process.pid for process in found}
+            return None
+        return {process.pid for process in witnesses} if found else None
 
     def _running(self, kind: str) -> list[psutil.Process]:
         """The processes of that kind."""
@@ -129,17 +129,22 @@ class Disturbed:
             return []
 
     def _recovered(self) -> None:
-        """Of kills that the run is past, take the time: a process of the kind runs again, and there was progress since.
+        """Of kills that the run is past, take the time: a new process works, and there was progress since.
 
-        Others may go on for a while without the victim: that is not yet recovery.
+        Workers may go on for a while without controller, node or driver: that is not yet recovery.
         """
         left = []
         for kill, since, then in self._unrecovered:
-            if any(process.pid not in then for process in self._running(kill.kind)):
+            if any(process.pid not in then for process in self._running(_witness(kill))):
                 kill.seconds = time.monotonic() - since
             else:
                 left.append((kill, since, then))
         self._unrecovered = left
+
+
+def _witness(kill: Kill) -> str:
+    """The kind of process that must be a new one when a kill is recovered from; without any other no worker goes on."""
+    return kill.kind if kill.kind == "generation actor" else "training worker"
 
 
 def training_folders(config: Comparison) -> list[Path]:
@@ -247,7 +252,7 @@ def _table(config: Path) -> list[Any]:
 
 def run_folder(config: Path) -> Path:
     """Of the one comparison in this configuration's output."""
-    return next(path for path in (config.parent / "runs").iterdir() if path.name != "stages" and path.is_dir())
+    return next((config.parent / "runs").glob("*/results.json")).parent
 
 
 def main() -> int:

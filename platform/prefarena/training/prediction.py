@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from prefarena.config import Optimisation
 from prefarena.modeling.memory import size_of, training_memory
 from prefarena.stages import write_json
-from prefarena.training.process_memory import KEPT_SHARE
+from prefarena.training.process_memory import kept_share
 from prefarena.training.terms import Term
 from prefarena.training.worker import Worker
 
@@ -40,7 +40,7 @@ def predict_memory(module: nn.Module, terms: list[Term], training: Optimisation,
     beside, kept = worker.memory_in_use_mib(), 0.0
     if worker.device.type == "cpu":
         beside -= size_of([*module.parameters(), *module.buffers()]) / 2**20
-        kept = KEPT_SHARE * need.total / 2**20
+        kept = kept_share(at_once=training.activation_checkpointing) * need.total / 2**20
     parts = {name: getattr(need, name) / 2**20 for name in ("weights", "gradients", "optimizer", "activations")}
     parts |= {"process": beside, "allocator": kept}
     predicted = sum(parts.values())
