@@ -12,7 +12,7 @@ pass over the same pairs for every side. Each side is one process that stays war
 block is not counted. Rates are medians over blocks, memory is the most that each process ever held.
 
     --ablation    instead: ours with each of its optimisations off, one at a time
-    --search      instead: TRL with each of its settings that could make it faster
+    --search      instead: TRL with each of its settings that could make it faster (times alone)
 """
 
 from __future__ import annotations

@@ -6,10 +6,10 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import AutoConfig, LlamaConfig, PretrainedConfig
+from transformers import AutoConfig, PretrainedConfig
 
 from pipelines.compare import check_input
-from pipelines.plan import longest
+from pipelines.plan import longest, max_length
 from prefarena.cluster.capacity import cluster_nodes, describe, generates
 from prefarena.cluster.doctor import (
     Finding,
@@ -23,6 +23,7 @@ from prefarena.cluster.probe import ask_nodes, token_file
 from prefarena.cluster.session import check_resources, ray_session
 from prefarena.config import Comparison, PretrainedModel, TextTask
 from prefarena.errors import UserError
+from prefarena.modeling.load import new_settings
 from prefarena.tasks.language import Language
 
 _ANSWER_LIMIT_S = 120.0
@@ -88,15 +89,8 @@ def model_settings(config: Comparison) -> PretrainedConfig | None:
         except (OSError, ValueError):
             return None
     task, model = config.task, config.model
-    return LlamaConfig(
-        vocab_size=model.vocab_size if isinstance(task, TextTask) else Language(task).vocab_size,
-        hidden_size=model.hidden_size,
-        intermediate_size=model.intermediate_size,
-        num_hidden_layers=model.num_layers,
-        num_attention_heads=model.num_heads,
-        num_key_value_heads=model.num_heads,
-        tie_word_embeddings=False,
-    )
+    vocab_size = model.vocab_size if isinstance(task, TextTask) else Language(task).vocab_size
+    return new_settings(model, vocab_size, max_length(task))
 
 
 def _data_bytes(config: Comparison) -> int:

@@ -27,7 +27,7 @@ import psutil
 import yaml
 
 from pipelines.plan import make_plan
-from prefarena.config import Comparison, load_config
+from prefarena.config import Comparison, OnPolicyMethod, load_config
 from prefarena.report.results import load_results
 from prefarena.stages import is_finished
 
@@ -183,7 +183,7 @@ def generating_span(config: Comparison) -> tuple[float, float]:
         trained.training.folder
         for plan in make_plan(config)
         for trained in plan.trained
-        if trained.training is not None and trained.entry.method.kind in ("rlhf", "grpo", "rloo")
+        if trained.training is not None and isinstance(trained.entry.method, OnPolicyMethod)
     }
     share = len(on_policy) / len(training_folders(config))
     return 1 - 0.9 * share, 1 - 0.15 * share

@@ -91,11 +91,8 @@ def test_a_model_of_seven_billion_parameters_is_measured_without_being_made() ->
 
 def test_the_settings_of_a_comparison_name_its_model() -> None:
     settings = model_settings(config())
-    assert settings is not None and (settings.hidden_size, settings.num_hidden_layers, settings.vocab_size) == (
-        64,
-        2,
-        16,
-    )
+    assert settings is not None
+    assert (settings.hidden_size, settings.num_hidden_layers, settings.vocab_size) == (64, 2, 16)
     assert 100_000 < num_parameters(settings) < 120_000
     unknown = config(task={"kind": "text", "data": "x"}, model={"kind": "pretrained", "path": "/none"})
     assert model_settings(unknown) is None

@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedModel,
 )
 
-from prefarena.config import BestOfN, Comparison, OffPolicyMethod, Optimisation, RewardModel
+from prefarena.config import BestOfN, Comparison, OffPolicyMethod, OnPolicyMethod, Optimisation, RewardModel
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.layers import recompute_layers
 from prefarena.modeling.logprobs import LogProbs, can_pack, sequence_logps
@@ -94,7 +94,7 @@ def _trainings(config: Comparison, lengths: Lengths) -> list[tuple[_Passes, str]
             found.append(off_policy(reward.training, f"{where}.reward.training", scores=True))
         if isinstance(method, OffPolicyMethod):
             found.append(off_policy(method.training, f"{where}.training"))
-        elif not isinstance(method, BestOfN):
+        elif isinstance(method, OnPolicyMethod):
             copies = 6 if method.kind == "rlhf" else 2  # weights, gradients and two moments of a critic; two frozen
             number = method.training.micro_batch_size
             passes = _Passes(False, 1, number, copies, Optimisation(precision=method.training.precision))

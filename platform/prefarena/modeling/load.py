@@ -49,21 +49,25 @@ def load_policy(path: str | Path, revision: str | None = None) -> PreTrainedMode
     return model.eval()
 
 
-def new_policy(model: ScratchModel, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> PreTrainedModel:
-    """A Llama with random weights drawn from `seed`, for `tokenizer`'s vocabulary and up to `max_length` tokens."""
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
+def new_settings(model: ScratchModel, vocab_size: int, max_length: int) -> LlamaConfig:
+    """Of a Llama of these sizes, for up to `max_length` tokens."""
+    return LlamaConfig(
+        vocab_size=vocab_size,
         hidden_size=model.hidden_size,
         intermediate_size=model.intermediate_size,
         num_hidden_layers=model.num_layers,
         num_attention_heads=model.num_heads,
         num_key_value_heads=model.num_heads,
         max_position_embeddings=max_length,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
         tie_word_embeddings=False,
     )
+
+
+def new_policy(model: ScratchModel, tokenizer: PreTrainedTokenizerBase, max_length: int, seed: int) -> PreTrainedModel:
+    """A Llama with random weights drawn from `seed`, for `tokenizer`'s vocabulary and up to `max_length` tokens."""
+    config = new_settings(model, len(tokenizer), max_length)
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        setattr(config, name, getattr(tokenizer, name))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return LlamaForCausalLM(config).float().eval()

@@ -73,7 +73,7 @@ def train(
     module.eval()  # dropout off: policy and reference agree at the start, and runs repeat
     if training.activation_checkpointing:
         recompute_layers(module)
-    worker.spare_memory(training.activation_checkpointing)
+        worker.spare_memory()
     predicted = predict_memory(module, terms, training, worker)
     trained = worker.distribute(module, training.precision)
     optimizer = torch.optim.AdamW(

@@ -217,10 +217,10 @@ class Worker:
         process_memory.give_back_freed()
         process_memory.forget_peak()
 
-    def spare_memory(self, spare: bool) -> None:
-        """Whether this job's memory counts for more than its speed, where the two are at odds."""
+    def spare_memory(self) -> None:
+        """Until the next job begins memory counts for more than speed, where the two are at odds."""
         if self.device.type == "cpu":
-            process_memory.return_tensors(at_once=spare)
+            process_memory.return_tensors(at_once=True)
 
     def memory_in_use_mib(self) -> float:
         """Of the process on a CPU, with nothing freed in it; of the device on a GPU."""
