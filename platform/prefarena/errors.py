@@ -1,4 +1,4 @@
-"""Errors that are the user's to mend: one clear sentence, exit status 2."""
+"""Errors that say whose they are to mend: the user's (one sentence, exit status 2), or one entry's, not the others'."""
 
 
 class UserError(Exception):
@@ -23,3 +23,15 @@ class WaitTimeoutError(TimeoutError):
 
 class ClusterLostError(Exception):
     """A cluster that took a job no longer answers, or a job does not end. The message says what to do."""
+
+
+class EntryError(RuntimeError):
+    """An entry of a comparison cannot go on, for a reason that lies in its settings or in what it was given to use.
+
+    The message is the reason that the report shows, with the remedy. Other entries can go on: the entry becomes a
+    failed row, the comparison does not end.
+    """
+
+
+class JudgeError(EntryError):
+    """A judge that cannot be asked, that raises, or that gives too few usable answers."""

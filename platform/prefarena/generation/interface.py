@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from prefarena.errors import EntryError
 from prefarena.records import Rollout
 
 #: What an engine is told of the tensors that it receives, as vLLM's backend for the transfer has it.
@@ -42,7 +43,7 @@ class StaleWeightsError(RuntimeError):
     """The generator holds other weights than the caller asked for; a restarted one holds none. Sync, then ask again."""
 
 
-class GeneratorLostError(RuntimeError):
+class GeneratorLostError(EntryError):
     """The generator failed to start, or died and cannot be restarted."""
 
 
@@ -50,11 +51,11 @@ class TransferLostError(RuntimeError):
     """An engine is no longer connected to the trainer's weight transfer; a restarted one is not. Connect again."""
 
 
-class WeightUpdateError(RuntimeError):
+class WeightUpdateError(EntryError):
     """A weight update that is not the whole model: tensors are missing, unknown, or of another shape."""
 
 
-class WeightMismatchError(RuntimeError):
+class WeightMismatchError(EntryError):
     """After an update the engine holds other weights than it was sent. It may not be used until synced again."""
 
 
