@@ -11,10 +11,12 @@ import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from rich.markup import escape
 
 from pipelines.annotate import ExactReference
 from pipelines.claims import settle
@@ -30,9 +32,10 @@ from pipelines.plan import SeedPlan, Trained, judge_spec, model_of, policy_of, r
 from pipelines.progress import stage_line
 from pipelines.reference import scoring_options
 from pipelines.train import start_generator
-from prefarena.cluster.waiting import get_within
+from prefarena.cluster.waiting import Failed, get_within, outcomes_within
 from prefarena.config import BestOfN, Comparison, Evaluation, LanguageTask
 from prefarena.data.tables import read_rows
+from prefarena.errors import UserError
 from prefarena.evaluation.best_of_n import kl_bound, pick_best
 from prefarena.evaluation.exact import win_rates
 from prefarena.evaluation.preferences import preference_accuracy
@@ -41,7 +44,7 @@ from prefarena.generation.interface import Sampling
 from prefarena.judges.spec import JudgeSpec, load_judge
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.records import Rollout
-from prefarena.stages import Stage, write_json
+from prefarena.stages import Stage, write_failure, write_json
 
 Work = list[tuple[Stage, SeedPlan, Trained | None]]  # an evaluation, and the entry it is of; none: the reference
 
@@ -55,6 +58,7 @@ def evaluate(config: Comparison, plans: list[SeedPlan], console: Console) -> Non
     evaluating = _evaluate_exactly if isinstance(config.task, LanguageTask) else _evaluate_from_samples
     if isinstance(config.task, LanguageTask):
         _score_responses(config, [one for one in work if not one[0].finished], console)
+        work = [one for one in work if one[2] is None or not one[2].failure]
 
     def do(waiting: Work) -> None:
         with stage_line(console, _title([stage for stage, _, _ in waiting])):
@@ -79,7 +83,9 @@ def _score_responses(config: Comparison, waiting: Work, console: Console) -> Non
         with stage_line(console, f"scoring every response by {', '.join(stage.label for stage, _, _ in unscored)}"):
             scoring = [(stage, start_scoring(plan, trained)) for stage, plan, trained in unscored]
             for stage, running in scoring:
-                collect_scores(running, stage, config.resources.task_timeout_s)
+                outcome = collect_scores(running, stage, config.resources.task_timeout_s)
+                if isinstance(outcome, Failed):
+                    fail(stage, outcome.reason, console)
 
     settle(console, tables, do)
 
@@ -90,7 +96,23 @@ def _evaluate_exactly(config: Comparison, waiting: Work, console: Console) -> No
     task = ray.remote(num_cpus=1)(evaluate_exactly)
     jobs = [exact_job(config, plan, trained, stage.begin()) for stage, plan, trained in waiting]
     what = _title([stage for stage, _, _ in waiting])
-    get_within([task.remote(job) for job in jobs], config.resources.task_timeout_s, what)
+    outcomes = outcomes_within([task.remote(job) for job in jobs], config.resources.task_timeout_s, what)
+    fail_entries(waiting, outcomes, console)
+
+
+def fail_entries(waiting: Work, outcomes: list[Any], console: Console) -> None:
+    """Mark as failed the evaluations whose outcome is `Failed`. Raises UserError where that is the reference's own."""
+    for (stage, _, trained), outcome in zip(waiting, outcomes, strict=True):
+        if isinstance(outcome, Failed):
+            if trained is None:
+                raise UserError(f"the reference policy, which every entry needs, cannot be evaluated: {outcome.reason}")
+            fail(stage, outcome.reason, console)
+
+
+def fail(stage: Stage, reason: str, console: Console) -> None:
+    """Mark a stage as failed, and say so."""
+    write_failure(stage.folder, reason, label=stage.label)
+    console.print(f"[red]✗[/red] {stage.kind} ({stage.label}) failed: {escape(reason)}")
 
 
 # ------------------------------------------------------------------------------ evaluation from samples

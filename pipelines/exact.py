@@ -18,7 +18,7 @@ import torch
 
 from pipelines.annotate import ExactReference
 from pipelines.plan import SeedPlan, Trained, judge_spec, model_of, policy_of
-from prefarena.cluster.waiting import get_within
+from prefarena.cluster.waiting import Failed, outcomes_within
 from prefarena.config import BestOfN, Comparison, LanguageTask, OnPolicyMethod, RewardModel
 from prefarena.data.tables import read_rows
 from prefarena.evaluation.agreement import estimator_spread
@@ -100,12 +100,19 @@ def start_scoring(plan: SeedPlan, trained: Trained) -> list[Any]:
     return [task.remote(language_of(plan), spec, share) for share in range(_SHARES)]
 
 
-def collect_scores(running: list[Any], stage: Stage, limit_s: float) -> None:
-    """Wait for the parts of a table [P, N], `limit_s` at most for each, and finish its stage."""
-    parts = get_within(running, limit_s, f"the scores of every response ({stage.label})")
+def collect_scores(running: list[Any], stage: Stage, limit_s: float) -> Failed | None:
+    """Wait for the parts of a table [P, N], `limit_s` at most for each, and finish its stage.
+
+    Returns the failure of a part where there is one; the stage is then left unfinished.
+    """
+    parts = outcomes_within(running, limit_s, f"the scores of every response ({stage.label})")
+    failed = next((part for part in parts if isinstance(part, Failed)), None)
+    if failed is not None:
+        return failed
     folder, seconds = stage.begin(), sum(part[1] for part in parts)
     np.save(folder / "scores.npy", np.concatenate([part[0] for part in parts]))
     write_manifest(folder, {"costs": {"wall_seconds": seconds, "device_seconds": seconds}})
+    return None
 
 
 def score_responses(task: LanguageTask, spec: JudgeSpec, share: int) -> tuple[np.ndarray, float]:

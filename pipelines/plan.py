@@ -58,10 +58,14 @@ class Trained:
 
     @property
     def failure(self) -> str | None:
-        """Why there is no policy to measure; None where there is, or may yet be, one."""
+        """Why there is no policy, or none that could be measured; None where there is, or may yet be, a result."""
         if self.reward_model is not None and self.reward_model.failure:
             return f"its reward model failed: {self.reward_model.failure}"
-        return self.training.failure if self.training is not None else None
+        if self.training is not None and self.training.failure:
+            return self.training.failure
+        if self.scores is not None and self.scores.failure:
+            return f"its reward could not score every response: {self.scores.failure}"
+        return f"its evaluation failed: {self.evaluation.failure}" if self.evaluation.failure else None
 
 
 @dataclass(frozen=True)

@@ -69,6 +69,11 @@ def run_claimed(resources: Resources, config: Comparison, console: Console, jobs
     ):
         for group in [pool.submit(run_jobs, group, resources, storage) for group in groups]:
             group.result()
+    say_outcomes(console, jobs)
+
+
+def say_outcomes(console: Console, jobs: Sequence[Job]) -> None:
+    """Say which of the jobs failed, and what went wrong in the others and was mended."""
     for job in jobs:
         if reason := failure_of(job.stage_dir):
             console.print(f"[red]✗[/red] {job.name} failed: {reason}")

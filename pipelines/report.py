@@ -298,7 +298,9 @@ def _link_checkpoints(folder: Path, plans: list[SeedPlan]) -> None:
     folder.mkdir(exist_ok=True)
     links = {"reference": plans[0].reference}
     for plan in plans:
-        links |= {f"{t.entry.name}-s{plan.seed}": t.training for t in plan.trained if t.training and not t.failure}
+        links |= {
+            f"{t.entry.name}-s{plan.seed}": t.training for t in plan.trained if t.training and t.training.finished
+        }
         if len({p.reference for p in plans}) > 1:
             links[f"reference-s{plan.seed}"] = plan.reference
     for name, stage in links.items():

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from functools import partial
 
 from rich.console import Console
 
 from pipelines.claims import settle
 from pipelines.plan import SeedPlan, Trained, entry_job, generator_names, max_length, model_of, reward_model_job
-from pipelines.prepare import run, run_claimed
+from pipelines.prepare import run, run_claimed, say_outcomes
 from pipelines.progress import stage_line
 from prefarena.cluster.capacity import telling_capacity
 from prefarena.config import Comparison, OffPolicyMethod, OnPolicyMethod
 from prefarena.generation.fleet import Generators
+from prefarena.generation.interface import GeneratorLostError
+from prefarena.stages import is_settled, write_failure
 
 
 def train(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
@@ -33,12 +36,31 @@ def train(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
 
 
 def _train_on_policy(config: Comparison, console: Console, entries: list[tuple[SeedPlan, Trained]]) -> None:
-    generator = start_generator(config, entries[0][0], console)
-    try:
-        jobs = [entry_job(config, plan, trained) for plan, trained in entries]
-        run_claimed(config.resources.model_copy(update={"concurrent_runs": 1}), config, console, jobs)
-    finally:
-        generator.stop()
+    """Train the entries with one set of generation actors, or with new ones where those are lost.
+
+    An engine that cannot be made fails all of them. The entry that loses its actors more than `resources.max_failures`
+    times fails, and the next ones get new actors.
+    """
+    jobs = [entry_job(config, plan, trained) for plan, trained in entries]
+    losses: Counter[str] = Counter()
+    while waiting := [job for job in jobs if not is_settled(job.stage_dir)]:
+        try:
+            generator = start_generator(config, entries[0][0], console)
+        except GeneratorLostError as error:
+            for job in waiting:
+                write_failure(job.stage_dir, f"its generation engine does not start: {error}", label=job.name)
+            return say_outcomes(console, waiting)
+        try:
+            run_claimed(config.resources.model_copy(update={"concurrent_runs": 1}), config, console, waiting)
+        except GeneratorLostError as error:
+            job = next(job for job in waiting if not is_settled(job.stage_dir))
+            losses[job.stage_dir] += 1
+            console.print(f"{job.name} lost its generation actors: {error}", markup=False)
+            if losses[job.stage_dir] > config.resources.max_failures:
+                write_failure(job.stage_dir, str(error), label=job.name)
+                say_outcomes(console, [job])
+        finally:
+            generator.stop()
 
 
 def start_generator(config: Comparison, plan: SeedPlan, console: Console) -> Generators:

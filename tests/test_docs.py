@@ -34,4 +34,3 @@ def whole(tree: dict[str, Any]) -> dict[str, Any]:
 def test_every_config_in_the_documents_validates(block: str) -> None:
     config = parse_config(whole(yaml.safe_load(block)))
     assert config.entries
-

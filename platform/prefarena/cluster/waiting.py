@@ -3,9 +3,35 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from prefarena.errors import WaitTimeoutError
+from prefarena.failures import reason_of
+
+
+@dataclass(frozen=True)
+class Failed:
+    """A task that failed for a reason that concerns it alone (`failure_of_task`)."""
+
+    reason: str
+
+
+def failure_of_task(error: Exception) -> str | None:
+    """Why a Ray task or actor failed, in one sentence, where that is no bug: `reason_of`, or a process that died."""
+    import ray.exceptions
+
+    if isinstance(error, ray.exceptions.OutOfMemoryError):
+        return f"its process was killed because the node ran out of memory ({_one_line(error)})"
+    if isinstance(error, ray.exceptions.WorkerCrashedError | ray.exceptions.RayActorError):
+        return f"its process died ({_one_line(error)}); a process that takes more memory than there is dies like that"
+    if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
+        return reason_of(error.cause)
+    return reason_of(error)
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300].rstrip(".")
 
 
 def get_within(refs: Sequence[Any], seconds: float, what: str) -> list[Any]:
@@ -14,6 +40,15 @@ def get_within(refs: Sequence[Any], seconds: float, what: str) -> list[Any]:
     So a long list of tasks needs no longer limit than one task. Raises WaitTimeoutError, or what a task raised; either
     way the tasks that have not ended are cancelled.
     """
+    return _collected(refs, seconds, what, keep_failures=False)
+
+
+def outcomes_within(refs: Sequence[Any], seconds: float, what: str) -> list[Any]:
+    """`get_within` with a `Failed` in place of the result of a task that failed; only bugs and time-outs are raised."""
+    return _collected(refs, seconds, what, keep_failures=True)
+
+
+def _collected(refs: Sequence[Any], seconds: float, what: str, keep_failures: bool) -> list[Any]:
     import ray
 
     results: dict[Any, Any] = {}
@@ -26,7 +61,13 @@ def get_within(refs: Sequence[Any], seconds: float, what: str) -> list[Any]:
                     f"waited {seconds:g} s for {what} ({len(waiting)} of {len(refs)} tasks not done); "
                     "resources.task_timeout_s sets the limit"
                 )
-            results[ended[0]] = ray.get(ended[0], timeout=seconds)  # it is here: `wait` fetches
+            try:
+                results[ended[0]] = ray.get(ended[0], timeout=seconds)  # it is here: `wait` fetches
+            except Exception as error:
+                reason = failure_of_task(error) if keep_failures else None
+                if reason is None:
+                    raise
+                results[ended[0]] = Failed(reason)
     except BaseException:
         for ref in waiting:
             ray.cancel(ref, force=True)

@@ -21,8 +21,9 @@ from typing import Any
 import torch
 
 from prefarena.config import Resources
-from prefarena.errors import UserError, WaitTimeoutError
+from prefarena.errors import WaitTimeoutError
 from prefarena.stages import is_settled
+from prefarena.training.group_failures import failed_jobs, settle
 from prefarena.training.jobs import Job
 
 #: A group that could not be placed, or lost a worker while it started, is tried once more.
@@ -35,16 +36,21 @@ def run_jobs(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
     """Run every job that is not settled on Ray Train workers; returns when all their stages are finished or failed.
 
     Called again after an interruption it goes on from the last checkpoint. When Ray Train's controller dies it is
-    started again, at most `resources.max_failures` times, as it does itself with workers. Raises what a worker raised,
-    UserError where that was one, and WaitTimeoutError where the workers could not be placed within
-    `resources.start_timeout_s`.
+    started again, at most `resources.max_failures` times, as it does itself with workers. A job that cannot go on ends
+    in a failed stage, and the others are run by a new group (`group_failures.settle`). Raises what a worker raised
+    where that was a bug, UserError or GeneratorLostError where it was one, and WaitTimeoutError where the workers could
+    not be placed within `resources.start_timeout_s`.
     """
     import ray.exceptions
+    from ray.train.v2.api.exceptions import WorkerGroupError
 
     num_failures = 0
     while any(not is_settled(job.stage_dir) for job in jobs):
+        failed = failed_jobs(jobs)
         try:
             return _fit(jobs, resources, storage)
+        except WorkerGroupError as error:
+            settle(error, jobs, failed, num_attempts=resources.max_failures + 1)
         except ray.exceptions.RayActorError as error:
             num_failures += 1
             if num_failures > resources.max_failures:
@@ -55,8 +61,8 @@ def run_jobs(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
 def _fit(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
     """One Ray Train run, with a name of its own; its folder, which holds nothing that is needed, goes with it."""
     # ray.train re-exports these; named where they live, so that they can be type-checked.
-    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerGroupStartupTimeoutError
-    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
+    from ray.train.v2._internal.exceptions import WorkerGroupStartupTimeoutError
+    from ray.train.v2.api.exceptions import ControllerError
 
     name = f"jobs-{secrets.token_hex(6)}"
     trainer = _trainer(jobs, resources, storage, name)
@@ -64,12 +70,6 @@ def _fit(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(resources.start_timeout_s / _START_ATTEMPTS)
     try:
         trainer.fit()
-    except WorkerGroupError as error:
-        for failure in error.worker_failures.values():
-            cause = failure._base_exc if isinstance(failure, UserExceptionWithTraceback) else failure
-            if isinstance(cause, UserError):
-                raise cause from error
-        raise
     except ControllerError as error:
         if not isinstance(error.controller_failure, WorkerGroupStartupTimeoutError):
             raise

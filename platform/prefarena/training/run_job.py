@@ -1,6 +1,7 @@
 """A job from its start to its finished stage, on one worker: load, train, save, write the manifest.
 
-A job whose numbers are no longer numbers ends in a failed stage instead; the jobs after it go on.
+A job that cannot go on ends in a failed stage instead: its numbers are no longer numbers, its memory ran out, its judge
+cannot be used. The jobs after it go on.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from typing import Any
 
 from transformers import PreTrainedModel
 
+from prefarena.failures import reason_of
+from prefarena.generation.interface import GeneratorLostError
 from prefarena.modeling.load import load_policy, load_tokenizer, save_policy
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.modeling.lora import add_adapters, merge_adapters, save_adapter
@@ -33,7 +36,8 @@ from prefarena.training.worker import Worker
 def run_job(job: Job, worker: Worker) -> None:
     """Run `job` to its manifest, or to its failure. Every worker of the group calls this; rank 0 writes.
 
-    Raises StorageFullError where there is no room for what it writes; its last checkpoint is whole then.
+    Raises StorageFullError where there is no room for what it writes; its last checkpoint is whole then. Raises
+    GeneratorLostError, and leaves the stage as it is, where new generation actors may help.
     """
     with full_disk_named(job.name, worker.stage_dir):
         try:
@@ -41,12 +45,25 @@ def run_job(job: Job, worker: Worker) -> None:
         except TrainingDivergedError as error:  # all workers meet it in the same step
             worker.flush()
             if worker.rank == 0:
-                write_failure(job.stage_dir, str(error), label=job.name, seed=job.seed, faults=worker.faults())
+                _fail(job, worker, str(error))
+            return
+        except Exception as error:
+            reason = None if isinstance(error, GeneratorLostError) else reason_of(error)
+            if reason is None:
+                raise
+            worker.flush()
+            _fail(job, worker, reason)
+            if worker.world_size > 1:  # the others wait for this worker; a new group goes on with the next job
+                raise
             return
         worker.flush()
         if worker.rank == 0:
             write_manifest(job.stage_dir, {"label": job.name, "seed": job.seed, **contents, "faults": worker.faults()})
         worker.drop_checkpoints()
+
+
+def _fail(job: Job, worker: Worker, reason: str) -> None:
+    write_failure(job.stage_dir, reason, label=job.name, seed=job.seed, faults=worker.faults())
 
 
 def _contents(job: Job, worker: Worker) -> dict[str, Any]:
