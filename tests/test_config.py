@@ -40,6 +40,39 @@ def test_overrides_reach_entries_by_name() -> None:
         ("seeds=[1, 1]", "a seed twice"),
         ("model.hidden_size=65", "not a multiple of num_heads"),
         ("seeds", "expected key.path=value"),
+        ("entries.dpo.method.lr=1", "unknown key 'entries.2.method.lr'; did you mean 'training.learning_rate'?"),
+        ("entries.rlhf.method.num_minibatches=4", "did you mean 'training.num_minibatches'?"),
+        ("use_gpu=true", "did you mean 'resources.use_gpu'?"),
+        ("entries.dpo.method.training.lr=1", "did you mean 'learning_rate'?"),
+        ("entries.dpo.method.training.epochs=1", "did you mean 'num_epochs'?"),
+        ("entries.rlhf.method.training.gamma=1", "did you mean 'discount'?"),
+        ("entries.mpo.method.gamma=1", "did you mean 'pretraining_weight'?"),
+        ("entries.dpo.method.training.lora={r: 8}", "did you mean 'rank'?"),
+        ("entries.rlhf.method.reward.training.lora={rnak: 8}", "did you mean 'rank'?"),
+        ("model={kind: pretrained, model_name_or_path: x}", "did you mean 'path'?"),
+        ("task={kind: text, dataset_name: x}", "did you mean 'data'?"),
+        ("entries.dpo.method.training.precision=bf16", "is not one of float32, bfloat16; did you mean 'bfloat16'?"),
+        ("entries.rlhf.method.kind=ppo", "did you mean 'rlhf'?"),
+        ("entries.dpo.method.kind=dop", "did you mean 'dpo'?"),
+        ("entries.rlhf.method.training.schedule=constant_with_warmup", "did you mean 'constant'?"),
+        ("resources.sharding=fsdp2", "did you mean 'fsdp'?"),
+        ("name=007", "put it in quotes (got 7)"),
+        ("output=yes", "reads what is written here as a truth value; put it in quotes"),
+        ("seeds=0", "seeds: a list is wanted; write [0]"),
+        ("entries.dpo.method.training.num_steps=1e3", "write 1000"),
+        ("entries.dpo.method.beta=.inf", "entries.2.method.beta: input should be a finite number"),
+        ("entries.dpo.method.beta=.nan", "finite number"),
+        ("entries.mpo.method.demonstration_weight=.inf", "finite number"),
+        ("entries.rlhf.method.training.learning_rate=.inf", "finite number"),
+        ("entries.dpo.method.training.num_epochs=1e999", "finite number"),
+        ("generation.sync_timeout_s=.inf", "finite number"),
+        ("entries.dpo.method.training.betas=[0.9, 1.5]", "less than 1"),
+        ("entries.rlhf.method.training.betas=[-0.1, 0.9]", "greater than or equal to 0"),
+        ("entries.dpo.method.training.betas=[yes, 0.9]", "training.betas: a number is wanted"),
+        ("entries.dpo.method.beta=yes", "entries.2.method.beta: a number is wanted; YAML reads yes"),
+        ("entries.dpo.method.training.batch_size=on", "training.batch_size: a number is wanted"),
+        ("seeds=[true]", "seeds: a number is wanted"),
+        ("task.seed=true", "task.seed: a number is wanted"),
         ("name.x=1", "is a value, not a group of settings"),
     ],
 )
@@ -55,6 +88,13 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     broken = tmp_path / "broken.yaml"
     broken.write_text("a: [1,\n", encoding="utf-8")
     with pytest.raises(UserError, match="not valid YAML"):
+        load_config(broken)
+    twice = "name: x\nentries:\n  - name: dpo\n    method: {kind: dpo, beta: 0.1, beta: 0.2}\n"
+    broken.write_text(twice, encoding="utf-8")
+    with pytest.raises(UserError, match=r"broken.yaml: key 'beta' is written twice, on lines 4 and 4; remove one"):
+        load_config(broken)
+    broken.write_text("name: x\nseeds: [0]\nname: y\n", encoding="utf-8")
+    with pytest.raises(UserError, match="key 'name' is written twice, on lines 1 and 3"):
         load_config(broken)
     broken.write_text("- 1\n", encoding="utf-8")
     with pytest.raises(UserError, match="a config is a mapping"):
@@ -89,3 +129,23 @@ def test_a_weight_sync_that_cannot_work_is_refused(overrides: list[str], says: s
     with pytest.raises(UserError) as caught:
         load_config(None, overrides)
     assert says in str(caught.value)
+
+
+def test_numbers_that_yaml_reads_as_text_are_still_numbers() -> None:
+    """YAML 1.1 takes 1e-6 for text, as it has no point; people write it so, and mean the number."""
+    config = load_config(None, ["entries.dpo.method.training.learning_rate=1e-6"])
+    method = {entry.name: entry.method for entry in config.entries}["dpo"]
+    assert isinstance(method, DPO) and method.training.learning_rate == 1e-6
+
+
+def test_a_merged_mapping_may_be_overridden(tmp_path: Path) -> None:
+    path = tmp_path / "merged.yaml"
+    path.write_text(
+        "entries:\n"
+        "  - {name: a, method: {kind: dpo, training: &t {num_steps: 3, batch_size: 8}}}\n"
+        "  - {name: b, method: {kind: dpo, training: {<<: *t, batch_size: 16}}}\n",
+        encoding="utf-8",
+    )
+    methods = [entry.method for entry in load_config(path).entries]
+    sizes = [(method.training.num_steps, method.training.batch_size) for method in methods if isinstance(method, DPO)]
+    assert sizes == [(3, 8), (3, 16)]

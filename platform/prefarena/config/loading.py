@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import difflib
-import types
+from collections.abc import Hashable
 from pathlib import Path
-from typing import Annotated, Any, Union, get_args, get_origin
+from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import ValidationError
 
 from prefarena.config.comparison import Comparison
+from prefarena.config.problems import explain
 from prefarena.errors import UserError
 
 DEFAULT_CONFIG = Path(__file__).parents[1] / "default.yaml"
@@ -24,7 +24,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     """
     source = Path(path) if path is not None else DEFAULT_CONFIG
     try:
-        tree = yaml.safe_load(source.read_text(encoding="utf-8"))
+        tree = _parse(source.read_text(encoding="utf-8"), str(source))
     except FileNotFoundError:
         raise UserError(f"{source}: no such config file") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -38,6 +38,33 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     return parse_config(tree, str(source))
 
 
+class _Loader(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping: YAML would keep the later one in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
+        seen: dict[str, int] = {}
+        for key, _ in node.value:
+            line = key.start_mark.line + 1
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if key.value in seen:
+                    raise UserError(
+                        f"{self.name}: key {key.value!r} is written twice, on lines {seen[key.value]} and {line}; "
+                        "remove one"
+                    )
+                seen[key.value] = line
+        return super().construct_mapping(node, deep=deep)
+
+
+def _parse(text: str, source: str) -> Any:
+    """What YAML says. Raises yaml.YAMLError, and UserError for a key that is written twice."""
+    loader = _Loader(text)
+    loader.name = source
+    try:
+        return loader.get_single_data()
+    finally:
+        loader.dispose()
+
+
 def parse_config(tree: dict[str, Any], source: str = "config") -> Comparison:
     """Validate a mapping. Raises UserError as `load_config` does."""
     try:
@@ -46,7 +73,7 @@ def parse_config(tree: dict[str, Any], source: str = "config") -> Comparison:
         problems = error.errors()
         # pydantic leaves invalid items out, and then calls the list too short.
         real = [problem for problem in problems if problem["type"] != "too_short"] or problems
-        raise UserError("\n".join(_explain(problem, source) for problem in real)) from None
+        raise UserError("\n".join(explain(problem, source) for problem in real)) from None
 
 
 def dump_config(config: Comparison) -> str:
@@ -90,54 +117,3 @@ def _index(items: list[Any], part: str, override: str) -> int:
         return int(part)
     names = [str(item.get("name")) for item in items if isinstance(item, dict)]
     raise UserError(f"--set {override!r}: no entry {part!r}; there are {', '.join(names) or len(items)}")
-
-
-def _explain(problem: Any, source: str) -> str:
-    """One sentence for one pydantic error."""
-    location = [part for part in problem["loc"] if part not in _UNION_TAGS]
-    key = ".".join(str(part) for part in location)
-    if problem["type"] == "extra_forbidden":
-        known = _known_keys(problem["loc"][:-1])
-        near = difflib.get_close_matches(str(location[-1]), known, n=1)
-        hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(sorted(known))}"
-        return f"{source}: unknown key {key!r}{hint}"
-    if problem["type"] == "missing":
-        return f"{source}: key {key!r} is required"
-    if problem["type"] == "union_tag_not_found":
-        return f"{source}: {key} needs a `kind` that says which it is"
-    message = problem["msg"].removeprefix("Value error, ")
-    given = problem.get("input")
-    shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) else ""
-    return f"{source}: {key or 'config'}: {message[:1].lower()}{message[1:]}{shown}"
-
-
-#: The `kind`s of all unions, which pydantic puts into the location of an error.
-_UNION_TAGS = {"language", "text", "scratch", "pretrained", "mpo", "dpo", "ipo", "sft", "rlhf", "grpo", "rloo"} | {
-    "best_of_n",
-    "learned",
-    "gold",
-    "function",
-    "endpoint",
-    "classifier",
-}
-
-
-def _known_keys(location: tuple[Any, ...]) -> list[str]:
-    """The keys allowed at `location`, which is a pydantic error location with union tags."""
-    kind: Any = Comparison
-    for part in location:
-        if isinstance(part, int):
-            kind = next(arg for arg in get_args(kind) if arg is not Ellipsis)
-        elif part in _UNION_TAGS and not (isinstance(kind, type) and part in getattr(kind, "model_fields", {})):
-            kind = next(arm for arm in _arms(kind) if arm.model_fields["kind"].default == part)
-        else:
-            kind = kind.model_fields[part].annotation
-    return list(kind.model_fields) if isinstance(kind, type) and issubclass(kind, BaseModel) else []
-
-
-def _arms(kind: Any) -> list[type[BaseModel]]:
-    if get_origin(kind) is Annotated:
-        kind = get_args(kind)[0]
-    if get_origin(kind) in (Union, types.UnionType):
-        return list(get_args(kind))
-    return [kind]

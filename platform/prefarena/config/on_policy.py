@@ -7,7 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from prefarena.config.judges import JudgeSettings, RewardModel
-from prefarena.config.section import Section
+from prefarena.config.section import Betas, Section
 
 
 class OnPolicyTraining(Section):
@@ -19,7 +19,7 @@ class OnPolicyTraining(Section):
     num_minibatches: int = Field(4, ge=1, description="Optimizer steps per pass.")
     micro_batch_size: int = Field(64, ge=1, description="Rollouts per forward pass of one worker.")
     learning_rate: float = Field(1e-3, gt=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: Betas = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
     warmup_iterations: int = Field(2, ge=0, description="Linear learning-rate warm-up.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
