@@ -5,9 +5,9 @@ transcripts. The prompt boundary follows turns, never the longest common charact
 with which two answers both begin out of the loss and into the prompt.
 
 - Standard, explicit: `prompt`, `chosen`, `rejected` are strings and stay as they are.
-- Standard, implicit: `chosen` and `rejected` hold the prompt too. It ends with the last line start that reads
-  `Assistant:`, `AI:`, `Bot:`, `Answer:`, `A:`, `Response:` or `### Response:`. Without one there is no boundary to
-  rely on, and the row is dropped.
+- Standard, implicit: `chosen` and `rejected` hold the prompt too. It ends with the answer label of the last turn, such
+  as `Assistant:` at the start of a line (`data/transcripts.py`). Without one there is no boundary to rely on, and the
+  row is dropped.
 - HH: each transcript's prompt is everything up to and including its last "\\n\\nAssistant:"; the response is everything
   after it, its leading space included, so that prompt + response is the transcript again.
 - Conversational, explicit: `prompt` is a list of messages; each answer is one assistant message.
@@ -21,7 +21,6 @@ Whichever way two prompts are found, they must be equal.
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -43,6 +42,7 @@ from prefarena.data.rejections import (
     WRONG_TYPE,
     Unusable,
 )
+from prefarena.data.transcripts import find_prompt
 from prefarena.records import content_id
 
 Message = dict[str, str]
@@ -58,7 +58,6 @@ _BEFORE = {
     "tool": ("assistant", "tool"),
 }
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
-_ANSWER_MARK = re.compile(r"^(?:### *)?(?:Assistant|AI|Bot|Answer|A|Response):", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -133,17 +132,13 @@ def _standard(row: dict[str, Any]) -> _Parts:
         return prompt, chosen, rejected, prompt
     if not chosen.strip() or not rejected.strip():
         raise Unusable(EMPTY_RESPONSE)
-    prompts = []
-    for text in (chosen, rejected):
-        marks = list(_ANSWER_MARK.finditer(text))
-        if not marks or not text[: marks[-1].start()].strip():
-            raise Unusable(NO_BOUNDARY, "there is no `prompt` column and no answer mark such as `Assistant:`")
-        prompts.append(text[: marks[-1].end()])
-    if prompts[0] != prompts[1]:
+    found = [find_prompt(text) for text in (chosen, rejected)]
+    if found[0] is None or found[1] is None:
+        raise Unusable(NO_BOUNDARY, "there is no `prompt` column and no answer label such as `Assistant:`")
+    if found[0][0] != found[1][0]:
         raise Unusable(PROMPTS_DIFFER)
-    prompt = prompts[0]
-    first = next(mark for mark in _ANSWER_MARK.finditer(prompt) if prompt[: mark.start()].strip())
-    return prompt, chosen[len(prompt) :], rejected[len(prompt) :], prompt[: first.start()]
+    prompt, opening = found[0]
+    return prompt, chosen[len(prompt) :], rejected[len(prompt) :], opening
 
 
 def _hh(chosen: str, rejected: str) -> _Parts:
