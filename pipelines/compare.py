@@ -15,12 +15,14 @@ from pipelines.preferences import check_text_task
 from pipelines.prepare import prepare
 from pipelines.report import report, run_folder
 from pipelines.train import train
-from prefarena.cluster.capacity import check_placement, cluster_nodes
+from prefarena.cluster.capacity import check_placement, cluster_nodes, generates
 from prefarena.cluster.session import check_resources, ray_session, requested
 from prefarena.config import BestOfN, Comparison, EndpointJudge, OnPolicyMethod, PretrainedModel, RewardModel, TextTask
 from prefarena.errors import UserError
 from prefarena.judges.spec import check_judge
+from prefarena.modeling.inspection import check_head_size, inspect_policy
 from prefarena.modeling.load import load_tokenizer
+from prefarena.modeling.vocabulary import check_tokens
 from prefarena.report.tables import main_table
 from prefarena.stages import Stage, forget_failure
 from prefarena.tasks.language import Language
@@ -65,15 +67,13 @@ def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: 
 
 def check_input(config: Comparison) -> None:
     """Everything that can be found wrong without any work. Raises UserError."""
+    if isinstance(config.model, PretrainedModel):
+        _check_pretrained(config, config.model)
     if isinstance(config.task, TextTask):
         check_text_task(config.task, config.model)
     else:
         Language(config.task)
-    if isinstance(config.model, PretrainedModel):
-        if not isinstance(config.task, TextTask):
-            raise UserError("model.kind: pretrained models need a text task; the enumerable language has its own")
-        load_tokenizer(config.model.path, config.model.revision)
-    else:
+    if not isinstance(config.model, PretrainedModel):
         width = config.model.hidden_size // config.model.num_heads
         if width not in (32, 64, 128, 256):
             raise UserError(
@@ -86,6 +86,20 @@ def check_input(config: Comparison) -> None:
     for name, training in _optimisations(config):
         if training % workers:
             raise UserError(f"{name}: {training} cannot be shared evenly by resources.num_workers = {workers}")
+
+
+def _check_pretrained(config: Comparison, model: PretrainedModel) -> None:
+    if not isinstance(config.task, TextTask):
+        raise UserError("model.kind: pretrained models need a text task; the enumerable language has its own")
+    methods = [entry.method for entry in config.entries if isinstance(entry.method, OnPolicyMethod | BestOfN)]
+    rewards = [config.judge, *(method.reward for method in methods)]
+    scored = any(isinstance(reward, RewardModel) for reward in rewards)
+    scored = scored or any(method.kind == "rlhf" for method in methods)  # its critic
+    settings = inspect_policy(model.path, model.revision, scored=scored)
+    tokenizer = load_tokenizer(model.path, model.revision)
+    check_tokens(model.path, tokenizer, settings, model.revision)
+    if generates(config) and not config.resources.use_gpu:
+        check_head_size(model.path, settings)
 
 
 def _optimisations(config: Comparison) -> list[tuple[str, int]]:

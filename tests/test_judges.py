@@ -287,7 +287,7 @@ def test_classifiers_that_cannot_judge_are_refused(tmp_path: Path, policy: str) 
     path = save_classifier(tmp_path / "two", policy, pad_is_eos=False, template=False, num_labels=2)
     with pytest.raises(UserError, match="2 labels"):
         judge_of(ClassifierJudge(path=path), policy)
-    with pytest.raises(UserError, match="no sequence-classification model"):
+    with pytest.raises(UserError, match="no such folder"):
         judge_of(ClassifierJudge(path=str(tmp_path / "none")), policy)
     pickled = save_classifier(tmp_path / "pickled", policy, pad_is_eos=False, template=False)
     state = LlamaForSequenceClassification.from_pretrained(pickled).state_dict()

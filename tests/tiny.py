@@ -14,11 +14,15 @@ VOCABULARY = ["<pad>", "<bos>", "<eos>", *"abcdefghijklm"]
 BOS, EOS, FIRST_LETTER = 1, 2, 3
 
 
-def save_tiny_policy(folder: Path, *, tied: bool = False, seed: int = 0, max_length: int = 512) -> str:
-    """A random Llama over 16 tokens with its tokenizer, as a transformers folder. Returns the path."""
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    """Of the 16 words of `VOCABULARY`, split at blanks."""
     words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(VOCABULARY)}, unk_token="<pad>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+    return PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<bos>", eos_token="<eos>", pad_token="<pad>")
+
+
+def save_tiny_policy(folder: Path, *, tied: bool = False, seed: int = 0, max_length: int = 512) -> str:
+    """A random Llama over 16 tokens with its tokenizer, as a transformers folder. Returns the path."""
     config = LlamaConfig(
         vocab_size=len(VOCABULARY),
         hidden_size=64,
@@ -34,5 +38,5 @@ def save_tiny_policy(folder: Path, *, tied: bool = False, seed: int = 0, max_len
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        save_policy(LlamaForCausalLM(config), tokenizer, folder)
+        save_policy(LlamaForCausalLM(config), tiny_tokenizer(), folder)
     return str(folder)

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from prefarena.config import ClassifierJudge
 from prefarena.errors import UserError
 from prefarena.judges.texts import JudgeRow, judge_rows
-from prefarena.modeling.load import load_tokenizer
+from prefarena.modeling.inspection import inspect_classifier
+from prefarena.modeling.load import load_checked, load_tokenizer, read_tokenizer
+from prefarena.modeling.vocabulary import check_tokens
 
 
 class ClassifierScorer:
@@ -21,15 +25,11 @@ class ClassifierScorer:
         self, settings: ClassifierJudge, tokenizer: str, batch_size: int = 64, device: str | torch.device = "cpu"
     ) -> None:
         """Raises UserError where no such model can be loaded, or it has more than one label."""
-        check_classifier(settings)
-        revision = settings.revision or "main"
-        try:
-            self._own = AutoTokenizer.from_pretrained(settings.path, revision=revision, trust_remote_code=False)
-            model = AutoModelForSequenceClassification.from_pretrained(
-                settings.path, revision=revision, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
+        self._own = check_classifier(settings)
+        with _named():
+            model = load_checked(
+                AutoModelForSequenceClassification, settings.path, settings.revision, "sequence-classification model"
             )
-        except (OSError, ValueError) as error:
-            raise _unusable(settings, error) from None
         text_config = model.config.get_text_config()
         limits = [
             settings.max_tokens,
@@ -75,21 +75,21 @@ class ClassifierScorer:
         return ids
 
 
-def check_classifier(settings: ClassifierJudge) -> None:
-    """Reads the model's config alone. Raises UserError where there is none, or it has more than one label."""
-    try:
-        config = AutoConfig.from_pretrained(
-            settings.path, revision=settings.revision or "main", trust_remote_code=False
-        )
-    except (OSError, ValueError) as error:
-        raise _unusable(settings, error) from None
+def check_classifier(settings: ClassifierJudge) -> PreTrainedTokenizerBase:
+    """Its tokenizer. Raises UserError where config, tokenizer or headers show that it cannot be used."""
+    with _named():
+        config = inspect_classifier(settings.path, settings.revision)
+        tokenizer = read_tokenizer(settings.path, settings.revision)
+        check_tokens(settings.path, tokenizer, config, settings.revision)
     if config.num_labels != 1:
         raise UserError(f"judge classifier {settings.path}: it has {config.num_labels} labels; a judge has one")
+    return tokenizer
 
 
-def _unusable(settings: ClassifierJudge, error: Exception) -> UserError:
-    lines = str(error).strip().splitlines()
-    return UserError(
-        f"judge classifier {settings.path}: no sequence-classification model in safetensors can be loaded from it "
-        f"({lines[0] if lines else type(error).__name__})"
-    )
+@contextmanager
+def _named() -> Iterator[None]:
+    """Errors inside say that they are about the judge, whose path may be another model's too."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"judge classifier {error}") from None

@@ -23,16 +23,22 @@ from transformers import (
 
 from prefarena.config import PretrainedModel, ScratchModel
 from prefarena.errors import UserError
+from prefarena.modeling.checks import (
+    UNUSABLE,
+    check_causal,
+    check_loaded,
+    check_weights,
+    first_line,
+    quietly,
+)
+from prefarena.modeling.folders import check_tokenizer_files, local_folder
 
 _SAFELY: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
 
 
 def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
     """A tokenizer with an eos and a pad token. Raises UserError where it has no eos, or cannot be loaded."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no tokenizer can be loaded from it ({_first_line(error)})") from None
+    tokenizer = read_tokenizer(path, revision)
     if tokenizer.eos_token_id is None:
         raise UserError(f"{path}: its tokenizer has no eos token, so the end of a response cannot be learnt; set one")
     if tokenizer.pad_token_id is None:
@@ -40,12 +46,45 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
     return tokenizer
 
 
-def load_policy(path: str | Path, revision: str | None = None) -> PreTrainedModel:
-    """A causal language model in float32, eval mode. Raises UserError where none can be loaded."""
+def read_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """A tokenizer as it is. Raises UserError where none can be loaded."""
+    if (folder := local_folder(path)) is not None:
+        check_tokenizer_files(folder)
     try:
-        model = AutoModelForCausalLM.from_pretrained(str(path), revision=revision or "main", **_SAFELY)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no causal language model can be loaded from it ({_first_line(error)})") from None
+        with quietly():
+            return AutoTokenizer.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False)
+    except Exception as error:
+        # The tokenizers library raises bare exceptions over its files; what is of another type is a bug.
+        if not isinstance(error, UNUSABLE) and type(error) is not Exception:
+            raise
+        raise UserError(f"{path}: no tokenizer can be loaded from it ({first_line(error)})") from None
+
+
+def load_policy(path: str | Path, revision: str | None = None) -> PreTrainedModel:
+    """A causal language model in float32, eval mode. Raises UserError where none can be loaded, whole and sound."""
+    return load_checked(AutoModelForCausalLM, path, revision, "causal language model")
+
+
+def load_checked(kind: Any, path: str | Path, revision: str | None, what: str) -> PreTrainedModel:
+    """A model of one of transformers' Auto classes in float32, eval mode.
+
+    Raises UserError where it cannot be loaded, where its files do not hold exactly its weights, or where one of them is
+    NaN or infinite. what: its name in the message.
+    """
+    local_folder(path)
+    try:
+        with quietly():
+            model, info = kind.from_pretrained(
+                str(path),
+                revision=revision or "main",
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are told below
+                **_SAFELY,
+            )
+    except UNUSABLE as error:
+        raise UserError(f"{path}: no {what} can be loaded from it ({first_line(error)})") from None
+    check_weights(path, model, info)
+    check_loaded(path, model)
     return model.eval()
 
 
@@ -93,16 +132,13 @@ def new_reward_model(policy_path: str | Path, seed: int) -> PreTrainedModel:
 
 def load_reward_model(path: str | Path) -> PreTrainedModel:
     """A sequence-classification model with one label, float32, eval mode."""
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(str(path), **_SAFELY)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: no reward model can be loaded from it ({_first_line(error)})") from None
-    return model.eval()
+    return load_checked(AutoModelForSequenceClassification, path, None, "reward model")
 
 
 def base_model(model: PretrainedModel, max_length: int) -> PreTrainedModel:
-    """The user's model. Raises UserError where its context is shorter than `max_length`."""
+    """The user's model. Raises UserError where it is not causal, or its context is shorter than `max_length`."""
     policy = load_policy(model.path, model.revision)
+    check_causal(model.path, policy)
     limit = getattr(policy.config, "max_position_embeddings", None)
     if limit is not None and limit < max_length:
         raise UserError(
@@ -110,7 +146,3 @@ def base_model(model: PretrainedModel, max_length: int) -> PreTrainedModel:
             "lower task.max_prompt_tokens or task.max_response_tokens"
         )
     return policy
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

@@ -1,0 +1,260 @@
+"""What can be found wrong with a model before any weight is read: its config, its tokenizer, the headers of its files.
+
+The model is built with shapes in place of weights and transformers matches the files' names and shapes with it, just as
+it will when it loads them. This takes some tenths of a second and no memory at any size. What shows in numbers alone
+(NaN, attention that is not causal) is found when the weights are loaded (checks.py).
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+    MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+)
+
+from prefarena.errors import UserError
+from prefarena.modeling.checks import UNUSABLE, check_direction, check_weights, first_line, quietly
+from prefarena.modeling.folders import (
+    ADAPTER_CONFIG,
+    CONFIG,
+    TensorHeader,
+    check_settings_files,
+    listed,
+    local_folder,
+    read_object,
+    tensor_headers,
+    weight_files,
+)
+
+#: Settings that are whole numbers above 0 in every family that has them.
+_COUNTS = (
+    "hidden_size", "n_embd", "d_model", "num_hidden_layers", "n_layer", "num_layers", "num_attention_heads", "n_head",
+    "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "n_positions",
+)  # fmt: skip
+_LARGEST = 2**31 - 1
+#: safetensors' names of the types that weights are trained in.
+_PLAIN = {"F16", "BF16", "F32", "F64"}
+_QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".absmax", ".quant_map", ".weight_blocks")
+_QUANTISED_SETTINGS = ("quantize_config.json", "quant_config.json")
+#: Head sizes of attention that vLLM's CPU build has (`CPUAttentionBackend.get_supported_head_sizes`, vLLM 0.32).
+CPU_HEAD_SIZES = (32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 512)
+
+
+def inspect_policy(path: str, revision: str | None = None, *, scored: bool = False) -> PretrainedConfig:
+    """The settings of the causal language model at `path`, a folder or a hub id.
+
+    scored: whether a reward model or a critic is to be made of its body. Raises UserError for whatever the config and
+    the headers of the weights show: another kind of model, other weights, an adapter, quantised or pickled weights. Of
+    a hub id, weights are looked at where they are in the local cache.
+    """
+    config, headers = _settings(path, revision)
+    masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
+    check_direction(path, config, masked)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{path}: {config.model_type} is no causal language model in transformers; use one that is")
+    if scored and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(
+            f"{path}: transformers has no sequence classification with the body of {config.model_type}, so no reward "
+            "model and no critic can be made of it: use another judge and reward (judges.md), or another model"
+        )
+    _compare(path, AutoModelForCausalLM, config, headers)
+    return config
+
+
+def inspect_classifier(path: str, revision: str | None = None) -> PretrainedConfig:
+    """The settings of the sequence-classification model at `path`; raises UserError as `inspect_policy` does."""
+    config, headers = _settings(path, revision)
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        raise UserError(f"{path}: transformers has no sequence classification for {config.model_type}; use another")
+    _compare(path, AutoModelForSequenceClassification, config, headers)
+    return config
+
+
+def check_head_size(path: str, config: PretrainedConfig) -> None:
+    """Raise UserError where vLLM's CPU build has no attention of this model's head size."""
+    text = config.get_text_config(decoder=True)
+    heads = getattr(text, "num_attention_heads", None)
+    if not isinstance(heads, int) or getattr(text, "kv_lora_rank", None):
+        return
+    size = getattr(text, "head_dim", None) or text.hidden_size // heads
+    if isinstance(size, int) and size not in CPU_HEAD_SIZES:
+        raise UserError(
+            f"{path}: its attention heads have {size} dimensions, and vLLM, which generates, has attention for "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))} on a CPU: set resources.use_gpu, or use another model"
+        )
+
+
+def _settings(path: str, revision: str | None) -> tuple[PretrainedConfig, dict[str, TensorHeader] | None]:
+    """The config, and the weights' headers where the files are on this machine."""
+    folder = local_folder(path)
+    if folder is None:
+        folder = _cached(path, revision)
+    headers = None
+    if folder is not None:
+        _check_adapter(folder)
+        check_settings_files(folder)
+        raw = read_object(folder / CONFIG)
+        _check_known(path, raw)
+        for numbers in (raw, raw.get("text_config")):
+            _check_counts(path, numbers if isinstance(numbers, dict) else {})
+        if (folder / "model.safetensors").is_file() or local_folder(path) is not None or _is_whole(folder):
+            _check_settings_of_quantisation(folder)
+            headers = tensor_headers(folder)
+        _check_quantised(path, raw, headers or {})
+    try:
+        with quietly():
+            config = AutoConfig.from_pretrained(path, revision=revision or "main", trust_remote_code=False)
+    except UNUSABLE as error:
+        raise UserError(f"{path}: its {CONFIG} cannot be used ({first_line(error)})") from None
+    return config, headers
+
+
+def _cached(path: str, revision: str | None) -> Path | None:
+    """Where a hub id's files are on this machine; None where they are not."""
+    try:
+        return Path(snapshot_download(path, revision=revision or "main", local_files_only=True))
+    except (OSError, ValueError):
+        return None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a snapshot in the cache has its weights; it may hold the config alone."""
+    try:
+        return bool(weight_files(folder))
+    except UserError:
+        return False
+
+
+def _check_adapter(folder: Path) -> None:
+    if not (folder / ADAPTER_CONFIG).is_file():
+        return
+    if (folder / CONFIG).is_file():
+        raise UserError(
+            f"{folder}: it holds both a model ({CONFIG}) and an adapter ({ADAPTER_CONFIG}), and transformers would "
+            "load the adapter on its base instead of the model: remove the files of the one that is not meant"
+        )
+    base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+    raise UserError(
+        f"{folder}: an adapter of {base or 'a base model that it does not name'}, not a model: load that base, put the "
+        "adapter on it with peft (PeftModel.from_pretrained), merge_and_unload, save_pretrained with the tokenizer, "
+        "and give that folder"
+    )
+
+
+def _check_known(path: str, raw: Mapping[str, Any]) -> None:
+    kind = raw.get("model_type")
+    if not isinstance(kind, str):
+        raise UserError(f"{path}: its {CONFIG} does not say which architecture it is (model_type)")
+    if kind in CONFIG_MAPPING:
+        return
+    if raw.get("auto_map"):
+        raise UserError(
+            f"{path}: {kind} needs code that comes with the model (auto_map in {CONFIG}), and such code is never run; "
+            "use a model of an architecture that transformers has"
+        )
+    raise UserError(
+        f"{path}: transformers {transformers.__version__} does not know the architecture {kind!r} (model_type in "
+        f"{CONFIG}); use another model, or a release that knows it"
+    )
+
+
+def _check_counts(path: str, numbers: Mapping[str, Any]) -> None:
+    for name in _COUNTS:
+        value = numbers.get(name)
+        if value is None or isinstance(value, list):  # some families have one for every layer
+            continue
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _LARGEST:
+            raise UserError(f"{path}: {name} in {CONFIG} is {json.dumps(value)}; it must be a whole number above 0")
+    heads, shared = numbers.get("num_attention_heads"), numbers.get("num_key_value_heads")
+    if isinstance(heads, int) and isinstance(shared, int) and heads % shared:
+        raise UserError(
+            f"{path}: in {CONFIG} num_attention_heads, {heads}, is not a multiple of num_key_value_heads, {shared}"
+        )
+
+
+def _check_settings_of_quantisation(folder: Path) -> None:
+    for name in _QUANTISED_SETTINGS:
+        if (folder / name).is_file():
+            kind = read_object(folder / name).get("quant_method") or "gptq or awq"
+            raise _quantised(str(folder), f"{kind}, as {name} says")
+
+
+def _check_quantised(path: str, raw: Mapping[str, Any], headers: Mapping[str, TensorHeader]) -> None:
+    packed = [
+        name
+        for name, header in headers.items()
+        if name.endswith(_QUANTISED) or (name.endswith(".weight") and header.dtype not in _PLAIN)
+    ]
+    settings = raw.get("quantization_config") or raw.get("compression_config")
+    if packed:
+        kind = settings.get("quant_method") if isinstance(settings, dict) else None
+        raise _quantised(path, f"{kind or headers[packed[0]].dtype}; {listed(packed)}")
+    if settings:
+        kind = settings.get("quant_method", "unnamed") if isinstance(settings, dict) else settings
+        if headers:
+            raise UserError(
+                f"{path}: {CONFIG} has quantization_config ({kind}), but its weights are not quantised: remove that key"
+            )
+        raise _quantised(path, f"{kind}, as {CONFIG} says")
+
+
+def _quantised(path: str, how: str) -> UserError:
+    return UserError(
+        f"{path}: its weights are quantised ({how}), and such weights cannot be trained: use the model that they were "
+        "made from, in its own precision"
+    )
+
+
+def _compare(path: str, auto: Any, config: PretrainedConfig, headers: Mapping[str, TensorHeader] | None) -> None:
+    """Raise UserError where no model can be built with `config`, or where the files do not hold its weights."""
+    text = config.get_text_config(decoder=True)
+    num_layers = getattr(text, "num_hidden_layers", None)
+    if headers is not None and isinstance(num_layers, int) and num_layers > len(headers):
+        raise UserError(
+            f"{path}: {CONFIG} speaks of {num_layers} layers, and the weights have {len(headers)} tensors in all; "
+            "use the files of one model"
+        )
+    pad, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
+    if isinstance(pad, int) and isinstance(size, int) and pad >= size:
+        raise UserError(
+            f"{path}: pad_token_id in {CONFIG} is {pad}, and the embedding has rows 0 to {size - 1}: set it to a token "
+            "that has a row, or add rows with resize_token_embeddings and save the model"
+        )
+    try:
+        with quietly(), torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config)
+    except (*UNUSABLE, RuntimeError) as error:
+        raise UserError(f"{path}: no model can be built with its {CONFIG} ({first_line(error)})") from None
+    if headers is None:
+        return
+    empty = {name: torch.empty(header.shape, device="meta", dtype=torch.float32) for name, header in headers.items()}
+    try:
+        with quietly():
+            make: Any = type(model)
+            loaded, info = make.from_pretrained(
+                None,
+                config=config,
+                state_dict=empty,
+                device_map={"": "meta"},
+                dtype=torch.float32,
+                ignore_mismatched_sizes=True,
+                output_loading_info=True,
+            )
+    except (*UNUSABLE, RuntimeError) as error:
+        raise UserError(f"{path}: its weights do not fit its {CONFIG} ({first_line(error)})") from None
+    check_weights(path, loaded, info, shapes={name: header.shape for name, header in headers.items()})
