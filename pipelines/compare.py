@@ -20,7 +20,7 @@ from prefarena.cluster.session import check_resources, ray_session, requested
 from prefarena.config import BestOfN, Comparison, EndpointJudge, OnPolicyMethod, PretrainedModel, RewardModel, TextTask
 from prefarena.errors import UserError
 from prefarena.judges.spec import check_judge
-from prefarena.modeling.inspection import check_head_size, inspect_policy
+from prefarena.modeling.inspection import check_context, check_head_size, inspect_policy
 from prefarena.modeling.load import load_tokenizer
 from prefarena.modeling.vocabulary import check_tokens
 from prefarena.report.tables import main_table
@@ -98,6 +98,7 @@ def _check_pretrained(config: Comparison, model: PretrainedModel) -> None:
     settings = inspect_policy(model.path, model.revision, scored=scored)
     tokenizer = load_tokenizer(model.path, model.revision)
     check_tokens(model.path, tokenizer, settings, model.revision)
+    check_context(model.path, settings, max_length(config.task))
     if generates(config) and not config.resources.use_gpu:
         check_head_size(model.path, settings)
 

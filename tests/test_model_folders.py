@@ -21,7 +21,7 @@ from prefarena.config import ClassifierJudge, PretrainedModel
 from prefarena.errors import UserError
 from prefarena.judges.classifier import ClassifierScorer, check_classifier
 from prefarena.modeling.checks import check_causal
-from prefarena.modeling.inspection import check_head_size, inspect_classifier, inspect_policy
+from prefarena.modeling.inspection import check_context, check_head_size, inspect_classifier, inspect_policy
 from prefarena.modeling.load import base_model, load_policy, load_reward_model, load_tokenizer
 from prefarena.modeling.vocabulary import check_tokens
 from tests.models import FAMILIES, SCORED, random_model, save_model
@@ -342,6 +342,14 @@ DAMAGE: dict[str, tuple[Change, str]] = {
     "tokenizer-object": (written("tokenizer.json", b'{"a": 1}'), "no tokenizer can be loaded"),
     "tokenizer-kind": (lambda folder: _other_tokenizer(folder, {"type": "Unheard"}), "no tokenizer can be loaded"),
     "tokenizer-eos": (lambda folder: change_json(folder / "tokenizer_config.json", eos_token=5), "no tokenizer can be"),
+    "tokenizer-length": (
+        lambda folder: change_json(folder / "tokenizer_config.json", model_max_length="long"),
+        "no tokenizer can be loaded",
+    ),
+    "tokenizer-vocabulary": (
+        lambda folder: _other_tokenizer(folder, {"type": "WordLevel", "vocab": {"a": 0}, "unk_token": "?"}),
+        "no tokenizer can be loaded",
+    ),
     "tokenizer-gone": (lambda folder: _without(folder, "tokenizer*"), "there is no tokenizer in it"),
     "generation-cut": (cut("generation_config.json", 0.5), "generation_config.json: not valid JSON"),
     "weights-gone": (lambda folder: _without(folder, "*.safetensors"), "no weights in it"),
@@ -406,7 +414,9 @@ NUMBERS: dict[str, Any] = {
     "max_position_embeddings": [0, "64", -5],
     "head_dim": [0, -1, 31],
     "intermediate_size": [0, "wide", 97],
-    "rms_norm_eps": ["small"],
+    "rms_norm_eps": ["small", -1.0, 1e30, float("nan")],
+    "attention_dropout": [-0.1, 1.0, 7, float("nan")],
+    "rope_parameters": [{"rope_type": "default", "rope_theta": theta} for theta in (0, -1, float("nan"), "x")],
     "model_type": ["unheard-of", 5, None, "gone"],
     "hidden_act": ["unheard-of", 5],
     "pad_token_id": [16, 99],
@@ -433,13 +443,25 @@ def test_a_config_out_of_range_is_refused_in_other_families(
     refused(lambda: check(folder), str(folder))
 
 
-@pytest.mark.parametrize(("name", "value"), [("rms_norm_eps", -1.0), ("rms_norm_eps", float("nan"))])
-def test_logits_that_are_no_numbers_are_found_when_the_base_is_loaded(
-    made: Callable[..., Path], name: str, value: float
+@pytest.mark.parametrize(("family", "changed", "words"), [
+    ("gemma2", {"final_logit_softcapping": 0.0}, "NaN or infinite"),
+    ("granite", {"logits_scaling": 0.0}, "NaN or infinite"),
+    ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 1e-45}}, "rotary frequencies"),
+    ("gemma3", {"query_pre_attn_scalar": -1}, "cannot be run"),
+])  # fmt: skip
+def test_a_config_that_only_computing_shows_to_be_wrong(
+    made: Callable[..., Path], family: str, changed: dict[str, Any], words: str
 ) -> None:
-    folder = made()
-    change_json(folder / "config.json", **{name: value})
-    refused(lambda: base_model(PretrainedModel(path=str(folder)), 16), str(folder), "NaN or infinite")
+    folder = made(family)
+    change_json(folder / "config.json", **changed)
+    refused(lambda: base_model(PretrainedModel(path=str(folder)), 16), str(folder), words)
+
+
+def test_a_context_that_is_too_short_is_found_from_the_config() -> None:
+    for family in ("llama", "gpt2", "opt", "gpt-neox"):
+        config = random_model(family).config
+        check_context("here", config, 64)
+        refused(lambda config=config: check_context("here", config, 65), "context of 64")  # type: ignore[misc]
 
 
 def test_code_that_comes_with_a_model_is_named_and_not_run(made: Callable[..., Path]) -> None:
@@ -537,11 +559,17 @@ def test_a_token_that_nothing_writes_is_no_fault(made: Callable[..., Path]) -> N
 @pytest.mark.parametrize("ends", [16, [2, 99], [40]])
 def test_an_end_of_the_generation_config_without_a_row_is_named(made: Callable[..., Path], ends: Any) -> None:
     folder = made()
-    change_json(folder / "generation_config.json", eos_token_id=ends)
+    change_json(folder / "generation_config.json", eos_token_id=ends, _from_model_config=False)
     refused(lambda: check(folder), "generation_config.json", "no row")
 
 
-@pytest.mark.parametrize("ends", ["</s>", -3, [2, "x"], 2.5])
+def test_an_architectures_default_end_that_is_no_token_is_no_fault(tmp_path: Path) -> None:
+    folder = Path(save_model(tmp_path / "model", random_model("gpt2", bos_token_id=50256, eos_token_id=50256)))
+    check(folder)
+    load_policy(folder)
+
+
+@pytest.mark.parametrize("ends", ["</s>", -3, [2, "x"], 2.5, True])
 def test_an_end_of_the_generation_config_that_is_no_token(made: Callable[..., Path], ends: Any) -> None:
     folder = made()
     change_json(folder / "generation_config.json", eos_token_id=ends)

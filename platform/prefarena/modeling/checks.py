@@ -80,6 +80,12 @@ def check_loaded(where: str | Path, model: PreTrainedModel) -> None:
                 f"{where}: {wrong} of the {tensor.numel()} numbers in {name} are NaN or infinite; "
                 "the model is damaged, or its training diverged: use another checkpoint"
             )
+    for name, buffer in model.named_buffers():
+        if name.endswith("inv_freq") and not _finite(buffer):
+            raise UserError(
+                f"{where}: the rotary frequencies that follow from its config.json ({name}) are NaN or infinite; mend "
+                "rope_theta, or the other numbers of rope_parameters"
+            )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
     tied = head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     if tied and head.weight is not embedding.weight:

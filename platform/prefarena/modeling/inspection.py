@@ -8,7 +8,8 @@ it will when it loads them. This takes some tenths of a second and no memory at 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,12 @@ _COUNTS = (
     "num_key_value_heads", "head_dim", "vocab_size", "max_position_embeddings", "n_positions",
 )  # fmt: skip
 _LARGEST = 2**31 - 1
+#: Endings of the names of settings that are numbers in a range: its limits, and how it is told.
+_RANGES: tuple[tuple[tuple[str, ...], Callable[[float], bool], str], ...] = (
+    (("dropout", "pdrop", "dropout_prob"), lambda value: 0 <= value < 1, "a number from 0 to below 1"),
+    (("rope_theta", "rotary_emb_base"), lambda value: 0 < value < math.inf, "a number above 0"),
+    (("_eps", "epsilon"), lambda value: 0 <= value < 1, "a small number that is not negative"),
+)
 #: safetensors' names of the types that weights are trained in.
 _PLAIN = {"F16", "BF16", "F32", "F64"}
 _QUANTISED = (".qweight", ".qzeros", ".weight_packed", ".weight_scale", ".absmax", ".quant_map", ".weight_blocks")
@@ -85,6 +92,16 @@ def inspect_classifier(path: str, revision: str | None = None) -> PretrainedConf
     return config
 
 
+def check_context(path: str, config: PretrainedConfig, max_length: int) -> None:
+    """Raise UserError where the model's context is shorter than `max_length` tokens."""
+    limit = getattr(config.get_text_config(decoder=True), "max_position_embeddings", None)
+    if limit is not None and limit < max_length:
+        raise UserError(
+            f"{path}: prompts and responses of up to {max_length} tokens do not fit its context of {limit}; "
+            "lower task.max_prompt_tokens or task.max_response_tokens"
+        )
+
+
 def check_head_size(path: str, config: PretrainedConfig) -> None:
     """Raise UserError where vLLM's CPU build has no attention of this model's head size."""
     text = config.get_text_config(decoder=True)
@@ -112,6 +129,7 @@ def _settings(path: str, revision: str | None) -> tuple[PretrainedConfig, dict[s
         _check_known(path, raw)
         for numbers in (raw, raw.get("text_config")):
             _check_counts(path, numbers if isinstance(numbers, dict) else {})
+        _check_ranges(path, raw)
         if (folder / "model.safetensors").is_file() or local_folder(path) is not None or _is_whole(folder):
             _check_settings_of_quantisation(folder)
             headers = tensor_headers(folder)
@@ -185,6 +203,20 @@ def _check_counts(path: str, numbers: Mapping[str, Any]) -> None:
         raise UserError(
             f"{path}: in {CONFIG} num_attention_heads, {heads}, is not a multiple of num_key_value_heads, {shared}"
         )
+
+
+def _check_ranges(path: str, numbers: Mapping[str, Any]) -> None:
+    """Raise UserError where a number, also one in a group of settings, is NaN or outside what its name can mean."""
+    for name, value in numbers.items():
+        if isinstance(value, dict):
+            _check_ranges(path, value)
+        if not isinstance(value, int | float) or isinstance(value, bool):
+            continue
+        if math.isnan(value):
+            raise UserError(f"{path}: {name} in {CONFIG} is NaN; it must be a number")
+        for endings, fits, told in _RANGES:
+            if name.endswith(endings) and not fits(value):
+                raise UserError(f"{path}: {name} in {CONFIG} is {json.dumps(value)}; it must be {told}")
 
 
 def _check_settings_of_quantisation(folder: Path) -> None:

@@ -32,6 +32,7 @@ from prefarena.modeling.checks import (
     quietly,
 )
 from prefarena.modeling.folders import check_tokenizer_files, local_folder
+from prefarena.modeling.inspection import check_context
 
 _SAFELY: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
 
@@ -52,7 +53,9 @@ def read_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
         check_tokenizer_files(folder)
     try:
         with quietly():
-            return AutoTokenizer.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False)
+            tokenizer("Is this a tokenizer?")  # some faults of its files show when it is used
+            return tokenizer
     except Exception as error:
         # The tokenizers library raises bare exceptions over its files; what is of another type is a bug.
         if not isinstance(error, UNUSABLE) and type(error) is not Exception:
@@ -139,10 +142,5 @@ def base_model(model: PretrainedModel, max_length: int) -> PreTrainedModel:
     """The user's model. Raises UserError where it is not causal, or its context is shorter than `max_length`."""
     policy = load_policy(model.path, model.revision)
     check_causal(model.path, policy)
-    limit = getattr(policy.config, "max_position_embeddings", None)
-    if limit is not None and limit < max_length:
-        raise UserError(
-            f"{model.path}: prompts and responses of up to {max_length} tokens do not fit its context of {limit}; "
-            "lower task.max_prompt_tokens or task.max_response_tokens"
-        )
+    check_context(model.path, policy.config, max_length)
     return policy

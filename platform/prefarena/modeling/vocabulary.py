@@ -70,25 +70,27 @@ def _roles(
         number = getattr(tokenizer, f"{role}_token_id")
         if number is not None:
             yield f"the {role} token of its tokenizer", number
-    ends = _generation_ends(path, revision)
-    for number in ends if isinstance(ends, list) else [ends]:
-        if number is not None:
-            yield "an end (eos_token_id) in its generation_config.json", number
+    for number in _generation_ends(path, tokenizer, revision):
+        yield "an end (eos_token_id) in its generation_config.json", number
 
 
-def _generation_ends(path: str, revision: str | None) -> int | list[int] | None:
+def _generation_ends(path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> list[int]:
+    """Ids that end generation. Of a config that transformers derived from the model's, those that are tokens at all.
+
+    It may hold the architecture's default: GPT-2's 50256 in a model of 1,000 tokens, which then simply never comes.
+    """
     if Path(path).is_dir() and not (Path(path) / "generation_config.json").is_file():
-        return None
+        return []
     try:
         settings = GenerationConfig.from_pretrained(path, revision=revision or "main")
-    except FileNotFoundError:
-        return None
     except UNUSABLE as error:
         if not Path(path).is_dir():
-            return None  # a hub id without this file
+            return []  # a hub id without this file
         raise UserError(f"{path}: its generation_config.json cannot be used ({first_line(error)})") from None
     ends = settings.eos_token_id
-    numbers = ends if isinstance(ends, list) else [ends]
-    if not all(number is None or (isinstance(number, int) and number >= 0) for number in numbers):
+    numbers = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if not all(isinstance(number, int) and not isinstance(number, bool) and number >= 0 for number in numbers):
         raise UserError(f"{path}: eos_token_id in its generation_config.json is {ends!r}; it must be token ids")
-    return ends
+    derived = bool(getattr(settings, "_from_model_config", False))
+    known = set(tokenizer.get_vocab().values())
+    return [number for number in numbers if not derived or number in known]
