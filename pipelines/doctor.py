@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import AutoConfig, PretrainedConfig
+from transformers import PretrainedConfig
 
 from pipelines.compare import check_input
 from pipelines.plan import longest, max_length
@@ -23,6 +23,7 @@ from prefarena.cluster.probe import ask_nodes, token_file
 from prefarena.cluster.session import check_resources, ray_session
 from prefarena.config import Comparison, PretrainedModel, TextTask
 from prefarena.errors import UserError
+from prefarena.modeling.inspection import inspect_policy
 from prefarena.modeling.load import new_settings
 from prefarena.tasks.language import Language
 
@@ -80,13 +81,11 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
 
 
 def model_settings(config: Comparison) -> PretrainedConfig | None:
-    """Of the comparison's model, from its configuration alone; None where that cannot be read."""
+    """Of the comparison's model, from its configuration alone; None where no model can be made with it."""
     if isinstance(config.model, PretrainedModel):
         try:
-            return AutoConfig.from_pretrained(
-                config.model.path, revision=config.model.revision or "main", trust_remote_code=False
-            )
-        except (OSError, ValueError):
+            return inspect_policy(config.model.path, config.model.revision)
+        except UserError:  # `check_input` has told it
             return None
     task, model = config.task, config.model
     vocab_size = model.vocab_size if isinstance(task, TextTask) else Language(task).vocab_size

@@ -45,7 +45,6 @@ from prefarena.data.sources import (
 from prefarena.data.token_tables import ParquetRows, TokenTables
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
-from prefarena.modeling.load import load_tokenizer
 from prefarena.records import PRETRAINING
 from prefarena.stages import write_json
 
@@ -68,7 +67,7 @@ def check_text_task(task: TextTask, model: Model | None = None) -> list[Part]:
     """
     parts = _check_source(task, task.data, COLUMNS, ("chosen", "rejected"), functools.partial(pair_of, task=task))
     if isinstance(model, PretrainedModel):
-        tokenizer = Tokenizer(load_tokenizer(model.path, model.revision), task)
+        tokenizer = Tokenizer.load(model.path, model.revision, task)
         _check_tokens(task, parts, tokenizer)
     if task.pretraining_text is not None:
         _check_source(task, task.pretraining_text, TEXT_COLUMNS, TEXT_COLUMNS, text_of)
@@ -102,7 +101,7 @@ def prepare_text(
     folder.mkdir(parents=True, exist_ok=True)
     path = tokenizer_path or prepare_tokenizer(task, model, folder / "tokenizer")
     revision = model.revision if isinstance(model, PretrainedModel) and path == model.path else None
-    _check_tokens(task, parts, Tokenizer(load_tokenizer(path, revision), task))
+    _check_tokens(task, parts, Tokenizer.load(path, revision, task))
     with TokenTables(folder) as tables:
         for rows in _stream(task, parts, COLUMNS, task.max_rows, prepare_pairs, (path, revision), num_tokenisers):
             tables.add(rows if task.max_rows is None else rows.slice(0, task.max_rows - tables.num_rows))
@@ -294,7 +293,7 @@ class _Prepare:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # an actor has one CPU
         self.prepare = prepare
         self.task = task
-        self.tokenizer = Tokenizer(load_tokenizer(path, revision), task)
+        self.tokenizer = Tokenizer.load(path, revision, task)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         return pa.concat_tables([self._prepared(fields) for fields in batch.to_pylist()])

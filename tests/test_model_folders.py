@@ -17,7 +17,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
-from prefarena.config import ClassifierJudge, PretrainedModel
+from pipelines.compare import check_input
+from pipelines.doctor import model_settings
+from prefarena.config import ClassifierJudge, Comparison, PretrainedModel, TextTask, parse_config
+from prefarena.data.preparation import COLUMNS, TEXT_COLUMNS, prepare_pairs, prepare_pieces
+from prefarena.data.rejections import NO_ROW, REMEDIES
+from prefarena.data.sources import find_parts, read_chunks
+from prefarena.data.tokenization import Tokenizer
 from prefarena.errors import UserError
 from prefarena.judges.classifier import ClassifierScorer, check_classifier
 from prefarena.modeling.checks import check_causal
@@ -598,3 +604,101 @@ def test_a_head_size_that_the_engine_lacks_is_named() -> None:
     small: list[PreTrainedModel] = [config("llama", num_attention_heads=4), config("gpt2", n_head=4)]
     for lacking in (*small, config("qwen3", head_dim=48)):
         refused(lambda lacking=lacking: check_head_size("here", lacking), "vLLM", "resources.use_gpu")  # type: ignore[misc]
+
+
+# ------------------------------------------------------------------------------------------ tokens that the data have
+
+
+def test_a_row_that_holds_a_token_without_a_row_is_rejected(made: Callable[..., Path], tmp_path: Path) -> None:
+    folder = made()
+    _with_token(folder, None, "<image>")
+    data = tmp_path / "pairs.jsonl"
+    texts = [("a b", "c d", "e f"), ("a <image>", "c d", "e f"), ("a b", "c <image>", "e f"), ("a", "b", "<image>")]
+    rows = [{"prompt": prompt, "chosen": chosen, "rejected": rejected} for prompt, chosen, rejected in texts]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task = TextTask(data=str(data))
+    tokenizer = Tokenizer.load(folder, None, task)
+    (part,) = find_parts(str(data), "train")
+    (chunk,) = read_chunks(part, COLUMNS, task.max_row_bytes)
+    found = prepare_pairs(chunk, task, tokenizer).to_pylist()
+    assert [row["reason"] for row in found] == [None, NO_ROW, NO_ROW, NO_ROW]
+    assert {row["detail"] for row in found[1:]} == {"'<image>'"}
+    assert REMEDIES[NO_ROW].startswith("resize_token_embeddings")
+
+
+def test_pretraining_text_that_holds_a_token_without_a_row_is_rejected(
+    made: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = made()
+    _with_token(folder, None, "<image>")
+    data = tmp_path / "text.jsonl"
+    data.write_text('{"text": "a b c"}\n{"text": "a <image> c"}\n', encoding="utf-8")
+    task = TextTask(data=str(data))
+    (part,) = find_parts(str(data), "train")
+    (chunk,) = read_chunks(part, TEXT_COLUMNS, task.max_row_bytes)
+    found = prepare_pieces(chunk, task, Tokenizer.load(folder, None, task)).to_pylist()
+    assert [row["reason"] for row in found] == [None, NO_ROW]
+
+
+# -------------------------------------------------------------------------------------------- before anything starts
+
+ROWS = [{"prompt": f"{a} {b}", "chosen": a, "rejected": b} for a in "abcdefghij" for b in "abcdefghij" if a != b]
+
+
+def comparison(folder: Path, data: Path, **changed: Any) -> Comparison:
+    tree = {
+        "name": "try",
+        "output": str(data.parent / "out"),
+        "task": {"kind": "text", "data": str(data), "max_prompt_tokens": 16, "max_response_tokens": 16},
+        "model": {"kind": "pretrained", "path": str(folder)},
+        "judge": {"kind": "learned"},
+        "entries": [{"name": "dpo", "method": {"kind": "dpo"}}],
+    }
+    return parse_config({**tree, **changed})
+
+
+REFUSED: dict[str, tuple[str, Change, dict[str, Any], str]] = {
+    "layer": ("llama", lambda folder: change_tensors(folder, without_a_layer), {}, "9 tensors are missing"),
+    "pointer": ("llama", written("model.safetensors", POINTER), {}, "git lfs pull"),
+    "eos": ("llama", lambda folder: _with_token(folder, "eos_token"), {}, "resize_token_embeddings"),
+    "head size": ("small", lambda folder: None, {}, "resources.use_gpu"),
+    "context": ("llama", lambda folder: None, {"task": {"max_prompt_tokens": 60}}, "context of 64"),
+    "no scores": ("granite", lambda folder: None, {}, "no reward model and no critic"),
+    "tokenizer": ("llama", cut("tokenizer.json", 0.5), {}, "tokenizer.json: not valid JSON"),
+    "config": ("llama", lambda folder: change_json(folder / "config.json", num_attention_heads=0), {}, "num_attention"),
+    "judge": ("llama", lambda folder: None, {"judge": {"kind": "classifier", "path": "FOLDER"}}, "judge classifier"),
+}
+
+
+@pytest.mark.parametrize("fault", REFUSED)
+def test_a_comparison_is_refused_before_ray_starts(made: Callable[..., Path], tmp_path: Path, fault: str) -> None:
+    family, change, changed, words = REFUSED[fault]
+    if family == "small":
+        folder = Path(save_model(tmp_path / "small", random_model("llama", num_attention_heads=4)))
+    else:
+        folder = made(family)
+    change(folder)
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    whole = comparison(folder, data).model_dump()
+    for key, value in changed.items():
+        value = {name: str(folder) if given == "FOLDER" else given for name, given in value.items()}
+        whole[key] = {**whole[key], **value} if key == "task" else value
+    refused(lambda: check_input(parse_config(whole)), str(folder), words)
+
+
+def test_the_doctor_predicts_nothing_of_a_model_that_cannot_be_made(made: Callable[..., Path], tmp_path: Path) -> None:
+    folder = made()
+    known = comparison(folder, tmp_path / "pairs.jsonl")
+    assert model_settings(known) is not None
+    change_json(folder / "config.json", num_attention_heads=0)
+    assert model_settings(known) is None
+
+
+def test_a_whole_model_passes_the_checks_of_a_comparison(kept: Callable[..., Path], tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    judge = {"kind": "classifier", "path": str(kept("llama", "ForSequenceClassification"))}
+    for family in ("llama", "gpt2", "gemma2"):
+        check_input(comparison(kept(family), data))
+    check_input(comparison(kept("granite"), data, judge=judge))

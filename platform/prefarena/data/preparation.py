@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from prefarena.config import TextTask
 from prefarena.data.formats import Pair, normalise, valid_text
-from prefarena.data.rejections import WRONG_TYPE, Unusable
+from prefarena.data.rejections import NO_ROW, WRONG_TYPE, Unusable
 from prefarena.data.sources import Chunk, rows_of
 from prefarena.data.tokenization import Tokenizer, TokenPair
 from prefarena.records import PAIRS, PRETRAINING, content_id
@@ -41,7 +41,7 @@ def prepare_pairs(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.Tabl
     tokens = iter(tokenizer.pairs([pair for _, pair in found if isinstance(pair, Pair)]))
     columns: dict[str, list[Any]] = {name: [] for name in PREPARED_PAIRS.names}
     for number, pair in found:
-        row = _prepared(pair, next(tokens), task) if isinstance(pair, Pair) else _rejected(pair)
+        row = _prepared(pair, _embedded(next(tokens), tokenizer), task) if isinstance(pair, Pair) else _rejected(pair)
         row |= {"file": chunk.file, "row": number}
         for name, values in columns.items():
             values.append(row.get(name))
@@ -59,10 +59,12 @@ def prepare_pieces(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.Tab
             rows.append({**where, **_rejected(error)})
             continue
         if text.strip():
-            place = f"{chunk.file}:{number}"
+            place, pieces = f"{chunk.file}:{number}", tokenizer.text(text)
+            if (lost := _without_row(tokenizer, *pieces)) is not None:
+                rows.append({**where, **_rejected(lost)})
+                continue
             rows += [
-                {**where, "piece": i, "id": content_id(place, text, i), "ids": ids}
-                for i, ids in enumerate(tokenizer.text(text))
+                {**where, "piece": i, "id": content_id(place, text, i), "ids": ids} for i, ids in enumerate(pieces)
             ]
     return pa.Table.from_pylist(rows, schema=PREPARED_PIECES)
 
@@ -98,6 +100,18 @@ def _try_pair(row: dict[str, Any] | Unusable, task: TextTask, source: str) -> Pa
         return pair_of(row, task, source)
     except Unusable as error:
         return error
+
+
+def _embedded(tokens: TokenPair | Unusable, tokenizer: Tokenizer) -> TokenPair | Unusable:
+    if isinstance(tokens, Unusable):
+        return tokens
+    return _without_row(tokenizer, tokens.prompt_ids, tokens.chosen_ids, tokens.rejected_ids) or tokens
+
+
+def _without_row(tokenizer: Tokenizer, *sequences: list[int]) -> Unusable | None:
+    """Why a row cannot be used whose tokens the model does not have; None where it has them all."""
+    lost = tokenizer.unembedded and {token for ids in sequences for token in ids} & tokenizer.unembedded
+    return Unusable(NO_ROW, repr(tokenizer.tokenizer.convert_ids_to_tokens(min(lost)))) if lost else None
 
 
 def _rejected(error: Unusable) -> dict[str, Any]:

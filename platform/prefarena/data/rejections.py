@@ -36,6 +36,7 @@ TOOL_CALLS = "tool calls are not supported"
 BAD_LABEL = "label is not a probability"
 PROMPT_TOO_LONG = "prompt too long"
 TEMPLATE_REFUSES = "the chat template refuses it"
+NO_ROW = "a token without a row in the model's embedding"
 END_INSIDE = "response has an end-of-sequence token inside"
 IDENTICAL_CUT = IDENTICAL + " after truncation"
 OTHER_SPLIT = "its truncated prompt is in another split"
@@ -64,6 +65,7 @@ REMEDIES = {
     BAD_LABEL: "give P(chosen preferred), from 0 to 1",
     PROMPT_TOO_LONG: "raise task.max_prompt_tokens, or set task.long_prompts: keep_end",
     TEMPLATE_REFUSES: "bring the messages into the order that the model's chat template takes, or mend the template",
+    NO_ROW: "resize_token_embeddings(len(tokenizer)) and save the model, or remove that token from the text",
     END_INSIDE: "remove the special tokens from the text",
     IDENTICAL_CUT: "raise task.max_response_tokens",
     OTHER_SPLIT: "raise task.max_prompt_tokens",

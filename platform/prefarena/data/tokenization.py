@@ -35,6 +35,8 @@ from prefarena.data.rejections import (
     Unusable,
 )
 from prefarena.errors import UserError
+from prefarena.modeling.load import load_tokenizer
+from prefarena.modeling.vocabulary import ids_without_row
 
 #: What a template, which is a program, can fail with; its compilation fails with the first.
 _TEMPLATE_FAILURES = (
@@ -62,10 +64,14 @@ class TokenPair:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Prompts and responses to ids, within a task's limits. Raises UserError where these leave no room."""
+    """Prompts and responses to ids, within a task's limits. Raises UserError where these leave no room.
+
+    unembedded: tokens that have no row in the model's embedding; a row that holds one is rejected.
+    """
 
     tokenizer: PreTrainedTokenizerBase
     task: TextTask
+    unembedded: frozenset[int] = frozenset()
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -75,6 +81,12 @@ class Tokenizer:
             )
         if self.tokenizer.bos_token_id is not None and self.task.max_prompt_tokens < 2:
             raise UserError("task.max_prompt_tokens: 1 leaves no room for a prompt after its bos token")
+
+    @classmethod
+    def load(cls, path: str | Path, revision: str | None, task: TextTask) -> Tokenizer:
+        """The tokenizer at `path`, and what is known of the model there. Raises UserError as `load_tokenizer` does."""
+        tokenizer = load_tokenizer(path, revision)
+        return cls(tokenizer, task, unembedded=ids_without_row(path, tokenizer, revision))
 
     def pair(self, pair: Pair) -> TokenPair:
         """Ids within the limits. Raises Unusable where the pair cannot be trained on."""

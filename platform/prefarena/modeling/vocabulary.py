@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from pathlib import Path
 
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from prefarena.errors import UserError
 from prefarena.modeling.checks import UNUSABLE, first_line
-from prefarena.modeling.folders import listed
+from prefarena.modeling.folders import CONFIG, listed, local_folder
 
 _REMEDY = (
     "call resize_token_embeddings(len(tokenizer)) on the model and save both, or give the tokenizer another token "
@@ -25,6 +25,18 @@ def num_rows(config: PretrainedConfig) -> int:
 def beyond(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> frozenset[int]:
     """Ids of the tokenizer that have no row. A text without these tokens can still be used."""
     return frozenset(i for i in tokenizer.get_vocab().values() if i >= num_rows(config))
+
+
+def ids_without_row(path: str | Path, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> frozenset[int]:
+    """`beyond`, of the model beside a tokenizer; none where there is no model, as beside one that was just learnt."""
+    folder = local_folder(path)
+    if folder is not None and not (folder / CONFIG).is_file():
+        return frozenset()
+    try:
+        config = AutoConfig.from_pretrained(str(path), revision=revision or "main", trust_remote_code=False)
+    except UNUSABLE as error:
+        raise UserError(f"{path}: its {CONFIG} cannot be used ({first_line(error)})") from None
+    return beyond(tokenizer, config)
 
 
 def check_tokens(
