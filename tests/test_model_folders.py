@@ -126,6 +126,27 @@ def test_a_whole_classifier_loads_without_complaint(kept: Callable[..., Path], f
     assert scorer.score([[1, 3]], [[4, 2]]).shape == (1,)
 
 
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "DebertaV2", "DistilBert", "ModernBert", "Electra"])
+def test_a_whole_encoder_is_a_judge(tmp_path: Path, name: str) -> None:
+    sizes = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 96}
+    settings = {"vocab_size": 16, "max_position_embeddings": 64, "pad_token_id": 0, "num_labels": 1, **sizes}
+    if name == "DistilBert":
+        settings = {"vocab_size": 16, "dim": 64, "n_layers": 2, "n_heads": 2, "hidden_dim": 96, "num_labels": 1}
+    model = getattr(transformers, f"{name}ForSequenceClassification")(
+        getattr(transformers, f"{name}Config")(**settings)
+    )
+    folder = save_model(tmp_path / "model", model)
+    scorer = ClassifierScorer(ClassifierJudge(path=folder), folder)
+    assert scorer.score([[1, 3]], [[4, 2]]).shape == (1,)
+
+
+def test_a_judge_that_still_carries_a_language_models_head_is_no_fault(made: Callable[..., Path]) -> None:
+    folder = made("llama", "ForSequenceClassification")
+    change_tensors(folder, lambda tensors: {**tensors, "lm_head.weight": torch.ones(16, 64)})
+    inspect_classifier(str(folder))
+    load_reward_model(folder)
+
+
 def test_buffers_of_older_releases_are_no_fault(made: Callable[..., Path]) -> None:
     folder = made("gpt2")
     mask = torch.tril(torch.ones(64, 64)).view(1, 1, 64, 64)
@@ -645,6 +666,10 @@ def test_pretraining_text_that_holds_a_token_without_a_row_is_rejected(
 ROWS = [{"prompt": f"{a} {b}", "chosen": a, "rejected": b} for a in "abcdefghij" for b in "abcdefghij" if a != b]
 
 
+def _said(row: dict[str, str], answer: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row[answer]}]
+
+
 def comparison(folder: Path, data: Path, **changed: Any) -> Comparison:
     tree = {
         "name": "try",
@@ -666,6 +691,18 @@ REFUSED: dict[str, tuple[str, Change, dict[str, Any], str]] = {
     "no scores": ("granite", lambda folder: None, {}, "no reward model and no critic"),
     "tokenizer": ("llama", cut("tokenizer.json", 0.5), {}, "tokenizer.json: not valid JSON"),
     "config": ("llama", lambda folder: change_json(folder / "config.json", num_attention_heads=0), {}, "num_attention"),
+    "template": (
+        "llama",
+        lambda folder: change_json(folder / "tokenizer_config.json", chat_template="{% for m in messages %}"),
+        {"task": {"data": "MESSAGES"}},
+        "the chat template refuses it",
+    ),
+    "template kind": (
+        "llama",
+        lambda folder: change_json(folder / "tokenizer_config.json", chat_template=5),
+        {"task": {"data": "MESSAGES"}},
+        "chat",
+    ),
     "judge": ("llama", lambda folder: None, {"judge": {"kind": "classifier", "path": "FOLDER"}}, "judge classifier"),
 }
 
@@ -680,9 +717,13 @@ def test_a_comparison_is_refused_before_ray_starts(made: Callable[..., Path], tm
     change(folder)
     data = tmp_path / "pairs.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in ROWS), encoding="utf-8")
+    messages = tmp_path / "messages.jsonl"
+    said = [{"chosen": [*_said(row, "chosen")], "rejected": [*_said(row, "rejected")]} for row in ROWS]
+    messages.write_text("".join(json.dumps(row) + "\n" for row in said), encoding="utf-8")
     whole = comparison(folder, data).model_dump()
     for key, value in changed.items():
-        value = {name: str(folder) if given == "FOLDER" else given for name, given in value.items()}
+        places = {"FOLDER": str(folder), "MESSAGES": str(messages)}
+        value = {name: places.get(given, given) for name, given in value.items()}
         whole[key] = {**whole[key], **value} if key == "task" else value
     refused(lambda: check_input(parse_config(whole)), str(folder), words)
 

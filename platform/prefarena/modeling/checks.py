@@ -36,6 +36,8 @@ UNUSABLE = (
 #: Buffers of old checkpoints that models make themselves today: attention masks, rotary frequencies, positions.
 _OLD_BUFFERS = re.compile(r"(attn|attention)\.(bias|masked_bias)$|inv_freq$|position_ids$")
 _HEADS = re.compile(r"(^|\.)(score|classifier|v_head|value_head|reward_head|qa_outputs)\.")
+#: What a classifier that was made of a language model may still carry, and never uses.
+_LANGUAGE_HEADS = re.compile(r"^(lm_head|embed_out)\.(weight|bias)$")
 _ADAPTERS = re.compile(r"\.(lora_[AB]|lora_embedding_[AB]|base_layer)\b")
 
 
@@ -53,7 +55,12 @@ def check_weights(
     as a head that is to be learnt. shapes: of the tensors in the files where they are known.
     """
     missing = sorted(set(info["missing_keys"]) - set(new))
-    unexpected = sorted(name for name in info["unexpected_keys"] if not _is_old_buffer(name, model, shapes))
+    scored = model.get_output_embeddings() is None
+    unexpected = sorted(
+        name
+        for name in info["unexpected_keys"]
+        if not _is_old_buffer(name, shapes) and not (scored and _LANGUAGE_HEADS.search(name))
+    )
     mismatched = sorted(info["mismatched_keys"])
     if not (missing or unexpected or mismatched):
         return
@@ -87,8 +94,8 @@ def check_loaded(where: str | Path, model: PreTrainedModel) -> None:
                 "rope_theta, or the other numbers of rope_parameters"
             )
     embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = head is not None and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and head.weight is not embedding.weight:
+    tied = model._tied_weights_keys and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not embedding.weight:
         raise UserError(
             f"{where}: config.json says that the head is tied to the embedding (tie_word_embeddings), but the weights "
             "hold a head of its own with other numbers; if that is meant, set tie_word_embeddings to false there"
@@ -158,7 +165,7 @@ def _finite(tensor: torch.Tensor) -> bool:
     return bool(torch.isfinite(low) and torch.isfinite(high))
 
 
-def _is_old_buffer(name: str, model: PreTrainedModel, shapes: Mapping[str, tuple[int, ...]] | None) -> bool:
+def _is_old_buffer(name: str, shapes: Mapping[str, tuple[int, ...]] | None) -> bool:
     """Whether it is a buffer that older releases saved. A mask is four-dimensional or a scalar, a bias is neither."""
     if not _OLD_BUFFERS.search(name):
         return False

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import transformers
 from huggingface_hub import snapshot_download
+from torch import nn
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -74,12 +75,12 @@ def inspect_policy(path: str, revision: str | None = None, *, scored: bool = Fal
     check_direction(path, config, masked)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise UserError(f"{path}: {config.model_type} is no causal language model in transformers; use one that is")
-    if scored and type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+    _compare(path, AutoModelForCausalLM, config, headers)
+    if scored and not _can_be_scored(path, config):
         raise UserError(
             f"{path}: transformers has no sequence classification with the body of {config.model_type}, so no reward "
             "model and no critic can be made of it: use another judge and reward (judges.md), or another model"
         )
-    _compare(path, AutoModelForCausalLM, config, headers)
     return config
 
 
@@ -90,6 +91,13 @@ def inspect_classifier(path: str, revision: str | None = None) -> PretrainedConf
         raise UserError(f"{path}: transformers has no sequence classification for {config.model_type}; use another")
     _compare(path, AutoModelForSequenceClassification, config, headers)
     return config
+
+
+def _can_be_scored(path: str, config: PretrainedConfig) -> bool:
+    """Whether the sequence classification of this body has the linear head that reward models and critics use."""
+    if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
+        return False
+    return isinstance(getattr(_on_shapes(path, AutoModelForSequenceClassification, config), "score", None), nn.Linear)
 
 
 def check_context(path: str, config: PretrainedConfig, max_length: int) -> None:
@@ -267,11 +275,7 @@ def _compare(path: str, auto: Any, config: PretrainedConfig, headers: Mapping[st
             f"{path}: pad_token_id in {CONFIG} is {pad}, and the embedding has rows 0 to {size - 1}: set it to a token "
             "that has a row, or add rows with resize_token_embeddings and save the model"
         )
-    try:
-        with quietly(), torch.device("meta"):
-            model: PreTrainedModel = auto.from_config(config)
-    except (*UNUSABLE, RuntimeError) as error:
-        raise UserError(f"{path}: no model can be built with its {CONFIG} ({first_line(error)})") from None
+    model = _on_shapes(path, auto, config)
     if headers is None:
         return
     empty = {name: torch.empty(header.shape, device="meta", dtype=torch.float32) for name, header in headers.items()}
@@ -290,3 +294,12 @@ def _compare(path: str, auto: Any, config: PretrainedConfig, headers: Mapping[st
     except (*UNUSABLE, RuntimeError) as error:
         raise UserError(f"{path}: its weights do not fit its {CONFIG} ({first_line(error)})") from None
     check_weights(path, loaded, info, shapes={name: header.shape for name, header in headers.items()})
+
+
+def _on_shapes(path: str, auto: Any, config: PretrainedConfig) -> PreTrainedModel:
+    try:
+        with quietly(), torch.device("meta"):
+            model: PreTrainedModel = auto.from_config(config)
+    except (*UNUSABLE, RuntimeError) as error:
+        raise UserError(f"{path}: no model can be built with its {CONFIG} ({first_line(error)})") from None
+    return model
