@@ -9,11 +9,12 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 import transformers
+from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -28,7 +29,7 @@ from prefarena.errors import UserError
 from prefarena.judges.classifier import ClassifierScorer, check_classifier
 from prefarena.modeling.checks import check_causal
 from prefarena.modeling.inspection import check_context, check_head_size, inspect_classifier, inspect_policy
-from prefarena.modeling.load import base_model, load_policy, load_reward_model, load_tokenizer
+from prefarena.modeling.load import base_model, load_policy, load_reward_model, load_tokenizer, save_policy
 from prefarena.modeling.vocabulary import check_tokens
 from tests.models import FAMILIES, SCORED, random_model, save_model
 from tests.tiny import VOCABULARY, tiny_tokenizer
@@ -509,13 +510,94 @@ def test_code_beside_an_architecture_that_transformers_has_is_no_fault(made: Cal
 # --------------------------------------------------------------------------------------- adapters, quantised weights
 
 
-def test_an_adapter_names_its_base(made: Callable[..., Path]) -> None:
-    folder = made()
-    _without(folder, "*.safetensors")
-    (folder / "config.json").unlink()
-    (folder / "adapter_config.json").write_text('{"base_model_name_or_path": "some/base"}', encoding="utf-8")
-    (folder / "adapter_model.safetensors").write_bytes(b"")
-    refused(lambda: check(folder), "an adapter of some/base", "merge_and_unload")
+def adapted(folder: Path, base: Path | str, family: str = "llama", **settings: Any) -> PreTrainedModel:
+    """Write an adapter of random numbers for the model at `base` to `folder`; the model with it, not merged."""
+    tuned = get_peft_model(load_policy(base), LoraConfig(r=2, target_modules="all-linear", **settings))
+    with torch.no_grad():
+        for name, parameter in tuned.named_parameters():
+            if "lora_" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(len(name)), std=0.1)
+    tuned.save_pretrained(str(folder))
+    change_json(folder / "adapter_config.json", base_model_name_or_path=str(base))
+    return cast(PreTrainedModel, tuned.eval())
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2-tied", "gpt2", "gemma2", "opt"])
+@pytest.mark.parametrize("own_tokenizer", [False, True])
+def test_an_adapter_is_merged_into_its_base(
+    kept: Callable[..., Path], tmp_path: Path, family: str, own_tokenizer: bool
+) -> None:
+    base, folder = kept(family), tmp_path / "adapter"
+    tuned = adapted(folder, base)
+    if own_tokenizer:
+        tiny_tokenizer().save_pretrained(str(folder))
+    check(folder, scored=True)
+    ids = torch.arange(8)[None]
+    merged = base_model(PretrainedModel(path=str(folder)), 16)
+    assert torch.allclose(merged(ids).logits, tuned(ids).logits, atol=1e-5)
+    assert not torch.allclose(merged(ids).logits, load_policy(base)(ids).logits, atol=1e-3)
+    save_policy(merged, load_tokenizer(folder), tmp_path / "merged")
+    check(tmp_path / "merged")
+    assert torch.equal(load_policy(tmp_path / "merged")(ids).logits, merged(ids).logits)
+
+
+ADAPTER_FAULTS: dict[str, tuple[Change, str]] = {
+    "no such base": (
+        lambda folder: change_json(folder / "adapter_config.json", base_model_name_or_path="/no/such/base"),
+        "an adapter of /no/such/base",
+    ),
+    "no base": (
+        lambda folder: change_json(folder / "adapter_config.json", base_model_name_or_path=None),
+        "does not name its base",
+    ),
+    "kind": (lambda folder: change_json(folder / "adapter_config.json", peft_type="IA3"), "LORA alone"),
+    "targets": (lambda folder: change_json(folder / "adapter_config.json", target_modules=["unheard"]), "unheard"),
+    "rank": (lambda folder: change_json(folder / "adapter_config.json", r=4), "two sizes"),
+    "broken settings": (cut("adapter_config.json", 0.5), "adapter_config.json: not valid JSON"),
+    "pickled": (
+        lambda folder: (folder / "adapter_model.safetensors").rename(folder / "adapter_model.bin"),
+        "never read",
+    ),
+    "pointer": (written("adapter_model.safetensors", POINTER), "git lfs pull"),
+    "missing": (
+        lambda folder: _adapter_tensors(folder, lambda named: dict(list(named.items())[1:])),
+        "1 of its tensors",
+    ),
+    "unknown": (
+        lambda folder: _adapter_tensors(folder, lambda named: {**named, "base_model.model.more": torch.ones(2)}),
+        "base_model.model.more",
+    ),
+}
+
+
+def _adapter_tensors(folder: Path, change: TensorChange) -> None:
+    file = folder / "adapter_model.safetensors"
+    save_file(change(load_file(file)), file)
+
+
+@pytest.mark.parametrize("fault", ADAPTER_FAULTS)
+def test_an_adapter_that_cannot_be_merged_names_its_base(kept: Callable[..., Path], tmp_path: Path, fault: str) -> None:
+    folder = tmp_path / "adapter"
+    adapted(folder, kept("llama"))
+    change, words = ADAPTER_FAULTS[fault]
+    change(folder)
+    refused(lambda: check(folder), str(folder), words)
+    refused(lambda: load_policy(folder), str(folder) if fault != "no such base" else "/no/such/base")
+
+
+def test_an_adapter_that_is_not_a_number_is_named(kept: Callable[..., Path], tmp_path: Path) -> None:
+    folder = tmp_path / "adapter"
+    adapted(folder, kept("llama"))
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_B.weight"
+    _adapter_tensors(folder, lambda named: {**named, name: torch.full_like(named[name], float("nan"))})
+    refused(lambda: load_policy(folder), "model.layers.1.mlp.up_proj.weight", "NaN")
+
+
+def test_an_adapter_of_a_base_that_is_damaged_says_both(made: Callable[..., Path], tmp_path: Path) -> None:
+    base, folder = made(), tmp_path / "adapter"
+    adapted(folder, base)
+    change_tensors(base, without_a_layer)
+    refused(lambda: check(folder), f"{folder}: an adapter of {base}", "9 tensors are missing", "merge_and_unload")
 
 
 def test_an_adapter_beside_a_model_is_refused(made: Callable[..., Path]) -> None:

@@ -71,16 +71,23 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
     """What the model's safetensors hold, by name. Raises UserError where a file is absent, damaged or a pointer."""
     headers: dict[str, TensorHeader] = {}
     for file in weight_files(folder):
-        _check_content(file)
-        try:
-            with safe_open(file, framework="pt") as content:  # type: ignore[no-untyped-call]
-                for name in content.keys():  # noqa: SIM118 - it is no mapping
-                    part = content.get_slice(name)
-                    headers[name] = TensorHeader(part.get_dtype(), tuple(part.get_shape()))
-        except SafetensorError as error:
-            raise UserError(f"{file}: damaged or cut short, no safetensors ({error}); fetch it again") from None
+        headers |= headers_of(file)
     if not headers:
         raise UserError(f"{folder}: its safetensors hold no tensor; save or fetch the model again")
+    return headers
+
+
+def headers_of(file: Path) -> dict[str, TensorHeader]:
+    """What one safetensors file holds, by name. Raises UserError as `tensor_headers` does."""
+    _check_content(file)
+    headers: dict[str, TensorHeader] = {}
+    try:
+        with safe_open(file, framework="pt") as content:  # type: ignore[no-untyped-call]
+            for name in content.keys():  # noqa: SIM118 - it is no mapping
+                part = content.get_slice(name)
+                headers[name] = TensorHeader(part.get_dtype(), tuple(part.get_shape()))
+    except SafetensorError as error:
+        raise UserError(f"{file}: damaged or cut short, no safetensors ({error}); fetch it again") from None
     return headers
 
 
@@ -111,9 +118,14 @@ def check_settings_files(folder: Path) -> None:
     _check_objects(folder, (CONFIG, "generation_config.json"))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a vocabulary."""
+    return any(_VOCABULARY.search(file.name) for file in folder.iterdir())
+
+
 def check_tokenizer_files(folder: Path) -> None:
     """Raise UserError where a folder holds no tokenizer, or one whose files are pointers, empty or no JSON."""
-    if not any(_VOCABULARY.search(file.name) for file in folder.iterdir()):
+    if not has_tokenizer(folder):
         raise UserError(
             f"{folder}: there is no tokenizer in it (tokenizer.json, tokenizer.model, vocab.json, ...); copy the files "
             "of the model's tokenizer there, or save_pretrained it"

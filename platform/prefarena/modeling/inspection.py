@@ -30,6 +30,7 @@ from transformers import (
 )
 
 from prefarena.errors import UserError
+from prefarena.modeling.adapters import Adapter, adapter_at, check_adapter
 from prefarena.modeling.checks import UNUSABLE, check_direction, check_weights, first_line, quietly
 from prefarena.modeling.folders import (
     ADAPTER_CONFIG,
@@ -67,9 +68,13 @@ def inspect_policy(path: str, revision: str | None = None, *, scored: bool = Fal
     """The settings of the causal language model at `path`, a folder or a hub id.
 
     scored: whether a reward model or a critic is to be made of its body. Raises UserError for whatever the config and
-    the headers of the weights show: another kind of model, other weights, an adapter, quantised or pickled weights. Of
-    a hub id, weights are looked at where they are in the local cache.
+    the headers of the weights show: another kind of model, other weights, quantised or pickled ones. An adapter and its
+    base are looked at as the model that they make. Of a hub id, weights are looked at where they are in the cache.
     """
+    if (adapter := adapter_at(path)) is not None:
+        config = _inspect_base(adapter, scored)
+        check_adapter(adapter, _on_shapes(path, AutoModelForCausalLM, config))
+        return config
     config, headers = _settings(path, revision)
     masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
     check_direction(path, config, masked)
@@ -86,11 +91,20 @@ def inspect_policy(path: str, revision: str | None = None, *, scored: bool = Fal
 
 def inspect_classifier(path: str, revision: str | None = None) -> PretrainedConfig:
     """The settings of the sequence-classification model at `path`; raises UserError as `inspect_policy` does."""
+    if (adapter := adapter_at(path)) is not None:
+        raise adapter.unusable("adapters of classifiers are not merged")
     config, headers = _settings(path, revision)
     if type(config) not in MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING:
         raise UserError(f"{path}: transformers has no sequence classification for {config.model_type}; use another")
     _compare(path, AutoModelForSequenceClassification, config, headers)
     return config
+
+
+def _inspect_base(adapter: Adapter, scored: bool) -> PretrainedConfig:
+    try:
+        return inspect_policy(adapter.base, adapter.revision, scored=scored)
+    except UserError as error:
+        raise adapter.unusable(error) from None
 
 
 def _can_be_scored(path: str, config: PretrainedConfig) -> bool:
@@ -131,7 +145,8 @@ def _settings(path: str, revision: str | None) -> tuple[PretrainedConfig, dict[s
         folder = _cached(path, revision)
     headers = None
     if folder is not None:
-        _check_adapter(folder)
+        if (folder / ADAPTER_CONFIG).is_file():  # of a hub id: `adapter_at` has seen to folders
+            raise UserError(f"{path}: an adapter on the hub: download it, and give the folder")
         check_settings_files(folder)
         raw = read_object(folder / CONFIG)
         _check_known(path, raw)
@@ -164,22 +179,6 @@ def _is_whole(folder: Path) -> bool:
         return bool(weight_files(folder))
     except UserError:
         return False
-
-
-def _check_adapter(folder: Path) -> None:
-    if not (folder / ADAPTER_CONFIG).is_file():
-        return
-    if (folder / CONFIG).is_file():
-        raise UserError(
-            f"{folder}: it holds both a model ({CONFIG}) and an adapter ({ADAPTER_CONFIG}), and transformers would "
-            "load the adapter on its base instead of the model: remove the files of the one that is not meant"
-        )
-    base = read_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
-    raise UserError(
-        f"{folder}: an adapter of {base or 'a base model that it does not name'}, not a model: load that base, put the "
-        "adapter on it with peft (PeftModel.from_pretrained), merge_and_unload, save_pretrained with the tokenizer, "
-        "and give that folder"
-    )
 
 
 def _check_known(path: str, raw: Mapping[str, Any]) -> None:

@@ -23,6 +23,7 @@ from transformers import (
 
 from prefarena.config import PretrainedModel, ScratchModel
 from prefarena.errors import UserError
+from prefarena.modeling.adapters import adapter_at, merge
 from prefarena.modeling.checks import (
     UNUSABLE,
     check_causal,
@@ -31,7 +32,7 @@ from prefarena.modeling.checks import (
     first_line,
     quietly,
 )
-from prefarena.modeling.folders import check_tokenizer_files, local_folder
+from prefarena.modeling.folders import check_tokenizer_files, has_tokenizer, local_folder
 from prefarena.modeling.inspection import check_context
 
 _SAFELY: dict[str, Any] = {"dtype": torch.float32, "use_safetensors": True, "trust_remote_code": False}
@@ -48,8 +49,10 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
 
 
 def read_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer as it is. Raises UserError where none can be loaded."""
+    """A tokenizer as it is; of an adapter that has none, its base's. Raises UserError where none can be loaded."""
     if (folder := local_folder(path)) is not None:
+        if not has_tokenizer(folder) and (adapter := adapter_at(path)) is not None:
+            return read_tokenizer(adapter.base, adapter.revision)
         check_tokenizer_files(folder)
     try:
         with quietly():
@@ -64,8 +67,16 @@ def read_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
 
 
 def load_policy(path: str | Path, revision: str | None = None) -> PreTrainedModel:
-    """A causal language model in float32, eval mode. Raises UserError where none can be loaded, whole and sound."""
-    return load_checked(AutoModelForCausalLM, path, revision, "causal language model")
+    """A causal language model in float32, eval mode. Raises UserError where none can be loaded, whole and sound.
+
+    Where `path` holds an adapter, its base is loaded and the adapter merged into it.
+    """
+    if (adapter := adapter_at(path)) is None:
+        return load_checked(AutoModelForCausalLM, path, revision, "causal language model")
+    base = load_checked(AutoModelForCausalLM, adapter.base, adapter.revision, "causal language model")
+    model = merge(adapter, base)
+    check_loaded(path, model)
+    return model.eval()
 
 
 def load_checked(kind: Any, path: str | Path, revision: str | None, what: str) -> PreTrainedModel:

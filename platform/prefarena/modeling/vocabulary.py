@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import AutoConfig, GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
 from prefarena.errors import UserError
+from prefarena.modeling.adapters import adapter_at
 from prefarena.modeling.checks import UNUSABLE, first_line
 from prefarena.modeling.folders import CONFIG, listed, local_folder
 
@@ -29,6 +30,8 @@ def beyond(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> froz
 
 def ids_without_row(path: str | Path, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> frozenset[int]:
     """`beyond`, of the model beside a tokenizer; none where there is no model, as beside one that was just learnt."""
+    if (adapter := adapter_at(path)) is not None:
+        path, revision = adapter.base, adapter.revision
     folder = local_folder(path)
     if folder is not None and not (folder / CONFIG).is_file():
         return frozenset()
@@ -91,6 +94,8 @@ def _generation_ends(path: str, tokenizer: PreTrainedTokenizerBase, revision: st
 
     It may hold the architecture's default: GPT-2's 50256 in a model of 1,000 tokens, which then simply never comes.
     """
+    if (adapter := adapter_at(path)) is not None:
+        path, revision = adapter.base, adapter.revision
     if Path(path).is_dir() and not (Path(path) / "generation_config.json").is_file():
         return []
     try:
