@@ -16,7 +16,7 @@ import torch
 import transformers
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from pipelines.compare import check_input
 from pipelines.doctor import model_settings
@@ -29,7 +29,14 @@ from prefarena.errors import UserError
 from prefarena.judges.classifier import ClassifierScorer, check_classifier
 from prefarena.modeling.checks import check_causal
 from prefarena.modeling.inspection import check_context, check_head_size, inspect_classifier, inspect_policy
-from prefarena.modeling.load import base_model, load_policy, load_reward_model, load_tokenizer, save_policy
+from prefarena.modeling.load import (
+    base_model,
+    load_checked,
+    load_policy,
+    load_reward_model,
+    load_tokenizer,
+    save_policy,
+)
 from prefarena.modeling.vocabulary import check_tokens
 from tests.models import FAMILIES, SCORED, random_model, save_model
 from tests.tiny import VOCABULARY, tiny_tokenizer
@@ -266,6 +273,20 @@ def test_a_reward_model_is_no_policy_and_a_policy_is_no_judge(kept: Callable[...
     judge = ClassifierJudge(path=str(policy))
     refused(lambda: load_reward_model(policy), "score.weight", "its head was never trained or is lost")
     refused(lambda: check_classifier(judge), "score.weight", "its head was never trained or is lost")
+
+
+@pytest.mark.parametrize("family", SCORED)
+def test_a_new_head_may_be_missing_and_nothing_else(made: Callable[..., Path], family: str) -> None:
+    folder = made(family)
+
+    def load() -> PreTrainedModel:
+        return load_checked(AutoModelForSequenceClassification, folder, None, "reward model", new={"score.weight"})
+
+    body, policy = load().base_model.state_dict(), load_policy(folder).base_model.state_dict()
+    assert body.keys() == policy.keys()
+    assert all(torch.equal(body[name], policy[name]) for name in policy)
+    change_tensors(folder, without_a_layer)
+    refused(load, "missing", str(folder))
 
 
 def test_a_judge_with_two_labels_is_refused(tmp_path: Path) -> None:

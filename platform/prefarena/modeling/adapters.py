@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from transformers import PreTrainedModel
 
 from prefarena.errors import UserError
@@ -72,6 +71,8 @@ def check_adapter(adapter: Adapter, base: PreTrainedModel) -> None:
 
     Puts the adapter's layers on `base`.
     """
+    from peft import PeftConfig, get_peft_model, get_peft_model_state_dict  # half a second, and few have an adapter
+
     headers = headers_of(adapter.folder / _FILE)
     try:
         with quietly(), torch.device("meta"):
@@ -84,6 +85,8 @@ def check_adapter(adapter: Adapter, base: PreTrainedModel) -> None:
 
 def merge(adapter: Adapter, base: PreTrainedModel) -> PreTrainedModel:
     """`base` with the adapter merged into its weights, a model like any other. Raises UserError as `check_adapter`."""
+    from peft import PeftModel, get_peft_model_state_dict
+
     try:
         with quietly():
             tuned: Any = PeftModel.from_pretrained(base, str(adapter.folder), use_safetensors=True)

@@ -6,6 +6,7 @@ Weights are read from safetensors alone, and code that comes with a model is nev
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,14 @@ def load_policy(path: str | Path, revision: str | None = None) -> PreTrainedMode
     return model.eval()
 
 
-def load_checked(kind: Any, path: str | Path, revision: str | None, what: str) -> PreTrainedModel:
+def load_checked(
+    kind: Any, path: str | Path, revision: str | None, what: str, new: Collection[str] = ()
+) -> PreTrainedModel:
     """A model of one of transformers' Auto classes in float32, eval mode.
 
     Raises UserError where it cannot be loaded, where its files do not hold exactly its weights, or where one of them is
-    NaN or infinite. what: its name in the message.
+    NaN or infinite. what: its name in the message. new: tensors that the files may lack, such as a head to be learnt,
+    which are random numbers then.
     """
     local_folder(path)
     try:
@@ -97,7 +101,7 @@ def load_checked(kind: Any, path: str | Path, revision: str | None, what: str) -
             )
     except UNUSABLE as error:
         raise UserError(f"{path}: no {what} can be loaded from it ({first_line(error)})") from None
-    check_weights(path, model, info)
+    check_weights(path, model, info, new=new)
     check_loaded(path, model)
     return model.eval()
 
