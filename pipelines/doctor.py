@@ -16,6 +16,7 @@ from prefarena.cluster.doctor import (
     judge_capacity,
     judge_memory,
     judge_nodes,
+    judge_reach,
     judge_storage,
 )
 from prefarena.cluster.needs import Lengths, disk_needed, heaviest_training, num_parameters
@@ -25,6 +26,7 @@ from prefarena.config import Comparison, PretrainedModel, TextTask
 from prefarena.errors import UserError
 from prefarena.modeling.inspection import inspect_policy
 from prefarena.modeling.load import new_settings
+from prefarena.stores import fingerprint, is_url
 from prefarena.tasks.language import Language
 
 _ANSWER_LIMIT_S = 120.0
@@ -57,14 +59,15 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
         yield Finding(False, f"comparison {config.name!r}: its settings and its data can be used")
     except UserError as error:
         yield Finding(True, str(error))
-    output = Path(config.output).absolute()
+    output, places = Path(config.output).absolute(), _places(config)
     try:
         with token_file(output) as (token, text):
-            reports, silent = ask_nodes(token, text, _ANSWER_LIMIT_S)
+            reports, silent = ask_nodes(token, text, _ANSWER_LIMIT_S, places)
     except OSError as error:
         yield Finding(True, f"output: {output} cannot be written ({error.strerror or error})")
         return
     yield from judge_nodes(reports, silent, generates(config))
+    yield from judge_reach(reports, places)
     settings = model_settings(config)
     memory = heaviest_training(config, settings, Lengths(*longest(config.task))) if settings else None
     capacity = judge_capacity(config, cluster_nodes(), memory)
@@ -78,6 +81,18 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
     if reports:
         needed = disk_needed(config, num_parameters(settings), _data_bytes(config)) if settings else None
         yield from judge_storage(str(output), reports, needed)
+
+
+def _places(config: Comparison) -> dict[str, str]:
+    """By setting, the paths and URLs that every node must read; names on the hub are asked for by `check_input`."""
+    named: dict[str, str | None] = {}
+    if isinstance(config.task, TextTask):
+        named = {"task.data": config.task.data, "task.pretraining_text": config.task.pretraining_text}
+    if isinstance(config.model, PretrainedModel):
+        named["model.path"] = config.model.path
+    absolute = {key: str(Path(path).absolute()) for key, path in named.items() if path and Path(path).exists()}
+    remote = {key: path for key, path in named.items() if path and (is_url(path) or Path(path).is_absolute())}
+    return {**remote, **absolute}
 
 
 def model_settings(config: Comparison) -> PretrainedConfig | None:
@@ -95,6 +110,8 @@ def model_settings(config: Comparison) -> PretrainedConfig | None:
 def _data_bytes(config: Comparison) -> int:
     """Of the task's data: its files, or the language's tables of every response, 16 bytes each for each policy."""
     if isinstance(config.task, TextTask):
+        if is_url(config.task.data):
+            return sum(size or 0 for _, size, _ in fingerprint(config.task.data))
         path = Path(config.task.data)
         files = path.rglob("*") if path.is_dir() else [path]
         return sum(file.stat().st_size for file in files if file.is_file())

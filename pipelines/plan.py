@@ -29,6 +29,7 @@ from prefarena.config import (
     RewardModel,
     TextTask,
 )
+from prefarena.data.sources import version_of
 from prefarena.judges.function import source_digest
 from prefarena.judges.spec import JudgeSpec
 from prefarena.stages import Stage
@@ -179,16 +180,18 @@ def _layout(config: Comparison) -> list[Any]:
 
 
 def _data_inputs(task: LanguageTask | TextTask) -> dict[str, Any]:
-    """The task's settings that its data depend on; files count by size and time of change."""
+    """The task's settings that its data depend on; files by size and time of change, remote ones by their mark."""
     if isinstance(task, LanguageTask):
         pair_settings = {"num_pairs", "num_test_pairs", "labels", "label_temperature"}
         return task.model_dump(mode="json", exclude=pair_settings)
-    files = []
+    files: list[list[Any]] = []
     for name in (task.data, task.pretraining_text):
         path = Path(name) if name else None
         if path and path.exists():
             found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
             files += [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
+        elif name and (version := version_of(name)):
+            files.append([name, version])
     return {**task.model_dump(mode="json"), "files": files}
 
 

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "platform" / "prefarena"
-BOTTOM = {"records", "config", "errors", "failures", "stages"}
+BOTTOM = {"records", "config", "errors", "failures", "stages", "stores", "mirror"}
 #: What each part may import of the package, beside itself and the bottom.
 ALLOWED = {
     "objectives": set(),

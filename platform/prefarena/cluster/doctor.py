@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from prefarena.cluster.capacity import Demand, Node, demands, describe, fitting
@@ -38,6 +38,15 @@ def judge_nodes(reports: Sequence[NodeReport], silent: Sequence[str], generates:
     if generates and reports and "vllm" not in reports[0].versions:
         found.append(Finding(True, "vLLM is not installed, and the comparison generates; pip install '.[gpu]'"))
     return found
+
+
+def judge_reach(reports: Sequence[NodeReport], places: Mapping[str, str]) -> list[Finding]:
+    """Whether every node can read the data and the model of the comparison with the credentials that it has."""
+    found = [Finding(True, f"node {report.node}: {told}") for report in reports for told in report.unreachable]
+    failed = {told.split(":", 1)[0] for report in reports for told in report.unreachable}
+    return found + [
+        Finding(False, f"{key}: every node can read {place}") for key, place in places.items() if key not in failed
+    ]
 
 
 def judge_storage(output: str, reports: Sequence[NodeReport], needed: int | None) -> list[Finding]:

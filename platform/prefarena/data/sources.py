@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, Literal, cast
 
 import fsspec
@@ -22,6 +22,7 @@ import pyarrow.parquet as pq
 from prefarena.data.lines import WrongFile, parse_line, read_lines
 from prefarena.data.rejections import TOO_LARGE, Unusable
 from prefarena.errors import UserError
+from prefarena.stores import file_system, fingerprint, is_url, reaching
 
 _JSONL = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz")
 _SUFFIXES = (*_JSONL, ".parquet")
@@ -29,6 +30,7 @@ _DATASET_FILES = ("state.json", "dataset_dict.json")
 _DATASET_PART = 10_000  # rows of a `datasets` table that one reader takes
 _COMPRESSION = 3  # of gzip and parquet files, about
 _ROW_BYTES = 1500  # of a `datasets` table, about
+_HUB_LIMIT_S = 20.0
 _CHUNK_BYTES = 256 << 10
 _CHUNK_ROWS = 256  # most rows of a table in a chunk
 
@@ -63,18 +65,18 @@ class BrokenFile(Exception):
 
 def find_parts(path: str, split: str) -> list[Part]:
     """What there is to read at `path`, in a fixed order. Raises UserError where there is nothing."""
-    try:
-        fs, root = fsspec.core.url_to_fs(os.path.expanduser(path))
-    except (ValueError, ImportError) as error:
-        raise UserError(
-            f"{path}: no such URL can be read ({_what(error)}); install its driver or copy the data"
-        ) from None
+    with reaching(path):
+        return _find_parts(path, split)
+
+
+def _find_parts(path: str, split: str) -> list[Part]:
+    fs, root = file_system(path)
     if fs.isfile(root):
         return [_file_part(path, fs.unstrip_protocol(root))]
     if fs.isdir(root):
         names = sorted(fs.ls(root, detail=False))
         if any(name.rsplit("/", 1)[-1] in _DATASET_FILES for name in names):
-            return _table_parts("saved", root, split)
+            return _table_parts("saved", fs.unstrip_protocol(root).removeprefix("file://"), split)
         files = [name for name in names if name.endswith(_SUFFIXES)]
         if not files:
             raise UserError(
@@ -85,6 +87,31 @@ def find_parts(path: str, split: str) -> list[Part]:
     if looks_like_path or path.count("/") > 1:
         raise UserError(f"{path}: no such file or folder")
     return _table_parts("hub", path, split)
+
+
+def version_of(path: str) -> list[Any]:
+    """What changes with the content of remote data: marks of the files under a URL, or the commit of a hub dataset.
+
+    Empty for paths, and where nothing is found. Of a hub dataset that cannot be asked, the commit that was downloaded
+    last, as that is what will be read.
+    """
+    if is_url(path):
+        return list(fingerprint(path))
+    if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(_SUFFIXES) or Path(path).exists():
+        return []
+    return [commit] if (commit := _hub_commit(path)) else []
+
+
+def _hub_commit(name: str) -> str | None:
+    from huggingface_hub import HfApi, constants, file_download
+    from huggingface_hub.errors import HFValidationError, HTTPError, OfflineModeIsEnabled
+
+    try:
+        return HfApi().dataset_info(name, timeout=_HUB_LIMIT_S).sha
+    except (OfflineModeIsEnabled, HTTPError, HFValidationError, OSError):
+        folder = file_download.repo_folder_name(repo_id=name, repo_type="dataset")
+        known = Path(constants.HF_HUB_CACHE) / folder / "refs" / "main"
+        return known.read_text(encoding="ascii").strip() if known.is_file() else None
 
 
 def approximate_bytes(parts: list[Part]) -> int:

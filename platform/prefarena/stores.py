@@ -1,0 +1,120 @@
+"""Object stores (S3, Google Cloud Storage) and other file systems behind a URL, by fsspec.
+
+What a store answers becomes an error of the operating system's kinds, and what a user can mend one sentence.
+Credentials are those of the process: a node's role, its environment, its files. There is no other way to give them.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import fsspec
+
+from prefarena.errors import UserError
+
+#: Protocol of a URL to the driver that fsspec needs for it, and to the extra of this project that brings it.
+_DRIVERS = {"s3": ("s3fs", "s3"), "s3a": ("s3fs", "s3"), "gs": ("gcsfs", "gcs"), "gcs": ("gcsfs", "gcs")}
+#: Modules of drivers to those of their exceptions that no store's answer but a failed connection or login raises.
+_UNREACHED = {
+    "botocore.exceptions": ("BotoCoreError",),
+    "google.auth.exceptions": ("GoogleAuthError",),
+    "gcsfs.retry": ("HttpError",),
+    "aiohttp": ("ClientError",),
+}
+_REMEDY = (
+    "give the nodes credentials that may use it, by a role, a service account or their environment (docs/cluster.md, "
+    '"Credentials")'
+)
+
+
+def is_url(path: str) -> bool:
+    """Whether `path` names something on a file system of another kind than this machine's own."""
+    return "://" in path and not path.startswith(("file://", "local://"))
+
+
+def file_system(url: str) -> tuple[Any, str]:
+    """The fsspec file system of a path or URL, which sees what others write, and the path on it.
+
+    Raises UserError where its driver is not installed, or there is none.
+    """
+    protocol = fsspec.core.split_protocol(url)[0] or "file"
+    options = {"use_listings_cache": False} if protocol in _DRIVERS else {}
+    try:
+        with reaching(url):
+            return fsspec.core.url_to_fs(os.path.expanduser(url), **options)
+    except ImportError:
+        driver, extra = _DRIVERS.get(protocol, (None, None))
+        if driver is None:
+            raise UserError(f"{url}: no driver for {protocol}:// is installed; install it or copy the data") from None
+        raise UserError(
+            f"{url}: {driver} is not installed, which {protocol}:// needs; pip install 'prefarena[{extra}]'"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{url}: no such URL can be read ({first_line(error)})") from None
+
+
+@contextmanager
+def reaching(url: str) -> Iterator[None]:
+    """Turns what a remote store refuses within the block into a UserError that names `url`; errors of files pass.
+
+    A FileNotFoundError passes, too, but of a bucket that does not exist.
+    """
+    try:
+        yield
+    except PermissionError as error:
+        if not is_url(url):
+            raise
+        raise UserError(f"{url}: the store refuses access ({first_line(error)}); {_REMEDY}") from error
+    except FileNotFoundError as error:
+        if is_url(url) and "bucket" in str(error).lower() and "exist" in str(error).lower():
+            raise UserError(f"{url}: its bucket does not exist; create it, or correct the name") from error
+        raise
+    except unreached() as error:
+        missing = "credentials" in type(error).__name__.lower() or "credentials" in str(error).lower()
+        remedy = _REMEDY if missing else "look at the network, and at AWS_ENDPOINT_URL where one is set"
+        raise UserError(f"{url}: the store cannot be used from here ({first_line(error)}); {remedy}") from error
+
+
+def unreached() -> tuple[type[Exception], ...]:
+    """What the drivers that are loaded raise where a store cannot be reached or asks for credentials."""
+    loaded = {name: sys.modules[name] for name in _UNREACHED if name in sys.modules}
+    return tuple(getattr(module, kind) for name, module in loaded.items() for kind in _UNREACHED[name])
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]
+
+
+def fingerprint(url: str) -> list[list[Any]]:
+    """What changes when the files under a URL do: name, size, and the store's own mark of the content or its time.
+
+    Empty where nothing is there. Raises UserError where the store cannot be reached.
+    """
+    fs, root = file_system(url)
+    with reaching(url):
+        if not fs.exists(root):
+            return []
+        found = fs.find(root, detail=True) or {root: fs.info(root)}
+    return [[name, info.get("size"), _mark(info)] for name, info in sorted(found.items())]
+
+
+def _mark(info: dict[str, Any]) -> str:
+    """S3's ETag, Google's generation; else the time of the last change, as the file system tells it."""
+    for key in ("ETag", "etag", "generation", "md5Hash", "LastModified", "last_modified", "mtime", "created"):
+        if info.get(key):
+            return str(info[key])
+    return ""
+
+
+@contextmanager
+def system_errors() -> Iterator[None]:
+    """Turns a connection that failed within the block into an OSError that may pass, as network file systems do."""
+    try:
+        yield
+    except unreached() as error:
+        raise OSError(errno.ETIMEDOUT, first_line(error)) from error
