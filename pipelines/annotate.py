@@ -16,6 +16,7 @@ import torch
 from prefarena.config import LanguageTask
 from prefarena.data.tables import write_rows
 from prefarena.evaluation.enumeration import enumerate_responses
+from prefarena.mirror import bring, workspace
 from prefarena.modeling.load import load_policy
 from prefarena.records import DEMONSTRATIONS, PAIRS
 from prefarena.stages import write_manifest
@@ -37,6 +38,7 @@ class ExactReference:
 
     @staticmethod
     def load(path: str | Path) -> ExactReference:
+        bring(path)
         with np.load(path, allow_pickle=False) as arrays:
             return ExactReference(*(arrays[name] for name in ("ref_logps", "rewards", "lengths", "covered")))
 
@@ -45,6 +47,7 @@ def annotate_language(task: LanguageTask, reference: str, folder: Path) -> None:
     """Write train_pairs/, test_pairs/, reference_samples/, gold.json, exact.npz and the manifest to `folder`."""
     started = time.perf_counter()
     torch.set_num_threads(1)
+    workspace(folder)
     language = Language(task)
     exact = enumerate_responses(load_policy(reference), language.prompt_ids, task.response_limit, EOS_ID)
     gold = GoldReward.fit(task, language.prompt_ids, exact.sequences, exact.logps)

@@ -12,6 +12,7 @@ from rich.console import Console
 
 from prefarena.errors import UserError
 from prefarena.leases import Leases
+from prefarena.mirror import shown
 from prefarena.stages import is_settled
 
 Item = TypeVar("Item")
@@ -59,7 +60,7 @@ def only_once(name: str, folder: Path) -> Iterator[None]:
         holder = leases.take_or_tell(path)
         if holder is not None:
             raise UserError(
-                f"comparison {name!r} is already running: {holder} ({path}); wait for it, end it, or give `output` "
-                "another folder"
+                f"comparison {name!r} is already running: {holder} ({shown(path)}); wait for it, end it, or give "
+                "`output` another folder"
             )
         yield

@@ -20,11 +20,13 @@ from prefarena.cluster.session import check_resources, ray_session, requested
 from prefarena.config import BestOfN, Comparison, EndpointJudge, OnPolicyMethod, PretrainedModel, RewardModel, TextTask
 from prefarena.errors import UserError
 from prefarena.judges.spec import check_judge
+from prefarena.mirror import shown
 from prefarena.modeling.inspection import check_context, check_head_size, inspect_policy
 from prefarena.modeling.load import load_tokenizer
 from prefarena.modeling.vocabulary import check_tokens
 from prefarena.report.tables import main_table
 from prefarena.stages import Stage, forget_failure
+from prefarena.stores import check_output, is_url
 from prefarena.tasks.language import Language
 
 _WIDE = 150  # characters from which the whole table fits
@@ -38,6 +40,8 @@ def compare(config: Comparison, console: Console, last: str = "report", *, retry
     raises UserError before Ray is started, and so does another process that is running this comparison.
     """
     check_input(config)
+    if is_url(config.output) and (warning := check_output(config.output)) is not None:
+        console.print(warning, markup=False)
     plans = make_plan(config)
     with only_once(config.name, run_folder(config, plans)):
         for stage in all_stages(plans) if retry_failed else []:
@@ -61,7 +65,7 @@ def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: 
         return run_folder(config, plans)
     folder, results = report(config, plans, reused)
     console.print(main_table(results, brief=console.width < _WIDE).rich())
-    console.print(f"report: {folder / 'report.md'}")
+    console.print(f"report: {shown(folder / 'report.md')}")
     return folder
 
 
@@ -164,13 +168,13 @@ def show_plan(config: Comparison, plans: list[SeedPlan], console: Console) -> No
     num_reused = sum(stage.finished for stage in stages)
     console.print(
         f"{len(stages)} stages: {num_reused} reused, {len(stages) - num_reused} to do; "
-        f"stages are under {stages[0].folder.parent}"
+        f"stages are under {shown(stages[0].folder.parent)}"
     )
     for stage in stages:
         if stage.failure:
             console.print(
                 f"[red]✗[/red] {stage.kind} ({stage.label}) failed before and is left alone: {stage.failure}. "
-                f"--retry-failed tries again, from its last checkpoint; to start it anew, delete {stage.folder}"
+                f"--retry-failed tries again, from its last checkpoint; to start it anew, delete {shown(stage.folder)}"
             )
     for entry in config.entries:
         if isinstance(entry.method, OnPolicyMethod):

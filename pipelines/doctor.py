@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import PretrainedConfig
@@ -61,7 +62,7 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
         yield Finding(True, str(error))
     output, places = Path(config.output).absolute(), _places(config)
     try:
-        with token_file(output) as (token, text):
+        with nullcontext((None, "")) if is_url(config.output) else token_file(output) as (token, text):
             reports, silent = ask_nodes(token, text, _ANSWER_LIMIT_S, places)
     except OSError as error:
         yield Finding(True, f"output: {output} cannot be written ({error.strerror or error})")
@@ -78,16 +79,16 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
         except UserError as error:
             yield Finding(True, str(error))
     yield from judge_memory(config, reports, memory)
-    if reports:
+    if reports and not is_url(config.output):
         needed = disk_needed(config, num_parameters(settings), _data_bytes(config)) if settings else None
         yield from judge_storage(str(output), reports, needed)
 
 
 def _places(config: Comparison) -> dict[str, str]:
     """By setting, the paths and URLs that every node must read; names on the hub are asked for by `check_input`."""
-    named: dict[str, str | None] = {}
+    named: dict[str, str | None] = {"output": config.output} if is_url(config.output) else {}
     if isinstance(config.task, TextTask):
-        named = {"task.data": config.task.data, "task.pretraining_text": config.task.pretraining_text}
+        named |= {"task.data": config.task.data, "task.pretraining_text": config.task.pretraining_text}
     if isinstance(config.model, PretrainedModel):
         named["model.path"] = config.model.path
     absolute = {key: str(Path(path).absolute()) for key, path in named.items() if path and Path(path).exists()}

@@ -42,6 +42,7 @@ from prefarena.evaluation.preferences import preference_accuracy
 from prefarena.evaluation.sampled import prompt_clusters, response_logps, rollout_logps, sampled_metrics, win_rate
 from prefarena.generation.interface import Sampling
 from prefarena.judges.spec import JudgeSpec, load_judge
+from prefarena.mirror import bring, workspace
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.records import Rollout
 from prefarena.stages import Stage, write_failure, write_json
@@ -177,6 +178,7 @@ def _sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, fo
 def score_samples(rollouts: list[Rollout], job: SampledJob, settings: Evaluation, generation_seconds: float) -> None:
     """Measures of a policy from its samples, and its held-out preference accuracy. Runs in a Ray task."""
     started = time.perf_counter() - generation_seconds
+    workspace(job.folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # Ray shows a task the GPUs that it was given
     num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     if job.reward is not None:
@@ -231,8 +233,12 @@ def pairwise_wins(plan: SeedPlan, stages: list[Stage]) -> tuple[np.ndarray, np.n
     """Win rates [K, K] between the policies of K evaluation stages (row beats column), and standard errors."""
     if isinstance(plan.task, LanguageTask):
         rewards = ExactReference.load(plan.pairs.folder / "exact.npz").rewards
+        for stage in stages:
+            bring(stage.folder / "logps.npy")
         wins = win_rates([np.load(stage.folder / "logps.npy") for stage in stages], rewards)
         return wins.win_rate, wins.stderr
+    for stage in stages:
+        bring(stage.folder / "scores.npz")
     arrays = [np.load(stage.folder / "scores.npz") for stage in stages]
     estimates = [[win_rate(a["scores"], a["clusters"], b["scores"], b["clusters"]) for b in arrays] for a in arrays]
     rates = np.array([[cell.mean for cell in row] for row in estimates])

@@ -27,6 +27,7 @@ from prefarena.evaluation.enumeration import Enumeration, Responses, enumerate_r
 from prefarena.evaluation.exact import Frontier, exact_metrics, expected_scores, frontiers, groups, win_rates
 from prefarena.evaluation.preferences import preference_accuracy
 from prefarena.judges.spec import JudgeSpec, load_judge
+from prefarena.mirror import bring, workspace
 from prefarena.modeling.load import load_policy, load_reward_model
 from prefarena.stages import Stage, write_json, write_manifest
 from prefarena.tasks.language import EOS_ID, Language, unpadded
@@ -138,6 +139,10 @@ def score_responses(task: LanguageTask, spec: JudgeSpec, share: int) -> tuple[np
 def evaluate_exactly(job: ExactJob) -> None:
     """Exact measures of a policy, its held-out preference accuracy, and its exact win rate over the reference."""
     started = time.perf_counter()
+    workspace(job.folder)
+    for path in (job.reward, job.snapshots):
+        if isinstance(path, Path):
+            bring(path)
     language, reference = Language(job.task), ExactReference.load(job.pairs / "exact.npz")
     limits = frontiers(reference.ref_logps, reference.rewards, reference.covered)
     own = reference.rewards if job.reward == "gold" else np.load(job.reward) if job.reward is not None else None
@@ -209,6 +214,7 @@ def _at_step(step: int, row: dict[str, float], group: str) -> dict[str, float]:
 def read_trajectory(stage: Stage) -> list[dict[str, float]]:
     """The trajectory of an evaluation stage; empty where its entry has none."""
     path = stage.folder / "trajectory.json"
+    bring(path)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 
 

@@ -32,6 +32,7 @@ from prefarena.config import (
 from prefarena.data.sources import version_of
 from prefarena.judges.function import source_digest
 from prefarena.judges.spec import JudgeSpec
+from prefarena.mirror import root_of
 from prefarena.stages import Stage
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 
@@ -93,7 +94,7 @@ class SeedPlan:
 
 def make_plan(config: Comparison) -> list[SeedPlan]:
     """The stages of every seed."""
-    root = Path(config.output).absolute() / "stages"
+    root = root_of(config.output, config.resources.cache_dir) / "stages"
     return [_seed_plan(config, seed, root) for seed in config.seeds]
 
 
@@ -325,7 +326,9 @@ def judge_spec(plan: SeedPlan, settings: JudgeSettings, reward_model: Stage | No
 
 def generator_names(config: Comparison) -> tuple[str, ...]:
     """The Ray names of the generation actors; another comparison on the same cluster has others."""
-    key = hashlib.sha256(f"{Path(config.output).absolute()}\n{config.model_dump_json()}".encode()).hexdigest()[:8]
+    key = hashlib.sha256(
+        f"{root_of(config.output, config.resources.cache_dir)}\n{config.model_dump_json()}".encode()
+    ).hexdigest()[:8]
     return tuple(f"{GENERATOR}-{config.name}-{key}-{index}" for index in range(config.generation.num_actors))
 
 

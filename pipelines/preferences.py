@@ -45,6 +45,7 @@ from prefarena.data.sources import (
 from prefarena.data.token_tables import ParquetRows, TokenTables
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
+from prefarena.mirror import push
 from prefarena.records import PRETRAINING
 from prefarena.stages import write_json
 
@@ -100,6 +101,8 @@ def prepare_text(
     folder = Path(output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path = tokenizer_path or prepare_tokenizer(task, model, folder / "tokenizer")
+    if path == str(folder / "tokenizer"):
+        push(Path(path))  # the actors that tokenise may be on other nodes
     revision = model.revision if isinstance(model, PretrainedModel) and path == model.path else None
     _check_tokens(task, parts, Tokenizer.load(path, revision, task))
     with TokenTables(folder) as tables:

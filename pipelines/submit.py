@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import pipelines
 from prefarena.config import Comparison, PretrainedModel, TextTask, dump_config, load_config
 from prefarena.errors import UserError
+from prefarena.stores import is_url
 
 if TYPE_CHECKING:
     from prefarena.cluster.jobs import JobClient
@@ -48,10 +49,10 @@ def submit(arguments: argparse.Namespace) -> int:
 
 def check_paths(config: Comparison) -> None:
     """Raise UserError for a path that means another place on the cluster than here."""
-    if not Path(config.output).is_absolute():
+    if not is_url(config.output) and not Path(config.output).is_absolute():
         raise UserError(
             f"output: {config.output} would lie in the job's temporary directory; give an absolute path that all nodes "
-            "share, e.g. --set output=/shared/prefarena"
+            "share, e.g. --set output=/shared/prefarena, or a URL, e.g. s3://bucket/prefarena"
         )
     paths: dict[str, str | None] = {}
     if isinstance(config.task, TextTask):

@@ -1,7 +1,8 @@
 """Leases: who is at work on something in shared storage, so that two runs do not do it at once.
 
 A lease is a small file that its holder renews every few seconds. An operating system lock would do on one machine,
-but on network file systems it may hold on one machine only, or outlive its holder. A lease is taken from a holder that
+but on network file systems it may hold on one machine only, or outlive its holder; an object store has none, and there
+conditional writes decide who takes a lease, renews it or takes it over. A lease is taken from a holder that
 is dead: at once where it ran on this machine, else when it has not been renewed for a while, as timed here, so clocks
 need not agree.
 
@@ -21,6 +22,8 @@ import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from prefarena import stores
+from prefarena.mirror import mirror_of, read_text, remove_file
 from prefarena.stages import write_json
 
 _RENEW_S = 5.0
@@ -83,7 +86,8 @@ class Leases:
 
         Asked again and again, this finds out that the other is gone and takes its lease.
         """
-        path.parent.mkdir(parents=True, exist_ok=True)
+        if mirror_of(path) is None:
+            path.parent.mkdir(parents=True, exist_ok=True)
         with self._lock:
             if path in self._held:
                 return None
@@ -108,9 +112,11 @@ class Leases:
             if path in self._held:
                 self._held.remove(path)
                 if self._is_ours(path):
-                    path.unlink(missing_ok=True)
+                    remove_file(path)
 
     def _create(self, path: Path) -> bool:
+        if (mirror := mirror_of(path)) is not None:
+            return stores.create(mirror.url_of(path), json.dumps(self._entry(0)).encode())
         try:
             with path.open("x", encoding="utf-8") as file:  # exclusive, on network file systems too
                 file.write(json.dumps(self._entry(0)))
@@ -120,6 +126,8 @@ class Leases:
 
     def _take_over(self, path: Path, content: str) -> bool:
         """Put this holder in the place of a dead one, unless another is just doing so or has done so."""
+        if mirror_of(path) is not None:
+            return self._replace(path, _holder(content).token, 0)
         turn = path.with_name(f".{path.name}.turn")
         if not self._create(turn):
             other = _content(turn)
@@ -133,6 +141,23 @@ class Leases:
             return True
         finally:
             turn.unlink(missing_ok=True)
+
+    def _replace(self, path: Path, token: str, beat: int) -> bool:
+        """In an object store: this holder's entry in place of that of the holder with `token`, if it is still there."""
+        mirror = mirror_of(path)
+        found = stores.read_tagged(mirror.url_of(path)) if mirror is not None else None
+        if mirror is None or found is None or _holder(found[0].decode()).token != token:
+            return False
+        return stores.replace(mirror.url_of(path), json.dumps(self._entry(beat)).encode(), found[1])
+
+    def _beat(self, path: Path, beat: int) -> bool:
+        """Renew a lease; False: it is another's."""
+        if mirror_of(path) is not None:
+            return self._replace(path, self._holder.token, beat)
+        if not self._is_ours(path):
+            return False
+        write_json(path, self._entry(beat))
+        return True
 
     def _entry(self, beat: int) -> dict[str, object]:
         return {**asdict(self._holder), "beat": beat}
@@ -154,9 +179,7 @@ class Leases:
             with self._lock:
                 for path in list(self._held):
                     try:
-                        if self._is_ours(path):
-                            write_json(path, self._entry(beat))
-                        else:
+                        if not self._beat(path, beat):
                             self._held.remove(path)
                             _logger.warning("the lease %s was taken by another run; this one was away too long", path)
                     except OSError as error:  # the next beat may do better; until then the lease ages
@@ -165,7 +188,7 @@ class Leases:
 
 def _content(path: Path) -> str | None:
     try:
-        return path.read_text(encoding="utf-8")
+        return read_text(path)
     except FileNotFoundError:
         return None
 

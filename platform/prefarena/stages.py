@@ -17,6 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from prefarena import mirror
+
 #: Raise when the meaning of stored results changes: older stages are then not reused.
 FORMAT_VERSION = 3
 _MANIFEST = "manifest.json"
@@ -40,7 +42,7 @@ class Stage:
 
     @property
     def finished(self) -> bool:
-        return (self.folder / _MANIFEST).is_file()
+        return is_finished(self.folder)
 
     @property
     def failure(self) -> str | None:
@@ -72,26 +74,28 @@ class Stage:
 
 
 def is_finished(folder: str | Path) -> bool:
-    return (Path(folder) / _MANIFEST).is_file()
+    return mirror.is_file(Path(folder) / _MANIFEST)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    return json.loads((Path(folder) / _MANIFEST).read_text(encoding="utf-8"))
+    return json.loads(mirror.read_text(Path(folder) / _MANIFEST))
 
 
 def write_manifest(folder: str | Path, contents: dict[str, Any]) -> None:
+    """Mark the stage as finished; on an object store everything else in the folder is published first."""
     write_json(Path(folder) / _MANIFEST, contents)
+    mirror.publish(Path(folder), _MANIFEST)
 
 
 def is_settled(folder: str | Path) -> bool:
     """Whether the stage is finished or has failed."""
-    return is_finished(folder) or (Path(folder) / _FAILURE).is_file()
+    return is_finished(folder) or mirror.is_file(Path(folder) / _FAILURE)
 
 
 def failure_of(folder: str | Path) -> str | None:
     """The reason that `write_failure` was given; None where it was not called."""
     try:
-        return str(json.loads((Path(folder) / _FAILURE).read_text(encoding="utf-8"))["reason"])
+        return str(json.loads(mirror.read_text(Path(folder) / _FAILURE))["reason"])
     except FileNotFoundError:
         return None
 
@@ -99,11 +103,12 @@ def failure_of(folder: str | Path) -> str | None:
 def write_failure(folder: str | Path, reason: str, **contents: Any) -> None:
     """Mark the stage as failed."""
     write_json(Path(folder) / _FAILURE, {"status": "failed", "reason": reason, **contents})
+    mirror.publish(Path(folder), _FAILURE)
 
 
 def forget_failure(folder: str | Path) -> None:
     """Have a failed stage tried again."""
-    (Path(folder) / _FAILURE).unlink(missing_ok=True)
+    mirror.remove_file(Path(folder) / _FAILURE)
 
 
 def write_json(path: Path, contents: Any) -> None:

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import errno
 import os
+import secrets
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import fsspec
@@ -26,6 +28,8 @@ _UNREACHED = {
     "gcsfs.retry": ("HttpError",),
     "aiohttp": ("ClientError",),
 }
+#: Of S3, where a conditional write was not done.
+_CONDITION_FAILED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _REMEDY = (
     "give the nodes credentials that may use it, by a role, a service account or their environment (docs/cluster.md, "
     '"Credentials")'
@@ -109,6 +113,127 @@ def _mark(info: dict[str, Any]) -> str:
         if info.get(key):
             return str(info[key])
     return ""
+
+
+def arrow_file_system(url: str) -> Any:
+    """The same as pyarrow's, for Ray Train."""
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    return PyFileSystem(FSSpecHandler(file_system(url)[0]))
+
+
+# ------------------------------------------------------------------------------------------------ objects
+
+
+def read(url: str) -> bytes | None:
+    """The content of an object; None where there is none."""
+    found = read_tagged(url)
+    return None if found is None else found[0]
+
+
+def write(url: str, data: bytes) -> None:
+    fs, path = file_system(url)
+    with system_errors():
+        fs.pipe_file(path, data)
+
+
+def upload(file: Path, url: str) -> None:
+    fs, path = file_system(url)
+    with system_errors():
+        fs.put_file(str(file), path)
+
+
+def download(url: str, file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    fs, path = file_system(url)
+    with system_errors():
+        fs.get_file(path, str(file))
+
+
+def remove(url: str) -> None:
+    """An object, or all under a prefix; harmless where there is none."""
+    fs, path = file_system(url)
+    with system_errors():
+        for name in fs.find(path):
+            fs.rm_file(name)
+
+
+def listed(url: str) -> dict[str, dict[str, Any]]:
+    """The objects under a prefix by the rest of their names, "" for one that is `url` itself."""
+    fs, path = file_system(url)
+    with system_errors():
+        found = fs.find(path, detail=True)
+    return {name.removeprefix(path).lstrip("/"): info for name, info in found.items()}
+
+
+def read_tagged(url: str) -> tuple[bytes, str] | None:
+    """An object and the mark of this very content; None where there is none."""
+    fs, path = file_system(url)
+    try:
+        with system_errors():
+            if not _is_s3(url):
+                return fs.cat_file(path), ""
+            bucket, _, key = path.partition("/")
+            answer = fs.call_s3("get_object", Bucket=bucket, Key=key)
+            return fsspec.asyn.sync(fs.loop, answer["Body"].read), answer["ETag"]
+    except FileNotFoundError:
+        return None
+
+
+def create(url: str, data: bytes) -> bool:
+    """Write an object unless there is one; whether it was written. On S3 one of several writers at most succeeds."""
+    if _is_s3(url):
+        return _put_if(url, data, IfNoneMatch="*")
+    if read(url) is not None:
+        return False
+    write(url, data)
+    return True
+
+
+def replace(url: str, data: bytes, tag: str) -> bool:
+    """Write an object in place of the one that `read_tagged` gave `tag` with; whether it was still there."""
+    if _is_s3(url):
+        return _put_if(url, data, IfMatch=tag)
+    write(url, data)
+    return True
+
+
+def _is_s3(url: str) -> bool:
+    return url.startswith(("s3://", "s3a://"))
+
+
+def _put_if(url: str, data: bytes, **condition: str) -> bool:
+    fs, path = file_system(url)
+    bucket, _, key = path.partition("/")
+    try:
+        with system_errors():
+            fs.call_s3("put_object", Bucket=bucket, Key=key, Body=data, **condition)
+    except OSError as error:
+        code = getattr(error.__cause__, "response", {}).get("Error", {}).get("Code", "")
+        if code in _CONDITION_FAILED or (isinstance(error, FileNotFoundError) and "IfMatch" in condition):
+            return False
+        raise
+    return True
+
+
+def check_output(url: str) -> str | None:
+    """Raise UserError where an output cannot be kept at `url`; a sentence where leases there do not exclude."""
+    probe = f"{url.rstrip('/')}/.probe-{secrets.token_hex(8)}"
+    with reaching(url):
+        try:
+            write(probe, b"1")
+            excluded = _is_s3(url) and not create(probe, b"2") and not replace(probe, b"3", '"no such mark"')
+            remove(probe)
+        except OSError as error:
+            if isinstance(error, PermissionError | FileNotFoundError):
+                raise
+            raise UserError(f"{url}: the store cannot be used for output ({first_line(error)})") from error
+    if excluded:
+        return None
+    return (
+        f"output: {url} takes no conditional writes as they are used here, so two comparisons could do one stage at "
+        "once: run one comparison at a time with this output"
+    )
 
 
 @contextmanager

@@ -45,7 +45,9 @@ def judge_reach(reports: Sequence[NodeReport], places: Mapping[str, str]) -> lis
     found = [Finding(True, f"node {report.node}: {told}") for report in reports for told in report.unreachable]
     failed = {told.split(":", 1)[0] for report in reports for told in report.unreachable}
     return found + [
-        Finding(False, f"{key}: every node can read {place}") for key, place in places.items() if key not in failed
+        Finding(False, f"{key}: every node can {'use' if key == 'output' else 'read'} {place}")
+        for key, place in places.items()
+        if key not in failed
     ]
 
 

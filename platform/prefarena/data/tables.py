@@ -11,11 +11,14 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from prefarena.mirror import bring
+
 ROW_GROUP = 1024  # rows that are read or written at once where a table is not taken whole
 
 
 def read_rows(path: str | Path, columns: list[str] | None = None) -> pa.Table:
     """A parquet file, or a folder of them, sorted by `id`: the order of files and blocks does not matter."""
+    bring(path)
     wanted = None if columns is None else list(dict.fromkeys(["id", *columns]))
     table = pads.dataset(str(path), format="parquet").to_table(columns=wanted)
     return table.sort_by("id").combine_chunks()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from prefarena.generation.interface import WeightMismatchError, WeightUpdateError
+from prefarena.mirror import bring
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _MIX = 0x2545F4914F6CDD1D  # odd, so that multiplying by it mod 2^64 loses nothing
@@ -33,6 +34,7 @@ def expected_shapes(model_path: str) -> dict[str, tuple[int, ...]]:
     """Names and shapes of the transformers state dict of this model, a tied head included. Loads no weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    bring(model_path)
     config: Any = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
     with torch.device("meta"):
         model: Any = AutoModelForCausalLM.from_config(config)

@@ -12,6 +12,7 @@ from typing import Any
 from safetensors import SafetensorError, safe_open
 
 from prefarena.errors import UserError
+from prefarena.mirror import bring
 
 CONFIG = "config.json"
 ADAPTER_CONFIG = "adapter_config.json"
@@ -42,6 +43,7 @@ class TensorHeader:
 
 def local_folder(path: str | Path) -> Path | None:
     """The folder at `path`; None for what can only be a hub id. Raises UserError for a path without a folder."""
+    bring(path)
     folder = Path(path)
     if folder.is_dir():
         return folder

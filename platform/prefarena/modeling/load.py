@@ -24,6 +24,7 @@ from transformers import (
 
 from prefarena.config import PretrainedModel, ScratchModel
 from prefarena.errors import UserError
+from prefarena.mirror import bring
 from prefarena.modeling.adapters import adapter_at, merge
 from prefarena.modeling.checks import (
     UNUSABLE,
@@ -138,6 +139,7 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 def new_reward_model(policy_path: str | Path, seed: int) -> PreTrainedModel:
     """A sequence-classification model with the policy's body and a fresh scalar head ~ N(0, 1 / (width + 1))."""
+    bring(policy_path)
     config = AutoConfig.from_pretrained(str(policy_path), num_labels=1, trust_remote_code=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -19,6 +19,7 @@ import numpy as np
 
 from prefarena.config import LanguageTask
 from prefarena.errors import UserError
+from prefarena.mirror import bring
 from prefarena.tasks.language import BOS_ID, FIRST_LETTER_ID, PAD_ID, PADDING, padded, seeded
 
 CONTROL_COST = 2.0
@@ -115,6 +116,7 @@ class GoldReward:
     def load(cls, path: str | Path) -> GoldReward:
         """Read what `save` wrote. Raises UserError when the file is missing or not a gold reward."""
         try:
+            bring(path)
             tree = json.loads(Path(path).read_text(encoding="utf-8"))
             if tree["format"] != _FORMAT:
                 raise UserError(f"{path}: gold reward of format {tree['format']}, this version reads {_FORMAT}")

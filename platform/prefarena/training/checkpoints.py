@@ -31,14 +31,14 @@ from prefarena.stages import write_json
 from prefarena.training.storage import errno_of, full_disk_named, retried
 
 #: Of a checkpoint's files; raise it when they change.
-_FORMAT = 1
+FORMAT = 1
 #: One that is whole, and one before it for the case that it is not.
-_NUM_KEPT = 2
-_MANIFEST = "manifest.json"
-_STEP = "step-"
+NUM_KEPT = 2
+MANIFEST = "manifest.json"
+STEP = "step-"
 _RECEIPT_POLL_S = 0.05
 #: Longest wait of rank 0 for the files of the other workers, which were saved in the same step.
-_RECEIPTS_LIMIT_S = 1800.0
+RECEIPTS_LIMIT_S = 1800.0
 _BLOCK_BYTES = 2**22
 
 
@@ -88,13 +88,13 @@ class CheckpointFolder:
 
     def _write(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], num_files: int) -> None:
         what = self._what(step)
-        folder = self._folder / f".{_name(step)}-{self._attempt}"
+        folder = self._folder / f".{name_of(step)}-{self._attempt}"
         try:
             with full_disk_named(what, self._folder):
                 retried(lambda: self._write_file(folder, tensors), self._retry_s, what)
                 if self._rank == 0:
                     files = self._receipts(folder, num_files, what)
-                    contents = {"format": _FORMAT, "step": step, "state": state, "files": files}
+                    contents = {"format": FORMAT, "step": step, "state": state, "files": files}
                     retried(lambda: self._publish(folder, step, contents), self._retry_s, what)
         except BaseException:
             if self._rank == 0:
@@ -104,33 +104,33 @@ class CheckpointFolder:
     def _write_file(self, folder: Path, tensors: dict[str, Tensor]) -> None:
         """This worker's tensors, and a receipt with their file's size and checksum."""
         folder.mkdir(parents=True, exist_ok=True)
-        path = folder / _file(self._rank)
+        path = folder / file_of(self._rank)
         save_file(tensors, path)
         _flush(path)
         write_json(_receipt(path), _sum(path))
 
     def _receipts(self, folder: Path, num_files: int, what: str) -> dict[str, Any]:
         """Every worker's, by the name of its file; waits until they are there."""
-        deadline = time.monotonic() + _RECEIPTS_LIMIT_S
-        waiting = [folder / _file(rank) for rank in range(num_files)]
+        deadline = time.monotonic() + RECEIPTS_LIMIT_S
+        waiting = [folder / file_of(rank) for rank in range(num_files)]
         while missing := [path.name for path in waiting if not _receipt(path).is_file()]:
             if time.monotonic() > deadline:
-                raise TimeoutError(f"{what}: waited {_RECEIPTS_LIMIT_S:g} s for {', '.join(missing)} of other workers")
+                raise TimeoutError(f"{what}: waited {RECEIPTS_LIMIT_S:g} s for {', '.join(missing)} of other workers")
             time.sleep(_RECEIPT_POLL_S)
         return {path.name: json.loads(_receipt(path).read_text(encoding="utf-8")) for path in waiting}
 
     def _publish(self, folder: Path, step: int, contents: dict[str, Any]) -> None:
         """Write the manifest, give the folder its name, and remove what is too old."""
-        target = self._folder / _name(step)
+        target = self._folder / name_of(step)
         if folder.exists():  # not where storage failed after the renaming, and this is done again
-            write_json(folder / _MANIFEST, contents)
-            _flush(folder / _MANIFEST)
+            write_json(folder / MANIFEST, contents)
+            _flush(folder / MANIFEST)
             if target.exists():
                 shutil.rmtree(target)
             os.replace(folder, target)
             _flush(self._folder)
-        for old in self.steps()[_NUM_KEPT:]:
-            shutil.rmtree(self._folder / _name(old))
+        for old in self.steps()[NUM_KEPT:]:
+            shutil.rmtree(self._folder / name_of(old))
 
     # ------------------------------------------------------------------------------------------- reading
 
@@ -138,7 +138,7 @@ class CheckpointFolder:
         """Steps of the finished checkpoints, newest first."""
         if not self._folder.is_dir():
             return []
-        found = (path.name.removeprefix(_STEP) for path in self._folder.glob(f"{_STEP}*"))
+        found = (path.name.removeprefix(STEP) for path in self._folder.glob(f"{STEP}*"))
         return sorted((int(step) for step in found if step.isdigit()), reverse=True)
 
     def read(self, step: int) -> Checkpoint:
@@ -153,20 +153,20 @@ class CheckpointFolder:
         return f"{self._folder.parent.name}: checkpoint of step {step}"
 
     def _read(self, step: int) -> Checkpoint:
-        folder = self._folder / _name(step)
+        folder = self._folder / name_of(step)
         try:
-            contents = json.loads((folder / _MANIFEST).read_text(encoding="utf-8"))
+            contents = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
             files, state, is_ours = contents["files"], contents["state"], contents["step"] == step
         except (FileNotFoundError, ValueError, KeyError, TypeError) as error:
             raise DamagedCheckpointError(f"{folder}: its manifest cannot be read ({error})") from error
-        if not is_ours or contents.get("format") != _FORMAT:
+        if not is_ours or contents.get("format") != FORMAT:
             raise DamagedCheckpointError(f"{folder}: its manifest is that of something else")
         if len(files) not in (1, self._world_size):
             raise UserError(
                 f"{folder}: {len(files)} workers wrote a part each, and {self._world_size} cannot go on from that; set "
                 f"resources.num_workers to {len(files)}, or delete the folder to start the job again"
             )
-        path = folder / _file(self._rank if len(files) > 1 else 0)
+        path = folder / file_of(self._rank if len(files) > 1 else 0)
         try:
             if _sum(path) != files.get(path.name):
                 raise DamagedCheckpointError(f"{path}: size or checksum is not that of what was written")
@@ -177,12 +177,12 @@ class CheckpointFolder:
             raise DamagedCheckpointError(f"{path}: {error}") from error
 
     def remove(self, step: int) -> None:
-        shutil.rmtree(self._folder / _name(step))
+        shutil.rmtree(self._folder / name_of(step))
 
     def remove_unfinished(self) -> None:
         """What attempts before this one were writing when they ended. Called before anything is saved."""
         if self._folder.is_dir():
-            for path in self._folder.glob(f".{_STEP}*"):
+            for path in self._folder.glob(f".{STEP}*"):
                 shutil.rmtree(path, ignore_errors=True)
 
     def remove_all(self) -> None:
@@ -211,11 +211,11 @@ class Writer:
             raise self._error
 
 
-def _name(step: int) -> str:
-    return f"{_STEP}{step:08d}"
+def name_of(step: int) -> str:
+    return f"{STEP}{step:08d}"
 
 
-def _file(rank: int) -> str:
+def file_of(rank: int) -> str:
     return f"rank-{rank}.safetensors"
 
 

@@ -20,8 +20,10 @@ from typing import Any
 
 import torch
 
+from prefarena import stores
 from prefarena.config import Resources
 from prefarena.errors import WaitTimeoutError
+from prefarena.mirror import mirror_of
 from prefarena.stages import is_settled
 from prefarena.training.group_failures import failed_jobs, settle
 from prefarena.training.jobs import Job
@@ -81,12 +83,15 @@ def _fit(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
         ) from error
     finally:
         shutil.rmtree(Path(storage) / name, ignore_errors=True)
+        if (mirror := mirror_of(storage)) is not None:
+            mirror.remove(Path(storage) / name)
 
 
 def _trainer(jobs: Sequence[Job], resources: Resources, storage: str, name: str) -> Any:
     from ray.train.v2.api.config import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.torch.torch_trainer import TorchTrainer
 
+    mirror = mirror_of(storage)
     return TorchTrainer(
         _worker_loop,
         train_loop_config={
@@ -103,7 +108,8 @@ def _trainer(jobs: Sequence[Job], resources: Resources, storage: str, name: str)
         ),
         run_config=RunConfig(
             name=name,
-            storage_path=storage,
+            storage_path=storage if mirror is None else stores.file_system(mirror.url_of(storage))[1],
+            storage_filesystem=None if mirror is None else stores.arrow_file_system(mirror.url),
             failure_config=FailureConfig(
                 max_failures=resources.max_failures, controller_failure_limit=_START_ATTEMPTS - 1
             ),

@@ -16,9 +16,11 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from prefarena.mirror import CHECKPOINTS, mirror_of, pull, push, read_text
 from prefarena.stages import write_json, write_text
 from prefarena.training import process_memory
 from prefarena.training.checkpoints import Checkpoint, CheckpointFolder, DamagedCheckpointError
+from prefarena.training.remote_checkpoints import RemoteCheckpointFolder
 from prefarena.training.sharding import is_sharded, like, own_part, reduce_after_backward, shard
 from prefarena.training.storage import full_disk_named, retried
 
@@ -138,13 +140,23 @@ class Worker:
     def _check_current(self) -> None:
         """Raise SupersededError where another attempt restored the job after this one did. For rank 0."""
         path = self.stage_dir / _ATTEMPT
-        if self._restored and json.loads(path.read_text(encoding="utf-8"))["attempt"] != self._attempt:
+        if self._restored and json.loads(read_text(path))["attempt"] != self._attempt:
             raise SupersededError(f"{self.stage_dir.name}: another attempt at this job has begun")
 
     @cached_property
     def _checkpoints(self) -> CheckpointFolder:
+        if mirror_of(self.stage_dir) is not None:
+            sent: dict[str, tuple[int, int]] = {}
+            return RemoteCheckpointFolder(
+                self.stage_dir / CHECKPOINTS,
+                rank=self.rank,
+                world_size=self.world_size,
+                attempt=self._attempt,
+                retry_s=self._storage_retry_s,
+                publish_rows=lambda: push(self.stage_dir, sent),
+            )
         return CheckpointFolder(
-            self.stage_dir / "checkpoints",
+            self.stage_dir / CHECKPOINTS,
             rank=self.rank,
             world_size=self.world_size,
             attempt=self._attempt,
@@ -171,7 +183,9 @@ class Worker:
         """
         folder = self._checkpoints
         if self.rank == 0:
+            pull(self.stage_dir)
             write_json(self.stage_dir / _ATTEMPT, {"attempt": self._attempt})
+            push(self.stage_dir / _ATTEMPT)
             self._restored = True
             folder.remove_unfinished()
         for step in self.share(folder.steps()):
