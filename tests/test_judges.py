@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import threading
 import time
 from collections.abc import Iterator
@@ -29,10 +30,9 @@ from prefarena.config import (
     ScratchModel,
 )
 from prefarena.data.tables import read_rows, write_rows
-from prefarena.errors import UserError
+from prefarena.errors import JudgeError, UserError
 from prefarena.evaluation.enumeration import enumerate_responses, enumerate_scores
 from prefarena.judges.calibration import calibration
-from prefarena.judges.endpoint import first_number
 from prefarena.judges.function import source_digest
 from prefarena.judges.models import RewardModelJudge
 from prefarena.judges.spec import Judge, JudgeSpec, load_judge
@@ -74,6 +74,14 @@ def functions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
         "def infinite(rows):\n    return [1.0, float('nan'), 2.0, 3.0]\n"
         "def words(rows):\n    return ['good'] * len(rows)\n"
         "number = 3\n"
+        "def broken(rows):\n    return [row['reward'] for row in rows]\n"
+        "def two(rows, model):\n    return [1.0] * len(rows)\n"
+        "def none():\n    return [1.0]\n"
+        "async def later(rows):\n    return [1.0] * len(rows)\n"
+        "def each(rows):\n    yield 1.0\n"
+        "class Scorer:\n    def score(self, rows=()):\n        return [1.0] * len(rows)\n"
+        "    @staticmethod\n    def static(rows):\n        return [2.0] * len(rows)\n"
+        "bound = Scorer().score\n"
     )
     monkeypatch.chdir(tmp_path)
     return name
@@ -90,13 +98,19 @@ def test_a_function_judges_rows_of_text_and_ids(functions: str, policy: str) -> 
 )
 def test_what_a_function_returns_is_checked(functions: str, policy: str, function: str, message: str) -> None:
     judge = judge_of(FunctionJudge(function=f"{functions}:{function}"), policy)
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(JudgeError, match=message):
         judge.score(PROMPTS, RESPONSES)
 
 
 def test_functions_that_are_not_there_are_found_before_any_work(functions: str) -> None:
     for name, message in (
-        (f"{functions}:none", "has no none"),
+        (f"{functions}:missing", "has no missing"),
+        (f"{functions}:two", "one argument: its arguments are .rows, model."),
+        (f"{functions}:none", "one argument: its arguments are"),
+        (f"{functions}:later", "coroutine"),
+        (f"{functions}:each", "generator"),
+        (f"{functions}:Scorer", "a class"),
+        (f"{functions}:Scorer.score", "a method, which needs an instance of Scorer"),
         (f"{functions}:number", "not a function"),
         ("no_such_module_at_all:f", "cannot be imported"),
     ):
@@ -104,6 +118,22 @@ def test_functions_that_are_not_there_are_found_before_any_work(functions: str) 
         config = Comparison.model_validate({"entries": [{"name": "rlhf", "method": method}]})
         with pytest.raises(UserError, match=message):
             check_input(config)
+
+
+def test_static_and_bound_methods_are_functions_of_rows(functions: str, policy: str) -> None:
+    for name, score in (("Scorer.static", 2.0), ("bound", 1.0)):
+        judge = judge_of(FunctionJudge(function=f"{functions}:{name}"), policy)
+        assert judge.score(PROMPTS, RESPONSES).tolist() == [score] * 4
+
+
+def test_a_function_that_raises_is_shown_with_its_own_traceback(functions: str, policy: str) -> None:
+    judge = judge_of(FunctionJudge(function=f"{functions}:broken"), policy)
+    with pytest.raises(
+        JudgeError, match=r"(?s)broken raised an error.*in broken.*row\['reward'\].*KeyError: 'reward'"
+    ) as found:
+        judge.score(PROMPTS, RESPONSES)
+    assert "judges/function.py" not in str(found.value)
+    assert str(pickle.loads(pickle.dumps(found.value))) == str(found.value)
 
 
 def test_an_edited_function_has_another_digest(functions: str, tmp_path: Path) -> None:
@@ -121,12 +151,15 @@ def test_an_edited_function_has_another_digest(functions: str, tmp_path: Path) -
 class Server:
     """An OpenAI-compatible server on this machine: it answers with the number of letters in the request's last word.
 
-    failures: statuses that the next requests get instead. answer: a fixed answer. delay_s: before each answer.
+    failures: statuses that the next requests get instead. answer: a fixed answer. raw: a fixed body. newer: the server
+    refuses `max_tokens`. delay_s: before each answer.
     """
 
     url: str = ""
     failures: list[int] = field(default_factory=list)
     answer: str | None = None
+    raw: str | None = None
+    newer: bool = False
     delay_s: float = 0
     requests: list[dict[str, object]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
@@ -159,12 +192,15 @@ def server() -> Iterator[Server]:
             }  # fmt: skip
             if status != 200:
                 content = {"error": {"message": f"refused {self.headers.get('Authorization')}"}}
+            if state.newer and "max_tokens" in body:
+                status = 400
+                content = {"error": {"message": "'max_tokens' is not supported; use 'max_completion_tokens'."}}
             with state.lock:
                 state.in_flight -= 1
-            data = json.dumps(content).encode()
+            data = (state.raw if state.raw is not None else json.dumps(content)).encode()
             try:
                 self.send_response(status)
-                self.send_header("Content-Type", "application/json")
+                self.send_header("Content-Type", "text/html" if data[:1] == b"<" else "application/json")
                 self.send_header("Content-Length", str(len(data)))
                 self.end_headers()
                 self.wfile.write(data)
@@ -193,7 +229,7 @@ def test_an_endpoint_scores_rows_in_order_some_at_a_time(server: Server, policy:
     judge = judge_of(endpoint(server, concurrency=3), policy)
     np.testing.assert_array_equal(judge.score(PROMPTS * 3, RESPONSES * 3), [1.5, 3.5, 1.5, 2.5] * 3)
     assert 1 < server.most_in_flight <= 3
-    assert all(request["temperature"] == 0 and request["max_tokens"] == 16 for request in server.requests)
+    assert all(request["temperature"] == 0 and request["max_tokens"] == 2048 for request in server.requests)
 
 
 def test_an_endpoint_that_is_busy_is_asked_again(server: Server, policy: str) -> None:
@@ -202,7 +238,7 @@ def test_an_endpoint_that_is_busy_is_asked_again(server: Server, policy: str) ->
     assert judge.score(PROMPTS[:1], RESPONSES[:1]).tolist() == [1.5]
     assert len(server.requests) == 3
     server.failures = [429] * 9
-    with pytest.raises(UserError, match=r"127\.0\.0\.1.*row 0.*429"):
+    with pytest.raises(JudgeError, match=r"127\.0\.0\.1.*row 0.*429"):
         judge_of(endpoint(server, max_retries=1), policy).score(PROMPTS[:1], RESPONSES[:1])
     assert len(server.failures) == 7  # one request and one retry
 
@@ -210,16 +246,49 @@ def test_an_endpoint_that_is_busy_is_asked_again(server: Server, policy: str) ->
 def test_an_endpoint_that_does_not_answer_in_time_is_given_up(server: Server, policy: str) -> None:
     server.delay_s = 2
     started = time.monotonic()
-    with pytest.raises(UserError, match=r"no answer.*timed out"):
+    with pytest.raises(JudgeError, match=r"no answer.*timed out"):
         judge_of(endpoint(server, timeout_s=0.2), policy).score(PROMPTS[:1], RESPONSES[:1])
     assert time.monotonic() - started < 1.5
 
 
-def test_an_answer_without_a_number_is_an_error_that_shows_it(server: Server, policy: str) -> None:
-    server.answer = "I would rather not."
-    with pytest.raises(UserError, match=r"127\.0\.0\.1.*row 0.*'I would rather not.' holds no number"):
-        judge_of(endpoint(server, concurrency=1), policy).score(PROMPTS, RESPONSES)
-    assert [first_number(text) for text in ("-2.5!", "8/10", "none", ".5")] == [-2.5, 8, None, 0.5]
+@pytest.mark.parametrize(
+    ("raw", "reason"),
+    [("<html>Bad gateway</html>", "not JSON"), ('{"choices": [', "not JSON"), ("[1]", "no choices"),
+     ("7", "no choices"), ('{"choices": []}', "no choices"),
+     ('{"choices": [{"message": {"content": null}}]}', "empty"), ("", "not JSON")],
+)  # fmt: skip
+def test_whatever_a_server_answers_is_a_sentence(server: Server, policy: str, raw: str, reason: str) -> None:
+    server.raw = raw
+    with pytest.raises(JudgeError, match=rf"127\.0\.0\.1.*row 0.*{reason}"):
+        judge_of(endpoint(server, concurrency=1), policy).score(PROMPTS[:1], RESPONSES[:1])
+
+
+def test_an_answer_that_states_no_score_is_an_error_that_shows_it(server: Server, policy: str) -> None:
+    for answer in ("I would rather not.", "Llama 2 is helpful", "Score: 11"):
+        server.answer = answer
+        with pytest.raises(JudgeError, match=rf"127\.0\.0\.1.*row 0.*{answer}"):
+            judge_of(endpoint(server, concurrency=1), policy).score(PROMPTS, RESPONSES)
+
+
+def test_form_and_range_are_the_users(server: Server, policy: str) -> None:
+    server.answer = "Of 3 aspects: [[64]] or rather [[72]]"
+    settings = endpoint(server, pattern=r"\[\[(\d+)\]\]", min_score=0, max_score=100)
+    assert judge_of(settings, policy).score(PROMPTS[:1], RESPONSES[:1]).tolist() == [72]
+    for name, value, message in (
+        ("pattern", "[0-9]+", "group"),
+        ("pattern", "(", "regular"),
+        ("min_score", 10, "less"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            endpoint(server, **{name: value})
+
+
+def test_a_newer_server_is_told_its_limit_by_another_name(server: Server, policy: str) -> None:
+    server.newer = True
+    judge = judge_of(endpoint(server, concurrency=1), policy)
+    assert judge.score(PROMPTS, RESPONSES).tolist() == [1.5, 3.5, 1.5, 2.5]
+    assert ["max_tokens" in request for request in server.requests] == [True] + [False] * 4
+    assert all(request["max_completion_tokens"] == 2048 for request in server.requests[1:])
 
 
 def test_the_key_comes_from_the_environment_and_stays_out_of_messages(
@@ -231,7 +300,7 @@ def test_the_key_comes_from_the_environment_and_stays_out_of_messages(
         judge_of(settings, policy)
     monkeypatch.setenv("JUDGE_TEST_KEY", "open-sesame")
     server.failures = [401]
-    with pytest.raises(UserError, match="401") as found:
+    with pytest.raises(JudgeError, match="401") as found:
         judge_of(settings, policy).score(PROMPTS[:1], RESPONSES[:1])
     assert server.keys == ["Bearer open-sesame"] and "open-sesame" not in str(found.value)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, field_validator, model_validator
 
 from prefarena.config.off_policy import Optimisation
 from prefarena.config.section import Section
@@ -41,14 +42,37 @@ class EndpointJudge(Section):
     model: str
     prompt: str = Field(
         "Rate the response to the prompt for helpfulness and harmlessness from 1 (bad) to 10 (excellent). "
-        "Answer with the number alone.\n\nPrompt:\n{prompt}\n\nResponse:\n{response}",
-        description="Template with {prompt} and {response}; the first number of the answer is the score.",
+        "End with a line of the form `Score: N`, where N is the number.\n\nPrompt:\n{prompt}\n\nResponse:\n{response}",
+        description="Template with {prompt} and {response}; it states the scale and the form of the answer.",
     )
+    pattern: str | None = Field(
+        None,
+        description="Regular expression whose first group is the score; its last match counts. "
+        "None: the forms of docs/judges.md, such as `Score: 8`.",
+    )
+    min_score: float = Field(1, allow_inf_nan=False)
+    max_score: float = Field(10, allow_inf_nan=False)
     api_key_env: str | None = Field(None, description="Environment variable that holds the key; the key is never kept.")
     concurrency: int = Field(16, ge=1, description="Requests in flight.")
-    max_tokens: int = Field(16, ge=1)
+    max_tokens: int = Field(2048, ge=1, description="Of an answer, thoughts included; one that is cut off is no score.")
     timeout_s: float = Field(60, gt=0, description="Of one request.")
     max_retries: int = Field(3, ge=0)
+
+    @field_validator("pattern")
+    @classmethod
+    def _pattern_has_a_group(cls, pattern: str | None) -> str | None:
+        try:
+            if pattern is not None and re.compile(pattern).groups == 0:
+                raise ValueError(r"the pattern needs a group around the score, e.g. 'Score: (\d+)'")
+        except re.error as error:
+            raise ValueError(f"the pattern is no regular expression ({error})") from None
+        return pattern
+
+    @model_validator(mode="after")
+    def _range_is_not_empty(self) -> Self:
+        if not self.min_score < self.max_score:
+            raise ValueError("min_score must be less than max_score")
+        return self
 
 
 class ClassifierJudge(Section):

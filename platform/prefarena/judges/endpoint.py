@@ -2,30 +2,32 @@
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
-from openai import OpenAI, OpenAIError
+from openai import BadRequestError, OpenAI, OpenAIError
 
 from prefarena.config import EndpointJudge
-from prefarena.errors import UserError
+from prefarena.errors import JudgeError, UserError
+from prefarena.judges.answers import Form, read_response
 from prefarena.judges.texts import JudgeRow, judge_rows
 from prefarena.modeling.load import load_tokenizer
 
-_NUMBER = re.compile(r"[-+]?(?:\d+(?:\.\d+)?|\.\d+)")
 _FIELD = re.compile(r"\{(prompt|response)\}")
 
 
 class EndpointScorer:
-    """Asks the model for a number, at temperature 0, `concurrency` rows at a time."""
+    """Asks the model for a score, at temperature 0, `concurrency` rows at a time."""
 
     def __init__(self, settings: EndpointJudge, tokenizer: str) -> None:
         """Raises UserError where the key or the template's {response} is missing."""
         self._settings, self._key = settings, check_endpoint(settings)
         self._tokenizer = load_tokenizer(tokenizer)
+        pattern = None if settings.pattern is None else re.compile(settings.pattern)
+        self._form = Form(settings.min_score, settings.max_score, pattern)
+        self._limit_field = "max_tokens"  # or "max_completion_tokens", once the server has asked for it
         self._client = OpenAI(
             base_url=settings.base_url,
             api_key=self._key or "none",  # the client insists on one
@@ -34,9 +36,10 @@ class EndpointScorer:
         )
 
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-        """The first number of each answer, float64 [N].
+        """The score of each answer, float64 [N].
 
-        Raises UserError, with the endpoint, the row and the answer, where an answer holds no number or none comes.
+        Raises JudgeError, with the endpoint, the row, the reason and the answer, where an answer holds no score that
+        is sure (`judges/answers.py`) or none comes.
         """
         rows = judge_rows(self._tokenizer, prompts, responses)
         pool = ThreadPoolExecutor(self._settings.concurrency)
@@ -49,19 +52,33 @@ class EndpointScorer:
         settings = self._settings
         where = f"judge endpoint {settings.base_url} (model {settings.model}), row {index}"
         try:
-            answer = self._client.chat.completions.create(
-                model=settings.model,
-                messages=[{"role": "user", "content": filled(settings.prompt, row)}],
-                temperature=0,
-                max_tokens=settings.max_tokens,
-            )
+            body = self._asked(filled(settings.prompt, row))
         except OpenAIError as error:
-            raise UserError(f"{where}: no answer ({self._without_key(str(error))})") from None
-        content = (answer.choices[0].message.content or "") if answer.choices else ""
-        found = first_number(content)
-        if found is None:
-            raise UserError(f"{where}: the answer {self._without_key(content)[:200]!r} holds no number")
-        return found
+            raise JudgeError(f"{where}: no answer ({self._without_key(str(error)):.300})") from None
+        found = read_response(body, self._form)
+        if found.score is None:
+            raise JudgeError(f"{where}: {found.reason}; it answered {self._without_key(body)[-300:]!r}")
+        return found.score
+
+    def _asked(self, text: str) -> str:
+        """The body of the response, whatever it holds. Newer servers name the limit `max_completion_tokens`."""
+        field = self._limit_field
+        try:
+            return self._sent(text, field)
+        except BadRequestError as error:
+            if field != "max_tokens" or "max_completion_tokens" not in str(error):
+                raise
+            self._limit_field = "max_completion_tokens"
+            return self._sent(text, self._limit_field)
+
+    def _sent(self, text: str, limit_field: str) -> str:
+        response = self._client.chat.completions.with_raw_response.create(
+            model=self._settings.model,
+            messages=[{"role": "user", "content": text}],
+            temperature=0,
+            extra_body={limit_field: self._settings.max_tokens},
+        )
+        return response.text
 
     def _without_key(self, text: str) -> str:
         """Servers may repeat the key that they refuse."""
@@ -84,10 +101,3 @@ def filled(template: str, row: JudgeRow) -> str:
     """The template with the row's texts; braces in the texts stay as they are."""
     texts = {"prompt": row["prompt"], "response": row["response"]}
     return _FIELD.sub(lambda match: texts[match[1]], template)
-
-
-def first_number(text: str) -> float | None:
-    """The first finite number in `text`."""
-    match = _NUMBER.search(text)
-    number = float(match[0]) if match else math.nan
-    return number if math.isfinite(number) else None

@@ -5,17 +5,18 @@ from __future__ import annotations
 import hashlib
 import importlib
 import importlib.util
+import inspect
 import os
 import sys
+import traceback
 from collections.abc import Callable, Sequence
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from prefarena.config import FunctionJudge
-from prefarena.errors import UserError
+from prefarena.errors import JudgeError, UserError
 from prefarena.judges.texts import JudgeRow, judge_rows
 from prefarena.modeling.load import load_tokenizer
 
@@ -31,10 +32,17 @@ class FunctionScorer:
         self._tokenizer = load_tokenizer(tokenizer)
 
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-        """The function's numbers float64 [N]. Raises UserError where they are not N finite numbers."""
-        return checked_numbers(
-            self._function(judge_rows(self._tokenizer, prompts, responses)), len(prompts), self._name
-        )
+        """The function's numbers float64 [N].
+
+        Raises JudgeError where they are not N finite numbers, and with the user's traceback where the function raises.
+        """
+        rows = judge_rows(self._tokenizer, prompts, responses)
+        try:
+            values = self._function(rows)
+        except Exception as error:  # the user's function: whatever it raises is shown as it was raised
+            lines = traceback.format_exception(type(error), error, error.__traceback__.tb_next)  # type: ignore[union-attr]
+            raise JudgeError(f"judge function {self._name} raised an error:\n{''.join(lines).rstrip()}") from None
+        return checked_numbers(values, len(prompts), self._name)
 
 
 def load_function(name: str) -> Scorer:
@@ -45,13 +53,38 @@ def load_function(name: str) -> Scorer:
         module: Any = importlib.import_module(module_name)
     except Exception as error:  # the user's module: whatever it raises, it cannot be used
         raise UserError(f"judge function {name}: {module_name} cannot be imported ({error!r})") from None
-    try:
-        function = reduce(getattr, attribute.split("."), module)
-    except AttributeError:
-        raise UserError(f"judge function {name}: module {module_name} has no {attribute}") from None
-    if not callable(function):
-        raise UserError(f"judge function {name}: it is a {type(function).__name__}, not a function")
+    function = owner = module
+    for part in attribute.split("."):
+        owner = function
+        try:
+            function = getattr(owner, part)
+        except AttributeError:
+            raise UserError(f"judge function {name}: module {module_name} has no {attribute}") from None
+    reason = _no_function_of_rows(function, owner, part)
+    if reason is not None:
+        raise UserError(f"judge function {name}: {reason}; it must be a function of one argument, the list of rows")
     return function  # type: ignore[no-any-return]
+
+
+def _no_function_of_rows(function: object, owner: object, attribute: str) -> str | None:
+    """Why an object cannot be called with a list of rows for a list of scores; None: it can, as far as can be seen."""
+    if inspect.isclass(function):
+        return "it is a class"
+    if not callable(function):
+        return f"it is a {type(function).__name__}, not a function"
+    if inspect.isclass(owner) and inspect.isfunction(inspect.getattr_static(owner, attribute)):
+        return f"it is a method, which needs an instance of {owner.__name__}"
+    if inspect.iscoroutinefunction(function) or inspect.isgeneratorfunction(function):
+        return "it is a coroutine or a generator, which returns no list of scores"
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):
+        return None  # some built-in functions do not tell
+    try:
+        signature.bind([])
+    except TypeError:
+        return f"it cannot be called with one argument: its arguments are {signature}"
+    return None
 
 
 def source_digest(name: str) -> str | None:
@@ -66,16 +99,16 @@ def source_digest(name: str) -> str | None:
 
 
 def checked_numbers(values: object, number: int, name: str) -> np.ndarray:
-    """`number` finite values as float64. Raises UserError naming the function and what it returned."""
+    """`number` finite values as float64. Raises JudgeError naming the function and what it returned."""
     try:
         scores = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
-        raise UserError(f"judge function {name}: it must return one number for each row, not {values!r:.80}") from None
+        raise JudgeError(f"judge function {name}: it must return one number for each row, not {values!r:.80}") from None
     if scores.shape != (number,):
-        raise UserError(f"judge function {name}: {number} rows, but it returned an array of shape {scores.shape}")
+        raise JudgeError(f"judge function {name}: {number} rows, but it returned an array of shape {scores.shape}")
     bad = np.flatnonzero(~np.isfinite(scores))
     if len(bad):
-        raise UserError(f"judge function {name}: the score of row {bad[0]} is {scores[bad[0]]}, not a finite number")
+        raise JudgeError(f"judge function {name}: the score of row {bad[0]} is {scores[bad[0]]}, not a finite number")
     return scores
 
 
