@@ -33,7 +33,10 @@ def write_inputs(folder: Path) -> Path:
     rng, rows, module = np.random.default_rng(0), [], LogProbs(model)
     for i in range(48):
         prompt = language.prompt_ids[i % 12]
-        chosen, rejected = ([int(t) for t in rng.integers(3, 8, rng.integers(1, 4))] + [2] for _ in range(2))
+        # Two equal responses would tie but for the last bit of their scores, which differs between processors.
+        chosen = rejected = _response(rng)
+        while rejected == chosen:
+            rejected = _response(rng)
         with torch.no_grad():
             logps = sequence_logps(module, [prompt], [[chosen, rejected]])[0].tolist()
         rows.append(
@@ -42,6 +45,10 @@ def write_inputs(folder: Path) -> Path:
         )  # fmt: skip
     write_rows(pa.Table.from_pylist(rows, REFERENCED_PAIRS), folder / "pairs" / "part.parquet", REFERENCED_PAIRS)
     return folder
+
+
+def _response(rng: np.random.Generator) -> list[int]:
+    return [int(token) for token in rng.integers(3, 8, rng.integers(1, 4))] + [2]
 
 
 def off_policy_job(inputs: Path, folder: Path, method: OffPolicyMethod) -> OffPolicyJob:
