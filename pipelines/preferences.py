@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prefarena.config import Model, PretrainedModel, TextTask
+from prefarena.data.first_rows import look_at_pairs, look_at_text
 from prefarena.data.preparation import (
     COLUMNS,
     TEXT_COLUMNS,
@@ -29,7 +30,6 @@ from prefarena.data.preparation import (
     prepare_pairs,
     prepare_pieces,
     split_of,
-    text_of,
 )
 from prefarena.data.rejections import Rejections, Unusable
 from prefarena.data.sources import (
@@ -40,7 +40,6 @@ from prefarena.data.sources import (
     find_parts,
     read_chunks,
     read_rows_of,
-    table_schema,
 )
 from prefarena.data.token_tables import ParquetRows, TokenTables
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
@@ -49,7 +48,6 @@ from prefarena.mirror import push
 from prefarena.records import PRETRAINING
 from prefarena.stages import write_json
 
-_FIRST_ROWS = 1000  # looked at before Ray starts
 _BLOCK_BYTES = 2 << 20
 _STORE_BYTES = 256 << 20  # object store memory that one pipeline may fill
 _ACTOR_BYTES = 16 << 20  # of text for which it is worth starting one more actor
@@ -66,12 +64,12 @@ def check_text_task(task: TextTask, model: Model | None = None) -> list[Part]:
 
     With a pretrained `model`, these rows must also suit its tokenizer and its chat template.
     """
-    parts = _check_source(task, task.data, COLUMNS, ("chosen", "rejected"), functools.partial(pair_of, task=task))
+    parts = look_at_pairs(task).parts
     if isinstance(model, PretrainedModel):
         tokenizer = Tokenizer.load(model.path, model.revision, task)
         _check_tokens(task, parts, tokenizer)
     if task.pretraining_text is not None:
-        _check_source(task, task.pretraining_text, TEXT_COLUMNS, TEXT_COLUMNS, text_of)
+        look_at_text(task, task.pretraining_text)
     return parts
 
 
@@ -98,6 +96,7 @@ def prepare_text(
     more rows rejected than task.max_rejected_share.
     """
     parts = check_text_task(task)
+    notes = look_at_pairs(task).notes
     folder = Path(output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     path = tokenizer_path or prepare_tokenizer(task, model, folder / "tokenizer")
@@ -110,7 +109,7 @@ def prepare_text(
             tables.add(rows if task.max_rows is None else rows.slice(0, task.max_rows - tables.num_rows))
             if tables.num_rows == task.max_rows:
                 break
-    summary = {**tables.summary(task), "tokenizer": path, "rules": _rules(task)}
+    summary = {**tables.summary(task), "tokenizer": path, "rules": _rules(task), "notes": notes}
     if task.pretraining_text is not None:
         summary["num_pretraining"] = _write_pretraining(task, path, revision, folder, num_tokenisers)
     write_json(folder / "summary.json", summary)
@@ -118,77 +117,6 @@ def prepare_text(
 
 
 # ------------------------------------------------------------------------------------------------ reading
-
-
-def _check_source(
-    task: TextTask,
-    path: str,
-    columns: tuple[str, ...],
-    needed: tuple[str, ...],
-    examine: Callable[[dict[str, Any] | Unusable], Any],
-) -> list[Part]:
-    """The parts at `path`. `examine` raises Unusable at a row that cannot be used."""
-    parts = find_parts(path, task.split)
-    rejections, present, num_rows = Rejections(), set(), 0
-    wanted = min(_FIRST_ROWS, task.max_rows or _FIRST_ROWS)
-    try:
-        for part in parts if parts[0].kind == "parquet" else parts[:1]:
-            _check_columns(part, columns, needed)
-        for part in parts:
-            for number, row in read_rows_of(part, columns, task.max_row_bytes, wanted - num_rows):
-                num_rows += 1
-                if isinstance(row, dict):
-                    present |= {name for name, value in row.items() if value is not None}
-                try:
-                    examine(row)
-                except Unusable as error:
-                    rejections.add(part.path, number, error.reason, error.detail)
-            if num_rows >= wanted:
-                break
-    except BrokenFile as error:
-        raise UserError(str(error)) from None
-    if not num_rows:
-        raise UserError(f"{path}: there are no rows in it")
-    missing = [name for name in needed if name not in present]
-    if missing and present:
-        raise UserError(_missing_columns(path, missing, sorted(present)))
-    if num_rows < _FIRST_ROWS or num_rows == task.max_rows:
-        rejections.check(path, num_rows, task.max_rejected_share)
-    rejections.check_first(path, num_rows)
-    return parts
-
-
-def _check_columns(part: Part, columns: tuple[str, ...], needed: tuple[str, ...]) -> None:
-    """Raise UserError where a table lacks a column that is needed, or has one of a type that no row could have."""
-    schema = table_schema(part)
-    if schema is None:
-        return
-    missing = [name for name in needed if name not in schema.names]
-    if missing:
-        raise UserError(_missing_columns(part.path, missing, schema.names))
-    for name in set(columns) & set(schema.names):
-        kind = schema.field(name).type
-        number = name == "label"
-        if name != "source" and not (_is_number(kind) if number else _is_text(kind)):
-            wanted = "a number" if number else "text, or a list of messages"
-            raise UserError(f"{part.path}: its column {name!r} is {kind}, not {wanted}; convert it")
-
-
-def _is_number(kind: pa.DataType) -> bool:
-    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)
-
-
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        return _is_text(kind.value_type)
-    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
-    messages = (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)
-    return text or messages or pa.types.is_null(kind)
-
-
-def _missing_columns(path: str, missing: list[str], present: list[str]) -> str:
-    wanted = " and ".join(map(repr, missing))
-    return f"{path}: no column {wanted}; its columns are {', '.join(present) or 'none'}; rename or add what is missing"
 
 
 def _check_tokens(task: TextTask, parts: list[Part], tokenizer: Tokenizer) -> None:

@@ -9,6 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 
 from pipelines.annotate import annotate_language
 from pipelines.claims import settle
@@ -34,8 +35,13 @@ from prefarena.training.launch import run_jobs
 
 def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
     """Run the shared stages that are not finished. Needs Ray."""
+    said: set[Path] = set()
     for plan in plans:
         run_once(console, plan.data, partial(_write_data, config, plan.task))
+        if plan.data.folder not in said:
+            said.add(plan.data.folder)
+            for note in plan.data.manifest()["data"].get("notes", []):
+                console.print(f"data: {escape(note)}")
         run_once(console, plan.base, partial(_write_base, config, plan))
         for note in plan.base.manifest()["notes"]:
             console.print(f"the model trains on a slower path: {note}")

@@ -102,7 +102,7 @@ BAD_ROWS = [
     BadRow("NaN as an answer", standard(chosen=math.nan), why.WRONG_TYPE, "chosen is float"),
     BadRow("an object as an answer", standard(chosen={"text": "a"}), why.WRONG_TYPE, "chosen is dict"),
     BadRow("a number as a prompt", standard(prompt=1.5), why.WRONG_TYPE, "prompt is float"),
-    BadRow("a list as a prompt of strings", standard(prompt=["p"]), why.WRONG_TYPE, "prompt is list"),
+    BadRow("a list as a prompt of strings", standard(prompt=["p"]), why.WRONG_TYPE, "prompt holds str"),
     BadRow("text against messages", standard(chosen=[YES]), why.WRONG_TYPE, "rejected is str"),
     # Labels.
     BadRow("a label that is NaN", standard(label=math.nan), why.BAD_LABEL, "nan"),

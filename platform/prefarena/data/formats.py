@@ -10,7 +10,8 @@ with which two answers both begin out of the loss and into the prompt.
   row is dropped.
 - HH: each transcript's prompt is everything up to and including its last "\\n\\nAssistant:"; the response is everything
   after it, its leading space included, so that prompt + response is the transcript again.
-- Conversational, explicit: `prompt` is a list of messages; each answer is one assistant message.
+- Conversational, explicit: `prompt` is a list of messages; each answer is one assistant message, its text, or the whole
+  conversation, which then begins with the prompt.
 - Conversational, implicit: each list's last message is the answer, those before it are the prompt.
 
 In a conversation user and assistant alternate, the user first. A system (or developer) message may stand before them,
@@ -24,6 +25,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from prefarena.data.fields import is_empty, with_fields
 from prefarena.data.rejections import (
     BAD_LABEL,
     BAD_ROLES,
@@ -32,6 +34,7 @@ from prefarena.data.rejections import (
     EMPTY_PROMPT,
     EMPTY_RESPONSE,
     IDENTICAL,
+    LOST_COLUMN,
     MISSING_COLUMN,
     NO_BOUNDARY,
     NOT_AN_ANSWER,
@@ -57,6 +60,8 @@ _BEFORE = {
     "assistant": ("user", "tool"),
     "tool": ("assistant", "tool"),
 }
+#: Where a message may hold the thoughts before its content.
+THOUGHTS = ("reasoning_content", "reasoning", "thinking")
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 
 
@@ -90,7 +95,7 @@ class Pair:
 def recognise(row: dict[str, Any]) -> Literal["standard", "conversational", "hh"]:
     """The format of a row that has `chosen` and `rejected`."""
     answers = [row.get("chosen"), row.get("rejected")]
-    if any(isinstance(answer, list) for answer in answers):
+    if isinstance(row.get("prompt"), list) or any(isinstance(answer, list) for answer in answers):
         return "conversational"
     whole = row.get("prompt") is None
     if whole and any(isinstance(answer, str) and answer.startswith(_HUMAN) for answer in answers):
@@ -100,9 +105,13 @@ def recognise(row: dict[str, Any]) -> Literal["standard", "conversational", "hh"
 
 def normalise(row: dict[str, Any], form: Format = "auto", source: str = "") -> Pair:
     """The pair that a row holds. Raises Unusable with the reason where it holds none."""
+    row = with_fields(row, form)
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
             raise Unusable(MISSING_COLUMN, column)
+    for column in ("tools", "chat_template_kwargs"):
+        if not is_empty(row.get(column)):
+            raise Unusable(LOST_COLUMN, column)
     kind = recognise(row) if form == "auto" else form
     if kind == "conversational":
         prompt, chosen, rejected, opening = _conversational(row)
@@ -157,8 +166,10 @@ def _hh(chosen: str, rejected: str) -> _Parts:
 
 
 def _conversational(row: dict[str, Any]) -> _Parts:
-    chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
     prompt = row.get("prompt")
+    if isinstance(prompt, list) and all(isinstance(row[name], str) for name in ("chosen", "rejected")):
+        row = {**row, **{name: [{"role": "assistant", "content": row[name]}] for name in ("chosen", "rejected")}}
+    chosen, rejected = _messages(row, "chosen"), _messages(row, "rejected")
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer or answer[-1][0] != "assistant":
             raise Unusable(NOT_AN_ANSWER, name)
@@ -167,8 +178,10 @@ def _conversational(row: dict[str, Any]) -> _Parts:
         explicit = (("user", _text(row, "prompt")),)
     elif prompt is not None and not isinstance(prompt, (str, list)):
         raise Unusable(WRONG_TYPE, f"prompt is {type(prompt).__name__}")
+    if isinstance(prompt, list) and chosen[:-1] == rejected[:-1] == explicit:
+        chosen, rejected = chosen[-1:], rejected[-1:]  # whole conversations, which begin with the prompt
     if explicit and (len(chosen) > 1 or len(rejected) > 1):
-        raise Unusable(NOT_AN_ANSWER, "an answer to an explicit prompt is one message")
+        raise Unusable(NOT_AN_ANSWER, "an answer to an explicit prompt is one message, or goes on from that prompt")
     if chosen[:-1] != rejected[:-1]:
         raise Unusable(PROMPTS_DIFFER)
     messages = explicit or chosen[:-1]
@@ -204,6 +217,9 @@ def _messages(row: dict[str, Any], column: str) -> tuple[tuple[str, str], ...]:
         role, content = message.get("role"), message.get("content")
         if message.get("tool_calls"):
             raise Unusable(TOOL_CALLS, column)
+        for name in THOUGHTS:
+            if not is_empty(message.get(name)):
+                raise Unusable(LOST_COLUMN, f"{name} of a message in {column}")
         if not isinstance(content, str):
             raise Unusable(WRONG_TYPE, f"{column} holds a message without text in `content`")
         if not isinstance(role, str) or role not in _BEFORE:

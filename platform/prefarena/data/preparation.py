@@ -9,13 +9,15 @@ from typing import Any
 import pyarrow as pa
 
 from prefarena.config import TextTask
+from prefarena.data.fields import SYSTEM
 from prefarena.data.formats import Pair, normalise, valid_text
 from prefarena.data.rejections import NO_ROW, WRONG_TYPE, Unusable
 from prefarena.data.sources import Chunk, rows_of
 from prefarena.data.tokenization import Tokenizer, TokenPair
 from prefarena.records import PAIRS, PRETRAINING, content_id
 
-COLUMNS = ("prompt", "chosen", "rejected", "label", "source")  # what is read of a table of pairs
+#: What is read of a table of pairs.
+COLUMNS = ("prompt", "chosen", "rejected", "label", "source", *SYSTEM, "tools", "chat_template_kwargs")
 TEXT_COLUMNS = ("text",)
 
 _REJECTED = [("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]

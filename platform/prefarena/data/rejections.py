@@ -33,6 +33,9 @@ NOT_HH = "not an HH-RLHF transcript"
 NOT_AN_ANSWER = "does not end with one assistant message"
 BAD_ROLES = "bad roles"
 TOOL_CALLS = "tool calls are not supported"
+SYSTEM_APART = "the system column has no place"
+NOT_MESSAGES = "messages stored as text cannot be read"
+LOST_COLUMN = "a column would be lost"
 BAD_LABEL = "label is not a probability"
 PROMPT_TOO_LONG = "prompt too long"
 TEMPLATE_REFUSES = "the chat template refuses it"
@@ -62,6 +65,9 @@ REMEDIES = {
     NOT_AN_ANSWER: "end each conversation with exactly one assistant message",
     BAD_ROLES: "let user and assistant alternate, the user first, a system message only at the start",
     TOOL_CALLS: "write the calls into the text of the messages, or leave the row out",
+    SYSTEM_APART: "write it into the conversation as its first message, or into the text, and remove the column",
+    NOT_MESSAGES: "write messages as JSON lists, or set task.format: standard where the text itself is meant",
+    LOST_COLUMN: "remove the column where the rows make sense without it, or leave those rows out",
     BAD_LABEL: "give P(chosen preferred), from 0 to 1",
     PROMPT_TOO_LONG: "raise task.max_prompt_tokens, or set task.long_prompts: keep_end",
     TEMPLATE_REFUSES: "bring the messages into the order that the model's chat template takes, or mend the template",
@@ -82,6 +88,9 @@ STRUCTURAL = {
     NOT_HH,
     NOT_AN_ANSWER,
     BAD_ROLES,
+    SYSTEM_APART,
+    NOT_MESSAGES,
+    LOST_COLUMN,
     TEMPLATE_REFUSES,
 }
 _LONGEST_DETAIL = 200  # characters

@@ -19,6 +19,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prefarena.data.files import choose, listed
 from prefarena.data.lines import WrongFile, parse_line, read_lines
 from prefarena.data.rejections import TOO_LARGE, Unusable
 from prefarena.errors import UserError
@@ -26,7 +27,7 @@ from prefarena.stores import file_system, fingerprint, is_url, reaching
 
 _JSONL = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz")
 _SUFFIXES = (*_JSONL, ".parquet")
-_DATASET_FILES = ("state.json", "dataset_dict.json")
+_HEAD_BYTES = 64 << 10  # of a file that may be metadata
 _DATASET_PART = 10_000  # rows of a `datasets` table that one reader takes
 _COMPRESSION = 3  # of gzip and parquet files, about
 _ROW_BYTES = 1500  # of a `datasets` table, about
@@ -63,30 +64,53 @@ class BrokenFile(Exception):
     """A file that cannot be read to its end; the message names it, where it breaks, and what to do."""
 
 
+@dataclass(frozen=True)
+class Found:
+    """What there is to read, and in a sentence each what is there and not read."""
+
+    parts: list[Part]
+    notes: list[str]
+
+
 def find_parts(path: str, split: str) -> list[Part]:
     """What there is to read at `path`, in a fixed order. Raises UserError where there is nothing."""
+    return survey(path, split).parts
+
+
+def survey(path: str, split: str) -> Found:
+    """As `find_parts`, with the notes."""
     with reaching(path):
-        return _find_parts(path, split)
+        return _survey(path, split)
 
 
-def _find_parts(path: str, split: str) -> list[Part]:
+def _survey(path: str, split: str) -> Found:
     fs, root = file_system(path)
     if fs.isfile(root):
-        return [_file_part(path, fs.unstrip_protocol(root))]
+        return Found([_file_part(path, fs.unstrip_protocol(root))], [])
     if fs.isdir(root):
-        names = sorted(fs.ls(root, detail=False))
-        if any(name.rsplit("/", 1)[-1] in _DATASET_FILES for name in names):
-            return _table_parts("saved", fs.unstrip_protocol(root).removeprefix("file://"), split)
-        files = [name for name in names if name.endswith(_SUFFIXES)]
-        if not files:
-            raise UserError(
-                f"{path}: the folder holds no jsonl or parquet file, and no saved dataset; give the files' own folder"
-            )
-        return [_file_part(path, fs.unstrip_protocol(name)) for name in files]
-    looks_like_path = path.endswith(_SUFFIXES) or path.startswith((".", "/", "~")) or "://" in path
+        return _survey_folder(path, fs, root, split)
+    looks_like_path = path.lower().endswith(_SUFFIXES) or path.startswith((".", "/", "~")) or "://" in path
     if looks_like_path or path.count("/") > 1:
         raise UserError(f"{path}: no such file or folder")
-    return _table_parts("hub", path, split)
+    return Found(_table_parts("hub", path, split), [])
+
+
+def _survey_folder(path: str, fs: Any, root: str, split: str) -> Found:
+    entries = [(entry["name"], entry["type"] == "directory") for entry in fs.ls(root, detail=True)]
+    entries = [entry for entry in entries if entry[0].rstrip("/") != root.rstrip("/")]  # a store may list it, too
+    there = {name.rstrip("/").rsplit("/", 1)[-1]: name for name, _ in entries}
+    folders = [name.rstrip("/").rsplit("/", 1)[-1] for name, is_folder in entries if is_folder]
+    files = [name for name in there if name not in folders]
+    choice = choose(path, files, folders, _SUFFIXES, split, lambda name: fs.head(there[name], _HEAD_BYTES))
+    if "dataset_dict.json" in files or ("state.json" in files and not choice.files):
+        return Found(_table_parts("saved", fs.unstrip_protocol(root).removeprefix("file://"), split), [])
+    if not choice.files:
+        inside = f" ({listed(sorted(f'{name}/' for name in folders))} in it are not looked into)" if folders else ""
+        raise UserError(
+            f"{path}: the folder holds no jsonl or parquet file, and no saved dataset{inside}; give the files' own "
+            "folder"
+        )
+    return Found([_file_part(path, fs.unstrip_protocol(there[name])) for name in choice.files], choice.notes)
 
 
 def version_of(path: str) -> list[Any]:

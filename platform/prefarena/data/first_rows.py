@@ -1,0 +1,131 @@
+"""What the first rows of a source show, before anything is started: that they cannot be used, or what is not read."""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from prefarena.config import TextTask
+from prefarena.data.fields import LOST, SYSTEM
+from prefarena.data.files import listed
+from prefarena.data.preparation import COLUMNS, TEXT_COLUMNS, pair_of, text_of
+from prefarena.data.rejections import Rejections, Unusable
+from prefarena.data.sources import BrokenFile, Part, read_rows_of, survey, table_schema
+from prefarena.errors import UserError
+
+NUM_FIRST_ROWS = 1000
+_ANY_TYPE = ("source", "tools", "chat_template_kwargs")
+
+
+@dataclass(frozen=True)
+class FirstRows:
+    """What there is to read, and what should be known of it, a sentence each."""
+
+    parts: list[Part]
+    notes: list[str]
+
+
+def look_at_pairs(task: TextTask) -> FirstRows:
+    """Of the task's pairs. Raises UserError where the first rows show that they cannot be used."""
+    return _look(task, task.data, COLUMNS, ("chosen", "rejected"), functools.partial(pair_of, task=task))
+
+
+def look_at_text(task: TextTask, path: str) -> FirstRows:
+    """Of pretraining text. Raises UserError as `look_at_pairs` does."""
+    return _look(task, path, TEXT_COLUMNS, TEXT_COLUMNS, text_of)
+
+
+def _look(
+    task: TextTask,
+    path: str,
+    columns: tuple[str, ...],
+    needed: tuple[str, ...],
+    examine: Callable[[dict[str, Any] | Unusable], Any],
+) -> FirstRows:
+    """The first rows at `path`. `examine` raises Unusable at a row that cannot be used."""
+    found = survey(path, task.split)
+    parts = found.parts
+    rejections, num_rows = Rejections(), 0
+    present: Counter[str] = Counter()
+    ignored: dict[str, None] = {}
+    wanted = min(NUM_FIRST_ROWS, task.max_rows or NUM_FIRST_ROWS)
+    try:
+        for part in parts if parts[0].kind == "parquet" else parts[:1]:
+            ignored |= dict.fromkeys(_check_columns(part, columns, needed))
+        for part in parts:
+            for number, row in read_rows_of(part, columns, task.max_row_bytes, wanted - num_rows):
+                num_rows += 1
+                if isinstance(row, dict):
+                    present.update(name for name, value in row.items() if value is not None)
+                try:
+                    examine(row)
+                except Unusable as error:
+                    rejections.add(part.path, number, error.reason, error.detail)
+            if num_rows >= wanted:
+                break
+    except BrokenFile as error:
+        raise UserError(str(error)) from None
+    if not num_rows:
+        raise UserError(f"{path}: there are no rows in it")
+    missing = [name for name in needed if name not in present]
+    if missing and present:
+        raise UserError(_missing_columns(path, missing, sorted(present)))
+    if num_rows < NUM_FIRST_ROWS or num_rows == task.max_rows:
+        rejections.check(path, num_rows, task.max_rejected_share)
+    rejections.check_first(path, num_rows)
+    ignored |= dict.fromkeys(name for name in present if name not in columns)
+    return FirstRows(parts, [*found.notes, *_ignored(path, sorted(ignored))])
+
+
+def _ignored(path: str, columns: Sequence[str]) -> list[str]:
+    return [f"{path}: columns that are not used: {listed(columns)}"] if columns else []
+
+
+def _check_columns(part: Part, columns: tuple[str, ...], needed: tuple[str, ...]) -> list[str]:
+    """The table's columns that are not used, none where it is no table.
+
+    Raises UserError where it lacks a column that is needed, or has one of a type that no row could have, or one that
+    must not be lost.
+    """
+    schema = table_schema(part)
+    if schema is None:
+        return []
+    missing = [name for name in needed if name not in schema.names]
+    if missing:
+        raise UserError(_missing_columns(part.path, missing, schema.names))
+    for name in set(columns) & set(schema.names):
+        kind = schema.field(name).type
+        number = name == "label"
+        if name not in _ANY_TYPE and not (_is_number(kind) if number else _is_text(kind, only=name in SYSTEM)):
+            wanted = "a number" if number else "text" if name in SYSTEM else "text, or a list of messages"
+            raise UserError(f"{part.path}: its column {name!r} is {kind}, not {wanted}; convert it")
+    lost = [name for name in schema.names if name in LOST and not pa.types.is_null(schema.field(name).type)]
+    if lost and "text" not in columns:
+        raise UserError(
+            f"{part.path}: its column {lost[0]!r} would be lost: {LOST[lost[0]]} are not read; remove the column "
+            "where the rows make sense without it"
+        )
+    return [name for name in schema.names if name not in columns]
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    return pa.types.is_floating(kind) or pa.types.is_integer(kind) or pa.types.is_null(kind)
+
+
+def _is_text(kind: pa.DataType, only: bool = False) -> bool:
+    """Whether a column is text, or, unless it must be text `only`, lists of messages."""
+    if pa.types.is_dictionary(kind):
+        return _is_text(kind.value_type, only)
+    text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    messages = (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)
+    return text or (messages and not only) or pa.types.is_null(kind)
+
+
+def _missing_columns(path: str, missing: list[str], present: list[str]) -> str:
+    wanted = " and ".join(map(repr, missing))
+    return f"{path}: no column {wanted}; its columns are {', '.join(present) or 'none'}; rename or add what is missing"
