@@ -31,11 +31,11 @@ from pipelines.exact import (
 from pipelines.plan import SeedPlan, Trained, judge_spec, model_of, policy_of, response_limit, unique
 from pipelines.progress import stage_line
 from pipelines.reference import scoring_options
-from pipelines.train import start_generator
-from prefarena.cluster.waiting import Failed, get_within, outcomes_within
+from pipelines.sampling import Sampler
+from prefarena.cluster.waiting import Failed, outcomes_within
 from prefarena.config import BestOfN, Comparison, Evaluation, LanguageTask
 from prefarena.data.tables import read_rows
-from prefarena.errors import UserError
+from prefarena.errors import EntryError, UserError, WaitTimeoutError
 from prefarena.evaluation.best_of_n import kl_bound, pick_best
 from prefarena.evaluation.exact import win_rates
 from prefarena.evaluation.preferences import preference_accuracy
@@ -122,24 +122,26 @@ def fail(stage: Stage, reason: str, console: Console) -> None:
 def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) -> None:
     import ray
 
-    settings = config.evaluation
-    generator = start_generator(config, waiting[0][1], console)
+    settings, outcomes = config.evaluation, dict[Stage, Any]()
     # Scorers run beside the generators, which hold their own share of the GPUs.
-    scorer = ray.remote(**scoring_options(config.resources))(score_samples)
-    running = []
-    try:
+    scorer, running = ray.remote(**scoring_options(config.resources))(score_samples), dict[Stage, Any]()
+    with Sampler(config, waiting[0][1], console) as sampler:
         for stage, plan, trained in waiting:
             job = _sampled_job(config, plan, trained, stage.begin())
             prompts = held_out_prompts(plan, settings) * settings.samples_per_prompt
             prompts = [prompt for prompt in prompts for _ in range(job.best_of)]
             sampling = Sampling(response_limit(plan.task), settings.temperature, settings.seed)
-            generator.load_checkpoint(job.policy, stage.key)
             started = time.perf_counter()
-            rollouts = generator.generate(prompts, sampling, stage.key)
-            running.append(scorer.remote(rollouts, job, settings, time.perf_counter() - started))
-        get_within(running, config.resources.task_timeout_s, _title([stage for stage, _, _ in waiting]))
-    finally:
-        generator.stop()
+            try:
+                rollouts = sampler.sample(job.policy, stage.key, prompts, sampling)
+            except (EntryError, WaitTimeoutError) as error:
+                outcomes[stage] = Failed(str(error))
+                continue
+            running[stage] = scorer.remote(rollouts, job, settings, time.perf_counter() - started)
+        what = _title([stage for stage, _, _ in waiting])
+        scored = outcomes_within(list(running.values()), config.resources.task_timeout_s, what)
+        outcomes |= zip(running, scored, strict=True)
+    fail_entries(waiting, [outcomes[stage] for stage, _, _ in waiting], console)
 
 
 def held_out_prompts(plan: SeedPlan, settings: Evaluation) -> list[list[int]]:

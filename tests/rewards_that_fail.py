@@ -26,3 +26,8 @@ def hungry(rows: list[dict[str, Any]]) -> list[float]:
     if works():
         torch.empty(2**60, dtype=torch.uint8)
     return [0.0] * len(rows)
+
+
+def short(rows: list[dict[str, Any]]) -> list[float]:
+    """One that works: the fewer characters, the better."""
+    return [-float(len(row["response"])) for row in rows]

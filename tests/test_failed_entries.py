@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -65,6 +66,36 @@ def test_the_others_go_on_to_the_report(tmp_path: Path) -> None:
     assert "failed before and is left alone" in compare(
         config
     )  # what failed is not tried again, what is finished is reused
+
+
+@pytest.mark.timeout(600)
+def test_an_entry_of_a_text_task_that_cannot_be_measured_is_a_row_too(tmp_path: Path) -> None:
+    rows = [
+        {"prompt": f"say {word} {number}", "chosen": f"{word} it is", "rejected": "no"}
+        for number in range(30)
+        for word in ("red", "green")
+    ]
+    data = tmp_path / "pairs.jsonl"
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+    def best(name: str, function: str) -> dict:
+        reward = {"kind": "function", "function": f"rewards_that_fail:{function}"}
+        return {"name": name, "method": {"kind": "best_of_n", "n": 2, "reward": reward}}
+
+    tree = {
+        "name": "text", "output": str(tmp_path / "runs"), "entries": [best("killed", "killed"), best("fine", "short")],
+        "task": {"kind": "text", "data": str(data), "max_prompt_tokens": 24, "max_response_tokens": 8},
+        "model": {"kind": "scratch", "vocab_size": 300}, "reference": {"training": QUICK},
+        "judge": {"kind": "function", "function": "rewards_that_fail:short"},
+        "evaluation": {"num_prompts": 4, "samples_per_prompt": 2},
+    }  # fmt: skip
+    config = tmp_path / "config.yaml"
+    config.write_text(yaml.safe_dump(tree), encoding="utf-8")
+    compare(config)
+    (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/results.json"))
+    results = load_results(folder)
+    assert "its process died" in results.entry("killed").failures["0"]
+    assert "judge_score" in results.entry("fine").seeds["0"]
 
 
 class LosesItsEngine(LocalGenerator):

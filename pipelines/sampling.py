@@ -1,0 +1,54 @@
+"""Samples of one policy after another, from generation actors that are replaced where they are lost."""
+
+from __future__ import annotations
+
+from types import TracebackType
+
+from rich.console import Console
+
+from pipelines.plan import SeedPlan
+from pipelines.train import start_generator
+from prefarena.config import Comparison
+from prefarena.generation.fleet import Generators
+from prefarena.generation.interface import GeneratorLostError, Sampling, StaleWeightsError
+from prefarena.records import Rollout
+
+
+class Sampler:
+    """The generation actors of an evaluation; as a context it ends them."""
+
+    def __init__(self, config: Comparison, plan: SeedPlan, console: Console) -> None:
+        self._config, self._plan, self._console = config, plan, console
+        self._generators: Generators | None = None
+
+    def __enter__(self) -> Sampler:
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._stop()
+
+    def sample(self, policy: str, version: str, prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
+        """One rollout per prompt from the policy in the folder `policy`, whose weights are called `version`.
+
+        An actor that Ray restarts comes back without weights and is given them again; lost ones are replaced. Each is
+        done at most `resources.max_failures` times. Raises GeneratorLostError beyond that, and WaitTimeoutError where
+        an actor does not answer in time.
+        """
+        failure: Exception | None = None
+        for _ in range(self._config.resources.max_failures + 1):
+            try:
+                if self._generators is None:
+                    self._generators = start_generator(self._config, self._plan, self._console)
+                self._generators.load_checkpoint(policy, version)
+                return self._generators.generate(prompts, sampling, version)
+            except StaleWeightsError as error:  # an actor was restarted between the two calls
+                failure = error
+            except GeneratorLostError as error:
+                failure = error
+                self._stop()
+        raise GeneratorLostError(f"the samples of {version} could not be drawn: {failure}") from failure
+
+    def _stop(self) -> None:
+        generators, self._generators = self._generators, None
+        if generators is not None:
+            generators.stop()
