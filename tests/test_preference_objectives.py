@@ -128,6 +128,28 @@ def test_ipo_bandit_optimum(tau: float) -> None:
     assert p == pytest.approx(1 / (1 + math.exp(-1 / (2 * tau))), rel=1e-6)
 
 
+@pytest.mark.parametrize("tau", [0.1, 0.25, 2.0])
+def test_ipo_with_a_soft_label_is_the_mean_of_both_orderings_up_to_a_constant(tau: float) -> None:
+    """Brute force over the orderings, each with its own square of arXiv 2310.12036, equation 17.
+
+    The mean over orderings is larger by 4 p (1 - p) / (2 tau)^2, which no policy changes: the gradients are the same.
+    """
+    policy, reference, labels, counts = random_pairs(8)
+    chosen, rejected = policy.chosen.requires_grad_(), policy.rejected.requires_grad_()
+    squares = []
+    for winner, loser, sign in ((chosen, rejected, 1), (rejected, chosen, -1)):
+        references = (reference.chosen, reference.rejected)[::sign]
+        squares.append(((winner - references[0]) - (loser - references[1]) - 1 / (2 * tau)) ** 2)
+    both = (labels * squares[0] + (1 - labels) * squares[1]).mean()
+    soft = loss_of(preference.ipo(PairLogps(chosen, rejected), reference, labels, counts, tau=tau))
+    constant = (4 * labels * (1 - labels)).mean() / (2 * tau) ** 2
+    torch.testing.assert_close(soft + constant, both)
+    for found, wanted in zip(
+        torch.autograd.grad(soft, [chosen, rejected]), torch.autograd.grad(both, [chosen, rejected]), strict=True
+    ):
+        torch.testing.assert_close(found, wanted)
+
+
 def test_dpo_starts_at_ln_2_and_matches_the_formula() -> None:
     policy, reference, _, counts = random_pairs(3)
     ones = torch.ones_like(policy.chosen)

@@ -38,6 +38,40 @@ def test_a_checksum_does_not_depend_on_the_size_of_its_blocks(monkeypatch: pytes
     assert checksum(tensor) == whole
 
 
+def in_python(patterns: list[int]) -> int:
+    """The checksum of bit patterns (signed), in whole numbers without torch."""
+    total = 0
+    for place, pattern in enumerate(patterns, start=1):
+        mixed = place * 0x2545F4914F6CDD1D % 2**64
+        signed = mixed - 2**64 if mixed >= 2**63 else mixed
+        total += pattern * ((signed ^ (signed >> 29)) | 1)
+    return total % 2**64
+
+
+@pytest.mark.parametrize(
+    ("dtype", "bits"),
+    [(torch.float32, torch.int32), (torch.bfloat16, torch.int16), (torch.float16, torch.int16)],
+)
+def test_a_checksum_is_the_sum_that_whole_numbers_give(dtype: torch.dtype, bits: torch.dtype) -> None:
+    tensor = torch.randn(23, 9, generator=torch.Generator().manual_seed(1)).to(dtype)
+    assert checksum(tensor) == in_python(tensor.view(bits).flatten().tolist())
+
+
+def test_changes_of_several_places_do_not_cancel() -> None:
+    """A place is multiplied by the checksum of the bit pattern 1 there; +1, -2, +1 at even distances is seen."""
+    numbers = []
+    for place in range(128):
+        patterns = torch.zeros(128, dtype=torch.int32)
+        patterns[place] = 1
+        numbers.append(checksum(patterns.view(torch.float32)))
+    assert len(set(numbers)) == 128 and all(number % 2 == 1 for number in numbers)
+    assert all(40 <= sum(number >> bit & 1 for number in numbers) <= 88 for bit in range(1, 63))
+    for step in range(1, 60):
+        for first, middle, last in zip(numbers, numbers[step:], numbers[2 * step :], strict=False):
+            rest = (first - 2 * middle + last) % 2**64
+            assert min(rest, 2**64 - rest) > 1000  # without the second half of the mixing: at most 4
+
+
 def test_tensors_survive_the_way_through_shared_arrays() -> None:
     tensors = {"a": torch.randn(3, 4), "b": torch.randn(5).bfloat16()}
     back = as_tensors(as_arrays(tensors))
