@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -18,7 +19,7 @@ from prefarena.training.terms import LikelihoodTerm, Shares
 from prefarena.training.worker import Worker
 from tests.models import random_model
 
-DROPOUT = {
+DROPOUT: dict[str, dict[str, Any]] = {
     "gpt2": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5},
     "opt": {"dropout": 0.5, "attention_dropout": 0.5},
     "phi3": {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attention_dropout": 0.5},
