@@ -23,6 +23,7 @@ import pyarrow.compute as pc
 
 from prefarena.config import Model, PretrainedModel, TextTask
 from prefarena.data.first_rows import look_at_pairs, look_at_text
+from prefarena.data.labels import order_notes
 from prefarena.data.preparation import (
     COLUMNS,
     TEXT_COLUMNS,
@@ -109,7 +110,8 @@ def prepare_text(
             tables.add(rows if task.max_rows is None else rows.slice(0, task.max_rows - tables.num_rows))
             if tables.num_rows == task.max_rows:
                 break
-    summary = {**tables.summary(task), "tokenizer": path, "rules": _rules(task), "notes": notes}
+    summary = {**tables.summary(task), "tokenizer": path, "rules": _rules(task)}
+    summary["notes"] = [*notes, *order_notes(summary)]
     if task.pretraining_text is not None:
         summary["num_pretraining"] = _write_pretraining(task, path, revision, folder, num_tokenisers)
     write_json(folder / "summary.json", summary)

@@ -15,8 +15,12 @@ from prefarena.config import TextTask
 from prefarena.data import rejections as why
 from prefarena.data.first_rows import look_at_pairs
 from prefarena.data.formats import normalise
+from prefarena.data.labels import order_notes
+from prefarena.data.preparation import COLUMNS, prepare_pairs
 from prefarena.data.rejections import Unusable
-from prefarena.data.sources import find_parts, survey
+from prefarena.data.sources import find_parts, read_chunks, survey
+from prefarena.data.token_tables import TokenTables
+from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
 
 Row = dict[str, Any]
@@ -152,13 +156,92 @@ def test_what_only_a_template_could_show_refuses_the_row(row: Row) -> None:
 
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
 def test_columns_that_are_not_used_are_named_once(tmp_path: Path, kind: str) -> None:
-    rows = [{**PLAIN, "prompt": f"Blue {i}?", "score": 1, "id": "x", "margin": 0.5} for i in range(5)]
+    rows = [{**PLAIN, "prompt": f"Blue {i}?", "language": 1, "id": "x", "margin": "y"} for i in range(5)]
     data = tmp_path / f"data.{kind}"
     if kind == "jsonl":
         data.write_text("\n".join(map(json.dumps, rows)))
     else:
         pq.write_table(pa.Table.from_pylist(rows), data)
-    assert look_at_pairs(TextTask(data=str(data))).notes == [f"{data}: columns that are not used: id, margin, score"]
+    assert look_at_pairs(TextTask(data=str(data))).notes == [f"{data}: columns that are not used: id, language, margin"]
+
+
+# ------------------------------------------------------------------------------------------------ labels, scores
+
+
+def write_lines(path: Path, rows: list[Row]) -> str:
+    path.write_text("\n".join(map(json.dumps, rows)))
+    return str(path)
+
+
+def numbered(**columns: list[Any]) -> list[Row]:
+    size = len(next(iter(columns.values())))
+    return [
+        {**PLAIN, "prompt": f"Blue {i}?", **{name: values[i] for name, values in columns.items()}} for i in range(size)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("labels", "says"),
+    [
+        ([0, 1, 0, 1], "holds whole numbers alone, as classes do, and 2 of its first 4 are 0"),
+        ([0, 0, 0], "and 3 of its first 3 are 0"),
+        ([0, 1, 2, 1], "holds whole numbers alone"),
+        ([0.0, 0.1, 0.2], "all of its first 3 labels are under one half"),
+        (["chosen", "rejected"], "label is str, not a number"),
+        ([True, False], "label is bool, not a number"),
+        ([1, 2, 3], "rename the column where it is something else"),
+        ([-1, 1, 1], "rename the column where it is something else"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["jsonl", "parquet"])
+def test_labels_that_are_classes_stop_the_run(tmp_path: Path, labels: list[Any], says: str, kind: str) -> None:
+    rows = numbered(label=labels)
+    data = tmp_path / f"data.{kind}"
+    if kind == "jsonl":
+        write_lines(data, rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), data)
+    with pytest.raises(UserError) as caught:
+        look_at_pairs(TextTask(data=str(data)))
+    said = str(caught.value)
+    assert "rename" in said
+    assert (kind == "parquet" and isinstance(labels[0], (str, bool))) or says in said
+
+
+@pytest.mark.parametrize("labels", [[1, 1, 1], [0.0, 1.0], [0.9, 0.4, 0.5], [None, None], [1, 0.0]])
+def test_labels_that_are_probabilities_pass(tmp_path: Path, labels: list[Any]) -> None:
+    assert look_at_pairs(TextTask(data=write_lines(tmp_path / "data.jsonl", numbered(label=labels)))).parts
+
+
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("score_chosen", "score_rejected"),
+        ("chosen_score", "rejected_score"),
+        ("chosen-rating", "rejected-rating"),
+        ("reward_chosen", "reward_rejected"),
+        ("chosen_avg_rating", "rejected_avg_rating"),
+    ],
+)
+def test_scores_against_the_order_are_told(names: tuple[str, str]) -> None:
+    for chosen, rejected, expected in ((1, 2, True), (2.5, 1, False), (1, 1, False), (None, 1, False), ("1", 2, False)):
+        assert normalise({**PLAIN, names[0]: chosen, names[1]: rejected}).scores_contradict is expected
+    assert not normalise({**PLAIN, names[0]: 1, names[1]: 2, "label": 0.2}).scores_contradict
+
+
+def test_labels_and_scores_against_the_order_are_counted_and_said(tmp_path: Path) -> None:
+    train_tokenizer(["Blue 1? Yes. No."], 300, tmp_path / "bpe")
+    rows = numbered(label=[0.9, 0.2, 0.1] * 20, score_chosen=[1.0, 1.0, 3.0] * 20, score_rejected=[2.0] * 60)
+    task = TextTask(data=write_lines(tmp_path / "data.jsonl", rows))
+    tokenizer = Tokenizer.load(tmp_path / "bpe", None, task)
+    with TokenTables(tmp_path) as tables:
+        for chunk in read_chunks(look_at_pairs(task).parts[0], COLUMNS, task.max_row_bytes):
+            tables.add(prepare_pairs(chunk, task, tokenizer))
+    counts = tables.summary(task)
+    assert (counts["num_labels_under_half"], counts["num_scores_contradicting"]) == (40, 20)
+    notes = order_notes(counts)
+    assert "40 of 60 pairs have a label under one half" in notes[0]
+    assert "20 of 60 pairs have a lower score beside `chosen`" in notes[1]
 
 
 # --------------------------------------------------------------------------------------------- a folder's files

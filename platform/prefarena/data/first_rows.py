@@ -13,13 +13,14 @@ import pyarrow as pa
 from prefarena.config import TextTask
 from prefarena.data.fields import LOST, SYSTEM
 from prefarena.data.files import listed
+from prefarena.data.labels import SCORES, check_labels
 from prefarena.data.preparation import COLUMNS, TEXT_COLUMNS, pair_of, text_of
 from prefarena.data.rejections import Rejections, Unusable
 from prefarena.data.sources import BrokenFile, Part, read_rows_of, survey, table_schema
 from prefarena.errors import UserError
 
 NUM_FIRST_ROWS = 1000
-_ANY_TYPE = ("source", "tools", "chat_template_kwargs")
+_ANY_TYPE = ("source", "tools", "chat_template_kwargs", *SCORES)
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def _look(
     rejections, num_rows = Rejections(), 0
     present: Counter[str] = Counter()
     ignored: dict[str, None] = {}
+    labels: list[Any] = []
     wanted = min(NUM_FIRST_ROWS, task.max_rows or NUM_FIRST_ROWS)
     try:
         for part in parts if parts[0].kind == "parquet" else parts[:1]:
@@ -62,6 +64,7 @@ def _look(
                 num_rows += 1
                 if isinstance(row, dict):
                     present.update(name for name, value in row.items() if value is not None)
+                    labels.append(row.get("label"))
                 try:
                     examine(row)
                 except Unusable as error:
@@ -75,6 +78,8 @@ def _look(
     missing = [name for name in needed if name not in present]
     if missing and present:
         raise UserError(_missing_columns(path, missing, sorted(present)))
+    if "label" in columns:
+        check_labels(path, [label for label in labels if label is not None])
     if num_rows < NUM_FIRST_ROWS or num_rows == task.max_rows:
         rejections.check(path, num_rows, task.max_rejected_share)
     rejections.check_first(path, num_rows)
@@ -103,7 +108,8 @@ def _check_columns(part: Part, columns: tuple[str, ...], needed: tuple[str, ...]
         number = name == "label"
         if name not in _ANY_TYPE and not (_is_number(kind) if number else _is_text(kind, only=name in SYSTEM)):
             wanted = "a number" if number else "text" if name in SYSTEM else "text, or a list of messages"
-            raise UserError(f"{part.path}: its column {name!r} is {kind}, not {wanted}; convert it")
+            or_rename = ", or rename it if it is something else" if name in ("label", *SYSTEM) else ""
+            raise UserError(f"{part.path}: its column {name!r} is {kind}, not {wanted}; convert it{or_rename}")
     lost = [name for name in schema.names if name in LOST and not pa.types.is_null(schema.field(name).type)]
     if lost and "text" not in columns:
         raise UserError(

@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefarena.data.fields import is_empty, with_fields
+from prefarena.data.labels import EVEN, scores_contradict
 from prefarena.data.rejections import (
     BAD_LABEL,
     BAD_ROLES,
@@ -69,8 +70,8 @@ _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 class Pair:
     """A prompt with two answers; all three are strings, or the prompt is messages and the answers are assistant texts.
 
-    `label` is P(chosen > rejected). `opening` is the text up to the first answer: dialogues that go on from the same
-    opening belong together when data is split.
+    `label` is P(chosen > rejected); scores_contradict: scores beside the answers order them the other way. `opening` is
+    the text up to the first answer: dialogues that go on from the same opening belong together when data is split.
     """
 
     prompt: str | tuple[tuple[str, str], ...]  # messages are (role, content)
@@ -79,6 +80,7 @@ class Pair:
     label: float
     source: str
     opening: str
+    scores_contradict: bool = False
 
     @property
     def messages(self) -> list[Message] | None:
@@ -128,7 +130,9 @@ def normalise(row: dict[str, Any], form: Format = "auto", source: str = "") -> P
         raise Unusable(IDENTICAL)
     if isinstance(row.get("source"), str):
         source = _text(row, "source")
-    return Pair(prompt, chosen, rejected, _label(row.get("label")), source, opening)
+    label = _label(row.get("label"))
+    contradict = label >= EVEN and scores_contradict(row)
+    return Pair(prompt, chosen, rejected, label, source, opening, contradict)
 
 
 _Parts = tuple[str | tuple[tuple[str, str], ...], str, str, str]

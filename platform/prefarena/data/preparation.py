@@ -11,13 +11,14 @@ import pyarrow as pa
 from prefarena.config import TextTask
 from prefarena.data.fields import SYSTEM
 from prefarena.data.formats import Pair, normalise, valid_text
+from prefarena.data.labels import SCORES
 from prefarena.data.rejections import NO_ROW, WRONG_TYPE, Unusable
 from prefarena.data.sources import Chunk, rows_of
 from prefarena.data.tokenization import Tokenizer, TokenPair
 from prefarena.records import PAIRS, PRETRAINING, content_id
 
 #: What is read of a table of pairs.
-COLUMNS = ("prompt", "chosen", "rejected", "label", "source", *SYSTEM, "tools", "chat_template_kwargs")
+COLUMNS = ("prompt", "chosen", "rejected", "label", "source", *SYSTEM, "tools", "chat_template_kwargs", *SCORES)
 TEXT_COLUMNS = ("text",)
 
 _REJECTED = [("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
@@ -29,6 +30,7 @@ PREPARED_PAIRS = pa.schema(
         ("split", pa.string()),
         ("prompt_id", pa.string()),
         ("demonstration_id", pa.string()),
+        ("scores_contradict", pa.bool_()),
         ("prompt_cut", pa.bool_()),
         ("num_responses_cut", pa.int32()),
     ]
@@ -129,6 +131,7 @@ def _prepared(pair: Pair, tokens: TokenPair | Unusable, task: TextTask) -> dict[
         "id": pair.id,
         "label": pair.label,
         "source": pair.source,
+        "scores_contradict": pair.scores_contradict,
         "split": split,
         "prompt_id": content_id(tokens.prompt_ids),
         "demonstration_id": demonstration,

@@ -52,7 +52,8 @@ REMEDIES = {
     NOT_UTF8: "convert the file to UTF-8, for example with iconv",
     TOO_LARGE: "shorten the row, or raise task.max_row_bytes",
     MISSING_COLUMN: "give every row the columns `chosen` and `rejected`",
-    WRONG_TYPE: "give text, or lists of messages with text in `content`, and numbers as labels",
+    WRONG_TYPE: "give text, or lists of messages with text in `content`, and numbers as labels; "
+    "rename a column `label` that is something else",
     BAD_UNICODE: "replace lone surrogates by the characters that are meant",
     NUL_INSIDE: "remove the NUL characters",
     EMPTY_PROMPT: "give a prompt with text in it",
@@ -68,7 +69,7 @@ REMEDIES = {
     SYSTEM_APART: "write it into the conversation as its first message, or into the text, and remove the column",
     NOT_MESSAGES: "write messages as JSON lists, or set task.format: standard where the text itself is meant",
     LOST_COLUMN: "remove the column where the rows make sense without it, or leave those rows out",
-    BAD_LABEL: "give P(chosen preferred), from 0 to 1",
+    BAD_LABEL: "give P(chosen preferred), from 0 to 1; rename the column where it is something else",
     PROMPT_TOO_LONG: "raise task.max_prompt_tokens, or set task.long_prompts: keep_end",
     TEMPLATE_REFUSES: "bring the messages into the order that the model's chat template takes, or mend the template",
     NO_ROW: "resize_token_embeddings(len(tokenizer)) and save the model, or remove that token from the text",

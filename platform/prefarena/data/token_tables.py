@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from prefarena.config import TextTask
+from prefarena.data.labels import EVEN
 from prefarena.data.rejections import DUPLICATE, OTHER_SPLIT, Rejections
 from prefarena.data.tables import ROW_GROUP
 from prefarena.errors import UserError
@@ -86,6 +87,7 @@ class TokenTables:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.num_rows = 0
+        self._order: Counter[str] = Counter()
         self._cut: Counter[str] = Counter()
 
     def __enter__(self) -> TokenTables:
@@ -107,6 +109,9 @@ class TokenTables:
         for i, row in enumerate(rows.select(_DECIDING).to_pylist()):
             for name in self._tables_of(row):
                 places[name].append(i)
+        self._count_order(
+            rows.take([i for name, numbers in places.items() if name.endswith("_pairs") for i in numbers])
+        )
         for name, numbers in places.items():
             self._tables[name].add(_columns_of(name, rows.take(numbers)))
             if name.endswith("_pairs"):
@@ -127,12 +132,18 @@ class TokenTables:
         return {
             "num_rows": self.num_rows,
             **{f"num_{name}": table.count for name, table in self._tables.items()},
+            "num_labels_under_half": self._order["under"],
+            "num_scores_contradicting": self._order["against"],
             "num_dropped": sum(dropped.values()),
             "dropped": dropped,
             "num_truncated": self._cut["rows"],
             "num_truncated_prompts": self._cut["prompts"],
             "num_truncated_responses": self._cut["responses"],
         }
+
+    def _count_order(self, pairs: pa.Table) -> None:
+        self._order["under"] += sum(label < EVEN for label in pairs["label"].to_pylist())
+        self._order["against"] += sum(pairs["scores_contradict"].to_pylist())
 
     def _tables_of(self, row: dict[str, Any]) -> list[str]:
         """The tables that a row belongs to; none where it is rejected, which is then listed."""

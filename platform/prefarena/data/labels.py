@@ -1,0 +1,59 @@
+"""Labels and scores against the order of the answers: which are no preferences, and what is to be said of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from prefarena.errors import UserError
+
+EVEN = 0.5  # a smaller label says that `rejected` is the better answer
+#: Scores of both answers, as data sets name them: chosen's column, rejected's column.
+_SCORES = [
+    *((f"{what}_chosen", f"{what}_rejected") for what in ("score", "rating", "reward")),
+    *((f"chosen{join}{what}", f"rejected{join}{what}") for what in ("score", "rating", "reward") for join in "_-"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+]
+SCORES = tuple(name for names in _SCORES for name in names)
+
+
+def scores_contradict(row: dict[str, Any]) -> bool:
+    """Whether the row has scores, and gives a lower one to `chosen` than to `rejected`."""
+    for names in _SCORES:
+        chosen, rejected = (row.get(name) for name in names)
+        if isinstance(chosen, (int, float)) and isinstance(rejected, (int, float)) and chosen < rejected:
+            return True
+    return False
+
+
+def check_labels(path: str, labels: Sequence[Any]) -> None:
+    """Raise UserError where labels look like classes: as probabilities of a preference they would turn pairs round."""
+    whole = [label for label in labels if isinstance(label, int) and not isinstance(label, bool)]
+    under = [label for label in labels if isinstance(label, float) and label < EVEN]
+    meaning = "`label` is P(chosen preferred), and a label under one half says that `rejected` is the better answer"
+    if whole and len(whole) == len(labels) and 0 in whole:
+        raise UserError(
+            f"{path}: the column 'label' holds whole numbers alone, as classes do, and {whole.count(0)} of its first "
+            f"{len(labels)} are 0: {meaning}; rename the column if it is something else, or write 0.0 and 1.0 if that "
+            "is meant"
+        )
+    if labels and len(under) == len(labels):
+        raise UserError(
+            f"{path}: all of its first {len(labels)} labels are under one half: {meaning}; rename the column if it is "
+            "something else, or exchange the answers"
+        )
+
+
+def order_notes(counts: dict[str, Any]) -> list[str]:
+    """Of pairs whose answers are not in the order that their columns say, a sentence each."""
+    notes, num_pairs = [], sum(counts[f"num_{split}_pairs"] for split in ("train", "judge", "test"))
+    if number := counts["num_labels_under_half"]:
+        notes.append(
+            f"{number} of {num_pairs} pairs have a label under one half: there `rejected` counts as the better answer"
+        )
+    if number := counts["num_scores_contradicting"]:
+        notes.append(
+            f"{number} of {num_pairs} pairs have a lower score beside `chosen` than beside `rejected`; the order of "
+            "the answers is what counts"
+        )
+    return notes
