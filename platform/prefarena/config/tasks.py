@@ -34,8 +34,10 @@ class TextTask(Section):
     """Preference data as people have it: files, a saved dataset, or a hub id."""
 
     kind: Literal["text"] = "text"
-    data: str = Field(description="jsonl(.gz) or parquet file or folder, a folder saved by `datasets`, or a hub id.")
-    split: str = Field("train", description="Split to read, for a saved DatasetDict or a hub id.")
+    data: str = Field(
+        description="jsonl, json, csv (also compressed) or parquet file or folder, a saved `datasets`, or a hub id."
+    )
+    split: str = Field("train", description="Split to read: of a saved DatasetDict, a hub id, files named by split.")
     format: Literal["auto", "standard", "conversational", "hh"] = Field(
         "auto",
         description="Row format; `auto` recognises TRL's formats (explicit and implicit prompt) and raw HH-RLHF.",

@@ -57,7 +57,7 @@ def _look(
     labels: list[Any] = []
     wanted = min(NUM_FIRST_ROWS, task.max_rows or NUM_FIRST_ROWS)
     try:
-        for part in parts if parts[0].kind == "parquet" else parts[:1]:
+        for part in parts if parts[0].kind in ("parquet", "csv") else parts[:1]:
             ignored |= dict.fromkeys(_check_columns(part, columns, needed))
         for part in parts:
             for number, row in read_rows_of(part, columns, task.max_row_bytes, wanted - num_rows):

@@ -9,8 +9,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import Any
 
+from prefarena.data.arrays import ArrayLines, Readable
+from prefarena.data.compression import MAGIC
 from prefarena.data.rejections import NOT_AN_OBJECT, NOT_JSON, NOT_UTF8, Unusable
 
 _BOM = b"\xef\xbb\xbf"
@@ -31,15 +33,19 @@ class WrongFile(Exception):
     """A file that holds something else than lines of JSON; the message says what, and what to do."""
 
 
-def read_lines(stream: IO[bytes], chunk_bytes: int, most_bytes: int) -> Iterator[Lines]:
+def read_lines(stream: Readable, chunk_bytes: int, most_bytes: int) -> Iterator[Lines]:
     """All lines of a stream, about `chunk_bytes` of them at a time; those of more than `most_bytes` by themselves.
 
-    Raises WrongFile where the beginning shows another kind of file.
+    The elements of a JSON array count as lines. Raises WrongFile where the beginning shows another kind of file, and
+    BadArray where an array is not whole.
     """
     first, rest, too_long, started = 1, b"", False, False
     while piece := stream.read(chunk_bytes):
         if not started:
             piece, started = _checked_start(piece), True
+            if piece.lstrip().startswith(b"["):
+                stream = ArrayLines(piece, stream)
+                piece = stream.read(chunk_bytes)
         if too_long:
             _, newline, piece = piece.partition(b"\n")
             if not newline:
@@ -88,12 +94,11 @@ def _within(lines: Lines, most_bytes: int) -> Iterator[Lines]:
 
 def _checked_start(piece: bytes) -> bytes:
     """The beginning of a file without a UTF-8 byte order mark."""
-    if piece.startswith(b"\x1f\x8b"):
-        raise WrongFile("is compressed, which its name does not say; rename it to end in .gz")
+    for mark, end in MAGIC.items():
+        if piece.startswith(mark):
+            raise WrongFile(f"is compressed, which its name does not say; rename it to end in {end}")
     if piece.startswith(b"PAR1"):
         raise WrongFile("is a parquet file; rename it to end in .parquet")
     if piece.startswith(_UTF16) or b"\0" in piece[:4]:
         raise WrongFile(f"is UTF-16, UTF-32 or binary, not UTF-8; {_ICONV}")
-    if piece.removeprefix(_BOM).lstrip().startswith(b"["):
-        raise WrongFile("holds a JSON array, not one object a line; convert it, for example by `jq -c '.[]'`")
     return piece.removeprefix(_BOM)

@@ -1,4 +1,4 @@
-"""Where rows come from: jsonl(.gz) and parquet files, folders of them, saved `datasets`, hub ids.
+"""Where rows come from: JSON lines, JSON arrays, csv and parquet files, folders of them, saved `datasets`, hub ids.
 
 A part is read in chunks: some lines of a file, or some rows of a table, with the number of the first of them. A chunk
 is what travels to the processes that parse it; nothing here holds a whole file. A row that cannot be parsed is an
@@ -7,26 +7,30 @@ is what travels to the processes that parse it; nothing here holds a whole file.
 
 from __future__ import annotations
 
-import gzip
+import functools
 import json
-import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Literal, cast
+from typing import Any, Literal
 
 import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from prefarena.data.arrays import BadArray
+from prefarena.data.compression import CHECKS, Damaged, Decompressed, ending
+from prefarena.data.delimited import delimited_schema, read_delimited
 from prefarena.data.files import choose, listed
 from prefarena.data.lines import WrongFile, parse_line, read_lines
 from prefarena.data.rejections import TOO_LARGE, Unusable
 from prefarena.errors import UserError
 from prefarena.stores import file_system, fingerprint, is_url, reaching
 
-_JSONL = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz", ".json", ".json.gz")
-_SUFFIXES = (*_JSONL, ".parquet")
+_JSONL = tuple(kind + end for kind in (".jsonl", ".ndjson", ".json") for end in ("", *CHECKS))
+_DELIMITED = tuple(kind + end for kind in (".csv", ".tsv") for end in ("", *CHECKS))
+_SUFFIXES = (*_JSONL, *_DELIMITED, ".parquet")
 _HEAD_BYTES = 64 << 10  # of a file that may be metadata
 _DATASET_PART = 10_000  # rows of a `datasets` table that one reader takes
 _COMPRESSION = 3  # of gzip and parquet files, about
@@ -40,7 +44,7 @@ _CHUNK_ROWS = 256  # most rows of a table in a chunk
 class Part:
     """What one reader reads: a file, or the rows from `start` to `stop` of a `datasets` table."""
 
-    kind: Literal["jsonl", "parquet", "saved", "hub"]
+    kind: Literal["jsonl", "parquet", "csv", "saved", "hub"]
     path: str
     split: str = ""
     start: int = 0
@@ -121,7 +125,12 @@ def version_of(path: str) -> list[Any]:
     """
     if is_url(path):
         return list(fingerprint(path))
-    if path.startswith((".", "/", "~")) or path.count("/") > 1 or path.endswith(_SUFFIXES) or Path(path).exists():
+    if (
+        path.startswith((".", "/", "~"))
+        or path.count("/") > 1
+        or path.lower().endswith(_SUFFIXES)
+        or Path(path).exists()
+    ):
         return []
     return [commit] if (commit := _hub_commit(path)) else []
 
@@ -142,9 +151,9 @@ def approximate_bytes(parts: list[Part]) -> int:
     """About how much text there is to read."""
     size = 0
     for part in parts:
-        if part.kind in ("jsonl", "parquet"):
+        if part.kind in ("jsonl", "parquet", "csv"):
             fs, root = fsspec.core.url_to_fs(part.path)
-            size += (fs.size(root) or 0) * (_COMPRESSION if part.path.endswith((".gz", ".parquet")) else 1)
+            size += (fs.size(root) or 0) * (_COMPRESSION if part.path.lower().endswith((".parquet", *CHECKS)) else 1)
         else:
             size += (part.stop - part.start) * _ROW_BYTES
     return size
@@ -156,7 +165,13 @@ def read_chunks(part: Part, columns: tuple[str, ...], most_bytes: int, limit: in
     `columns` are all that is kept of tables; lines are kept whole. A row of more than `most_bytes` is not held. Raises
     BrokenFile where a file cannot be read.
     """
-    read = {"jsonl": _read_jsonl, "parquet": _read_parquet, "saved": _read_table, "hub": _read_table}[part.kind]
+    read = {
+        "jsonl": _read_jsonl,
+        "parquet": _read_parquet,
+        "csv": _read_csv,
+        "saved": _read_table,
+        "hub": _read_table,
+    }[part.kind]
     num_rows = 0
     for chunk in read(part, columns, most_bytes):
         yield chunk
@@ -207,6 +222,9 @@ def table_schema(part: Part) -> pa.Schema | None:
     """The columns of a table; None for lines, of which each has its own. Raises BrokenFile where there are none."""
     if part.kind == "jsonl":
         return None
+    if part.kind == "csv":
+        with _broken_at(part, lambda: 1):
+            return delimited_schema(functools.partial(_opened, part), part.path)
     if part.kind == "parquet":
         try:
             with fsspec.open(part.path, "rb") as raw:
@@ -226,30 +244,60 @@ def _what(error: Exception) -> str:
 
 def _file_part(given: str, url: str) -> Part:
     path = url.removeprefix("file://")
-    if path.endswith(".parquet"):
+    if path.lower().endswith(".parquet"):
         return Part("parquet", path)
-    if path.endswith(_JSONL):
+    if path.lower().endswith(_JSONL):
         return Part("jsonl", path)
-    raise UserError(f"{given}: neither jsonl, jsonl.gz nor parquet, by its name; rename or convert it")
+    if path.lower().endswith(_DELIMITED):
+        return Part("csv", path)
+    raise UserError(
+        f"{given}: neither jsonl, json, csv (each also compressed: {', '.join(CHECKS)}) nor parquet, by its name; "
+        "rename or convert it"
+    )
+
+
+@contextmanager
+def _opened(part: Part) -> Iterator[Any]:
+    with fsspec.open(part.path, "rb") as raw:
+        yield Decompressed(raw, part.path)
+
+
+@contextmanager
+def _broken_at(part: Part, following: Callable[[], int]) -> Iterator[None]:
+    """Makes a BrokenFile of what a reader finds, at the line or row that `following` gives."""
+    try:
+        yield
+    except (WrongFile, BadArray) as error:
+        raise BrokenFile(f"{part.path}: {error}") from None
+    except Damaged as error:
+        raise BrokenFile(
+            f"{part.path}:{following()}: the compressed file is damaged at this line or behind it ({error}); "
+            f"get it again, and check it by `{CHECKS[ending(part.path)]}`"
+        ) from None
+    except pa.ArrowException as error:
+        raise BrokenFile(
+            f"{part.path}:{following()}: not readable as csv from here on ({_what(error)}); mend the file"
+        ) from None
+    except OSError as error:
+        raise BrokenFile(f"{part.path}:{following()}: the file cannot be read ({_what(error)})") from None
 
 
 def _read_jsonl(part: Part, columns: tuple[str, ...], most_bytes: int) -> Iterator[Chunk]:
     following = 1
-    try:
-        with fsspec.open(part.path, "rb") as raw:
-            stream = cast(IO[bytes], gzip.GzipFile(fileobj=raw)) if part.path.endswith(".gz") else raw
-            for lines in read_lines(stream, _CHUNK_BYTES, most_bytes):
-                following = lines.first + lines.data.count(b"\n") + 1
-                yield Chunk(part.path, lines.first, "too_long" if lines.too_long else "lines", lines.data)
-    except WrongFile as error:
-        raise BrokenFile(f"{part.path}: {error}") from None
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise BrokenFile(
-            f"{part.path}:{following}: the compressed file is damaged at this line or behind it ({_what(error)}); "
-            "get it again, and check it by `gzip -t`"
-        ) from None
-    except OSError as error:
-        raise BrokenFile(f"{part.path}:{following}: the file cannot be read ({_what(error)})") from None
+    with _broken_at(part, lambda: following), _opened(part) as stream:
+        for lines in read_lines(stream, _CHUNK_BYTES, most_bytes):
+            following = lines.first + lines.data.count(b"\n") + 1
+            yield Chunk(part.path, lines.first, "too_long" if lines.too_long else "lines", lines.data)
+
+
+def _read_csv(part: Part, columns: tuple[str, ...], most_bytes: int) -> Iterator[Chunk]:
+    first = 1
+    with _broken_at(part, lambda: first):
+        for table in read_delimited(functools.partial(_opened, part), part.path, columns, most_bytes):
+            for start in range(0, table.num_rows, _CHUNK_ROWS):
+                rows = table.slice(start, _CHUNK_ROWS)
+                yield _table_chunk(part, first, rows)
+                first += rows.num_rows
 
 
 def _read_parquet(part: Part, columns: tuple[str, ...], most_bytes: int) -> Iterator[Chunk]:
