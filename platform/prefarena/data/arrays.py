@@ -42,7 +42,8 @@ class ArrayLines:
                 return found
 
     def _lines(self, piece: bytes) -> bytes:
-        out, at = [], 0
+        out: list[bytes] = []
+        at = 0
         while at < len(piece):
             if self._is_closed:
                 if piece[at:].strip():
