@@ -209,19 +209,21 @@ def _judged(spec: JudgeSpec, rollouts: list[Rollout], settings: Evaluation, devi
 def _policy_row(rollouts: list[Rollout], scores: np.ndarray, job: SampledJob, settings: Evaluation) -> dict[str, float]:
     """What needs the policy's own log-probs, and the rest."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    policy, reference = load_policy(job.policy), load_policy(job.reference)
-    for module in (policy, reference):
-        torch.nn.Module.to(module, device)
     pad_id = load_tokenizer(job.policy).pad_token_id
+    policy = load_policy(job.policy)
+    torch.nn.Module.to(policy, device)
     own = rollout_logps(policy, rollouts, pad_id, settings.batch_size, settings.temperature)
-    ref = rollout_logps(reference, rollouts, pad_id, settings.batch_size, settings.temperature)
-    row = sampled_metrics(rollouts, own, ref, scores)
     test = read_rows(job.logps / "test_pairs")
     prompts = test["prompt_ids"].to_pylist()
     chosen, rejected = (
         response_logps(policy, prompts, test[f"{side}_ids"].to_pylist(), pad_id, settings.batch_size)
         for side in ("chosen", "rejected")
     )
+    del policy  # it and the reference are never held at the same time
+    reference = load_policy(job.reference)
+    torch.nn.Module.to(reference, device)
+    ref = rollout_logps(reference, rollouts, pad_id, settings.batch_size, settings.temperature)
+    row = sampled_metrics(rollouts, own, ref, scores)
     ref_chosen, ref_rejected = (float_column(test, f"ref_{side}_logp") for side in ("chosen", "rejected"))
     row |= preference_accuracy(chosen, rejected, ref_chosen, ref_rejected)
     gap = [sum(rollout.token_logps) for rollout in rollouts] - own

@@ -19,11 +19,11 @@ from pipelines.progress import stage_line, watch
 from pipelines.reference import add_reference_logps
 from pipelines.reference_samples import draw_reference_samples
 from prefarena.cluster.capacity import cluster_nodes, groups_at_once, telling_capacity
-from prefarena.cluster.waiting import get_within
-from prefarena.config import Comparison, LanguageTask, PretrainedModel, Resources, TextTask
+from prefarena.cluster.waiting import Failed, get_within, outcomes_within
+from prefarena.config import Comparison, LanguageTask, PretrainedModel, Resources, ScratchModel, TextTask
 from prefarena.data.tables import write_rows
 from prefarena.errors import UserError
-from prefarena.mirror import root_of
+from prefarena.mirror import root_of, workspace
 from prefarena.modeling.load import base_model, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.records import DEMONSTRATIONS, PROMPTS
@@ -124,14 +124,37 @@ def _write_data(config: Comparison, task: LanguageTask | TextTask, folder: Path)
 
 
 def _write_base(config: Comparison, plan: SeedPlan, folder: Path) -> None:
+    import ray
+    import ray.exceptions
+
+    tokenizer = plan.data.folder / "tokenizer"
+    task = ray.remote(num_cpus=1)(write_base)
+    running = task.remote(config.model, str(tokenizer), max_length(plan.task), config.reference.seed, folder)
+    try:
+        [outcome] = outcomes_within([running], config.resources.task_timeout_s, "the base model to be made ready")
+    except ray.exceptions.RayTaskError as error:
+        if isinstance(error.cause, UserError):  # one sentence, without the task's traceback
+            raise UserError(str(error.cause)) from None
+        raise
+    if isinstance(outcome, Failed):
+        raise UserError(f"the base model cannot be made ready: {outcome.reason}")
+
+
+def write_base(
+    settings: PretrainedModel | ScratchModel, tokenizer_path: str, length: int, seed: int, folder: Path
+) -> None:
+    """Write the base model and the manifest to `folder`. Runs in a Ray task, so that the driver holds no model.
+
+    tokenizer_path: of a model from scratch. length: most tokens of a prompt and its response.
+    """
     started = time.perf_counter()
-    length = max_length(plan.task)
-    if isinstance(config.model, PretrainedModel):
-        tokenizer = load_tokenizer(config.model.path, config.model.revision)
-        model = base_model(config.model, length)
+    workspace(folder)
+    if isinstance(settings, PretrainedModel):
+        tokenizer = load_tokenizer(settings.path, settings.revision)
+        model = base_model(settings, length)
     else:
-        tokenizer = load_tokenizer(plan.data.folder / "tokenizer")
-        model = new_policy(config.model, tokenizer, length, config.reference.seed)
+        tokenizer = load_tokenizer(tokenizer_path)
+        model = new_policy(settings, tokenizer, length, seed)
     save_policy(model, tokenizer, folder / "model")
     notes = LogProbs(model, length).notes
     wall = time.perf_counter() - started

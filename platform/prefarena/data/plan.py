@@ -13,6 +13,8 @@ from numpy.typing import NDArray
 
 from prefarena.errors import UserError
 
+#: Tokens in a forward pass where nothing asks for fewer.
+LARGEST_PASS = 8192
 _BUCKET_BATCHES = 16  # batches whose rows are sorted by length together: little padding, enough randomness
 
 

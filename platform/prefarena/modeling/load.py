@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -138,16 +139,29 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def new_reward_model(policy_path: str | Path, seed: int) -> PreTrainedModel:
-    """A sequence-classification model with the policy's body and a fresh scalar head ~ N(0, 1 / (width + 1))."""
+    """A sequence-classification model with the policy's body and a fresh scalar head ~ N(0, 1 / (width + 1)).
+
+    The random body, whose numbers are drawn because the head's come after them, is dropped before the policy's is read:
+    the weights are never held twice.
+    """
     bring(policy_path)
     config = AutoConfig.from_pretrained(str(policy_path), num_labels=1, trust_remote_code=False)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForSequenceClassification.from_config(config).float()
         torch.nn.init.normal_(model.score.weight, std=1 / math.sqrt(model.score.in_features + 1))
-    body = load_policy(policy_path).base_model.state_dict()
-    model.base_model.load_state_dict(body)
+    _drop_weights(model.base_model)
+    # The parameters themselves, so that two names of one tensor stay one tensor.
+    body = load_policy(policy_path).base_model.state_dict(keep_vars=True)
+    model.base_model.load_state_dict(body, assign=True)
     return model.eval()
+
+
+def _drop_weights(module: nn.Module) -> None:
+    """Leave shapes in place of the parameters; buffers stay, since some are stored nowhere."""
+    for part in module.modules():
+        for name, parameter in part.named_parameters(recurse=False):
+            setattr(part, name, nn.Parameter(torch.empty_like(parameter, device="meta")))
 
 
 def load_reward_model(path: str | Path) -> PreTrainedModel:

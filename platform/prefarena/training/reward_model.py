@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefarena.data.plan import LARGEST_PASS, within_budget
 from prefarena.data.tables import read_rows
 from prefarena.judges.calibration import calibration
 from prefarena.judges.models import RewardModelJudge
@@ -20,6 +21,9 @@ from prefarena.training.off_policy import train
 from prefarena.training.sharding import on_rank_0
 from prefarena.training.terms import Pairs, RewardModelTerm, Shares, pair_scores
 from prefarena.training.worker import Worker
+
+#: In one pass over held-out pairs.
+_MOST_PAIRS = 256
 
 
 def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
@@ -62,13 +66,23 @@ def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
 
 @torch.no_grad()
 def held_out_scores(
-    head: ScalarHead, path: str, pad_id: int, device: torch.device, batch_size: int = 256
+    head: ScalarHead, path: str, pad_id: int, device: torch.device, most_tokens: int = LARGEST_PASS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Raw scores of the chosen and the rejected responses of a table of pairs, [N] float64 each."""
+    """Raw scores of the chosen and the rejected responses of a table of pairs, [N] float64 each.
+
+    A pass has at most 256 pairs, and at most `most_tokens` tokens, padding included; a longer pair goes alone.
+    """
     pairs = Pairs(path, referenced=False)
-    found = [
-        pair_scores(head, pairs, rows, device, pad_id)
-        for rows in np.array_split(np.arange(len(pairs.chosen.lengths)), -(-len(pairs.chosen.lengths) // batch_size))
+    lengths = pairs.prompts.lengths + pairs.chosen.lengths + pairs.rejected.lengths
+    number = len(lengths)
+    if not head.packed:
+        longest = pairs.prompts.lengths + np.maximum(pairs.chosen.lengths, pairs.rejected.lengths)
+        lengths = np.full(number, 2 * int(longest.max()))
+    passes = [
+        rows
+        for part in np.array_split(np.arange(number), -(-number // _MOST_PAIRS))
+        for rows in within_budget(part, lengths, most_tokens)
     ]
+    found = [pair_scores(head, pairs, rows, device, pad_id) for rows in passes]
     chosen, rejected = (torch.cat([getattr(part, side) for part in found]) for side in ("chosen", "rejected"))
     return chosen.double().cpu().numpy(), rejected.double().cpu().numpy()
