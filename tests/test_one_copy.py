@@ -39,7 +39,7 @@ def test_a_new_reward_model_is_bit_for_bit_the_copied_one(tmp_path: Path, seed: 
 
 def test_no_random_body_is_left_while_the_policy_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny_policy(tmp_path / "policy")
-    dropped = []
+    dropped: list[bool] = []
 
     def note(module: torch.nn.Module) -> None:
         _drop(module)
