@@ -76,3 +76,42 @@ def test_a_forward_pass_stays_within_its_tokens_unless_one_row_is_longer(sizes: 
     assert all(total <= budget or len(part) == 1 for total, part in zip(totals, parts, strict=True))
     for total, following in zip(totals, parts[1:], strict=False):
         assert total + sizes[following[0]] > budget  # no pass could have taken one more row
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "batch", "epochs", "steps"),
+    [(100, 10, 1, 10), (100, 10, 2.5, 25), (104, 10, 1, 10), (106, 10, 1, 11), (3, 10, 1, 1), (100, 10, 0.01, 1)],
+)
+def test_epochs_are_counted_in_steps_of_a_batch(num_rows: int, batch: int, epochs: float, steps: int) -> None:
+    assert make(num_rows, batch, 500, 1).num_steps(epochs) == steps
+
+
+@pytest.mark.parametrize(("num_rows", "world"), [(96, 1), (96, 2), (90, 3), (7, 1)])
+def test_the_largest_micro_batch_is_that_of_the_first_epoch(num_rows: int, world: int) -> None:
+    """Against all micro-batches of all workers, in the order of the plan itself; `sizes` unlike `lengths`."""
+    lengths = np.random.default_rng(3).integers(5, 200, num_rows)
+    sizes = np.random.default_rng(4).integers(5, 200, num_rows)
+    plan = BatchPlan(lengths, sizes, 6, 300, world, 5)
+    parts = []
+    for step in range(max(1, num_rows // 6)):
+        rows = plan.rows(step)
+        for rank in range(world):
+            parts += within_budget(rows[rank::world], sizes, 300)
+    found = plan.largest_micro_batch()
+    assert sizes[found].sum() == max(sizes[part].sum() for part in parts)
+    assert any(np.array_equal(found, part) for part in parts)
+
+
+def test_a_step_that_crosses_into_the_next_epoch_takes_rows_of_both() -> None:
+    plan = make(10, 6, 100, 1)
+    first, second = plan.rows(0), plan.rows(1)
+    assert len(first) == len(second) == 6
+    assert len(set(first)) == 6 and set(range(10)) - set(first) <= set(second)
+
+
+def test_a_worker_with_fewer_passes_halves_its_longest() -> None:
+    """One worker could take its rows in one pass, the other needs two; both make two."""
+    sizes = np.array([50, 60, 50, 60])
+    plan = BatchPlan(np.arange(4), sizes, 4, 100, 2, 0)  # one worker has 50 + 50, the other 60, 60
+    shares = [plan.micro_batches(0, rank) for rank in range(2)]
+    assert [[part.tolist() for part in share] for share in shares] == [[[0], [2]], [[1], [3]]]
