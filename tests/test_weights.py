@@ -4,13 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tiny import save_tiny_policy
 
 from prefarena.generation.fleet import balance
-from prefarena.generation.interface import WeightMismatchError
-from prefarena.generation.weights import as_arrays, as_tensors, check_held, checksum, checksums, expected_shapes
+from prefarena.generation.interface import WeightMismatchError, WeightUpdateError
+from prefarena.generation.weights import (
+    as_arrays,
+    as_tensors,
+    check_complete,
+    check_held,
+    checksum,
+    checksums,
+    expected_shapes,
+)
 from prefarena.modeling.load import load_policy
 
 
@@ -101,3 +110,43 @@ def test_prompts_are_balanced_by_length_and_none_is_lost() -> None:
     assert sorted(sum(loads[index] for index in shard) for shard in shards) == [102, 102]
     assert balance([5, 5], 3)[2] == []
     assert balance([], 2) == [[], []]
+
+
+NAMES = {f"layer.{i}": (i + 1, 2) for i in range(7)}
+
+
+def test_a_whole_update_passes_and_a_partial_one_is_refused_by_name() -> None:
+    check_complete(dict(NAMES), NAMES)
+    with pytest.raises(WeightUpdateError, match=r"missing: layer\.3$"):
+        check_complete({name: shape for name, shape in NAMES.items() if name != "layer.3"}, NAMES)
+    with pytest.raises(WeightUpdateError, match=r"does not have: extra$"):
+        check_complete({**NAMES, "extra": (1,)}, NAMES)
+    with pytest.raises(WeightUpdateError, match=r"layer\.2 was sent with shape \(2, 3\), but the engine's is \(3, 2\)"):
+        check_complete({**NAMES, "layer.2": (2, 3)}, NAMES)
+
+
+@pytest.mark.parametrize(
+    ("num_missing", "ending"),
+    [(2, r"layer\.0, layer\.1$"), (5, r"layer\.3, layer\.4$"), (6, r"layer\.4 and 1 more$"), (7, "4 and 2 more$")],
+)
+def test_at_most_five_names_are_listed(num_missing: int, ending: str) -> None:
+    sent = {name: shape for i, (name, shape) in enumerate(NAMES.items()) if i >= num_missing}
+    with pytest.raises(WeightUpdateError, match=ending):
+        check_complete(sent, NAMES)
+
+
+def test_weights_that_differ_are_named_and_no_others() -> None:
+    with pytest.raises(WeightMismatchError, match=r"does not hold what was sent: b differ"):
+        check_held({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 4, "c": 3})
+
+
+def test_arrays_are_float32_on_the_host_without_a_graph() -> None:
+    arrays = as_arrays({"a": torch.full((2,), 1.5, dtype=torch.bfloat16, requires_grad=True)})
+    assert arrays["a"].dtype == np.float32 and arrays["a"].tolist() == [1.5, 1.5]
+
+
+def test_checksums_are_of_the_dtype_that_the_engine_holds() -> None:
+    exact = {"a": torch.tensor([1.0, 1.0 + 2**-12])}
+    rounded = {"a": torch.tensor([1.0, 1.0])}
+    assert checksums(exact, torch.bfloat16) == checksums(rounded, torch.bfloat16)
+    assert checksums(exact, torch.float32) != checksums(rounded, torch.float32)
