@@ -9,6 +9,8 @@ from rich.console import Console
 from pipelines.plan import SeedPlan
 from pipelines.train import start_generator
 from prefarena.config import Comparison
+from prefarena.errors import ClusterLostError
+from prefarena.failures import cluster_answers
 from prefarena.generation.fleet import Generators
 from prefarena.generation.interface import GeneratorLostError, Sampling, StaleWeightsError
 from prefarena.records import Rollout
@@ -44,6 +46,10 @@ class Sampler:
             except StaleWeightsError as error:  # an actor was restarted between the two calls
                 failure = error
             except GeneratorLostError as error:
+                if not cluster_answers():
+                    raise ClusterLostError(
+                        f"Ray no longer runs tasks here; run the same command again: {error}"
+                    ) from error
                 failure = error
                 self._stop()
         raise GeneratorLostError(f"the samples of {version} could not be drawn: {failure}") from failure

@@ -14,6 +14,7 @@ from pipelines.prepare import run, run_claimed, say_outcomes
 from pipelines.progress import stage_line
 from prefarena.cluster.capacity import telling_capacity
 from prefarena.config import Comparison, OffPolicyMethod, OnPolicyMethod
+from prefarena.failures import cluster_answers
 from prefarena.generation.fleet import Generators
 from prefarena.generation.interface import GeneratorLostError
 from prefarena.stages import is_settled, write_failure
@@ -47,12 +48,16 @@ def _train_on_policy(config: Comparison, console: Console, entries: list[tuple[S
         try:
             generator = start_generator(config, entries[0][0], console)
         except GeneratorLostError as error:
+            if not cluster_answers():
+                raise
             for job in waiting:
                 write_failure(job.stage_dir, f"its generation engine does not start: {error}", label=job.name)
             return say_outcomes(console, waiting)
         try:
             run_claimed(config.resources.model_copy(update={"concurrent_runs": 1}), config, console, waiting)
         except GeneratorLostError as error:
+            if not cluster_answers():
+                raise
             job = next(job for job in waiting if not is_settled(job.stage_dir))
             losses[job.stage_dir] += 1
             console.print(f"{job.name} lost its generation actors: {error}", markup=False)

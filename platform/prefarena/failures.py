@@ -31,6 +31,24 @@ def reason_of(error: BaseException) -> str | None:
     return None
 
 
+def cluster_answers(seconds: float = 60.0) -> bool:
+    """Whether Ray still runs tasks. Where it does not, a lost process says nothing about the entry that it worked for.
+
+    Needs a driver that is connected to Ray; waits `seconds` at most.
+    """
+    import ray
+    import ray.exceptions
+
+    try:
+        return bool(ray.get(ray.remote(num_cpus=0)(_answer).remote(), timeout=seconds))
+    except (ray.exceptions.RayError, ConnectionError):
+        return False
+
+
+def _answer() -> bool:
+    return True
+
+
 def _first_sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].rstrip(".")

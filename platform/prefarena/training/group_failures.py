@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prefarena.errors import UserError
+from prefarena.failures import cluster_answers
 from prefarena.generation.interface import GeneratorLostError
 from prefarena.stages import failure_of, is_settled, write_failure
 from prefarena.training.jobs import Job
@@ -27,7 +28,7 @@ def settle(error: WorkerGroupError, jobs: Sequence[Job], failed_before: set[str]
 
     Where workers died without a word (the kernel's or Ray's memory monitor kills them like that), the job that they
     were at is marked as failed: it has been given `num_attempts` groups. Raises UserError and GeneratorLostError where
-    a worker raised one, and `error` where a worker raised anything else: that is a bug.
+    a worker raised one, and `error` where a worker raised anything else (a bug) or the whole cluster is gone.
     """
     causes = [_cause(failure) for failure in error.worker_failures.values()]
     for cause in causes:
@@ -41,7 +42,7 @@ def settle(error: WorkerGroupError, jobs: Sequence[Job], failed_before: set[str]
     deaths = [words for failure in error.worker_failures.values() if (words := _death(failure)) is not None]
     waiting = [job for job in jobs if not is_settled(job.stage_dir)]
     # Survivors of a death raise, too: a collective lost its partner. So one death among the causes explains them all.
-    if not deaths or not waiting:
+    if not deaths or not waiting or not cluster_answers():
         raise error
     job = waiting[0]
     write_failure(job.stage_dir, _reason(deaths, num_attempts), label=job.name, seed=job.seed)
