@@ -35,7 +35,7 @@ from prefarena.evaluation.enumeration import enumerate_responses, enumerate_scor
 from prefarena.judges.calibration import calibration
 from prefarena.judges.function import source_digest
 from prefarena.judges.models import RewardModelJudge
-from prefarena.judges.spec import Judge, JudgeSpec, load_judge
+from prefarena.judges.spec import Judge, JudgeSpec, check_judge, load_judge
 from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import Sequences, collate
@@ -281,6 +281,14 @@ def test_form_and_range_are_the_users(server: Server, policy: str) -> None:
     ):
         with pytest.raises(ValueError, match=message):
             endpoint(server, **{name: value})
+
+
+@pytest.mark.parametrize(
+    "url", ["localhost:8000/v1", "host/v1", "", "http://", "http://[", "http://host:x/v1", "ftp://h"]
+)
+def test_a_base_url_that_is_no_url_is_found_before_any_work(url: str) -> None:
+    with pytest.raises(UserError, match="base_url must be a URL"):
+        check_judge(EndpointJudge(base_url=url, model="judge"))
 
 
 def test_a_newer_server_is_told_its_limit_by_another_name(server: Server, policy: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
 
 import numpy as np
 from openai import BadRequestError, OpenAI, OpenAIError
@@ -86,7 +87,12 @@ class EndpointScorer:
 
 
 def check_endpoint(settings: EndpointJudge) -> str | None:
-    """The key, from the environment. Raises UserError where it is not set, or the template leaves the response out."""
+    """The key, from the environment. Raises UserError where it is not set, where the template leaves the response out
+    and where `base_url` is no URL, which would otherwise be found after all training."""
+    if not _is_url(settings.base_url):
+        raise UserError(
+            f"judge endpoint: base_url must be a URL such as http://host:8000/v1, not {settings.base_url!r:.200}"
+        )
     if "{response}" not in settings.prompt:
         raise UserError("judge endpoint: its `prompt` template must hold {response}")
     if settings.api_key_env is None:
@@ -95,6 +101,14 @@ def check_endpoint(settings: EndpointJudge) -> str | None:
     if not key:
         raise UserError(f"judge endpoint: the environment variable {settings.api_key_env} (api_key_env) is not set")
     return key
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets without an address, a port that is no number
+        return False
 
 
 def filled(template: str, row: JudgeRow) -> str:
