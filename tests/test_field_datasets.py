@@ -343,3 +343,34 @@ def test_a_folder_of_folders_says_that_they_are_not_looked_into(tmp_path: Path) 
     (tmp_path / "data").mkdir()
     with pytest.raises(UserError, match=r"\(data/ in it are not looked into\)"):
         find_parts(str(tmp_path), "train")
+
+
+@pytest.mark.parametrize(
+    ("columns", "prompt"),
+    [
+        ({"question": "Blue?"}, "Blue?"),
+        ({"input": "Blue?"}, "Blue?"),
+        ({"instruction": "Blue?", "input": ""}, "Blue?"),
+        ({"instruction": "Is it?", "input": "Blue"}, "Is it?\n\nBlue"),
+        ({"prompt": "Blue?", "question": "Red?"}, "Blue?"),
+        ({"system": "Be kind.", "question": "Blue?"}, LED),
+    ],
+)
+def test_prompts_under_other_names(columns: Row, prompt: Any) -> None:
+    assert normalise({**columns, "chosen": "Yes.", "rejected": "No."}).prompt == prompt
+
+
+@pytest.mark.parametrize(
+    ("columns", "name"),
+    [
+        (("prompt", "response_0", "response_1", "better_response_id"), "PKU-SafeRLHF"),
+        (("context", "response1", "response2", "overall_preference"), "HelpSteer3"),
+        (("history", "human_ref_A", "human_ref_B", "labels"), "SHP"),
+        (("prompt", "answers"), "Nectar"),
+        (("conversation_a", "conversation_b", "winner"), "Chatbot Arena"),
+    ],
+)
+def test_columns_of_known_data_sets_get_the_renaming(tmp_path: Path, columns: tuple[str, ...], name: str) -> None:
+    data = write_lines(tmp_path / "data.jsonl", [dict.fromkeys(columns, "x")] * 3)
+    with pytest.raises(UserError, match=f"these are {name}'s: .*`chosen`"):
+        look_at_pairs(TextTask(data=data))

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefarena.data.rejections import LOST_COLUMN, NOT_MESSAGES, SYSTEM_APART, WRONG_TYPE, Unusable
+from prefarena.data.renaming import with_prompt
 
 Row = dict[str, Any]
 
@@ -39,7 +40,7 @@ def with_fields(row: Row, form: str) -> Row:
         if not is_empty(row.get(name)):
             raise Unusable(LOST_COLUMN, f"{name}: {what} are not read")
     if form in ("auto", "conversational"):
-        row = _unpacked(row)
+        row = _unpacked(with_prompt(row))
     return _with_system(row, form)
 
 

@@ -16,11 +16,12 @@ from prefarena.data.files import listed
 from prefarena.data.labels import SCORES, check_labels
 from prefarena.data.preparation import COLUMNS, TEXT_COLUMNS, pair_of, text_of
 from prefarena.data.rejections import Rejections, Unusable
+from prefarena.data.renaming import PROMPTS, renaming
 from prefarena.data.sources import BrokenFile, Part, read_rows_of, survey, table_schema
 from prefarena.errors import UserError
 
 NUM_FIRST_ROWS = 1000
-_ANY_TYPE = ("source", "tools", "chat_template_kwargs", *SCORES)
+_ANY_TYPE = ("source", "tools", "chat_template_kwargs", *SCORES, *PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -134,4 +135,5 @@ def _is_text(kind: pa.DataType, only: bool = False) -> bool:
 
 def _missing_columns(path: str, missing: list[str], present: list[str]) -> str:
     wanted = " and ".join(map(repr, missing))
-    return f"{path}: no column {wanted}; its columns are {', '.join(present) or 'none'}; rename or add what is missing"
+    columns = ", ".join(present) or "none"
+    return f"{path}: no column {wanted}; its columns are {columns}; rename or add what is missing{renaming(present)}"

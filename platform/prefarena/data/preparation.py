@@ -13,12 +13,24 @@ from prefarena.data.fields import SYSTEM
 from prefarena.data.formats import Pair, normalise, valid_text
 from prefarena.data.labels import SCORES
 from prefarena.data.rejections import NO_ROW, WRONG_TYPE, Unusable
+from prefarena.data.renaming import PROMPTS
 from prefarena.data.sources import Chunk, rows_of
 from prefarena.data.tokenization import Tokenizer, TokenPair
 from prefarena.records import PAIRS, PRETRAINING, content_id
 
 #: What is read of a table of pairs.
-COLUMNS = ("prompt", "chosen", "rejected", "label", "source", *SYSTEM, "tools", "chat_template_kwargs", *SCORES)
+COLUMNS = (
+    "prompt",
+    "chosen",
+    "rejected",
+    "label",
+    "source",
+    *SYSTEM,
+    "tools",
+    "chat_template_kwargs",
+    *SCORES,
+    *PROMPTS,
+)
 TEXT_COLUMNS = ("text",)
 
 _REJECTED = [("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
