@@ -8,8 +8,10 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import fsspec
+import pytest
 
 BUCKET = "prefarena"
 _LIMIT_S = 60.0
@@ -54,3 +56,20 @@ def bucket() -> fsspec.AbstractFileSystem:
     if not fs.exists(BUCKET):
         fs.mkdir(BUCKET)
     return fs
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[dict[str, str]]:
+    """One server for a module's tests, as the environment that leads to it."""
+    with s3_server() as environment:
+        yield environment
+
+
+@pytest.fixture
+def fs(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """The server's file system; within the test, `s3://` leads there."""
+    for name, value in server.items():
+        monkeypatch.setenv(name, value)
+    fsspec.filesystem("s3").clear_instance_cache()  # file systems keep the environment that they began with
+    yield bucket()
+    fsspec.filesystem("s3").clear_instance_cache()

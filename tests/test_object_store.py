@@ -9,16 +9,14 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import fsspec
 import psutil
 import pytest
 import torch
 import yaml
-from s3 import BUCKET, bucket, s3_server
+from s3 import BUCKET, fs, server
 from test_end_to_end import LANGUAGE, QUICK
 
 from pipelines.compare import compare
@@ -29,22 +27,9 @@ from prefarena.leases import Leases
 from prefarena.stages import Stage
 from prefarena.training.worker import Worker
 
+__all__ = ["fs", "server"]  # fixtures
+
 LIMIT_S = 200.0
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
-
-
-@pytest.fixture
-def fs(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name, value in server.items():
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3").clear_instance_cache()
-    yield bucket()
-    fsspec.filesystem("s3").clear_instance_cache()
 
 
 def node(tmp_path: Path, name: str, prefix: str) -> Path:

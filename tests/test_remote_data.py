@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import datasets
-import fsspec
 import pytest
-from s3 import BUCKET, bucket, s3_server
+from s3 import BUCKET, fs, server
 
 from pipelines.plan import make_plan
 from pipelines.preferences import check_text_task
@@ -21,22 +19,9 @@ from prefarena.config import Comparison, TextTask, parse_config
 from prefarena.data.sources import find_parts, read_rows_of, version_of
 from prefarena.errors import UserError
 
+__all__ = ["fs", "server"]  # fixtures
+
 ROWS = [{"prompt": f"Is {i} even?", "chosen": "Yes." * (1 + i), "rejected": "No."} for i in range(12)]
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[dict[str, str]]:
-    with s3_server() as environment:
-        yield environment
-
-
-@pytest.fixture
-def fs(server: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name, value in server.items():
-        monkeypatch.setenv(name, value)
-    fsspec.filesystem("s3").clear_instance_cache()  # file systems keep the environment that they began with
-    yield bucket()
-    fsspec.filesystem("s3").clear_instance_cache()
 
 
 def lines(rows: list[dict[str, str]]) -> bytes:

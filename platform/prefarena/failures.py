@@ -49,6 +49,11 @@ def _answer() -> bool:
     return True
 
 
+def in_one_line(error: BaseException) -> str:
+    """The beginning of an error's message, to stand within a sentence."""
+    return " ".join(str(error).split())[:300].rstrip(".")
+
+
 def _first_sentence(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text.split(". ")[0].rstrip(".")

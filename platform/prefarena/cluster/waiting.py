@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefarena.errors import WaitTimeoutError
-from prefarena.failures import cluster_answers, reason_of
+from prefarena.failures import cluster_answers, in_one_line, reason_of
 
 
 @dataclass(frozen=True)
@@ -22,9 +22,9 @@ def failure_of_task(error: Exception) -> str | None:
     import ray.exceptions
 
     if isinstance(error, ray.exceptions.OutOfMemoryError):
-        return f"its process was killed because the node ran out of memory ({_one_line(error)})"
+        return f"its process was killed because the node ran out of memory ({in_one_line(error)})"
     if _is_death(error):
-        return f"its process died ({_one_line(error)}); a process that takes more memory than there is dies like that"
+        return f"its process died ({in_one_line(error)}); a process that takes more memory than there is dies like that"
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
         return reason_of(error.cause)
     return reason_of(error)
@@ -35,10 +35,6 @@ def _is_death(error: Exception) -> bool:
     import ray.exceptions
 
     return isinstance(error, ray.exceptions.WorkerCrashedError | ray.exceptions.RayActorError)
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".")
 
 
 def get_within(refs: Sequence[Any], seconds: float, what: str) -> list[Any]:

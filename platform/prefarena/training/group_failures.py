@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from prefarena.errors import UserError
-from prefarena.failures import cluster_answers
+from prefarena.failures import cluster_answers, in_one_line
 from prefarena.generation.interface import GeneratorLostError
 from prefarena.stages import failure_of, is_settled, write_failure
 from prefarena.training.jobs import Job
@@ -74,11 +74,7 @@ def _death(failure: Exception) -> str | None:
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError, WorkerHealthCheckTimeoutError
 
     if isinstance(failure, WorkerHealthCheckTimeoutError):
-        return _one_line(failure)
+        return in_one_line(failure)
     if isinstance(failure, WorkerHealthCheckFailedError):
-        return _one_line(failure.health_check_failure)
-    return _one_line(failure) if isinstance(failure, RayError) else None
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300].rstrip(".")
+        return in_one_line(failure.health_check_failure)
+    return in_one_line(failure) if isinstance(failure, RayError) else None
