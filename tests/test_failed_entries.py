@@ -60,7 +60,9 @@ def test_the_others_go_on_to_the_report(tmp_path: Path) -> None:
         assert "reward/all" in results.entry(name).seeds["0"] and not results.entry(name).failures
     reasons = {name: results.entry(name).failures["0"] for name in ("killed", "hungry", "unscored")}
     assert "training workers died 1 times" in reasons["killed"]
-    assert "ran out of memory" in reasons["hungry"] and "ran out of memory" in reasons["unscored"]
+    for name in ("hungry", "unscored"):  # the user's own traceback
+        assert "rewards_that_fail:hungry raised an error" in reasons[name]
+        assert "in hungry" in reasons[name] and "can't allocate memory" in reasons[name]
     page = (folder / "report.md").read_text(encoding="utf-8")
     assert all(f"{name}" in page for name in reasons) and "failed" in page
     assert "failed before and is left alone" in compare(
