@@ -65,9 +65,8 @@ def test_the_others_go_on_to_the_report(tmp_path: Path) -> None:
         assert "in hungry" in reasons[name] and "can't allocate memory" in reasons[name]
     page = (folder / "report.md").read_text(encoding="utf-8")
     assert all(f"{name}" in page for name in reasons) and "failed" in page
-    assert "failed before and is left alone" in compare(
-        config
-    )  # what failed is not tried again, what is finished is reused
+    # What failed is not tried again, and what is finished is reused.
+    assert "failed before and is left alone" in compare(config)
 
 
 @pytest.mark.timeout(600)
