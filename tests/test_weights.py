@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
-from tiny import save_tiny_policy
 
 from prefarena.generation.fleet import balance
 from prefarena.generation.interface import WeightMismatchError, WeightUpdateError
@@ -18,9 +15,7 @@ from prefarena.generation.weights import (
     check_held,
     checksum,
     checksums,
-    expected_shapes,
 )
-from prefarena.modeling.load import load_policy
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -88,20 +83,6 @@ def test_tensors_survive_the_way_through_shared_arrays() -> None:
     assert checksums(back, torch.bfloat16)["b"] == checksums(tensors, torch.bfloat16)["b"]
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_expected_shapes_are_those_of_the_state_dict(tmp_path: Path, tied: bool) -> None:
-    path = save_tiny_policy(tmp_path, tied=tied)
-    state = load_policy(path).state_dict()
-    assert expected_shapes(path) == {name: tuple(tensor.shape) for name, tensor in state.items()}
-    assert "lm_head.weight" in state
-
-
-def test_weights_that_an_engine_does_not_show_are_not_taken_for_right() -> None:
-    check_held({"a": 1, "b": 2}, {"a": 1})
-    with pytest.raises(WeightMismatchError, match=r"does not show c; .* generation\.verify_weights: false"):
-        check_held({"a": 1}, {"a": 1, "c": 3})
-
-
 def test_prompts_are_balanced_by_length_and_none_is_lost() -> None:
     loads = [100, 1, 1, 1, 50, 50, 1]
     shards = balance(loads, 2)
@@ -137,7 +118,7 @@ def test_at_most_five_names_are_listed(num_missing: int, ending: str) -> None:
 
 def test_weights_that_differ_are_named_and_no_others() -> None:
     with pytest.raises(WeightMismatchError, match=r"does not hold what was sent: b differ"):
-        check_held({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 4, "c": 3})
+        check_held({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 4, "c": 3}, dict.fromkeys("abc", (1,)))
 
 
 def test_arrays_are_float32_on_the_host_without_a_graph() -> None:

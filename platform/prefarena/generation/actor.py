@@ -27,7 +27,8 @@ from prefarena.generation.interface import (
     TransferLostError,
     UpdateInfo,
 )
-from prefarena.generation.weights import as_tensors, check_complete, check_held, checksums, expected_shapes
+from prefarena.generation.layout import ModelLayout
+from prefarena.generation.weights import Verified, as_tensors, check_complete, check_held, checksums
 from prefarena.records import Rollout
 
 _MAX_RESTARTS = 3
@@ -43,7 +44,7 @@ class GenerationActor:
 
         self._version: str | None = None
         self._connected = False
-        self._expected = expected_shapes(model_path)
+        self._layout = ModelLayout(model_path)
         self._engine = Engine(
             model_path,
             generation,
@@ -64,22 +65,26 @@ class GenerationActor:
     def version(self) -> str | None:
         return self._version
 
-    def load(self, arrays: dict[str, np.ndarray], sums: dict[str, int] | None, version: str) -> None:
-        """Replace all weights by these; with `sums`, check that the engine then holds what they are of."""
-        self._replace(as_tensors(arrays), sums, version)
+    def load(self, arrays: dict[str, np.ndarray], sums: dict[str, int] | None, version: str) -> Verified | None:
+        """Replace all weights by these; with `sums`, check that the engine then holds what they are of.
+
+        Returns how much of them was read back; None without `sums`.
+        """
+        return self._replace(as_tensors(arrays), sums, version)
 
     def load_checkpoint(self, path: str, verify: bool, version: str) -> None:
         from prefarena.modeling.load import load_policy
 
-        tensors = load_policy(path).state_dict()
+        with self._engine.model_building():
+            tensors = load_policy(path).state_dict()
         self._replace(tensors, checksums(tensors, self._engine.dtype) if verify else None, version)
 
-    def _replace(self, tensors: Mapping[str, Tensor], sums: dict[str, int] | None, version: str) -> None:
-        check_complete({name: tuple(tensor.shape) for name, tensor in tensors.items()}, self._expected)
+    def _replace(self, tensors: Mapping[str, Tensor], sums: dict[str, int] | None, version: str) -> Verified | None:
+        check_complete({name: tuple(tensor.shape) for name, tensor in tensors.items()}, self._layout.shapes)
         self._version = None  # a failed update leaves no usable weights
         self._engine.start_update()
-        self._engine.receive({"tensors": tensors})
-        self._finish(sums, version)
+        self._engine.receive({"tensors": self._layout.as_checkpoint(tensors)})
+        return self._finish(sums, version)
 
     # The four steps of a transfer between devices, driven by vLLM's trainer side (fleet.TransferClient).
 
@@ -98,14 +103,17 @@ class GenerationActor:
     def update(self, update_info: UpdateInfo) -> None:
         self._engine.receive(update_info)
 
-    def finish_update(self, sums: dict[str, int] | None, version: str) -> None:
-        self._finish(sums, version)
+    def finish_update(self, sums: dict[str, int] | None, version: str) -> Verified | None:
+        return self._finish(sums, version)
 
-    def _finish(self, sums: dict[str, int] | None, version: str) -> None:
+    def _finish(self, sums: dict[str, int] | None, version: str) -> Verified | None:
         self._engine.finish_update()
+        verified = None
         if sums is not None:
-            check_held(self._engine.held_checksums(), sums)
+            held = self._engine.held_checksums(self._layout.tensors)
+            verified = check_held(held, sums, self._layout.shapes)
         self._version = version
+        return verified
 
     def generate(self, prompts: list[list[int]], seeds: list[int], sampling: Sampling, version: str) -> list[Rollout]:
         if version != self._version:

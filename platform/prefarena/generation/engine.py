@@ -10,13 +10,14 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from vllm import LLM, SamplingParams
-from vllm.config import WeightTransferConfig
+from vllm.config import WeightTransferConfig, set_current_vllm_config
 from vllm.distributed.weight_transfer import WeightTransferEngineFactory, WeightTransferTrainerFactory
 from vllm.distributed.weight_transfer.base import (
     ParamMeta,
@@ -29,12 +30,15 @@ from vllm.distributed.weight_transfer.base import (
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
 from vllm.inputs import TokensPrompt
+from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
 from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+from vllm.model_executor.models.utils import WeightsMapper
 
 from prefarena.config import Generation
 from prefarena.generation.interface import UpdateInfo
+from prefarena.generation.layout import Layout
 from prefarena.generation.weights import checksum
 
 
@@ -138,10 +142,17 @@ class Engine:
                 "vLLM could not reset its prefix cache after a weight update: requests were still running"
             )
 
-    def held_checksums(self) -> dict[str, int]:
-        """Checksums of the weights as the engine computes with them, by their transformers names."""
-        [sums] = self._llm.apply_model(_held_checksums)
+    def held_checksums(self, tensors: Mapping[str, Layout]) -> dict[str, int]:
+        """Checksums of the weights as the engine computes with them, by their names in the state dict.
+
+        Tensors that the engine does not show in a layout that is known are left out.
+        """
+        [sums] = self._llm.apply_model(lambda model: _held_checksums(model, tensors))
         return sums
+
+    def model_building(self) -> AbstractContextManager[None]:
+        """In it transformers can build a model in this process, where vLLM has put layers of its own in its place."""
+        return set_current_vllm_config(self._llm.llm_engine.vllm_config)
 
 
 def _sample(output: Any, eos_id: int) -> Sample:
@@ -154,10 +165,29 @@ def _sample(output: Any, eos_id: int) -> Sample:
 
 
 @torch.no_grad()
-def _held_checksums(model: nn.Module) -> dict[str, int]:
+def _held_checksums(model: nn.Module, tensors: Mapping[str, Layout]) -> dict[str, int]:
+    names = _state_names(model, tensors)
     packed = getattr(model, "packed_modules_mapping", {})
-    modules = list(model.named_modules(remove_duplicate=False))
-    return {name: checksum(held) for path, module in modules for name, held in _held(path, module, packed)}
+    sums: dict[str, int] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        for held_name, held in _held(path, module, packed):
+            for name in names.get(held_name, ()):
+                layout = tensors[name]
+                if tuple(held.shape) == layout.held_shape:
+                    sums[name] = checksum(held.T if layout.transposed else held)
+    return sums
+
+
+def _state_names(model: nn.Module, tensors: Mapping[str, Layout]) -> dict[str, list[str]]:
+    """Names in the engine, layers that it fuses taken apart, to those in the state dict: several for tied weights."""
+    mapper = getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper()
+    mapper = replace(mapper, orig_to_new_stacked={})
+    names: dict[str, list[str]] = {}
+    for name, layout in tensors.items():
+        held_name = None if layout.name is None else mapper.map_name(layout.name)
+        if held_name is not None:
+            names.setdefault(held_name, []).append(name)
+    return names
 
 
 def _held(path: str, module: nn.Module, packed: Mapping[str, list[str]]) -> Iterator[tuple[str, Tensor]]:
@@ -165,6 +195,8 @@ def _held(path: str, module: nn.Module, packed: Mapping[str, list[str]]) -> Iter
     parent, _, leaf = path.rpartition(".")
     own = module.named_parameters(recurse=False)
     tensors: dict[str, Tensor] = {name: parameter for name, parameter in own if parameter.numel()}
+    if isinstance(module, RoutedExperts):
+        return  # in a layout of the kernel's own
     if isinstance(module, VocabParallelEmbedding):
         weight = _read_back(module, module.embedding_dim) if isinstance(module, ParallelLMHead) else tensors["weight"]
         yield f"{path}.weight", weight[: module.org_vocab_size]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -17,8 +18,10 @@ from prefarena.config import Generation
 from prefarena.errors import WaitTimeoutError
 from prefarena.generation.actor import Call, Generator, deadline_after
 from prefarena.generation.interface import Sampling, TransferLostError, UpdateInfo
-from prefarena.generation.weights import as_arrays, checksums
+from prefarena.generation.weights import Verified, as_arrays, checksums
 from prefarena.records import Rollout
+
+_logger = logging.getLogger(__name__)
 
 
 def balance(loads: Sequence[int], num_shards: int) -> list[list[int]]:
@@ -64,6 +67,8 @@ class Generators:
         self._members = list(members)
         self._settings = settings
         self._transfer: DeviceTransfer | None = None
+        #: How much of the weights was read back after the last `sync`, by the actor that read least; None: nothing.
+        self.verified: Verified | None = None
 
     @classmethod
     def start(
@@ -110,13 +115,21 @@ class Generators:
             stored = ray.put(as_arrays(tensors))  # once, however many actors read it
             what = f"to take weights {version!r}"
             calls = [member.call("load", what, "sync_timeout_s", stored, sums, version) for member in self._members]
-            self._wait(calls, self._settings.sync_timeout_s)
+            self._note(self._wait(calls, self._settings.sync_timeout_s))
             return
         try:
-            self._device_transfer().send(tensors, sums, version)
+            verified = self._device_transfer().send(tensors, sums, version)
         except TransferLostError:  # an actor was restarted; it has to be met again
             self._transfer = None
-            self._device_transfer().send(tensors, sums, version)
+            verified = self._device_transfer().send(tensors, sums, version)
+        self._note(verified)
+
+    def _note(self, told: list[Verified | None]) -> None:
+        """Keep what the actors verified, and say it the first time."""
+        first = self.verified is None
+        self.verified = min((each for each in told if each is not None), key=lambda each: each.share, default=None)
+        if first and self.verified is not None:
+            _logger.log(logging.WARNING if self.verified.skipped else logging.INFO, "%s", self.verified)
 
     def _device_transfer(self) -> DeviceTransfer:
         self._transfer = self._transfer or DeviceTransfer(self._members, self._settings, self.dtype)
@@ -160,10 +173,9 @@ class Generators:
         for member in self._members:
             member.stop()
 
-    def _wait(self, calls: list[Call], seconds: float) -> None:
+    def _wait(self, calls: list[Call], seconds: float) -> list[Any]:
         deadline = deadline_after(seconds)
-        for call in calls:
-            call.result(deadline)
+        return [call.result(deadline) for call in calls]
 
 
 class TransferClient:
@@ -176,6 +188,7 @@ class TransferClient:
         self._members = members
         self.sums: dict[str, int] | None = None
         self.version = ""
+        self.verified: list[Verified | None] = []
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Have every actor join. Ranks from `rank_offset` on, where the backend counts ranks."""
@@ -194,16 +207,17 @@ class TransferClient:
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:
         what = f"to put weights {self.version!r} to use"
-        self._all("finish_update", what, [(self.sums, weight_version or self.version)] * len(self._members))
+        self.verified = self._all(
+            "finish_update", what, [(self.sums, weight_version or self.version)] * len(self._members)
+        )
 
-    def _all(self, method: str, what: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> None:
+    def _all(self, method: str, what: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
         arguments = arguments or [()] * len(self._members)
         calls = [
             member.call(method, what, "sync_timeout_s", *given)
             for member, given in zip(self._members, arguments, strict=True)
         ]
-        for call in calls:
-            call.result()
+        return [call.result() for call in calls]
 
 
 class DeviceTransfer:
@@ -224,11 +238,15 @@ class DeviceTransfer:
 
         self._sender = within(settings.sync_timeout_s, "generators to join the weight transfer", join)
 
-    def send(self, tensors: Mapping[str, Tensor], sums: dict[str, int] | None, version: str) -> None:
-        """One update of all actors; errors as those of `Generators.sync`, TransferLostError after a restart."""
+    def send(self, tensors: Mapping[str, Tensor], sums: dict[str, int] | None, version: str) -> list[Verified | None]:
+        """One update of all actors, and what they verified.
+
+        Errors are those of `Generators.sync`, and TransferLostError after a restart.
+        """
         self._client.sums, self._client.version = sums, version
         what = f"generators to take weights {version!r} over {self._settings.weight_sync}"
         within(self._settings.sync_timeout_s, what, lambda: self._sender.send(tensors.items()))
+        return self._client.verified
 
 
 def within(seconds: float, what: str, call: Callable[[], Any]) -> Any:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -11,7 +13,6 @@ import torch
 from torch import Tensor
 
 from prefarena.generation.interface import WeightMismatchError, WeightUpdateError
-from prefarena.mirror import bring
 
 _BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 _MIX = 0x2545F4914F6CDD1D  # odd, so that multiplying by it mod 2^64 loses nothing
@@ -28,17 +29,6 @@ def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message=".*not writable")
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
-
-
-def expected_shapes(model_path: str) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the transformers state dict of this model, a tied head included. Loads no weights."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    bring(model_path)
-    config: Any = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
-    with torch.device("meta"):
-        model: Any = AutoModelForCausalLM.from_config(config)
-    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def check_complete(sent: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -82,17 +72,57 @@ def checksums(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, in
     return {name: checksum(tensor.detach().to(dtype)) for name, tensor in tensors.items()}
 
 
-def check_held(held: Mapping[str, int], sent: Mapping[str, int]) -> None:
-    """Raise WeightMismatchError, naming the tensors, unless what is held is what was sent."""
-    unknown = sorted(sent.keys() - held.keys())
-    if unknown:
-        raise WeightMismatchError(
-            f"cannot tell whether the engine holds what was sent: it does not show {_listed(unknown)}; for a model "
-            "whose layers vLLM names differently set generation.verify_weights: false"
+@dataclass(frozen=True)
+class Verified:
+    """How much of a model was read back from an engine and found to be what was sent; `skipped`: what was not read."""
+
+    num_tensors: int
+    num_parameters: int
+    num_tensors_sent: int
+    num_parameters_sent: int
+    skipped: tuple[str, ...]
+
+    @property
+    def share(self) -> float:
+        """Of the parameters, between 0 and 1."""
+        return self.num_parameters / self.num_parameters_sent
+
+    def __str__(self) -> str:
+        told = (
+            f"{self.num_tensors} of {self.num_tensors_sent} tensors ({100 * self.share:.1f} % of the parameters) were "
+            "read back from the engine and are what was sent"
         )
-    wrong = [name for name in sent if held[name] != sent[name]]
+        if not self.skipped:
+            return told
+        return f"{told}; the layout of the others is not known: {_listed(list(self.skipped))}"
+
+    def summary(self) -> dict[str, Any]:
+        """For a manifest."""
+        return {
+            "num_tensors": self.num_tensors,
+            "num_tensors_sent": self.num_tensors_sent,
+            "share_of_parameters": self.share,
+            "skipped": list(self.skipped),
+        }
+
+
+def check_held(held: Mapping[str, int], sent: Mapping[str, int], shapes: Mapping[str, tuple[int, ...]]) -> Verified:
+    """Raise WeightMismatchError, naming the tensors, unless what is held is what was sent; say how much was compared.
+
+    A tensor that the engine cannot show, as it keeps it in a layout that is not known here, is skipped and named.
+    """
+    wrong = [name for name in sent if name in held and held[name] != sent[name]]
     if wrong:
         raise WeightMismatchError(
             f"the engine does not hold what was sent: {_listed(wrong)} differ (where vLLM keeps a model's weights in "
             "another layout this check cannot work: generation.verify_weights: false)"
         )
+    sizes = {name: math.prod(shapes[name]) for name in sent}
+    shown = [name for name in sent if name in held]
+    return Verified(
+        num_tensors=len(shown),
+        num_parameters=sum(sizes[name] for name in shown),
+        num_tensors_sent=len(sizes),
+        num_parameters_sent=sum(sizes.values()),
+        skipped=tuple(sorted(sizes.keys() - held.keys())),
+    )

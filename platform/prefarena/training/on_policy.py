@@ -75,7 +75,15 @@ def train_on_policy(
         save_policy(trainer.policy, trainer.tokenizer, job.model_dir)
     costs = worker.costs(num_steps=num_iterations, **trainer.counts)
     costs["device_seconds"] += costs["wall_seconds"] * len(job.generators)  # their devices are held all the while
-    return {"costs": costs}
+    return {"costs": costs} | _verified(trainer.stream.source)
+
+
+def _verified(source: RolloutSource) -> dict[str, Any]:
+    """What the engines read back of the last weights, for the manifest; nothing where the source has no engines."""
+    from prefarena.generation.fleet import Generators
+
+    verified = source.verified if isinstance(source, Generators) else None
+    return {} if verified is None else {"weights_verified": verified.summary()}
 
 
 def _connect(job: OnPolicyJob) -> RolloutSource:

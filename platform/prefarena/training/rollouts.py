@@ -85,7 +85,7 @@ class RolloutStream:
         source: RolloutSource,
         weights: Callable[[], Iterable[tuple[str, Tensor]]],
     ) -> None:
-        self._job, self._worker, self._source, self._weights = job, worker, source, weights
+        self._job, self._worker, self.source, self._weights = job, worker, source, weights
         self._prompts = read_prompts(job)
         self._ahead: Pending | None = None
         self.max_staleness = 1 if job.training.mode == "asynchronous" else 0
@@ -98,7 +98,7 @@ class RolloutStream:
         """Give the source the policy that `iteration` starts with; no worker goes on before it has it."""
         self._barrier()  # a slower worker may still wait for rollouts of the weights that the source holds
         if self._worker.rank == 0:
-            self._source.sync(self._weights(), self.version(iteration))
+            self.source.sync(self._weights(), self.version(iteration))
         self._barrier()
 
     def take_ahead(self, iteration: int) -> list[Rollout] | None:
@@ -147,14 +147,14 @@ class RolloutStream:
             first_index=mine.start,
         )
         prompts = [self._prompts[groups[row // size]] for row in range(mine.start, mine.stop)]
-        return self._source.submit(prompts, sampling, self.version(weights_of))
+        return self.source.submit(prompts, sampling, self.version(weights_of))
 
     def _wait(self, pending: Pending, iteration: int) -> list[Rollout]:
         for _ in range(_MAX_RESTARTS):
             try:
                 return pending.result()
             except StaleWeightsError:  # a restarted generator holds no weights; every worker has the same ones
-                self._source.sync(self._weights(), self.version(iteration))
+                self.source.sync(self._weights(), self.version(iteration))
                 pending = self._submit(iteration, iteration)
         return pending.result()
 

@@ -1,0 +1,67 @@
+"""How a model's weights are called and laid out: in its state dict, which training sends, and in its checkpoints.
+
+An engine reads checkpoints, so it is sent what a checkpoint would hold. Where the two differ (experts that transformers
+fuses when it loads them), tensors are taken apart first. No Ray, no vLLM.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.pytorch_utils import Conv1D
+
+from prefarena.mirror import bring
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One tensor of the state dict.
+
+    name: in a checkpoint; None where a checkpoint holds it in parts. transposed: stored as [in, out] (GPT-2's Conv1D),
+    where engines hold [out, in].
+    """
+
+    shape: tuple[int, ...]
+    name: str | None
+    transposed: bool = False
+
+    @property
+    def held_shape(self) -> tuple[int, ...]:
+        """The shape in which an engine holds it."""
+        return self.shape[::-1] if self.transposed else self.shape
+
+
+class ModelLayout:
+    """The tensors of a model's state dict, a tied head included. Reads the config, and no weights."""
+
+    def __init__(self, model_path: str) -> None:
+        bring(model_path)
+        config: Any = AutoConfig.from_pretrained(model_path, trust_remote_code=False)
+        with torch.device("meta"):
+            self._model: Any = AutoModelForCausalLM.from_config(config)
+        modules = self._model.named_modules(remove_duplicate=False)
+        transposed = {f"{path}.weight" for path, module in modules if isinstance(module, Conv1D)}
+        self.tensors = {
+            name: Layout(tuple(tensor.shape), self._checkpoint_name(name, tensor), name in transposed)
+            for name, tensor in self._model.state_dict().items()
+        }
+        self._converted = any(layout.name != name for name, layout in self.tensors.items())
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: layout.shape for name, layout in self.tensors.items()}
+
+    def as_checkpoint(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A whole state dict with the names and parts of a checkpoint; mostly it is that already."""
+        return revert_weight_conversion(self._model, dict(tensors)) if self._converted else tensors
+
+    def _checkpoint_name(self, name: str, tensor: Tensor) -> str | None:
+        parts = revert_weight_conversion(self._model, {name: tensor})
+        [(first, part), *rest] = parts.items()
+        return None if rest or part.shape != tensor.shape else first
