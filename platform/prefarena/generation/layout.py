@@ -23,8 +23,8 @@ from prefarena.mirror import bring
 class Layout:
     """One tensor of the state dict.
 
-    name: in a checkpoint; None where a checkpoint holds it in parts. transposed: stored as [in, out] (GPT-2's Conv1D),
-    where engines hold [out, in].
+    name: in a checkpoint, where a tied head is the embedding; None where a checkpoint holds it in parts.
+    transposed: stored as [in, out] (GPT-2's Conv1D), where engines hold [out, in].
     """
 
     shape: tuple[int, ...]
@@ -47,19 +47,24 @@ class ModelLayout:
             self._model: Any = AutoModelForCausalLM.from_config(config)
         modules = self._model.named_modules(remove_duplicate=False)
         transposed = {f"{path}.weight" for path, module in modules if isinstance(module, Conv1D)}
+        first: dict[int, str] = {}
+        parameters = self._model.named_parameters(remove_duplicate=False)
+        owners = {name: first.setdefault(id(parameter), name) for name, parameter in parameters}
+        self._tied = {name for name, owner in owners.items() if owner != name}
         self.tensors = {
-            name: Layout(tuple(tensor.shape), self._checkpoint_name(name, tensor), name in transposed)
+            name: Layout(tuple(tensor.shape), self._checkpoint_name(owners.get(name, name), tensor), name in transposed)
             for name, tensor in self._model.state_dict().items()
         }
-        self._converted = any(layout.name != name for name, layout in self.tensors.items())
+        self._converted = any(self.tensors[name].name != name for name in self.tensors if name not in self._tied)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: layout.shape for name, layout in self.tensors.items()}
 
     def as_checkpoint(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A whole state dict with the names and parts of a checkpoint; mostly it is that already."""
-        return revert_weight_conversion(self._model, dict(tensors)) if self._converted else tensors
+        """A whole state dict with the names and parts of a checkpoint, which holds no tied head."""
+        owned = {name: tensor for name, tensor in tensors.items() if name not in self._tied}
+        return revert_weight_conversion(self._model, owned) if self._converted else owned
 
     def _checkpoint_name(self, name: str, tensor: Tensor) -> str | None:
         parts = revert_weight_conversion(self._model, {name: tensor})
