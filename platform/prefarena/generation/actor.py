@@ -83,7 +83,8 @@ class GenerationActor:
         check_complete({name: tuple(tensor.shape) for name, tensor in tensors.items()}, self._layout.shapes)
         self._version = None  # a failed update leaves no usable weights
         self._engine.start_update()
-        self._engine.receive({"tensors": self._layout.as_checkpoint(tensors)})
+        stored = self._layout.as_checkpoint(tensors)
+        self._engine.receive({"tensors": self._engine.without_merged_heads(stored, self._layout.tied)})
         return self._finish(sums, version)
 
     # The four steps of a transfer between devices, driven by vLLM's trainer side (fleet.TransferClient).

@@ -9,7 +9,7 @@ environment the actor has set: vLLM reads it when it is imported, and its CPU wo
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -150,6 +150,14 @@ class Engine:
         [sums] = self._llm.apply_model(lambda model: _held_checksums(model, tensors))
         return sums
 
+    def without_merged_heads(self, tensors: Mapping[str, Tensor], tied: Collection[str]) -> Mapping[str, Tensor]:
+        """Without the tied heads that the engine has no layer for (Gemma's): its embedding takes their place.
+
+        Where it has one, the head must be sent: it may hold a copy of its own.
+        """
+        [missing] = self._llm.apply_model(lambda model: _heads_without_layer(model, tied))
+        return {name: tensor for name, tensor in tensors.items() if name not in missing}
+
     def model_building(self) -> AbstractContextManager[None]:
         """In it transformers can build a model in this process, where vLLM has put layers of its own in its place."""
         return set_current_vllm_config(self._llm.llm_engine.vllm_config)
@@ -179,15 +187,26 @@ def _held_checksums(model: nn.Module, tensors: Mapping[str, Layout]) -> dict[str
 
 
 def _state_names(model: nn.Module, tensors: Mapping[str, Layout]) -> dict[str, list[str]]:
-    """Names in the engine, layers that it fuses taken apart, to those in the state dict: several for tied weights."""
-    mapper = getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper()
-    mapper = replace(mapper, orig_to_new_stacked={})
+    """Names in the engine, layers that it fuses taken apart, to those in the state dict."""
+    mapper = _mapper(model)
+    merged = _heads_without_layer(model, [each.name for each in tensors.values() if each.tied_to and each.name])
     names: dict[str, list[str]] = {}
     for name, layout in tensors.items():
-        held_name = None if layout.name is None else mapper.map_name(layout.name)
+        stored = layout.tied_to if layout.name in merged else layout.name
+        held_name = None if stored is None else mapper.map_name(stored)
         if held_name is not None:
             names.setdefault(held_name, []).append(name)
     return names
+
+
+def _heads_without_layer(model: nn.Module, tied: Collection[str]) -> set[str]:
+    modules, mapper = dict(model.named_modules(remove_duplicate=False)), _mapper(model)
+    return {name for name in tied if (mapper.map_name(name) or "").rpartition(".")[0] not in modules}
+
+
+def _mapper(model: nn.Module) -> WeightsMapper:
+    """From names in a checkpoint to those in the engine, without what fuses layers."""
+    return replace(getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper(), orig_to_new_stacked={})
 
 
 def _held(path: str, module: nn.Module, packed: Mapping[str, list[str]]) -> Iterator[tuple[str, Tensor]]:

@@ -23,13 +23,14 @@ from prefarena.mirror import bring
 class Layout:
     """One tensor of the state dict.
 
-    name: in a checkpoint, where a tied head is the embedding; None where a checkpoint holds it in parts.
-    transposed: stored as [in, out] (GPT-2's Conv1D), where engines hold [out, in].
+    name: in a checkpoint; None where a checkpoint holds it in parts. transposed: stored as [in, out] (GPT-2's Conv1D),
+    where engines hold [out, in]. tied_to: the tensor that a tied head is, by its name in a checkpoint.
     """
 
     shape: tuple[int, ...]
     name: str | None
     transposed: bool = False
+    tied_to: str | None = None
 
     @property
     def held_shape(self) -> tuple[int, ...]:
@@ -50,21 +51,30 @@ class ModelLayout:
         first: dict[int, str] = {}
         parameters = self._model.named_parameters(remove_duplicate=False)
         owners = {name: first.setdefault(id(parameter), name) for name, parameter in parameters}
-        self._tied = {name for name, owner in owners.items() if owner != name}
+        names = {name: self._checkpoint_name(name, tensor) for name, tensor in self._model.state_dict().items()}
         self.tensors = {
-            name: Layout(tuple(tensor.shape), self._checkpoint_name(owners.get(name, name), tensor), name in transposed)
+            name: Layout(
+                tuple(tensor.shape),
+                names[name],
+                name in transposed,
+                names[owners[name]] if owners.get(name, name) != name else None,
+            )
             for name, tensor in self._model.state_dict().items()
         }
-        self._converted = any(self.tensors[name].name != name for name in self.tensors if name not in self._tied)
+        self._converted = any(name != stored for name, stored in names.items())
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: layout.shape for name, layout in self.tensors.items()}
 
     def as_checkpoint(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A whole state dict with the names and parts of a checkpoint, which holds no tied head."""
-        owned = {name: tensor for name, tensor in tensors.items() if name not in self._tied}
-        return revert_weight_conversion(self._model, owned) if self._converted else owned
+        """A whole state dict with the names and parts of a checkpoint, a tied head included."""
+        return revert_weight_conversion(self._model, dict(tensors)) if self._converted else tensors
+
+    @property
+    def tied(self) -> frozenset[str]:
+        """Tied heads, by their names in a checkpoint."""
+        return frozenset(each.name for each in self.tensors.values() if each.tied_to and each.name)
 
     def _checkpoint_name(self, name: str, tensor: Tensor) -> str | None:
         parts = revert_weight_conversion(self._model, {name: tensor})
