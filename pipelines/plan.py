@@ -107,7 +107,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     task = config.task
     if config.seeds_vary == "task" and isinstance(task, LanguageTask):
         task = task.model_copy(update={"seed": task.seed + seed})
-    data = Stage.at(root, "data", task.kind, [_data_inputs(task), _tokenizer_inputs(config)])
+    data = Stage.at(root, "data", task.kind, [_data_inputs(config, task), _tokenizer_inputs(config)])
     base = Stage.at(root, "base", task.kind, [data.key, config.model.model_dump(mode="json"), config.reference.seed])
     reference = base
     if config.reference.train:
@@ -119,7 +119,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     elif learns_a_reward(config):
         drawn = [config.evaluation.num_reference_samples, config.evaluation.seed, config.generation.dtype]
         samples = Stage.at(root, "reference_samples", task.kind, [data.key, reference.key, drawn])
-        if isinstance(config.judge, RewardModel):
+        if learns_judge(config):
             inputs = [pairs.key, reference.key, samples.key, _dump(config.judge), _layout(config)]
             judge = Stage.at(root, "judge", task.kind, inputs)
     logps = Stage.at(root, "logps", task.kind, [pairs.key, reference.key])
@@ -163,10 +163,16 @@ def _dump(settings: BaseModel) -> dict[str, Any]:
     return settings.model_dump(mode="json")
 
 
+def learns_judge(config: Comparison) -> bool:
+    """Whether the judge of a text task is trained, on pairs that are set aside for it."""
+    return isinstance(config.task, TextTask) and isinstance(config.judge, RewardModel)
+
+
 def learns_a_reward(config: Comparison) -> bool:
     """Whether a reward model is trained: as a reward, or as the judge of a text task."""
-    learned = isinstance(config.task, TextTask) and isinstance(config.judge, RewardModel)
-    return learned or any(isinstance(getattr(e.method, "reward", None), RewardModel) for e in config.entries)
+    return learns_judge(config) or any(
+        isinstance(getattr(e.method, "reward", None), RewardModel) for e in config.entries
+    )
 
 
 def _judge_inputs(settings: JudgeSettings) -> list[Any]:
@@ -180,7 +186,7 @@ def _layout(config: Comparison) -> list[Any]:
     return [resources.num_workers, resources.cpus_per_worker, resources.use_gpu, resources.sharding]
 
 
-def _data_inputs(task: LanguageTask | TextTask) -> dict[str, Any]:
+def _data_inputs(config: Comparison, task: LanguageTask | TextTask) -> dict[str, Any]:
     """The task's settings that its data depend on; files by size and time of change, remote ones by their mark."""
     if isinstance(task, LanguageTask):
         pair_settings = {"num_pairs", "num_test_pairs", "labels", "label_temperature"}
@@ -193,7 +199,7 @@ def _data_inputs(task: LanguageTask | TextTask) -> dict[str, Any]:
             files += [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
         elif name and (version := version_of(name)):
             files.append([name, version])
-    return {**task.model_dump(mode="json"), "files": files}
+    return {**task.model_dump(mode="json"), "files": files, "learns_judge": learns_judge(config)}
 
 
 def _tokenizer_inputs(config: Comparison) -> Any:

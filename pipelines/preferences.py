@@ -30,7 +30,6 @@ from prefarena.data.preparation import (
     pair_of,
     prepare_pairs,
     prepare_pieces,
-    split_of,
 )
 from prefarena.data.rejections import Rejections, Unusable
 from prefarena.data.sources import (
@@ -42,6 +41,7 @@ from prefarena.data.sources import (
     read_chunks,
     read_rows_of,
 )
+from prefarena.data.splits import Shares, shares_of
 from prefarena.data.token_tables import ParquetRows, TokenTables
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
@@ -74,16 +74,22 @@ def check_text_task(task: TextTask, model: Model | None = None) -> list[Part]:
     return parts
 
 
-def prepare_tokenizer(task: TextTask, model: Model, folder: str | Path) -> str:
+def prepare_tokenizer(task: TextTask, model: Model, folder: str | Path, *, learns_judge: bool = True) -> str:
     """Path of the task's tokenizer: the pretrained model's own, or a BPE learnt from the training split."""
     if isinstance(model, PretrainedModel):
         return model.path
-    train_tokenizer(_training_texts(task), model.vocab_size, folder)
+    train_tokenizer(_training_texts(task, shares_of(task, learns_judge)), model.vocab_size, folder)
     return str(folder)
 
 
 def prepare_text(
-    task: TextTask, tokenizer_path: str | None, model: Model, output: str | Path, num_tokenisers: int | None = None
+    task: TextTask,
+    tokenizer_path: str | None,
+    model: Model,
+    output: str | Path,
+    num_tokenisers: int | None = None,
+    *,
+    learns_judge: bool = True,
 ) -> dict[str, Any]:
     """Write the task's tables under `output`, and return the summary that is also written there as summary.json.
 
@@ -91,7 +97,7 @@ def prepare_text(
     chosen answers), prompts (of the training and test splits), pretraining where the task has such text. Every rejected
     row is a line of dropped.jsonl, or of dropped_pretraining.jsonl. Without `tokenizer_path` the tokenizer is
     `prepare_tokenizer`'s, in output/tokenizer. `num_tokenisers` is the most actors that tokenise at once; by default
-    one per CPU.
+    one per CPU. Pairs are set aside for the judge only where one is learned from them (`learns_judge`).
 
     Raises UserError for a missing or empty source, a file that cannot be read, missing columns, a split left empty, or
     more rows rejected than task.max_rejected_share.
@@ -100,17 +106,19 @@ def prepare_text(
     notes = look_at_pairs(task).notes
     folder = Path(output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    path = tokenizer_path or prepare_tokenizer(task, model, folder / "tokenizer")
+    path = tokenizer_path or prepare_tokenizer(task, model, folder / "tokenizer", learns_judge=learns_judge)
     if path == str(folder / "tokenizer"):
         push(Path(path))  # the actors that tokenise may be on other nodes
     revision = model.revision if isinstance(model, PretrainedModel) and path == model.path else None
     _check_tokens(task, parts, Tokenizer.load(path, revision, task))
+    shares = shares_of(task, learns_judge)
+    prepare = functools.partial(prepare_pairs, shares=shares)
     with TokenTables(folder) as tables:
-        for rows in _stream(task, parts, COLUMNS, task.max_rows, prepare_pairs, (path, revision), num_tokenisers):
+        for rows in _stream(task, parts, COLUMNS, task.max_rows, prepare, (path, revision), num_tokenisers):
             tables.add(rows if task.max_rows is None else rows.slice(0, task.max_rows - tables.num_rows))
             if tables.num_rows == task.max_rows:
                 break
-    summary = {**tables.summary(task), "tokenizer": path, "rules": _rules(task)}
+    summary = {**tables.summary(task, shares), "tokenizer": path, "rules": _rules(task)}
     summary["notes"] = [*notes, *order_notes(summary)]
     if task.pretraining_text is not None:
         summary["num_pretraining"] = _write_pretraining(task, path, revision, folder, num_tokenisers)
@@ -125,14 +133,18 @@ def _check_tokens(task: TextTask, parts: list[Part], tokenizer: Tokenizer) -> No
     """Raise UserError where the first rows show that the tokenizer's chat template takes none of the data."""
     rejections = Rejections()
     chunk = next(chunk for part in parts for chunk in read_chunks(part, COLUMNS, task.max_row_bytes))
-    rows = prepare_pairs(chunk, task, tokenizer).select(["file", "row", "reason", "detail"]).to_pylist()
+    rows = (
+        prepare_pairs(chunk, task, tokenizer, shares=shares_of(task, False))
+        .select(["file", "row", "reason", "detail"])
+        .to_pylist()
+    )
     for row in rows:
         if row["reason"] is not None:
             rejections.add(row["file"], row["row"], row["reason"], row["detail"])
     rejections.check_first(f"{task.data}, with the tokenizer of {tokenizer.tokenizer.name_or_path}", len(rows))
 
 
-def _training_texts(task: TextTask) -> Iterator[str]:
+def _training_texts(task: TextTask, shares: Shares) -> Iterator[str]:
     """The first training rows' texts, each prompt with both answers. Rows that cannot be used are passed over here."""
     count = num_rows = 0
     for part in find_parts(task.data, task.split):
@@ -144,7 +156,7 @@ def _training_texts(task: TextTask) -> Iterator[str]:
                 pair = pair_of(row, task)
             except Unusable:
                 continue  # the pipeline lists it
-            if split_of(pair, task) == "train":
+            if shares.split_of(pair) == "train":
                 count += 1
                 yield pair.prompt if isinstance(pair.prompt, str) else "\n".join(text for _, text in pair.prompt)
                 yield pair.chosen

@@ -13,7 +13,7 @@ from rich.markup import escape
 
 from pipelines.annotate import annotate_language
 from pipelines.claims import settle
-from pipelines.plan import SeedPlan, judge_job, max_length, model_of, reference_job
+from pipelines.plan import SeedPlan, judge_job, learns_judge, max_length, model_of, reference_job
 from pipelines.preferences import prepare_text
 from pipelines.progress import stage_line, watch
 from pipelines.reference import add_reference_logps
@@ -118,7 +118,7 @@ def _write_data(config: Comparison, task: LanguageTask | TextTask, folder: Path)
         write_rows(demonstrations, folder / "demonstrations" / "part-0.parquet", DEMONSTRATIONS)
         counts = {"num_demonstrations": demonstrations.num_rows}
     else:
-        counts = prepare_text(task, None, config.model, folder)
+        counts = prepare_text(task, None, config.model, folder, learns_judge=learns_judge(config))
     wall = time.perf_counter() - started
     write_manifest(folder, {"data": counts, "costs": {"wall_seconds": wall, "device_seconds": wall}})
 

@@ -12,6 +12,7 @@ import json
 import math
 import tracemalloc
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -26,6 +27,7 @@ from prefarena.config import PretrainedModel, ScratchModel, TextTask
 from prefarena.data import rejections as why
 from prefarena.data.preparation import COLUMNS, prepare_pairs, prepare_pieces
 from prefarena.data.sources import Part, read_chunks
+from prefarena.data.splits import shares_of
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
 from prefarena.modeling.load import load_tokenizer
@@ -183,8 +185,8 @@ def prepared(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any) ->
     """Every row of a file, as the pipeline's actors prepare it."""
     task = task_of(path, **settings)
     part = Part("parquet" if path.suffix == ".parquet" else "jsonl", str(path))
-    chunks = read_chunks(part, COLUMNS, task.max_row_bytes)
-    return [row for chunk in chunks for row in prepare_pairs(chunk, task, Tokenizer(tokenizer, task)).to_pylist()]
+    prepare = partial(prepare_pairs, task=task, tokenizer=Tokenizer(tokenizer, task), shares=shares_of(task, True))
+    return [row for chunk in read_chunks(part, COLUMNS, task.max_row_bytes) for row in prepare(chunk).to_pylist()]
 
 
 @pytest.mark.parametrize("case", BAD_ROWS, ids=lambda case: case.name)

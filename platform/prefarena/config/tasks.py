@@ -45,7 +45,10 @@ class TextTask(Section):
     max_rows: int | None = Field(None, ge=1, description="Use only the first rows.")
     test_share: float = Field(0.2, gt=0, lt=1, description="Share of prompts held out for evaluation.")
     judge_share: float = Field(
-        0.2, gt=0, lt=1, description="Share of prompts held out to train the evaluation judge (a second reward model)."
+        0.2,
+        gt=0,
+        lt=1,
+        description="Share of prompts held out to train the evaluation judge, where it is a learned one.",
     )
     split_seed: int = 0
     max_prompt_tokens: int = Field(256, ge=1, description="Longer prompts keep their last tokens or are dropped.")

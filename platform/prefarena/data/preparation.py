@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from prefarena.data.labels import SCORES
 from prefarena.data.rejections import NO_ROW, WRONG_TYPE, Unusable
 from prefarena.data.renaming import PROMPTS
 from prefarena.data.sources import Chunk, rows_of
+from prefarena.data.splits import Shares
 from prefarena.data.tokenization import Tokenizer, TokenPair
 from prefarena.records import PAIRS, PRETRAINING, content_id
 
@@ -50,14 +50,14 @@ PREPARED_PAIRS = pa.schema(
 PREPARED_PIECES = pa.schema([*_REJECTED, ("piece", pa.int32()), *PRETRAINING])
 
 
-def prepare_pairs(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.Table:
+def prepare_pairs(chunk: Chunk, task: TextTask, tokenizer: Tokenizer, *, shares: Shares) -> pa.Table:
     """One row of PREPARED_PAIRS for each row of the chunk, in order."""
     source = Path(chunk.file).name
     found = [(number, _try_pair(row, task, source)) for number, row in rows_of(chunk, task.max_row_bytes)]
     tokens = iter(tokenizer.pairs([pair for _, pair in found if isinstance(pair, Pair)]))
     columns: dict[str, list[Any]] = {name: [] for name in PREPARED_PAIRS.names}
     for number, pair in found:
-        row = _prepared(pair, _embedded(next(tokens), tokenizer), task) if isinstance(pair, Pair) else _rejected(pair)
+        row = _prepared(pair, _embedded(next(tokens), tokenizer), shares) if isinstance(pair, Pair) else _rejected(pair)
         row |= {"file": chunk.file, "row": number}
         for name, values in columns.items():
             values.append(row.get(name))
@@ -83,15 +83,6 @@ def prepare_pieces(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.Tab
                 {**where, "piece": i, "id": content_id(place, text, i), "ids": ids} for i, ids in enumerate(pieces)
             ]
     return pa.Table.from_pylist(rows, schema=PREPARED_PIECES)
-
-
-def split_of(pair: Pair, task: TextTask) -> str:
-    """train, judge or test: a seeded hash of the dialogue's opening, so it depends on no other row."""
-    digest = hashlib.sha256(f"{task.split_seed}:{pair.opening.strip()}".encode()).digest()
-    share = int.from_bytes(digest[:8], "big") / 2**64
-    if share < task.test_share:
-        return "test"
-    return "judge" if share < task.test_share + task.judge_share else "train"
 
 
 def pair_of(row: dict[str, Any] | Unusable, task: TextTask, source: str = "") -> Pair:
@@ -134,10 +125,10 @@ def _rejected(error: Unusable) -> dict[str, Any]:
     return {"reason": error.reason, "detail": error.detail}
 
 
-def _prepared(pair: Pair, tokens: TokenPair | Unusable, task: TextTask) -> dict[str, Any]:
+def _prepared(pair: Pair, tokens: TokenPair | Unusable, shares: Shares) -> dict[str, Any]:
     if isinstance(tokens, Unusable):
         return _rejected(tokens)
-    split = split_of(pair, task)
+    split = shares.split_of(pair)
     demonstration = content_id(tokens.prompt_ids, tokens.chosen_ids) if split == "train" else None
     return {
         "id": pair.id,

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from prefarena.config import TextTask
 from prefarena.data.labels import EVEN
 from prefarena.data.rejections import DUPLICATE, OTHER_SPLIT, Rejections
+from prefarena.data.splits import Shares
 from prefarena.data.tables import ROW_GROUP
 from prefarena.errors import UserError
 from prefarena.records import DEMONSTRATIONS, PAIRS, PROMPTS
@@ -117,12 +118,11 @@ class TokenTables:
             if name.endswith("_pairs"):
                 self._count_cuts(rows.take(numbers))
 
-    def summary(self, task: TextTask) -> dict[str, Any]:
+    def summary(self, task: TextTask, shares: Shares) -> dict[str, Any]:
         """Counts. Raises UserError where a split is empty, or too many rows were rejected."""
         self.rejections.check(task.data, self.num_rows, task.max_rejected_share)
         dropped = dict(self.rejections.reasons.most_common())
-        needed = ["train", "test", *(["judge"] if task.judge_share > 0 else [])]
-        for split in needed:
+        for split in shares.needed:
             if self._tables[f"{split}_pairs"].count == 0:
                 reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
                 raise UserError(
