@@ -138,6 +138,7 @@ def main() -> None:
         return child(arguments.child[0], arguments.child[1], arguments.child[2] or None)
     from pipelines.preferences import prepare_tokenizer
     from prefarena.config import ScratchModel, TextTask
+    from prefarena.data.splits import Shares
 
     medians: list[float] = []
     heads = f"{'peak MiB (median)':>18} {'ratio':>6} {'seconds':>8} {'rows/s':>8}"
@@ -149,7 +150,8 @@ def main() -> None:
             write_pairs(data, size)
             tokenizer = Path(folder) / "tokenizer"
             if not tokenizer.exists():
-                prepare_tokenizer(TextTask(data=str(data), max_rows=2000), ScratchModel(), tokenizer)
+                task = TextTask(data=str(data), max_rows=2000)
+                prepare_tokenizer(task, ScratchModel(), tokenizer, Shares(test=0.2, judge=0.2, seed=0))
             results = []
             for i in range(arguments.repeats):
                 command = [sys.executable, __file__, "--child", str(data), f"{folder}/out-{size}-{i}", str(tokenizer)]

@@ -41,7 +41,7 @@ from prefarena.data.sources import (
     read_chunks,
     read_rows_of,
 )
-from prefarena.data.splits import Shares, shares_of
+from prefarena.data.splits import NONE_HELD_OUT, Shares, ignored_judge, shares_of
 from prefarena.data.token_tables import ParquetRows, TokenTables
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
@@ -74,11 +74,11 @@ def check_text_task(task: TextTask, model: Model | None = None) -> list[Part]:
     return parts
 
 
-def prepare_tokenizer(task: TextTask, model: Model, folder: str | Path, *, learns_judge: bool = True) -> str:
+def prepare_tokenizer(task: TextTask, model: Model, folder: str | Path, shares: Shares) -> str:
     """Path of the task's tokenizer: the pretrained model's own, or a BPE learnt from the training split."""
     if isinstance(model, PretrainedModel):
         return model.path
-    train_tokenizer(_training_texts(task, shares_of(task, learns_judge)), model.vocab_size, folder)
+    train_tokenizer(_training_texts(task, shares), model.vocab_size, folder)
     return str(folder)
 
 
@@ -106,20 +106,20 @@ def prepare_text(
     notes = look_at_pairs(task).notes
     folder = Path(output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    path = tokenizer_path or prepare_tokenizer(task, model, folder / "tokenizer", learns_judge=learns_judge)
+    shares = shares_of(task, parts, learns_judge)
+    path = tokenizer_path or prepare_tokenizer(task, model, folder / "tokenizer", shares)
     if path == str(folder / "tokenizer"):
         push(Path(path))  # the actors that tokenise may be on other nodes
     revision = model.revision if isinstance(model, PretrainedModel) and path == model.path else None
     _check_tokens(task, parts, Tokenizer.load(path, revision, task))
-    shares = shares_of(task, learns_judge)
     prepare = functools.partial(prepare_pairs, shares=shares)
     with TokenTables(folder) as tables:
         for rows in _stream(task, parts, COLUMNS, task.max_rows, prepare, (path, revision), num_tokenisers):
             tables.add(rows if task.max_rows is None else rows.slice(0, task.max_rows - tables.num_rows))
             if tables.num_rows == task.max_rows:
                 break
-    summary = {**tables.summary(task, shares), "tokenizer": path, "rules": _rules(task)}
-    summary["notes"] = [*notes, *order_notes(summary)]
+    summary = {**tables.summary(task, shares), "tokenizer": path, "rules": _rules(task, shares)}
+    summary["notes"] = [*notes, *ignored_judge(task, learns_judge), *order_notes(summary)]
     if task.pretraining_text is not None:
         summary["num_pretraining"] = _write_pretraining(task, path, revision, folder, num_tokenisers)
     write_json(folder / "summary.json", summary)
@@ -134,7 +134,7 @@ def _check_tokens(task: TextTask, parts: list[Part], tokenizer: Tokenizer) -> No
     rejections = Rejections()
     chunk = next(chunk for part in parts for chunk in read_chunks(part, COLUMNS, task.max_row_bytes))
     rows = (
-        prepare_pairs(chunk, task, tokenizer, shares=shares_of(task, False))
+        prepare_pairs(chunk, task, tokenizer, shares=NONE_HELD_OUT)
         .select(["file", "row", "reason", "detail"])
         .to_pylist()
     )
@@ -276,11 +276,12 @@ def _write_pretraining(task: TextTask, path: str, revision: str | None, folder: 
     return table.count
 
 
-def _rules(task: TextTask) -> dict[str, str]:
+def _rules(task: TextTask, shares: Shares) -> dict[str, str]:
     """The rules that the counts are about, in words."""
     prompts = "are dropped" if task.long_prompts == "drop" else "keep their bos and last tokens"
     return {
         "long prompts": f"prompts of more than {task.max_prompt_tokens} tokens {prompts}",
         "long responses": f"responses of more than {task.max_response_tokens} tokens keep their first, without eos",
-        "splits": f"by a hash of the dialogue's opening with seed {task.split_seed}",
+        "splits": f"by a hash of the dialogue's opening with seed {task.split_seed}; {shares.test:.2%} are held out to "
+        f"test on, {shares.judge:.2%} for the judge",
     }

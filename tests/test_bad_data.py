@@ -27,7 +27,7 @@ from prefarena.config import PretrainedModel, ScratchModel, TextTask
 from prefarena.data import rejections as why
 from prefarena.data.preparation import COLUMNS, prepare_pairs, prepare_pieces
 from prefarena.data.sources import Part, read_chunks
-from prefarena.data.splits import shares_of
+from prefarena.data.splits import NONE_HELD_OUT
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
 from prefarena.modeling.load import load_tokenizer
@@ -185,7 +185,7 @@ def prepared(path: Path, tokenizer: PreTrainedTokenizerBase, **settings: Any) ->
     """Every row of a file, as the pipeline's actors prepare it."""
     task = task_of(path, **settings)
     part = Part("parquet" if path.suffix == ".parquet" else "jsonl", str(path))
-    prepare = partial(prepare_pairs, task=task, tokenizer=Tokenizer(tokenizer, task), shares=shares_of(task, True))
+    prepare = partial(prepare_pairs, task=task, tokenizer=Tokenizer(tokenizer, task), shares=NONE_HELD_OUT)
     return [row for chunk in read_chunks(part, COLUMNS, task.max_row_bytes) for row in prepare(chunk).to_pylist()]
 
 

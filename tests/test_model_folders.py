@@ -24,7 +24,7 @@ from prefarena.config import ClassifierJudge, Comparison, PretrainedModel, TextT
 from prefarena.data.preparation import COLUMNS, TEXT_COLUMNS, prepare_pairs, prepare_pieces
 from prefarena.data.rejections import NO_ROW, REMEDIES
 from prefarena.data.sources import find_parts, read_chunks
-from prefarena.data.splits import shares_of
+from prefarena.data.splits import NONE_HELD_OUT
 from prefarena.data.tokenization import Tokenizer
 from prefarena.errors import UserError
 from prefarena.judges.classifier import ClassifierScorer, check_classifier
@@ -745,7 +745,7 @@ def test_a_row_that_holds_a_token_without_a_row_is_rejected(made: Callable[..., 
     tokenizer = Tokenizer.load(folder, None, task)
     (part,) = find_parts(str(data), "train")
     (chunk,) = read_chunks(part, COLUMNS, task.max_row_bytes)
-    found = prepare_pairs(chunk, task, tokenizer, shares=shares_of(task, False)).to_pylist()
+    found = prepare_pairs(chunk, task, tokenizer, shares=NONE_HELD_OUT).to_pylist()
     assert [row["reason"] for row in found] == [None, NO_ROW, NO_ROW, NO_ROW]
     assert {row["detail"] for row in found[1:]} == {"'<image>'"}
     assert REMEDIES[NO_ROW].startswith("resize_token_embeddings")

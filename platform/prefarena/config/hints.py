@@ -47,6 +47,8 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "dataset": ("data",),
     "dataset_name": ("data",),
     "dataset_path": ("data",),
+    "test_size": ("num_test_pairs",),
+    "eval_size": ("num_test_pairs",),
     "max_prompt_length": ("max_prompt_tokens",),
     "max_completion_length": ("max_response_tokens",),
     "max_new_tokens": ("max_response_tokens",),

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from prefarena.config.section import Section
 
@@ -43,13 +43,20 @@ class TextTask(Section):
         description="Row format; `auto` recognises TRL's formats (explicit and implicit prompt) and raw HH-RLHF.",
     )
     max_rows: int | None = Field(None, ge=1, description="Use only the first rows.")
-    test_share: float = Field(0.2, gt=0, lt=1, description="Share of prompts held out for evaluation.")
-    judge_share: float = Field(
-        0.2,
-        gt=0,
-        lt=1,
-        description="Share of prompts held out to train the evaluation judge, where it is a learned one.",
+    num_test_pairs: int | None = Field(
+        None,
+        ge=1,
+        description="About how many rows are held out for evaluation; none: 2000, or a fifth of the rows if that is "
+        "less.",
     )
+    test_share: float | None = Field(None, gt=0, lt=1, description="In place of that number: a share of the prompts.")
+    num_judge_pairs: int | None = Field(
+        None,
+        ge=1,
+        description="About how many rows are held out to train the evaluation judge, where it is a learned one; none: "
+        "2000, or a fifth of the rows if that is less.",
+    )
+    judge_share: float | None = Field(None, gt=0, lt=1, description="In place of that number: a share of the prompts.")
     split_seed: int = 0
     max_prompt_tokens: int = Field(256, ge=1, description="Longer prompts keep their last tokens or are dropped.")
     long_prompts: Literal["drop", "keep_end"] = "drop"
@@ -62,6 +69,16 @@ class TextTask(Section):
         description="A larger share of rows that cannot be trained on stops the run; repeats are not counted.",
     )
     pretraining_text: str | None = Field(None, description="jsonl(.gz) with a `text` column, for gamma > 0.")
+
+    @model_validator(mode="after")
+    def _held_out_leaves_rows(self) -> Self:
+        for split in ("test", "judge"):
+            if getattr(self, f"{split}_share") is not None and getattr(self, f"num_{split}_pairs") is not None:
+                raise ValueError(f"{split}_share and num_{split}_pairs say the same thing; give one of them")
+        held_out = (self.test_share or 0.0) + (self.judge_share or 0.0)
+        if held_out >= 1:
+            raise ValueError(f"test_share and judge_share are {held_out:g} together, which leaves no rows to train on")
+        return self
 
 
 Task = Annotated[LanguageTask | TextTask, Field(discriminator="kind")]

@@ -6,7 +6,13 @@ import hashlib
 from dataclasses import dataclass
 
 from prefarena.config import TextTask
+from prefarena.data.counting import count_rows
 from prefarena.data.formats import Pair
+from prefarena.data.sources import BrokenFile, Part
+from prefarena.errors import UserError
+
+#: What is held out by default: so many rows, but at most this share of them.
+NUM_HELD_OUT, MOST_HELD_OUT = 2000, 0.2
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,47 @@ class Shares:
         return ["train", *(name for name, share in (("test", self.test), ("judge", self.judge)) if share > 0)]
 
 
-def shares_of(task: TextTask, learns_judge: bool) -> Shares:
-    """What the task holds out. Without a judge that is learned, the rows set aside for one train the methods."""
-    return Shares(task.test_share, task.judge_share if learns_judge else 0.0, task.split_seed)
+#: Of rows that are only looked at.
+NONE_HELD_OUT = Shares(0.0, 0.0, 0)
+
+
+def shares_of(task: TextTask, parts: list[Part], learns_judge: bool) -> Shares:
+    """What the task holds out of its `parts`, whose rows are counted where a number is to be held out.
+
+    Without a judge that is learned, the rows set aside for one train the methods. Raises UserError where the numbers
+    leave no rows to train on, and at a file that cannot be read.
+    """
+    wanted = {"test": (task.test_share, task.num_test_pairs)}
+    if learns_judge:
+        wanted["judge"] = (task.judge_share, task.num_judge_pairs)
+    num_rows = 0
+    if any(share is None for share, _ in wanted.values()):
+        num_rows = _count(task, parts)
+    shares = {name: share or _share(number, num_rows) for name, (share, number) in wanted.items()}
+    if sum(shares.values()) >= 1:
+        given = [f"task.{n}_share {share:g}" for n, (share, _) in wanted.items() if share]
+        given += [f"task.num_{n}_pairs {number}" for n, (_, number) in wanted.items() if number]
+        raise UserError(f"{task.data}: {' and '.join(given)} leave none of its {num_rows} rows to train on; lower them")
+    return Shares(shares["test"], shares.get("judge", 0.0), task.split_seed)
+
+
+def ignored_judge(task: TextTask, learns_judge: bool) -> list[str]:
+    """The sentence to say where the task has a size for the judge's rows, and no judge is learned."""
+    given = next((n for n in ("judge_share", "num_judge_pairs") if getattr(task, n) is not None), None)
+    if learns_judge or given is None:
+        return []
+    return [f"task.{given} sets nothing aside, since the judge is not a learned one; those rows train"]
+
+
+def _count(task: TextTask, parts: list[Part]) -> int:
+    try:
+        return count_rows(parts, task.max_row_bytes, task.max_rows)
+    except BrokenFile as error:
+        raise UserError(str(error)) from None
+
+
+def _share(number: int | None, num_rows: int) -> float:
+    """The share that holds out about `number` rows; by default NUM_HELD_OUT, and at most MOST_HELD_OUT of them."""
+    if number is not None:
+        return number / max(1, num_rows)
+    return min(MOST_HELD_OUT, NUM_HELD_OUT / max(1, num_rows))
