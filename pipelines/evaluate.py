@@ -35,13 +35,14 @@ from pipelines.sampling import Sampler
 from prefarena.cluster.waiting import Failed, outcomes_within
 from prefarena.config import BestOfN, Comparison, Evaluation, LanguageTask
 from prefarena.data.tables import read_rows
-from prefarena.errors import EntryError, UserError, WaitTimeoutError
+from prefarena.errors import EntryError, JudgeError, UserError, WaitTimeoutError
 from prefarena.evaluation.best_of_n import kl_bound, pick_best
 from prefarena.evaluation.exact import win_rates
 from prefarena.evaluation.preferences import preference_accuracy
 from prefarena.evaluation.sampled import prompt_clusters, response_logps, rollout_logps, sampled_metrics, win_rate
 from prefarena.generation.interface import Sampling
-from prefarena.judges.spec import JudgeSpec, load_judge
+from prefarena.judges.spec import JudgeSpec, load_judge, may_be_silent, usage_of
+from prefarena.judges.usage import Usage, total_costs
 from prefarena.mirror import bring, workspace
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.records import Rollout
@@ -182,28 +183,43 @@ def score_samples(rollouts: list[Rollout], job: SampledJob, settings: Evaluation
     started = time.perf_counter() - generation_seconds
     workspace(job.folder)
     device = "cuda" if torch.cuda.is_available() else "cpu"  # Ray shows a task the GPUs that it was given
-    num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
+    num_tokens, usages = sum(len(rollout.response_ids) for rollout in rollouts), list[Usage | None]()
     if job.reward is not None:
-        ranking = _judged(job.reward, rollouts, settings, device)
+        ranking, used = _judged(job.reward, rollouts, settings, device)
+        usages.append(used)
         rollouts = [rollouts[index] for index in pick_best(ranking, job.best_of)]
-    scores = _judged(job.judge, rollouts, settings, device)
+    scores, used = _judged(job.judge, rollouts, settings, device)
+    usages.append(used)
     row = sampled_metrics(rollouts, None, None, scores) if job.reward else _policy_row(rollouts, scores, job, settings)
     if job.reward is not None:
-        row["kl_bound"] = kl_bound(job.best_of)
+        row |= {"kl_bound": kl_bound(job.best_of), "num_silent_rewards": int(np.isnan(ranking).sum())}
     np.savez(job.folder / "scores.npz", scores=scores, clusters=prompt_clusters(rollouts))
     tokenizer = load_tokenizer(job.policy)
     samples = [
-        {"prompt": tokenizer.decode(r.prompt_ids), "response": tokenizer.decode(r.response_ids), "score": float(score)}
+        {
+            "prompt": tokenizer.decode(r.prompt_ids),
+            "response": tokenizer.decode(r.response_ids),
+            "score": None if np.isnan(score) else float(score),
+        }
         for r, score in zip(rollouts[:20], scores, strict=False)
     ]
     write_json(job.folder / "samples.json", samples)
-    finish_evaluation(job.folder, row, started, num_tokens_generated=num_tokens)
+    finish_evaluation(job.folder, row, started, num_tokens_generated=num_tokens, **total_costs(usages))
 
 
-def _judged(spec: JudgeSpec, rollouts: list[Rollout], settings: Evaluation, device: str) -> np.ndarray:
-    """A judge's scores [N] of rollouts."""
+def _judged(
+    spec: JudgeSpec, rollouts: list[Rollout], settings: Evaluation, device: str
+) -> tuple[np.ndarray, Usage | None]:
+    """A judge's scores [N] of rollouts, nan where it is silent, and what it was asked for them."""
     judge = load_judge(spec, settings.batch_size, device)
-    return judge.score([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+    scores = judge.score([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+    if not may_be_silent(judge) and not np.isfinite(scores).all():
+        num_bad = int((~np.isfinite(scores)).sum())
+        raise JudgeError(
+            f"the judge `{spec.settings.kind}` gave {num_bad} of {len(scores)} responses scores that are not finite "
+            "numbers; look at its weights"
+        )
+    return scores, usage_of(judge)
 
 
 def _policy_row(rollouts: list[Rollout], scores: np.ndarray, job: SampledJob, settings: Evaluation) -> dict[str, float]:

@@ -327,7 +327,8 @@ def judge_spec(plan: SeedPlan, settings: JudgeSettings, reward_model: Stage | No
         path = model_of(reward_model)
     elif settings.kind == "gold":
         path = str(plan.pairs.folder / "gold.json")
-    return JudgeSpec(settings, path, model_of(plan.reference))
+    calls = plan.data.folder.parents[1] / "judge_calls" if isinstance(settings, EndpointJudge) else None
+    return JudgeSpec(settings, path, model_of(plan.reference), None if calls is None else str(calls))
 
 
 def generator_names(config: Comparison) -> tuple[str, ...]:

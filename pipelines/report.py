@@ -14,6 +14,7 @@ import numpy as np
 
 from pipelines.evaluate import pairwise_wins
 from pipelines.exact import exact_frontier, exact_optimum, read_trajectory
+from pipelines.judge_notes import judge_notes
 from pipelines.plan import SeedPlan, Trained
 from prefarena.config import BestOfN, Comparison, LanguageTask, OnPolicyMethod, dump_config
 from prefarena.evaluation.agreement import kl_agreement
@@ -198,16 +199,7 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
         base = plan.base.manifest()
         notes.append(f"The policy has {base['num_parameters']:,} parameters.")
         notes += [f"It trains on a slower path: {note}." for note in base["notes"]]
-        if plan.judge is not None:
-            quality = plan.judge.manifest()["reward_model"]
-            notes.append(
-                "Judge scores and win rates come from a reward model trained on pairs that no entry saw. It orders "
-                f"{quality['accuracy']:.1%} ± {quality['accuracy_stderr']:.1%} of the held-out pairs as people did "
-                f"(chance is 50 %), with a log loss of {quality['log_loss']:.3f} nats (chance is 0.693) and an "
-                f"expected calibration error of {quality['ece']:.3f}: read them with that in mind."
-            )
-        elif not isinstance(config.task, LanguageTask):
-            notes.append(f"Judge scores and win rates come from the judge `{config.judge.kind}` of the configuration.")
+    notes += list(judge_notes(config, plans, _evaluation_rows(plans), _training_logs(plans)))
     notes += list(_reward_model_notes(plans))
     notes += list(dict.fromkeys(_fault_notes(plans)))  # stages that seeds share are told of once
     gaps = list(_largest_gaps(plans))
@@ -225,6 +217,16 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
     elif len(config.seeds) > 1:
         notes.append("Seeds share the task, the reference policy and the pairs; they differ in training alone.")
     return notes
+
+
+def _evaluation_rows(plans: list[SeedPlan]) -> dict[Stage, dict[str, float]]:
+    stages = [stage for plan in plans for stage in [plan.evaluation, *(t.evaluation for t in plan.trained)]]
+    return {stage: _row(stage) for stage in stages if stage.finished}
+
+
+def _training_logs(plans: list[SeedPlan]) -> dict[Stage, list[dict[str, float]]]:
+    trained = [t for plan in plans for t in plan.trained if isinstance(t.entry.method, OnPolicyMethod)]
+    return {t.training: _metric_rows(t) for t in trained if t.training is not None and t.training.finished}
 
 
 def _reward_model_notes(plans: list[SeedPlan]) -> Iterator[str]:

@@ -196,6 +196,16 @@ def pull(folder: Path) -> None:
             stores.download(mirror.url_of(folder / name), folder / name)
 
 
+def gather(folder: Path) -> None:
+    """Have on this node the files directly in a folder of the store whose files never change once they are there."""
+    mirror = mirror_of(folder)
+    if mirror is None:
+        return
+    for name in mirror.names(folder):
+        if "/" not in name and not (folder / name).exists():
+            _download(mirror, folder / name)
+
+
 def _download(mirror: Mirror, path: Path) -> None:
     """A file or a folder, in place of what is here; nothing where the store has none."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")

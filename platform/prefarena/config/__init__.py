@@ -15,6 +15,7 @@ from prefarena.config.comparison import (
 )
 from prefarena.config.judges import (
     ClassifierJudge,
+    Endpoint,
     EndpointJudge,
     FunctionJudge,
     GoldJudge,
@@ -52,6 +53,7 @@ __all__ = [
     "BestOfN",
     "ClassifierJudge",
     "Comparison",
+    "Endpoint",
     "EndpointJudge",
     "Entry",
     "Evaluation",

@@ -49,5 +49,9 @@ def kl_bound(n: int) -> float:
 
 
 def pick_best(scores: np.ndarray, n: int) -> np.ndarray:
-    """Indices [M] of the best of each of M consecutive groups of n samples, from scores [M * n]; the first of a tie."""
-    return np.arange(0, len(scores), n) + scores.reshape(-1, n).argmax(axis=1)
+    """Indices [M] of the best of each of M consecutive groups of n samples, from scores [M * n]; the first of a tie.
+
+    A sample without a score (nan) is the best of its group only where no other has one either.
+    """
+    known = np.where(np.isnan(scores), -np.inf, scores)
+    return np.arange(0, len(scores), n) + known.reshape(-1, n).argmax(axis=1)

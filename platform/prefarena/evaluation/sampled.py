@@ -73,17 +73,20 @@ def sampled_metrics(
     """Every estimate for one policy from its rollouts: `logps`, `ref_logps` and judge `scores` [N] belong to them.
 
     kl (k1), kl_k3, judge_score, response_length and truncation_rate (share cut off without eos), each with its
-    `_stderr`. Without log-probs (best-of-n, whose own probabilities nobody knows) there are no KLs.
+    `_stderr`. Without log-probs (best-of-n, whose own probabilities nobody knows) there are no KLs. Rollouts that the
+    judge is silent about (nan) are left out of its score and counted as `num_silent`, beside `num_judged`;
+    without any score there is no mean.
     """
-    clusters = prompt_clusters(rollouts)
+    clusters, judged = prompt_clusters(rollouts), ~np.isnan(scores)
     estimates = {
-        "judge_score": clustered(scores, clusters),
         "response_length": clustered([len(rollout.response_ids) for rollout in rollouts], clusters),
         "truncation_rate": clustered([not rollout.finished for rollout in rollouts], clusters),
     }
     if logps is not None and ref_logps is not None:
         estimates["kl"], estimates["kl_k3"] = kl_estimates(logps, ref_logps, clusters)
-    row: dict[str, float] = {}
+    if judged.any():
+        estimates["judge_score"] = clustered(scores[judged], clusters[judged])
+    row: dict[str, float] = {"num_judged": int(judged.sum()), "num_silent": int((~judged).sum())}
     for name, estimate in estimates.items():
         row |= {name: estimate.mean, f"{name}_stderr": estimate.stderr}
     return row
@@ -95,16 +98,21 @@ def win_rate(
     """P(score > other's score) + P(equal) / 2, paired by prompt, with its standard error over prompts.
 
     On each prompt every sample [N] of one policy meets every sample [M] of the other; prompts weigh alike. Cluster
-    labels name prompts and must mean the same in both. Raises ValueError when the prompts differ.
+    labels name prompts and must mean the same in both. Pairs in which a response has no score (nan) are left out, and
+    so is a prompt that has no other pairs; where none is left, rate and error are nan. Raises ValueError when the
+    prompts differ.
     """
     prompts = np.unique(clusters)
     if not np.array_equal(prompts, np.unique(other_clusters)):
         raise ValueError("win rates are paired by prompt, and the two policies answered different prompts")
-    shares = [
-        (np.sign(scores[clusters == prompt][:, None] - other_scores[other_clusters == prompt]).mean() + 1) / 2
-        for prompt in prompts
-    ]
-    return mean_and_stderr(shares)
+    known, other_known = ~np.isnan(scores), ~np.isnan(other_scores)
+    shares = []
+    for prompt in prompts:
+        own = scores[(clusters == prompt) & known]
+        others = other_scores[(other_clusters == prompt) & other_known]
+        if len(own) and len(others):
+            shares.append((np.sign(own[:, None] - others).mean() + 1) / 2)
+    return mean_and_stderr(shares) if shares else Estimate(float("nan"), float("nan"))
 
 
 def win_matrix(scores: list[np.ndarray], clusters: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:

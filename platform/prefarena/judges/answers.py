@@ -52,30 +52,55 @@ class Form:
 
 def read_response(body: str, form: Form) -> Reading:
     """The score in the body of a chat completion's HTTP response. Never raises, whatever the server sent."""
+    answer = answer_in(body)
+    return Reading(None, answer.reason) if answer.text is None else read_answer(answer.text, form)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model answered, or None with the reason why there is no answer to be read.
+
+    is_completion: whether the server sent a chat completion at all.
+    """
+
+    text: str | None
+    reason: str = ""
+    is_completion: bool = True
+
+
+def answer_in(body: str) -> Answer:
+    """The answer in the body of a chat completion's HTTP response. Never raises, whatever the server sent."""
     try:
         parsed: Any = json.loads(body)
     except (ValueError, RecursionError):
-        return Reading(None, "the server's response is not JSON")
+        return Answer(None, "the server's response is not JSON", False)
     choices = parsed.get("choices") if isinstance(parsed, dict) else None
     if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
-        return Reading(None, "the server's response has no choices")
+        return Answer(None, "the server's response has no choices", False)
     message = choices[0].get("message")
     content = _text(message.get("content")) if isinstance(message, dict) else None
     if choices[0].get("finish_reason") == "length":  # "Score: 1" may be the beginning of "Score: 10"
-        return Reading(None, "the answer was cut off at `max_tokens`")
+        return Answer(None, "the answer was cut off at `max_tokens`")
     if content is None or not content.strip():
-        return Reading(None, "the answer is empty")
-    return read_answer(content, form)
+        return Answer(None, "the answer is empty")
+    return Answer(content)
+
+
+def without_thoughts(answer: str) -> str | None:
+    """What an answer says after its thoughts, without a code block's fence; None where it ends within thoughts."""
+    text = _THOUGHT_END.sub("", _THOUGHT.sub("", answer), count=1)  # a template may have opened the thought itself
+    if _THOUGHT_START.search(text):
+        return None
+    text = text.strip()
+    fenced = _FENCE.match(text)
+    return fenced[1].strip() if fenced else text
 
 
 def read_answer(answer: str, form: Form) -> Reading:
     """The score that a whole answer gives, in the given form and range."""
-    text = _THOUGHT_END.sub("", _THOUGHT.sub("", answer), count=1)  # a template may have opened the thought itself
-    if _THOUGHT_START.search(text):
+    text = without_thoughts(answer)
+    if text is None:
         return Reading(None, "the answer ends within its thoughts")
-    text = text.strip()
-    fenced = _FENCE.match(text)
-    text = fenced[1].strip() if fenced else text
     if form.pattern is not None:
         return _by_pattern(text, form)
     if text.startswith(("{", "[")):

@@ -16,6 +16,7 @@ from prefarena.config import (
     JudgeSettings,
     RewardModel,
 )
+from prefarena.judges.usage import Usage
 
 
 @dataclass(frozen=True)
@@ -23,20 +24,36 @@ class JudgeSpec:
     """A judge as it is sent to a worker: its settings, and the paths that a run knows.
 
     path: the trained reward model's folder (`learned`) or the gold reward's JSON (`gold`); none for the others.
-    tokenizer: the folder of the policy's tokenizer, with which judges of text decode.
+    tokenizer: the folder of the policy's tokenizer, with which judges of text decode. calls: where answers of an
+    endpoint are kept; none: they are not.
     """
 
     settings: JudgeSettings
     path: str | None
     tokenizer: str
+    calls: str | None = None
 
 
 class Judge(Protocol):
     """Anything that scores responses; higher is better."""
 
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-        """Scores float64 [N] of N responses to N prompts, all as token ids (eos kept where it was produced)."""
+        """Scores float64 [N] of N responses to N prompts, all as token ids (eos kept where it was produced).
+
+        nan: the judge is silent about this response, which its settings allow (`max_silent_share`).
+        """
         ...
+
+
+def usage_of(judge: Judge) -> Usage | None:
+    """What has been asked of an endpoint; None for other judges."""
+    found = getattr(judge, "usage", None)
+    return found if isinstance(found, Usage) else None
+
+
+def may_be_silent(judge: Judge) -> bool:
+    """Whether a nan is a row without a verdict, and not a fault."""
+    return usage_of(judge) is not None
 
 
 def load_judge(spec: JudgeSpec, batch_size: int = 64, device: str | torch.device = "cpu") -> Judge:
@@ -57,7 +74,7 @@ def load_judge(spec: JudgeSpec, batch_size: int = 64, device: str | torch.device
         case EndpointJudge():
             from prefarena.judges.endpoint import EndpointScorer
 
-            return EndpointScorer(spec.settings, spec.tokenizer)
+            return EndpointScorer(spec.settings, spec.tokenizer, spec.calls)
         case ClassifierJudge():
             from prefarena.judges.classifier import ClassifierScorer
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import TypedDict
 
 from transformers import PreTrainedTokenizerBase
@@ -29,3 +30,9 @@ def judge_rows(
         )
         for prompt, response in zip(prompts, responses, strict=True)
     ]
+
+
+def filled(template: str, texts: dict[str, str]) -> str:
+    """The template with `{name}` replaced by the text of that name; braces elsewhere, and in the texts, stay."""
+    field = re.compile("|".join(rf"\{{{re.escape(name)}\}}" for name in texts))
+    return field.sub(lambda match: texts[match[0][1:-1]], template)

@@ -96,6 +96,9 @@ class Cost(Part):
     predicted_memory_mib: float | None = None
     num_tokens_trained: int = 0
     num_tokens_generated: int = 0
+    num_judge_calls: int = 0
+    num_judge_calls_reused: int = 0
+    num_judge_calls_torn: int = 0
     reused: bool = False
 
     @property

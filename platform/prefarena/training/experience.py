@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefarena.judges.spec import Judge
+from prefarena.judges.spec import Judge, may_be_silent
 from prefarena.modeling.heads import ValueHead, token_values
 from prefarena.modeling.logprobs import LogProbs, Sequences, collate, token_logps, token_logps_and_entropy
 from prefarena.records import Rollout
@@ -32,7 +32,8 @@ class Experience:
     generator_logps, old_logps, reference_logps, entropy: nats, at the sampling temperature. scores: [B] rewards as
     judged, before clipping and penalties. finished: [B], ended by eos. staleness: [B], how many updates older than the
     policy the weights are that generated it. values: of the critic that starts the iteration, where there is a critic.
-    monitor_scores: [B] of a judge that is not learned from.
+    monitor_scores: [B] of a judge that is not learned from. silent: [B], 1 where a judge that may be silent gave no
+    score, which is 0 then; none: it gave all.
     """
 
     sequences: Sequences
@@ -45,6 +46,12 @@ class Experience:
     staleness: Tensor
     values: Tensor | None = None
     monitor_scores: Tensor | None = None
+    silent: Tensor | None = None
+
+    @property
+    def silent_rows(self) -> Tensor:
+        """[B], True where there is no score."""
+        return torch.zeros_like(self.scores, dtype=torch.bool) if self.silent is None else self.silent > 0
 
     @property
     def num_sequence_tokens(self) -> int:
@@ -95,7 +102,9 @@ class Scorers:
         prompts = [rollout.prompt_ids for rollout in rollouts]
         responses = [rollout.response_ids for rollout in rollouts]
         with phase("score"):
-            scores = self._judged(self.reward, prompts, responses)
+            scores, silent = self._judged(self.reward, prompts, responses), None
+            if may_be_silent(self.reward):
+                silent, scores = scores.isnan().float(), scores.nan_to_num()
             monitored = None
             if self.monitor is not None:
                 same = self.monitor is self.reward
@@ -116,6 +125,7 @@ class Scorers:
             staleness=torch.tensor(staleness, device=self.device).float(),
             values=values,
             monitor_scores=monitored,
+            silent=silent,
             **logps,
         )
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining
 from prefarena.errors import UserError
 from prefarena.generation.interface import RolloutSource
-from prefarena.judges.spec import Judge, load_judge
+from prefarena.judges.spec import Judge, load_judge, usage_of
+from prefarena.judges.usage import total_costs
 from prefarena.modeling.heads import ValueHead, token_values
 from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_policy
 from prefarena.modeling.logprobs import LogProbs, token_logps
@@ -73,7 +74,7 @@ def train_on_policy(
             worker.save(trainer.iteration, trainer.tensors(), trainer.state())
     if worker.rank == 0:
         save_policy(trainer.policy, trainer.tokenizer, job.model_dir)
-    costs = worker.costs(num_steps=num_iterations, **trainer.counts)
+    costs = worker.costs(num_steps=num_iterations, **trainer.counts, **trainer.judge_calls())
     costs["device_seconds"] += costs["wall_seconds"] * len(job.generators)  # their devices are held all the while
     return {"costs": costs} | _verified(trainer.stream.source)
 
@@ -164,6 +165,14 @@ class OnPolicyTrainer:
             device=worker.device,
         )
 
+    def judge_calls(self) -> dict[str, int]:
+        """What was asked of an endpoint that is the reward, by all workers of this attempt; empty for other rewards."""
+        own = total_costs([usage_of(self.scorers.reward)])
+        if not own:
+            return {}
+        sums = self.worker.sum(torch.tensor(list(own.values()), dtype=torch.float64, device=self.worker.device))
+        return {name: int(number) for name, number in zip(own, sums, strict=True)}
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
@@ -223,7 +232,7 @@ class OnPolicyTrainer:
             self.controller = self.controller.update(row["kl/k1"], len(experience))
         with phases("update"):
             row |= self._update(targets.batch, coef)
-        self.counts["num_tokens_generated"] += int(targets.batch.mask.sum())
+        self.counts["num_tokens_generated"] += int(experience.sequences.response_mask.sum())
         self.counts["num_tokens_trained"] += experience.num_sequence_tokens * self.settings.num_epochs
         self.iteration = iteration + 1
         row["tokens_per_second"] = phases.throughput(experience.num_sequence_tokens)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -55,7 +57,10 @@ class Batch:
 
 @dataclass(frozen=True)
 class Targets:
-    """The batch to learn from, and the rewards [B] that its advantages compare, penalties included."""
+    """The batch to learn from, and the rewards [B] that its advantages compare, penalties included.
+
+    The mask of a rollout without a score is empty: nothing is learnt from it, and its reward means nothing.
+    """
 
     batch: Batch
     rewards: Tensor
@@ -65,9 +70,12 @@ def learnable(experience: Experience, settings: OnPolicyTraining, kl_coef: float
     """Clip and penalise the scores, and turn them into advantages as the method does.
 
     PPO: the KL penalty per token, GAE, advantages whitened over the whole batch. GRPO: the score against its group's
-    mean. RLOO: the score less the sequence's KL penalty, against the mean of the others in its group.
+    mean. RLOO: the score less the sequence's KL penalty, against the mean of the others in its group. Rollouts that the
+    judge is silent about are in no baseline and no loss.
     """
-    mask = experience.sequences.response_mask
+    mask, silent = experience.sequences.response_mask, experience.silent_rows
+    if silent.any():
+        mask = mask & ~silent[:, None]
     scores = experience.scores.clamp(-settings.reward_clip, settings.reward_clip)
     scores = scores - settings.missing_eos_penalty * (1 - experience.finished)
     token_kl = k1(experience.old_logps, experience.reference_logps)
@@ -88,13 +96,31 @@ def learnable(experience: Experience, settings: OnPolicyTraining, kl_coef: float
                 batch = replace(batch, weights=batch.weights * sequence_mean_weights(mask))
             if in_loss:
                 batch = replace(batch, reference_logps=experience.reference_logps)
-            advantages = group_advantages(rewards, settings.group_size, settings.normalise_std)
+            normalised = partial(group_advantages, normalise_std=settings.normalise_std)
+            advantages = _among_scored(normalised, rewards, silent, settings.group_size)
         case RLOOTraining():
             rewards = scores - kl_coef * (token_kl * mask).sum(1)
-            advantages = leave_one_out_advantages(rewards, settings.group_size)
+            advantages = _among_scored(leave_one_out_advantages, rewards, silent, settings.group_size)
         case _:
             raise TypeError(f"no advantages for {type(settings).__name__}")
     return Targets(replace(batch, advantages=advantages[:, None] * mask), rewards)
+
+
+def _among_scored(
+    advantages: Callable[[Tensor, int], Tensor], rewards: Tensor, silent: Tensor, group_size: int
+) -> Tensor:
+    """`advantages` of rewards [B] in groups of `group_size` rows, each among those of its group that have a score.
+
+    Rows without one, and the only row with one in its group, have the advantage 0.
+    """
+    if not silent.any():
+        return advantages(rewards, group_size)
+    found = torch.zeros_like(rewards)
+    for rows in torch.arange(len(rewards), device=rewards.device).split(group_size):
+        scored = rows[~silent[rows]]
+        if len(scored) > 1:
+            found[scored] = advantages(rewards[scored], len(scored))
+    return found
 
 
 def _with_critic(batch: Batch, experience: Experience, settings: PPOTraining, rewards: Tensor) -> Targets:
@@ -110,12 +136,12 @@ def _with_critic(batch: Batch, experience: Experience, settings: PPOTraining, re
 @torch.no_grad()
 def experience_metrics(experience: Experience, targets: Targets, importance_cap: float | None) -> dict[str, float]:
     """Of one rollout batch: KLs are sums over tokens, in nats a sequence; entropy is nats a token."""
-    mask = targets.batch.mask
+    mask, scored = experience.sequences.response_mask, ~experience.silent_rows
     log_weights = experience.old_logps - experience.generator_logps  # zero outside the response
     gap = log_weights.abs()[mask]
     row = {
-        "reward/mean": experience.scores.mean(),
-        "reward/penalised": targets.rewards.mean(),
+        "reward/mean": experience.scores[scored].mean(),
+        "reward/penalised": targets.rewards[scored].mean(),
         "entropy": masked_moments(experience.entropy, mask)[0],
         "logp_gap/mean": gap.mean(),
         "logp_gap/max": gap.max(),
@@ -132,7 +158,10 @@ def experience_metrics(experience: Experience, targets: Targets, importance_cap:
     if experience.monitor_scores is not None:
         row["reward/judge"] = experience.monitor_scores.mean()
     if targets.batch.returns is not None and targets.batch.values is not None:
-        row["value/explained_variance"] = explained_variance(targets.batch.values, targets.batch.returns, mask)
+        returns = targets.batch.returns
+        row["value/explained_variance"] = explained_variance(targets.batch.values, returns, targets.batch.mask)
+    if not scored.all():
+        row["reward/num_silent"] = (~scored).sum()
     return {name: float(value) for name, value in row.items()}
 
 

@@ -1,0 +1,83 @@
+"""What a report says of its judges: which they are, how often they were silent, and what was paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from pipelines.plan import SeedPlan, Trained
+from prefarena.config import Comparison, EndpointJudge, LanguageTask
+from prefarena.stages import Stage
+
+
+def judge_notes(
+    config: Comparison,
+    plans: list[SeedPlan],
+    rows: dict[Stage, dict[str, float]],
+    logs: dict[Stage, list[dict[str, Any]]],
+) -> Iterator[str]:
+    """Notes for the report. rows: of finished evaluations; logs: metric rows of finished on-policy trainings."""
+    if not isinstance(config.task, LanguageTask):
+        yield _source(config, plans[0])
+        if isinstance(config.judge, EndpointJudge):
+            yield from _silent(plans, rows)
+    yield from _silent_rewards(plans, rows, logs)
+    yield from _calls([*rows, *logs])
+
+
+def _source(config: Comparison, plan: SeedPlan) -> str:
+    if plan.judge is None:
+        return f"Judge scores and win rates come from the judge `{config.judge.kind}` of the configuration."
+    quality = plan.judge.manifest()["reward_model"]
+    return (
+        "Judge scores and win rates come from a reward model trained on pairs that no entry saw. It orders "
+        f"{quality['accuracy']:.1%} ± {quality['accuracy_stderr']:.1%} of the held-out pairs as people did "
+        f"(chance is 50 %), with a log loss of {quality['log_loss']:.3f} nats (chance is 0.693) and an "
+        f"expected calibration error of {quality['ece']:.3f}: read them with that in mind."
+    )
+
+
+def _silent(plans: list[SeedPlan], rows: dict[Stage, dict[str, float]]) -> Iterator[str]:
+    """How many responses of each policy got no score."""
+    measured = {plan.evaluation: "the reference" for plan in plans}
+    measured |= {t.evaluation: _name(t, plans) for plan in plans for t in plan.trained}
+    found = [
+        f"{rows[stage]['num_silent']:.0f} of {rows[stage]['num_silent'] + rows[stage]['num_judged']:.0f} of {name}"
+        for stage, name in measured.items()
+        if stage in rows and rows[stage].get("num_silent")
+    ]
+    if found:
+        yield (
+            f"Responses that the judge gave no readable score: {', '.join(found)}. They are left out of judge scores, "
+            "and pairs with one of them out of win rates."
+        )
+    else:
+        yield "The judge gave every response a readable score."
+
+
+def _silent_rewards(
+    plans: list[SeedPlan], rows: dict[Stage, dict[str, float]], logs: dict[Stage, list[dict[str, Any]]]
+) -> Iterator[str]:
+    for trained in (t for plan in plans for t in plan.trained):
+        name = _name(trained, plans)
+        log = logs.get(trained.training, []) if trained.training else []
+        silent = sum(row.get("reward/num_silent", 0) for row in log)
+        if silent:
+            yield f"{name}: {silent:.0f} rollouts got no readable reward; nothing was learnt from them."
+        picked = rows.get(trained.evaluation, {}).get("num_silent_rewards", 0)
+        if picked:
+            yield f"{name}: {picked:.0f} samples got no readable reward, and were picked only where no other had one."
+
+
+def _calls(stages: list[Stage]) -> Iterator[str]:
+    costs = [stage.manifest().get("costs", {}) for stage in stages]
+    paid, reused, torn = (
+        sum(cost.get(f"num_judge_calls{kind}", 0) for cost in costs) for kind in ("", "_reused", "_torn")
+    )
+    if paid or reused:
+        cut = f" Of the calls that were kept, {torn} lines were cut off and asked again." if torn else ""
+        yield f"Judge endpoints answered {paid:,} requests; {reused:,} answers had been paid for before.{cut}"
+
+
+def _name(trained: Trained, plans: list[SeedPlan]) -> str:
+    return trained.entry.name if len(plans) == 1 else f"{trained.entry.name} (seed {trained.seed})"

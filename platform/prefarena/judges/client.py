@@ -1,0 +1,195 @@
+"""Questions to a language model behind an OpenAI-compatible endpoint: some at once, none paid for twice.
+
+An answer that cannot be read is *silent*. Silent answers are counted; more of them than the settings allow are a
+JudgeError that shows some.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from typing import Any, Generic, Protocol, TypeVar
+from urllib.parse import urlsplit
+
+from openai import APIConnectionError, APIStatusError, BadRequestError, OpenAI, OpenAIError
+
+from prefarena.config import Endpoint
+from prefarena.errors import JudgeError, UserError
+from prefarena.judges.answers import answer_in
+from prefarena.judges.calls import Calls, call_key
+from prefarena.judges.usage import Usage
+
+_EXAMPLES = 3  # shown in an error
+_WRONG_SETTINGS = (401, 403, 404)  # statuses that no other row would change
+
+
+class Read(Protocol):
+    """What was read in an answer."""
+
+    @property
+    def reason(self) -> str:
+        """Why there is no verdict in it; empty where there is one."""
+        ...
+
+
+Found = TypeVar("Found", bound=Read)
+
+
+class Client(Generic[Found]):
+    """One endpoint with one model, at temperature 0.
+
+    read: what the body of a response says. missing: the same of a row that got no response, from the reason.
+    """
+
+    def __init__(
+        self, settings: Endpoint, read: Callable[[str], Found], missing: Callable[[str], Found], calls: str | None
+    ) -> None:
+        """`calls`: the folder of the calls that have been paid for; None: they are not kept. Raises UserError where
+        the key is missing."""
+        self.settings, self._key = settings, check_connection(settings)
+        self._read, self._missing = read, missing
+        self._calls = None if calls is None else Calls(calls)
+        self.usage = Usage(num_torn=0 if self._calls is None else self._calls.num_torn)
+        self._lock = threading.Lock()
+        self._limit_field = "max_tokens"  # or "max_completion_tokens", once the server has asked for it
+        self._client = OpenAI(
+            base_url=settings.base_url,
+            api_key=self._key or "none",  # the client insists on one
+            timeout=settings.timeout_s,
+            max_retries=settings.max_retries,  # of timeouts, lost connections, 408, 409, 429 and 5xx, backing off
+        )
+
+    def ask(self, questions: list[str]) -> list[Found]:
+        """What each answer says, in order; equal questions are asked once.
+
+        Raises JudgeError, with the endpoint, some rows, the reasons and the answers, where more than
+        `max_silent_share` of all rows so far have no verdict, and at once where the server refuses the key or the
+        model.
+        """
+        rows: dict[str, list[int]] = {}
+        for row, question in enumerate(questions):
+            rows.setdefault(question, []).append(row)
+        self.usage.num_asked += len(questions)
+        allowed = self.settings.max_silent_share * self.usage.num_asked
+        found: dict[str, Found] = {}
+        silent: dict[int, str] = {}
+        pool = ThreadPoolExecutor(self.settings.concurrency)
+        try:
+            running = {pool.submit(self._answer, question, places[0]): question for question, places in rows.items()}
+            for future in as_completed(running):
+                question = running[future]
+                found[question], shown = future.result()
+                if not found[question].reason:
+                    continue
+                self.usage.num_silent += len(rows[question])
+                silent[rows[question][0]] = f"row {rows[question][0]}: {found[question].reason}{shown}"
+                if self.usage.num_silent > allowed:
+                    raise JudgeError(self._too_silent(silent))
+        finally:
+            pool.shutdown(cancel_futures=True)  # after an error, rows that wait are not asked
+            if self._calls is not None:
+                self._calls.send()
+        return [found[question] for question in questions]
+
+    def _too_silent(self, silent: dict[int, str]) -> str:
+        usage, share = self.usage, self.settings.max_silent_share
+        examples = "; ".join(silent[row] for row in sorted(silent)[:_EXAMPLES])
+        return (
+            f"{self._where()}: {usage.num_silent} of {usage.num_asked} rows got no verdict, more than max_silent_share "
+            f"{share:g} allows; {examples}"
+        )
+
+    def _where(self) -> str:
+        return f"judge endpoint {self.settings.base_url} (model {self.settings.model})"
+
+    def _answer(self, question: str, row: int) -> tuple[Found, str]:
+        """What an answer says, and for one without a verdict the answer itself as it is shown."""
+        key = call_key(self._request(question))
+        kept = None if self._calls is None else self._calls.get(key)
+        if kept is not None:
+            with self._lock:
+                self.usage.num_reused += 1
+            return self._shown(kept)
+        attempts = 2 if self.settings.max_retries else 1
+        for attempt in range(attempts):
+            try:
+                body = self._asked(question)
+            except OpenAIError as error:
+                reason = f"no answer ({self._without_key(str(error)):.300})"
+                if isinstance(error, APIStatusError) and error.status_code in _WRONG_SETTINGS:
+                    raise JudgeError(f"{self._where()}, row {row}: {reason}") from None
+                if not isinstance(error, APIStatusError | APIConnectionError):
+                    raise JudgeError(f"{self._where()}, row {row}: {reason}") from None
+                return self._missing(reason), ""
+            with self._lock:
+                self.usage.num_paid += 1
+            found = self._read(body)
+            if not found.reason or attempt == attempts - 1:
+                break
+        if self._calls is not None and answer_in(body).is_completion:
+            self._calls.put(key, body)
+        return self._shown(body)
+
+    def _shown(self, body: str) -> tuple[Found, str]:
+        found = self._read(body)
+        return found, f"; it answered {self._without_key(body)[-300:]!r}" if found.reason else ""
+
+    def _request(self, question: str) -> dict[str, Any]:
+        """What an answer depends on; not under which name the server wants the limit."""
+        settings = self.settings
+        return {
+            "url": settings.base_url,
+            "model": settings.model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+            "max_tokens": settings.max_tokens,
+        }
+
+    def _asked(self, question: str) -> str:
+        """The body of the response, whatever it holds. Newer servers name the limit `max_completion_tokens`."""
+        field = self._limit_field
+        try:
+            return self._sent(question, field)
+        except BadRequestError as error:
+            if field != "max_tokens" or "max_completion_tokens" not in str(error):
+                raise
+            self._limit_field = "max_completion_tokens"
+            return self._sent(question, self._limit_field)
+
+    def _sent(self, question: str, limit_field: str) -> str:
+        response = self._client.chat.completions.with_raw_response.create(
+            model=self.settings.model,
+            messages=[{"role": "user", "content": question}],
+            temperature=0,
+            extra_body={limit_field: self.settings.max_tokens},
+        )
+        return response.text
+
+    def _without_key(self, text: str) -> str:
+        """Servers may repeat the key that they refuse."""
+        return text.replace(self._key, "(key)") if self._key else text
+
+
+def check_connection(settings: Endpoint) -> str | None:
+    """The key, from the environment. Raises UserError where it is not set, and where `base_url` is no URL, which would
+    otherwise be found after all training."""
+    if not _is_url(settings.base_url):
+        raise UserError(
+            f"judge endpoint: base_url must be a URL such as http://host:8000/v1, not {settings.base_url!r:.200}"
+        )
+    if settings.api_key_env is None:
+        return None
+    key = os.environ.get(settings.api_key_env)
+    if not key:
+        raise UserError(f"judge endpoint: the environment variable {settings.api_key_env} (api_key_env) is not set")
+    return key
+
+
+def _is_url(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # brackets without an address, a port that is no number
+        return False

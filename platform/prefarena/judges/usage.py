@@ -1,0 +1,33 @@
+"""What a judge has been asked, and what of it was paid for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+
+@dataclass
+class Usage:
+    """num_paid: requests that were answered; num_reused: answers that had been paid for before; num_torn: of those
+    kept, how many lines were cut off by the death of a process; num_asked, num_silent: rows, and those without a
+    verdict."""
+
+    num_paid: int = 0
+    num_reused: int = 0
+    num_torn: int = 0
+    num_asked: int = 0
+    num_silent: int = 0
+
+    def costs(self) -> dict[str, int]:
+        """As they stand in a manifest."""
+        return {
+            "num_judge_calls": self.num_paid,
+            "num_judge_calls_reused": self.num_reused,
+            "num_judge_calls_torn": self.num_torn,
+        }
+
+
+def total_costs(usages: Iterable[Usage | None]) -> dict[str, int]:
+    """The sums of `costs`; empty where no endpoint was asked."""
+    found = [usage.costs() for usage in usages if usage is not None]
+    return {name: sum(costs[name] for costs in found) for name in (found[0] if found else ())}
