@@ -24,6 +24,7 @@ import pyarrow.compute as pc
 from prefarena.config import Model, PretrainedModel, TextTask
 from prefarena.data.first_rows import look_at_pairs, look_at_text
 from prefarena.data.labels import order_notes
+from prefarena.data.notes import notes_of
 from prefarena.data.preparation import (
     COLUMNS,
     TEXT_COLUMNS,
@@ -111,7 +112,8 @@ def prepare_text(
     if path == str(folder / "tokenizer"):
         push(Path(path))  # the actors that tokenise may be on other nodes
     revision = model.revision if isinstance(model, PretrainedModel) and path == model.path else None
-    _check_tokens(task, parts, Tokenizer.load(path, revision, task))
+    tokenizer = Tokenizer.load(path, revision, task)
+    _check_tokens(task, parts, tokenizer)
     prepare = functools.partial(prepare_pairs, shares=shares)
     with TokenTables(folder) as tables:
         for rows in _stream(task, parts, COLUMNS, task.max_rows, prepare, (path, revision), num_tokenisers):
@@ -119,7 +121,9 @@ def prepare_text(
             if tables.num_rows == task.max_rows:
                 break
     summary = {**tables.summary(task, shares), "tokenizer": path, "rules": _rules(task, shares)}
-    summary["notes"] = [*notes, *ignored_judge(task, learns_judge), *order_notes(summary)]
+    summary["ends"] = tokenizer.ends_in_words()
+    notes = [*notes, *ignored_judge(task, learns_judge), *order_notes(summary)]
+    summary["notes"] = [*notes, *notes_of(summary, tokenizer.conversations.form)]
     if task.pretraining_text is not None:
         summary["num_pretraining"] = _write_pretraining(task, path, revision, folder, num_tokenisers)
     write_json(folder / "summary.json", summary)
@@ -281,7 +285,7 @@ def _rules(task: TextTask, shares: Shares) -> dict[str, str]:
     prompts = "are dropped" if task.long_prompts == "drop" else "keep their bos and last tokens"
     return {
         "long prompts": f"prompts of more than {task.max_prompt_tokens} tokens {prompts}",
-        "long responses": f"responses of more than {task.max_response_tokens} tokens keep their first, without eos",
+        "long responses": f"responses of more than {task.max_response_tokens} tokens keep their first, not their end",
         "splits": f"by a hash of the dialogue's opening with seed {task.split_seed}; {shares.test:.2%} are held out to "
         f"test on, {shares.judge:.2%} for the judge",
     }

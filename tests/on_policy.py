@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from tiny import BOS, EOS, FIRST_LETTER
+from tiny import BOS, FIRST_LETTER
 from torch import Tensor
 
 from prefarena.config import Generation, GRPOTraining, PPOTraining, RewardModel, RLOOTraining
 from prefarena.data.tables import write_rows
 from prefarena.generation.interface import Sampling, StaleWeightsError
 from prefarena.judges.spec import JudgeSpec
+from prefarena.modeling.endings import load_ends
 from prefarena.modeling.load import load_policy, load_tokenizer, new_reward_model, save_policy
 from prefarena.records import PROMPTS, Rollout
 from prefarena.training.jobs import OnPolicyJob
@@ -42,6 +43,7 @@ class LocalGenerator:
 
     def __init__(self, policy: str) -> None:
         self.model = load_policy(policy)
+        self.ends = torch.tensor(load_ends(policy, load_tokenizer(policy)))
         self.version: str | None = None
         self.num_syncs = 0
 
@@ -75,10 +77,10 @@ class LocalGenerator:
             for row in (~ended).nonzero()[:, 0].tolist():
                 responses[row].append(int(tokens[row]))
                 logps[row].append(float(log_softmax[row, tokens[row]]))
-            ended |= tokens[:, 0] == EOS
+            ended |= torch.isin(tokens[:, 0], self.ends)
             ids = torch.cat([ids, tokens], 1)
         return [
-            Rollout(prompt, response, logp, response[-1] == EOS, version)
+            Rollout(prompt, response, logp, response[-1] in self.ends.tolist(), version)
             for prompt, response, logp in zip(prompts, responses, logps, strict=True)
         ]
 

@@ -514,7 +514,7 @@ def test_a_template_that_fails_stops_the_run_before_ray_starts(
     ("template", "prompt", "answer"),
     [
         (None, "<|bos|>\n\nHuman: Blue?\n\nAssistant:", " Yes.<|eos|>"),  # no template
-        (TEMPLATE, "<|bos|>[user]Blue?<|eos|>", "[assistant]Yes.<|eos|>"),  # no generation prompt
+        (TEMPLATE, "<|bos|>[user]Blue?<|eos|>[assistant]", "Yes.<|eos|>"),  # `add_generation_prompt` is ignored
         (
             "{{ messages | length }}{{ messages[-1].content }}",
             "<|bos|>1Blue?",

@@ -27,7 +27,8 @@ from prefarena.generation.interface import (
     WeightMismatchError,
     WeightUpdateError,
 )
-from prefarena.modeling.load import load_policy
+from prefarena.modeling.endings import load_ends
+from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs, collate, token_logps
 from prefarena.records import Rollout
 
@@ -115,6 +116,28 @@ def test_responses_end_at_eos_or_the_limit_within_the_vocabulary(generator: Gene
         assert EOS not in rollout.response_ids[:-1]
         assert rollout.finished or len(rollout.response_ids) == 5
     assert {rollout.finished for rollout in rollouts} == {True, False}
+
+
+def set_ends(actor: Any, ends: tuple[int, ...]) -> tuple[int, ...]:
+    """Have the actor's engine end at other tokens; what it ended at."""
+    old: tuple[int, ...] = actor._engine.end_ids
+    actor._engine.end_ids = ends
+    return old
+
+
+def test_responses_end_at_each_of_several_ends(generator: Generators, tiny_policy: str) -> None:
+    ends = {EOS, FIRST_LETTER, FIRST_LETTER + 1}
+    generator.sync(load_policy(tiny_policy).state_dict().items(), "several")
+    assert inside(generator, set_ends, tuple(ends)) == load_ends(tiny_policy, load_tokenizer(tiny_policy))
+    try:
+        rollouts = generator.generate(PROMPTS * 2, Sampling(max_tokens=5, temperature=1.0, seed=3), "several")
+    finally:
+        inside(generator, set_ends, (EOS,))
+    assert {rollout.response_ids[-1] for rollout in rollouts if rollout.finished} == ends
+    for rollout in rollouts:
+        assert not ends & set(rollout.response_ids[:-1])
+        assert rollout.finished == (rollout.response_ids[-1] in ends)
+        assert rollout.finished or len(rollout.response_ids) == 5
 
 
 def test_samples_depend_on_seed_and_place_not_on_the_batch(generator: Generators, tiny_policy: str) -> None:

@@ -1,7 +1,7 @@
 """The typed rows that pass between stages, and their Arrow schemas.
 
-Token columns are list<int32>. `response`, `chosen` and `rejected` ids hold the end-of-sequence token when the
-response ended by itself; a response cut off at the limit has none. An `id` is a content hash, stable over reruns.
+Token columns are list<int32>. `response`, `chosen` and `rejected` ids hold the token that ends an answer when
+the response ended by itself; a response cut off at the limit has none. An `id` is a content hash, stable over reruns.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class Rollout:
     prompt_ids: list[int]
     response_ids: list[int]
     token_logps: list[float]
-    finished: bool  # ended by eos, not cut off at the limit
+    finished: bool  # by a token that ends an answer, not cut off at the limit
     weight_version: str
 
 

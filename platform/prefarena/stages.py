@@ -20,7 +20,7 @@ from typing import Any
 from prefarena import mirror
 
 #: Raise when the meaning of stored results changes: older stages are then not reused.
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 _MANIFEST = "manifest.json"
 _FAILURE = "failure.json"
 

@@ -33,7 +33,7 @@ class OnPolicyTraining(Section):
     clip: float = Field(0.2, gt=0)
     temperature: float = Field(1.0, gt=0)
     missing_eos_penalty: float = Field(
-        0.0, ge=0, description="Subtracted from the score of a response cut off without eos."
+        0.0, ge=0, description="Subtracted from the score of a response cut off before a token that ends it."
     )
     reward_clip: float = Field(10.0, gt=0)
     importance_cap: float | None = Field(

@@ -45,6 +45,8 @@ PREPARED_PAIRS = pa.schema(
         ("scores_contradict", pa.bool_()),
         ("prompt_cut", pa.bool_()),
         ("num_responses_cut", pa.int32()),
+        ("num_responses_apart", pa.int32()),
+        ("num_responses_as_written", pa.int32()),
     ]
 )
 PREPARED_PIECES = pa.schema([*_REJECTED, ("piece", pa.int32()), *PRETRAINING])

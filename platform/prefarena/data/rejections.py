@@ -40,6 +40,7 @@ BAD_LABEL = "label is not a probability"
 PROMPT_TOO_LONG = "prompt too long"
 TEMPLATE_REFUSES = "the chat template refuses it"
 NO_ROW = "a token without a row in the model's embedding"
+NOT_CONTINUED = "its answer cannot follow the chat template's generation prompt"
 END_INSIDE = "response has an end-of-sequence token inside"
 IDENTICAL_CUT = IDENTICAL + " after truncation"
 OTHER_SPLIT = "its truncated prompt is in another split"
@@ -73,6 +74,7 @@ REMEDIES = {
     PROMPT_TOO_LONG: "raise task.max_prompt_tokens, or set task.long_prompts: keep_end",
     TEMPLATE_REFUSES: "bring the messages into the order that the model's chat template takes, or mend the template",
     NO_ROW: "resize_token_embeddings(len(tokenizer)) and save the model, or remove that token from the text",
+    NOT_CONTINUED: "give answers with the thoughts that it opens, or take a template without that opening",
     END_INSIDE: "remove the special tokens from the text",
     IDENTICAL_CUT: "raise task.max_response_tokens",
     OTHER_SPLIT: "raise task.max_prompt_tokens",
@@ -93,6 +95,7 @@ STRUCTURAL = {
     NOT_MESSAGES,
     LOST_COLUMN,
     TEMPLATE_REFUSES,
+    NOT_CONTINUED,
 }
 _LONGEST_DETAIL = 200  # characters
 _NUM_NAMED = 3  # reasons that the message about too many rejected rows names

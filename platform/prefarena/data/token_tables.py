@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prefarena.config import TextTask
@@ -116,7 +117,7 @@ class TokenTables:
         for name, numbers in places.items():
             self._tables[name].add(_columns_of(name, rows.take(numbers)))
             if name.endswith("_pairs"):
-                self._count_cuts(rows.take(numbers))
+                self._count(rows.take(numbers))
 
     def summary(self, task: TextTask, shares: Shares) -> dict[str, Any]:
         """Counts. Raises UserError where a split is empty, or too many rows were rejected."""
@@ -139,6 +140,8 @@ class TokenTables:
             "num_truncated": self._cut["rows"],
             "num_truncated_prompts": self._cut["prompts"],
             "num_truncated_responses": self._cut["responses"],
+            "num_responses_tokenised_apart": self._cut["apart"],
+            "num_responses_as_written": self._cut["as_written"],
         }
 
     def _count_order(self, pairs: pa.Table) -> None:
@@ -164,7 +167,9 @@ class TokenTables:
             names.append("demonstrations")
         return names
 
-    def _count_cuts(self, rows: pa.Table) -> None:
+    def _count(self, rows: pa.Table) -> None:
+        for name in ("apart", "as_written"):
+            self._cut[name] += pc.sum(rows[f"num_responses_{name}"]).as_py() or 0
         for prompt, responses in zip(
             rows["prompt_cut"].to_pylist(), rows["num_responses_cut"].to_pylist(), strict=True
         ):

@@ -1,29 +1,28 @@
 """From text to token ids, once, with an exact boundary between prompt and response.
 
-Prompt and response are tokenised apart and put one after the other, so that the boundary is exact by construction and
-the prompt's ids are the very ones that generation is given. A prompt starts with exactly one bos (where the tokenizer
-has one), a response ends with exactly one eos; a bos or eos that a chat template or the text itself wrote there is not
-doubled.
-
-Messages go through the tokenizer's chat template. A tokenizer without one gets them as a transcript: a blank line,
-`System:`, `Human:` or `Assistant:`, and the content, as in HH-RLHF. Plain prompts stay plain whatever the tokenizer.
+What is trained on is what the tokenizer makes of the whole conversation, prompt and answer together, divided where the
+prompt ends (`data/boundary.py`; the texts are those of `data/conversations.py`). Where a token reaches over that place,
+prompt and answer are tokenised apart, and counted. A prompt starts with exactly one bos (where the tokenizer has one),
+a response ends with exactly one token that ends an answer (`modeling/endings.py`); one that a chat template or the text
+itself wrote there is not doubled, and nothing stands behind it.
 
 Truncation: a prompt over the limit is dropped, or keeps its bos and its last tokens; a response over the limit keeps
-its first tokens and so loses its eos.
+its first tokens and so loses its end.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
+from functools import cached_property
 from pathlib import Path
 
-from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prefarena.config import TextTask
-from prefarena.data.formats import Message, Pair
+from prefarena.data.boundary import Encoder
+from prefarena.data.conversations import Conversations, Texts
+from prefarena.data.formats import Pair
 from prefarena.data.rejections import (
     EMPTY_PROMPT,
     EMPTY_RESPONSE,
@@ -31,35 +30,29 @@ from prefarena.data.rejections import (
     IDENTICAL,
     IDENTICAL_CUT,
     PROMPT_TOO_LONG,
-    TEMPLATE_REFUSES,
     Unusable,
 )
 from prefarena.errors import UserError
+from prefarena.modeling.endings import configured_ends, end_ids
 from prefarena.modeling.load import load_tokenizer
 from prefarena.modeling.vocabulary import ids_without_row
-
-#: What a template, which is a program, can fail with; its compilation fails with the first.
-_TEMPLATE_FAILURES = (
-    TemplateError,
-    TypeError,
-    ValueError,
-    LookupError,
-    AttributeError,
-    ArithmeticError,
-    RecursionError,
-)
-_TURNS = {"user": "Human", "assistant": "Assistant", "system": "System", "developer": "System", "tool": "Tool"}
 
 
 @dataclass(frozen=True)
 class TokenPair:
-    """Token ids of a pair, and what truncation touched."""
+    """Token ids of a pair, what truncation touched, and what else its responses are not.
+
+    num_responses_apart: tokenised by themselves, since no token of the whole text ends where the prompt does.
+    num_responses_as_written: not as the chat template would render them (`conversations.Texts`).
+    """
 
     prompt_ids: list[int]
     chosen_ids: list[int]
     rejected_ids: list[int]
     prompt_cut: bool
     num_responses_cut: int
+    num_responses_apart: int
+    num_responses_as_written: int
 
 
 @dataclass(frozen=True)
@@ -67,11 +60,13 @@ class Tokenizer:
     """Prompts and responses to ids, within a task's limits. Raises UserError where these leave no room.
 
     unembedded: tokens that have no row in the model's embedding; a row that holds one is rejected.
+    model_ends: tokens that the model's generation config names as ends, beside those that the tokenizer tells of.
     """
 
     tokenizer: PreTrainedTokenizerBase
     task: TextTask
     unembedded: frozenset[int] = frozenset()
+    model_ends: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.tokenizer.eos_token_id is None:
@@ -86,7 +81,8 @@ class Tokenizer:
     def load(cls, path: str | Path, revision: str | None, task: TextTask) -> Tokenizer:
         """The tokenizer at `path`, and what is known of the model there. Raises UserError as `load_tokenizer` does."""
         tokenizer = load_tokenizer(path, revision)
-        return cls(tokenizer, task, unembedded=ids_without_row(path, tokenizer, revision))
+        unembedded = ids_without_row(path, tokenizer, revision)
+        return cls(tokenizer, task, unembedded=unembedded, model_ends=configured_ends(path, tokenizer, revision))
 
     def pair(self, pair: Pair) -> TokenPair:
         """Ids within the limits. Raises Unusable where the pair cannot be trained on."""
@@ -95,37 +91,49 @@ class Tokenizer:
             raise done
         return done
 
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """The tokens that end an answer, ascending."""
+        return end_ids(self.tokenizer, self.model_ends)
+
+    @cached_property
+    def conversations(self) -> Conversations:
+        return Conversations(self.tokenizer, self.ends)
+
+    @cached_property
+    def encoder(self) -> Encoder:
+        return Encoder(self.tokenizer)
+
+    def ends_in_words(self) -> list[str]:
+        """The tokens that end an answer, as text."""
+        return [str(self.tokenizer.convert_ids_to_tokens(number)) for number in self.ends]
+
     def pairs(self, pairs: Sequence[Pair]) -> list[TokenPair | Unusable]:
         """Ids of each pair within the limits, or why it cannot be trained on. All texts are encoded in one call."""
-        texts = [self._try_texts(pair) for pair in pairs]
-        ids = iter(self._encode([text for found in texts if not isinstance(found, Unusable) for text in found]))
+        found = [self._try_texts(pair) for pair in pairs]
+        ids = iter(self.encoder.encode([text for texts in found if isinstance(texts, Texts) for text in _all(texts)]))
         return [
-            found if isinstance(found, Unusable) else self._try_fit(pair, list(islice(ids, len(found))))
-            for pair, found in zip(pairs, texts, strict=True)
+            texts if isinstance(texts, Unusable) else self._try_fit(texts, [next(ids) for _ in _all(texts)])
+            for texts in found
         ]
 
-    def _try_texts(self, pair: Pair) -> list[str] | Unusable:
-        """The texts to encode: prompt, chosen and rejected as they are read; for messages then both bare answers."""
-        messages = pair.messages
-        if messages is None:
-            return [str(pair.prompt), pair.chosen, pair.rejected]
+    def _try_texts(self, pair: Pair) -> Texts | Unusable:
         try:
-            prompt = self._render(messages)
-            answers = [self._render_answer(prompt, messages, answer) for answer in (pair.chosen, pair.rejected)]
-        except Unusable as error:
-            return error
-        return [prompt, *answers, pair.chosen, pair.rejected]
-
-    def _try_fit(self, pair: Pair, ids: list[list[int]]) -> TokenPair | Unusable:
-        try:
-            return self._fit(pair, ids)
+            return self.conversations.texts(pair)
         except Unusable as error:
             return error
 
-    def _fit(self, pair: Pair, ids: list[list[int]]) -> TokenPair:
-        """The ids of a pair's texts, in the order of `_try_texts`, within the limits."""
-        prompt_ids, prompt_cut = self._fit_prompt(self._begun(ids[0]))
-        answers = [self._ended(found, ids[3 + i] if pair.messages else None) for i, found in enumerate(ids[1:3])]
+    def _try_fit(self, texts: Texts, ids: list[list[int]]) -> TokenPair | Unusable:
+        try:
+            return self._fit(texts, ids)
+        except Unusable as error:
+            return error
+
+    def _fit(self, texts: Texts, ids: list[list[int]]) -> TokenPair:
+        """The ids of a pair's texts within the limits. `ids`: of its prompt, and of the prompt with each answer."""
+        prompt, responses, num_apart = self._divided(texts, ids)
+        prompt_ids, prompt_cut = self._fit_prompt(self._begun(prompt))
+        answers = [self._ended(found, texts) for found in responses]
         limit = self.task.max_response_tokens
         chosen, rejected = (answer[:limit] for answer in answers)
         if answers[0] == answers[1]:
@@ -134,7 +142,28 @@ class Tokenizer:
             raise Unusable(IDENTICAL_CUT)
         if min(map(len, answers)) < 2:
             raise Unusable(EMPTY_RESPONSE, "the tokenizer finds no token in it")
-        return TokenPair(prompt_ids, chosen, rejected, prompt_cut, sum(len(answer) > limit for answer in answers))
+        num_cut = sum(len(answer) > limit for answer in answers)
+        return TokenPair(prompt_ids, chosen, rejected, prompt_cut, num_cut, num_apart, texts.num_as_written)
+
+    def _divided(self, texts: Texts, ids: list[list[int]]) -> tuple[list[int], list[list[int]], int]:
+        """The prompt's ids, each answer's, and how many of these had to be tokenised apart.
+
+        The prompt's are those of its text by itself, as generation would make them, unless the answers' own tokens
+        agree on others.
+        """
+        alone, wholes = ids[0], ids[1:]
+        at = len(texts.prompt)
+        cuts = [
+            self.encoder.cut(texts.prompt + answer, at, whole, alone)
+            for answer, whole in zip(texts.answers, wholes, strict=True)
+        ]
+        prompts = [cut[0] for cut in cuts if cut is not None]
+        prompt = alone if alone in prompts or not prompts else prompts[0]
+        responses = [
+            cut[1] if cut is not None and cut[0] == prompt else self.encoder.apart(answer)
+            for answer, cut in zip(texts.answers, cuts, strict=True)
+        ]
+        return prompt, responses, sum(cut is None or cut[0] != prompt for cut in cuts)
 
     def _begun(self, ids: list[int]) -> list[int]:
         """A prompt's ids at full length: one bos, then the text."""
@@ -145,38 +174,21 @@ class Tokenizer:
             raise Unusable(EMPTY_PROMPT, "the tokenizer finds no token in it")
         return ids if bos is None else [bos, *ids]
 
-    def _ended(self, ids: list[int], bare: list[int] | None) -> list[int]:
-        """An answer's ids at full length: the text, then one eos. `bare`: a message's ids without its template."""
-        eos, bos = self.tokenizer.eos_token_id, self.tokenizer.bos_token_id
-        if bare is not None and eos in bare:
+    def _ended(self, ids: list[int], texts: Texts) -> list[int]:
+        """An answer's ids at full length: the text, then the one token that ends it."""
+        has_end = texts.is_closed and bool(ids) and ids[-1] in self.ends
+        body, end = (ids[:-1], ids[-1]) if has_end else (ids, texts.end_id)
+        bos = self.tokenizer.bos_token_id
+        if any(token in self.ends or (bos is not None and token == bos) for token in body):
             raise Unusable(END_INSIDE)
-        if bare is not None and eos in ids:
-            ids = ids[: ids.index(eos)]  # what a template writes after the end of the turn is not the answer's
-        while ids and ids[-1] == eos:
-            ids = ids[:-1]
-        if eos in ids or (bos is not None and bos in ids):
-            raise Unusable(END_INSIDE)
-        return [*ids, eos]
+        return [*body, end]
 
     def text(self, text: str) -> list[list[int]]:
         """Pretraining text as pieces of at most prompt + response tokens, each with a bos, the last with an eos."""
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
-        ids = [*self._encode([text])[0], self.tokenizer.eos_token_id]
+        ids = [*self.encoder.encode([text])[0], self.tokenizer.eos_token_id]
         size = self.task.max_prompt_tokens + self.task.max_response_tokens - len(bos)
         return [bos + ids[start : start + size] for start in range(0, len(ids), size)]
-
-    def _encode(self, texts: list[str]) -> list[list[int]]:
-        """Ids of each text, without special tokens of the tokenizer's own."""
-        if not texts:
-            return []
-        if getattr(type(self.tokenizer), "_encode_plus", None) is not PreTrainedTokenizerFast._encode_plus:
-            return self.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]
-        # What the call above does with such a tokenizer, but for the masks and offsets that nobody reads.
-        backend = self.tokenizer.backend_tokenizer
-        backend.no_truncation()
-        backend.no_padding()
-        backend.encode_special_tokens = self.tokenizer.split_special_tokens
-        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
 
     def _fit_prompt(self, ids: list[int]) -> tuple[list[int], bool]:
         limit = self.task.max_prompt_tokens
@@ -187,20 +199,10 @@ class Tokenizer:
         head = ids[:1] if self.tokenizer.bos_token_id is not None else []
         return head + ids[len(ids) - (limit - len(head)) :], True
 
-    def _render(self, messages: list[Message], answered: bool = False) -> str:
-        if self.tokenizer.chat_template is None:
-            turns = "".join(f"\n\n{_TURNS[m['role']]}: {m['content']}" for m in messages)
-            return turns if answered else turns + "\n\nAssistant:"
-        try:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=not answered)
-        except _TEMPLATE_FAILURES as error:
-            raise Unusable(TEMPLATE_REFUSES, f"{type(error).__name__}: {error}") from None
-        return str(text)
 
-    def _render_answer(self, prompt: str, messages: list[Message], answer: str) -> str:
-        """What the whole conversation has after its prompt; the bare answer where a template rewrites the prompt."""
-        whole = self._render([*messages, {"role": "assistant", "content": answer}], answered=True)
-        return whole.removeprefix(prompt) if whole.startswith(prompt) else answer
+def _all(texts: Texts) -> list[str]:
+    """The texts to encode: the prompt, and the prompt with each answer."""
+    return [texts.prompt, *(texts.prompt + answer for answer in texts.answers)]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> PreTrainedTokenizerFast:

@@ -72,7 +72,7 @@ def sampled_metrics(
 ) -> dict[str, float]:
     """Every estimate for one policy from its rollouts: `logps`, `ref_logps` and judge `scores` [N] belong to them.
 
-    kl (k1), kl_k3, judge_score, response_length and truncation_rate (share cut off without eos), each with its
+    kl (k1), kl_k3, judge_score, response_length and truncation_rate (share cut off at the limit), each with its
     `_stderr`. Without log-probs (best-of-n, whose own probabilities nobody knows) there are no KLs. Rollouts that the
     judge is silent about (nan) are left out of its score and counted as `num_silent`, beside `num_judged`;
     without any score there is no mean.

@@ -40,6 +40,7 @@ class GenerationActor:
 
     def __init__(self, model_path: str, generation: Generation, max_model_len: int, use_gpu: bool, seed: int) -> None:
         from prefarena.generation.engine import Engine
+        from prefarena.modeling.endings import load_ends
         from prefarena.modeling.load import load_tokenizer
 
         self._version: str | None = None
@@ -49,7 +50,7 @@ class GenerationActor:
             model_path,
             generation,
             max_model_len=max_model_len,
-            eos_id=load_tokenizer(model_path).eos_token_id,
+            end_ids=load_ends(model_path, load_tokenizer(model_path)),
             use_gpu=use_gpu,
             seed=seed,
         )

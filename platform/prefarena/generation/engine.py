@@ -44,7 +44,7 @@ from prefarena.generation.weights import checksum
 
 @dataclass(frozen=True)
 class Sample:
-    """One sampled response: ids with the eos that ended it, and their log-probs (nats, at the sampling temperature)."""
+    """One sampled response: ids with the one that ended it, and their log-probs (nats, at the sampling temperature)."""
 
     token_ids: list[int]
     token_logps: list[float]
@@ -55,13 +55,21 @@ class Engine:
     """One model in vLLM, sampling token ids to token ids.
 
     top-p and top-k are off and log-probs are those of the distribution sampled from (`processed_logprobs`), so the
-    trainer's log-probs at the same temperature are directly comparable. `eos_id` ends a response and is kept in it.
+    trainer's log-probs at the same temperature are directly comparable. Each of `end_ids` ends a response, and is kept
+    in it.
     """
 
     def __init__(
-        self, model_path: str, generation: Generation, *, max_model_len: int, eos_id: int, use_gpu: bool, seed: int
+        self,
+        model_path: str,
+        generation: Generation,
+        *,
+        max_model_len: int,
+        end_ids: Sequence[int],
+        use_gpu: bool,
+        seed: int,
     ) -> None:
-        self.eos_id = eos_id
+        self.end_ids = tuple(end_ids)
         # Prefills are never cut (chunked prefill off, room for the longest): a cut one with a seeded request ends
         # vLLM's CPU engine.
         options: dict[str, Any] = {
@@ -107,13 +115,13 @@ class Engine:
                 logprobs=0,
                 detokenize=False,
                 ignore_eos=True,
-                stop_token_ids=[self.eos_id],
+                stop_token_ids=list(self.end_ids),
             )
             for seed in seeds
         ]
         requests = [TokensPrompt(prompt_token_ids=list(prompt)) for prompt in prompts]
         return [
-            _sample(output.outputs[0], self.eos_id) for output in self._llm.generate(requests, params, use_tqdm=False)
+            _sample(output.outputs[0], self.end_ids) for output in self._llm.generate(requests, params, use_tqdm=False)
         ]
 
     # ------------------------------------------------------------------------------------------- weights
@@ -163,10 +171,10 @@ class Engine:
         return set_current_vllm_config(self._llm.llm_engine.vllm_config)
 
 
-def _sample(output: Any, eos_id: int) -> Sample:
+def _sample(output: Any, end_ids: Sequence[int]) -> Sample:
     token_ids = list(output.token_ids)
     logps = [entry[token].logprob for entry, token in zip(output.logprobs, token_ids, strict=True)]
-    return Sample(token_ids, logps, finished=token_ids[-1] == eos_id)
+    return Sample(token_ids, logps, finished=token_ids[-1] in end_ids)
 
 
 # --------------------------------------------------------------------------------- reading weights back

@@ -35,6 +35,7 @@ from prefarena.modeling.checks import (
     first_line,
     quietly,
 )
+from prefarena.modeling.endings import keep_ends
 from prefarena.modeling.folders import check_tokenizer_files, has_tokenizer, local_folder
 from prefarena.modeling.inspection import check_context
 
@@ -133,7 +134,13 @@ def new_policy(model: ScratchModel, tokenizer: PreTrainedTokenizerBase, max_leng
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """A standard transformers checkpoint folder (safetensors), with the tokenizer."""
+    """A standard transformers checkpoint folder (safetensors), with the tokenizer.
+
+    Its generation config names every token that ends an answer (`modeling/endings.py`), those that a pretrained model
+    came with included.
+    """
+    if model.can_generate() and model.generation_config is not None:
+        keep_ends(model.generation_config, tokenizer)
     model.save_pretrained(str(folder))
     tokenizer.save_pretrained(str(folder))
 

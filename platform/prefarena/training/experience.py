@@ -30,10 +30,10 @@ class Experience:
     """A rollout batch. Per-token fields are [B, T-1] like `sequences.response_mask`, zero outside it.
 
     generator_logps, old_logps, reference_logps, entropy: nats, at the sampling temperature. scores: [B] rewards as
-    judged, before clipping and penalties. finished: [B], ended by eos. staleness: [B], how many updates older than the
-    policy the weights are that generated it. values: of the critic that starts the iteration, where there is a critic.
-    monitor_scores: [B] of a judge that is not learned from. silent: [B], 1 where a judge that may be silent gave no
-    score, which is 0 then; none: it gave all.
+    judged, before clipping and penalties. finished: [B], not cut off at the limit. staleness: [B], how many updates
+    older than the policy the weights are that generated it. values: of the critic that starts the iteration, where
+    there is a critic. monitor_scores: [B] of a judge that is not learned from. silent: [B], 1 where a judge that may be
+    silent gave no score, which is 0 then; none: it gave all.
     """
 
     sequences: Sequences

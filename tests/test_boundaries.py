@@ -1,0 +1,194 @@
+"""Prompt and answer are the whole conversation's own tokens, divided where the prompt ends."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from real_model import smollm2
+from templates import (
+    ALWAYS_OPEN,
+    CHATML,
+    CHATML_UNASKED,
+    ENDS,
+    GEMMA,
+    LLAMA2,
+    LLAMA3,
+    QWEN3,
+    R1,
+    R1_OPEN,
+    ZEPHYR,
+    tokenizer,
+)  # fmt: skip
+from transformers import PreTrainedTokenizerBase
+
+from prefarena.config import TextTask
+from prefarena.data import rejections
+from prefarena.data.formats import normalise
+from prefarena.data.rejections import Unusable
+from prefarena.data.tokenization import Tokenizer, TokenPair
+from prefarena.modeling.load import load_tokenizer
+
+KINDS = ["bytes", "prefix", "metaspace", "unigram"]
+TASK = TextTask(data="x", max_prompt_tokens=400, max_response_tokens=400)
+TOKENIZERS = {kind: tokenizer(kind) for kind in KINDS}
+
+
+def chat(chosen: str, rejected: str = "no", question: str = "What is a river?") -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": question}],
+        "chosen": [{"role": "assistant", "content": chosen}],
+        "rejected": [{"role": "assistant", "content": rejected}],
+    }
+
+
+def tokens_of(made: PreTrainedTokenizerBase, row: dict[str, Any]) -> TokenPair:
+    return Tokenizer(made, TASK).pair(normalise(row))
+
+
+def whole_ids(made: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Of the whole text, with exactly one bos before it."""
+    ids = made(text, add_special_tokens=False)["input_ids"]
+    while ids[:1] == [made.bos_token_id]:
+        ids = ids[1:]
+    return [made.bos_token_id, *ids]
+
+
+def rendered(made: PreTrainedTokenizerBase, row: dict[str, Any]) -> list[int]:
+    """What the tokenizer makes of the rendered conversation of the chosen answer."""
+    return whole_ids(made, str(made.apply_chat_template([*row["prompt"], *row["chosen"]], tokenize=False)))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("template", "end"), ENDS)
+def test_a_conversation_is_its_own_tokens_up_to_the_end_of_the_turn(kind: str, template: str, end: str) -> None:
+    made, row = tokenizer(kind, template), chat("It is large.")
+    found, whole = tokens_of(made, row), rendered(made, row)
+    ids = found.prompt_ids + found.chosen_ids
+    assert found.num_responses_apart == found.num_responses_as_written == 0
+    assert ids == whole[: len(ids)]
+    assert made.convert_ids_to_tokens(found.chosen_ids[-1]) == end
+    assert end not in made.convert_ids_to_tokens(found.chosen_ids[:-1])
+
+
+def boundary(made: PreTrainedTokenizerBase, text: str, at: int) -> bool:
+    """Whether tokens of the text meet before its character `at`; by the library's own offsets, without ours."""
+    offsets = made(text, add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    return all(end <= at or start >= at for start, end in offsets)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS[:3]),
+    texts=st.lists(st.text(st.sampled_from("ab \nsi?é4") | st.characters(codec="utf-8"), min_size=1, max_size=8),
+                   min_size=3, max_size=3),
+)  # fmt: skip
+def test_prompt_and_answer_are_the_whole_text_wherever_tokens_meet(kind: str, texts: list[str]) -> None:
+    made = TOKENIZERS[kind]
+    prompt, chosen, rejected = texts
+    try:
+        found = tokens_of(made, {"prompt": prompt, "chosen": chosen, "rejected": rejected})
+    except Unusable:
+        return
+    num_whole = 0
+    for answer, ids in ((chosen, found.chosen_ids), (rejected, found.rejected_ids)):
+        assert ids[-1] == made.eos_token_id
+        whole = whole_ids(made, prompt + answer)
+        is_whole = found.prompt_ids + ids[:-1] == whole
+        num_whole += is_whole
+        if not is_whole and boundary(made, prompt + answer, len(prompt)):  # the other answer's prompt is another
+            assert found.num_responses_apart
+    assert num_whole >= 2 - found.num_responses_apart
+
+
+@pytest.mark.parametrize("kind", ["prefix", "metaspace"])
+@pytest.mark.parametrize(("prompt", "answer"), [("Q:", " yes"), ("Q: ", "yes"), ("Q", "s it"), ("Q\n", "yes")])
+def test_no_answer_gets_a_space_of_the_tokenizers(kind: str, prompt: str, answer: str) -> None:
+    made = TOKENIZERS[kind]
+    found = tokens_of(made, {"prompt": prompt, "chosen": answer, "rejected": answer + " no"})
+    assert made.decode(found.prompt_ids[1:] + found.chosen_ids[:-1]) == prompt + answer
+
+
+def test_answers_that_tokens_join_to_the_prompt_are_apart_and_counted() -> None:
+    found = tokens_of(TOKENIZERS["prefix"], {"prompt": "Say: ", "chosen": "yes", "rejected": "no"})
+    assert found.num_responses_apart == 2
+
+
+# ------------------------------------------------------------------------------------------ templates
+
+
+@pytest.mark.parametrize("template", [CHATML_UNASKED, ALWAYS_OPEN])
+def test_a_role_that_a_template_writes_unasked_belongs_to_the_prompt(template: str) -> None:
+    made = tokenizer("bytes", template)
+    found = tokens_of(made, chat("It is large."))
+    assert made.decode(found.prompt_ids).endswith("<|im_end|>\n<|im_start|>assistant\n")
+    assert made.decode(found.chosen_ids) == "It is large.<|im_end|>"
+
+
+@pytest.mark.parametrize(
+    ("template", "content", "answer", "num_as_written"),
+    [
+        (R1, "<think>large?</think>yes", "<think>large?</think>yes</s>", 1),  # strips thoughts
+        (R1, "yes", "yes</s>", 0),
+        (R1_OPEN, "<think>\nlarge?</think>yes", "large?</think>yes</s>", 1),  # opens a thought
+        (R1_OPEN, "large?</think>yes", "large?</think>yes</s>", 1),
+        (QWEN3, "<think>\nlarge?\n</think>\n\nyes", "<think>\nlarge?\n</think>\n\nyes<|im_end|>", 0),
+        (QWEN3, "<think>large?</think>yes", "<think>\nlarge?\n</think>\n\nyes<|im_end|>", 0),
+        (QWEN3, "yes", "<think>\n\n</think>\n\nyes<|im_end|>", 0),
+    ],
+)
+def test_thoughts_are_trained_on_as_generation_gives_them(
+    template: str, content: str, answer: str, num_as_written: int
+) -> None:
+    made = tokenizer("bytes", template)
+    found = tokens_of(made, chat(content, content + " indeed"))
+    assert made.decode(found.chosen_ids) == answer
+    assert found.num_responses_as_written == 2 * num_as_written
+
+
+def test_an_answer_without_the_thought_that_generation_opens_is_refused() -> None:
+    with pytest.raises(Unusable) as refused:
+        tokens_of(tokenizer("bytes", R1_OPEN), chat("yes"))
+    assert refused.value.reason == rejections.NOT_CONTINUED
+    assert "'<think>'" in refused.value.detail
+    assert refused.value.reason in rejections.STRUCTURAL
+
+
+# ---------------------------------------------------------------------------------- where answers end
+
+
+@pytest.mark.parametrize("tail", ["", "\n", " \n\n"])
+@pytest.mark.parametrize(
+    ("template", "end"), [(CHATML, "<|im_end|>"), (LLAMA3, "<|eot_id|>"), (GEMMA, "<end_of_turn>"), (ZEPHYR, "</s>")]
+)
+def test_text_in_the_templates_form_ends_with_its_end(template: str, end: str, tail: str) -> None:
+    made = tokenizer("bytes", template)
+    prompt = str(made.apply_chat_template(chat("")["prompt"], tokenize=False, add_generation_prompt=True))
+    for answers in (("yes" + end + tail, "no" + end + tail), ("yes", "no"), ("yes" + end + "\n</s>", "no" + end)):
+        found = tokens_of(made, {"prompt": prompt, "chosen": answers[0], "rejected": answers[1]})
+        assert made.decode(found.chosen_ids) == "yes" + end
+        assert made.decode(found.rejected_ids) == "no" + end
+
+
+@pytest.mark.parametrize("template", [GEMMA, LLAMA2])
+def test_an_end_inside_an_answer_is_refused(template: str) -> None:
+    made = tokenizer("prefix", template)
+    for text in ("a<end_of_turn>b", "a</s>b", "a<s>b"):
+        if text == "a<end_of_turn>b" and template == LLAMA2:
+            continue
+        with pytest.raises(Unusable) as refused:
+            tokens_of(made, chat(text))
+        assert refused.value.reason == rejections.END_INSIDE
+
+
+def test_a_real_chat_model_keeps_the_rendered_tokens() -> None:
+    made = load_tokenizer(smollm2())
+    assert tokens_of(made, chat("  Two")).num_responses_apart == 1  # the token of "\\n " reaches over the place
+    for content in ("It is large.", "Two\n\nlines ", "é 🙂"):
+        row = chat(content)
+        found, whole = tokens_of(made, row), rendered(made, row)
+        ids = found.prompt_ids + found.chosen_ids
+        assert (ids, found.num_responses_apart) == (whole[: len(ids)], 0)
+        assert ids[-1] == made.eos_token_id
