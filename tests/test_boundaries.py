@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefarena.config import TextTask
 from prefarena.data import rejections
+from prefarena.data.conversations import Texts
 from prefarena.data.formats import normalise
 from prefarena.data.rejections import Unusable
 from prefarena.data.tokenization import Tokenizer, TokenPair
@@ -101,6 +102,29 @@ def test_prompt_and_answer_are_the_whole_text_wherever_tokens_meet(kind: str, te
         if not is_whole and boundary(made, prompt + answer, len(prompt)):  # the other answer's prompt is another
             assert found.num_responses_apart
     assert num_whole >= 2 - found.num_responses_apart
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    kind=st.sampled_from(KINDS),
+    texts=st.lists(st.text(st.sampled_from("ab \nsi?é4🙂́") | st.characters(codec="utf-8"), min_size=1, max_size=8),
+                   min_size=3, max_size=3),
+)  # fmt: skip
+def test_whole_texts_settle_what_the_prompt_by_itself_would(kind: str, texts: list[str]) -> None:
+    """The shortcut, which never encodes the prompt alone, gives what the long way gives."""
+    made = Tokenizer(TOKENIZERS[kind], TASK)
+    prompt, chosen, rejected = texts
+    found = Texts(prompt, (chosen, rejected), made.tokenizer.eos_token_id)
+    ids = made.encoder.divided([(prompt + answer, len(prompt)) for answer in (chosen, rejected)])
+    assert made._divided(found, ids) == made._divided_by_prompt(found, [whole for whole, _ in ids])
+
+
+def test_most_texts_are_encoded_without_their_prompts_alone() -> None:
+    for kind in ("bytes", "prefix", "metaspace"):
+        encoder = Tokenizer(TOKENIZERS[kind], TASK).encoder
+        ((ids, number),) = encoder.divided([("What is a river? It is large.", 16)])
+        assert number is not None
+        assert ids[:number] == encoder.encode(["What is a river?"])[0]
 
 
 @pytest.mark.parametrize("kind", ["prefix", "metaspace"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from tokenizers import Encoding
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 #: Put before an answer that has to be tokenised apart, so that it is not the start of a text: there many tokenizers
@@ -28,6 +29,18 @@ class Encoder:
         # What the call above does with such a tokenizer, but for the masks and offsets that nobody reads.
         encodings = self._backend().encode_batch_fast(list(texts), add_special_tokens=False)
         return [encoding.ids for encoding in encodings]
+
+    def divided(self, texts: Sequence[tuple[str, int]]) -> list[tuple[list[int], int | None]]:
+        """Ids of each whole text, and how many of them come before the character that is given with it.
+
+        The second is None where the text's own offsets do not say so beyond doubt; `cut` looks closer there.
+        """
+        if not texts:
+            return []
+        if not self._is_fast:
+            return [(ids, None) for ids in self.encode([text for text, _ in texts])]
+        encodings = self._backend().encode_batch([text for text, _ in texts], add_special_tokens=False)
+        return [(encoding.ids, _num_before(encoding, at)) for encoding, (_, at) in zip(encodings, texts, strict=True)]
 
     def cut(self, whole: str, at: int, ids: list[int], left_ids: list[int]) -> tuple[list[int], list[int]] | None:
         """`ids`, the tokens of `whole`, divided at its character `at`; None where no tokens meet there.
@@ -65,3 +78,18 @@ class Encoder:
         backend.no_padding()
         backend.encode_special_tokens = getattr(self._tokenizer, "split_special_tokens", False)
         return backend
+
+
+def _num_before(encoding: Encoding, at: int) -> int | None:
+    """How many tokens come before the character `at`: where one ends there and the next begins with that character.
+
+    None where none meet so. Tokens that cover no character, or leave white space out of their offsets, are not told
+    apart here.
+    """
+    number = encoding.char_to_token(at)
+    if not number:
+        return None
+    left, right = encoding.token_to_chars(number - 1), encoding.token_to_chars(number)
+    if left is None or right is None:
+        return None
+    return number if left[0] < left[1] == at == right[0] else None

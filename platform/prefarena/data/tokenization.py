@@ -37,6 +37,9 @@ from prefarena.modeling.endings import configured_ends, end_ids
 from prefarena.modeling.load import load_tokenizer
 from prefarena.modeling.vocabulary import ids_without_row
 
+#: The ids of a whole text, and how many of them are the prompt's; None: not known yet.
+Divided = tuple[list[int], int | None]
+
 
 @dataclass(frozen=True)
 class TokenPair:
@@ -111,10 +114,10 @@ class Tokenizer:
     def pairs(self, pairs: Sequence[Pair]) -> list[TokenPair | Unusable]:
         """Ids of each pair within the limits, or why it cannot be trained on. All texts are encoded in one call."""
         found = [self._try_texts(pair) for pair in pairs]
-        ids = iter(self.encoder.encode([text for texts in found if isinstance(texts, Texts) for text in _all(texts)]))
+        wholes = [whole for texts in found if isinstance(texts, Texts) for whole in _wholes(texts)]
+        ids = iter(self.encoder.divided(wholes))
         return [
-            texts if isinstance(texts, Unusable) else self._try_fit(texts, [next(ids) for _ in _all(texts)])
-            for texts in found
+            texts if isinstance(texts, Unusable) else self._try_fit(texts, [next(ids), next(ids)]) for texts in found
         ]
 
     def _try_texts(self, pair: Pair) -> Texts | Unusable:
@@ -123,14 +126,14 @@ class Tokenizer:
         except Unusable as error:
             return error
 
-    def _try_fit(self, texts: Texts, ids: list[list[int]]) -> TokenPair | Unusable:
+    def _try_fit(self, texts: Texts, ids: list[Divided]) -> TokenPair | Unusable:
         try:
             return self._fit(texts, ids)
         except Unusable as error:
             return error
 
-    def _fit(self, texts: Texts, ids: list[list[int]]) -> TokenPair:
-        """The ids of a pair's texts within the limits. `ids`: of its prompt, and of the prompt with each answer."""
+    def _fit(self, texts: Texts, ids: list[Divided]) -> TokenPair:
+        """The ids of a pair's texts within the limits. `ids`: of the prompt with each answer."""
         prompt, responses, num_apart = self._divided(texts, ids)
         prompt_ids, prompt_cut = self._fit_prompt(self._begun(prompt))
         answers = [self._ended(found, texts) for found in responses]
@@ -145,13 +148,20 @@ class Tokenizer:
         num_cut = sum(len(answer) > limit for answer in answers)
         return TokenPair(prompt_ids, chosen, rejected, prompt_cut, num_cut, num_apart, texts.num_as_written)
 
-    def _divided(self, texts: Texts, ids: list[list[int]]) -> tuple[list[int], list[list[int]], int]:
+    def _divided(self, texts: Texts, ids: list[Divided]) -> tuple[list[int], list[list[int]], int]:
         """The prompt's ids, each answer's, and how many of these had to be tokenised apart.
 
         The prompt's are those of its text by itself, as generation would make them, unless the answers' own tokens
         agree on others.
         """
-        alone, wholes = ids[0], ids[1:]
+        (chosen, at_chosen), (rejected, at_rejected) = ids
+        if at_chosen is not None and at_chosen == at_rejected and chosen[:at_chosen] == rejected[:at_chosen]:
+            return chosen[:at_chosen], [chosen[at_chosen:], rejected[at_chosen:]], 0
+        return self._divided_by_prompt(texts, [chosen, rejected])
+
+    def _divided_by_prompt(self, texts: Texts, wholes: list[list[int]]) -> tuple[list[int], list[list[int]], int]:
+        """As `_divided`, where the two texts alone do not settle it. `wholes`: of the prompt with each answer."""
+        alone = self.encoder.encode([texts.prompt])[0]
         at = len(texts.prompt)
         cuts = [
             self.encoder.cut(texts.prompt + answer, at, whole, alone)
@@ -200,9 +210,9 @@ class Tokenizer:
         return head + ids[len(ids) - (limit - len(head)) :], True
 
 
-def _all(texts: Texts) -> list[str]:
-    """The texts to encode: the prompt, and the prompt with each answer."""
-    return [texts.prompt, *(texts.prompt + answer for answer in texts.answers)]
+def _wholes(texts: Texts) -> list[tuple[str, int]]:
+    """The texts to encode, the prompt with each answer, and where the prompt ends in them."""
+    return [(texts.prompt + answer, len(texts.prompt)) for answer in texts.answers]
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> PreTrainedTokenizerFast:
