@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 from prefarena.config import Model, PretrainedModel, TextTask
 from prefarena.data.first_rows import look_at_pairs, look_at_text
 from prefarena.data.labels import order_notes
-from prefarena.data.notes import notes_of
+from prefarena.data.notes import notes_of, transcript_notes
 from prefarena.data.preparation import (
     COLUMNS,
     TEXT_COLUMNS,
@@ -104,7 +104,7 @@ def prepare_text(
     more rows rejected than task.max_rejected_share.
     """
     parts = check_text_task(task)
-    notes = look_at_pairs(task).notes
+    first = look_at_pairs(task)
     folder = Path(output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
     shares = shares_of(task, parts, learns_judge)
@@ -122,7 +122,8 @@ def prepare_text(
                 break
     summary = {**tables.summary(task, shares), "tokenizer": path, "rules": _rules(task, shares)}
     summary["ends"] = tokenizer.ends_in_words()
-    notes = [*notes, *ignored_judge(task, learns_judge), *order_notes(summary)]
+    notes = [*first.notes, *transcript_notes(first, task, tokenizer.tokenizer)]
+    notes += [*ignored_judge(task, learns_judge), *order_notes(summary)]
     summary["notes"] = [*notes, *notes_of(summary, tokenizer.conversations.form)]
     if task.pretraining_text is not None:
         summary["num_pretraining"] = _write_pretraining(task, path, revision, folder, num_tokenisers)

@@ -102,10 +102,13 @@ def test_judges_see_no_end_in_the_text() -> None:
 
 
 def test_what_was_done_to_answers_is_said_in_sentences() -> None:
-    none = {"num_responses_tokenised_apart": 0, "num_responses_as_written": 0}
+    none = {"num_responses_tokenised_apart": 0, "num_responses_as_written": 0, "num_turns_joined": 0}
     for template in (None, CHATML, GEMMA, LLAMA2, R1_OPEN):
         assert notes_of(none, answer_form(tokenizer("bytes", template))) == []
     (note,) = notes_of(none, answer_form(tokenizer("bytes", CHATML_UNASKED)))
     assert "takes no notice of add_generation_prompt" in note
-    apart, written = notes_of({"num_responses_tokenised_apart": 3, "num_responses_as_written": 2}, None)
+    joined, apart, written = notes_of(
+        {"num_responses_tokenised_apart": 3, "num_responses_as_written": 2, "num_turns_joined": 5}, None
+    )
+    assert joined.startswith("5 turns of transcripts")
     assert apart.startswith("3 responses were tokenised apart") and written.startswith("2 responses")

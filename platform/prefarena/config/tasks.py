@@ -42,6 +42,10 @@ class TextTask(Section):
         "auto",
         description="Row format; `auto` recognises TRL's formats (explicit and implicit prompt) and raw HH-RLHF.",
     )
+    transcripts: Literal["text", "messages"] = Field(
+        "text",
+        description="HH-RLHF transcripts stay plain text, or are read as messages that go through the chat template.",
+    )
     max_rows: int | None = Field(None, ge=1, description="Use only the first rows.")
     num_test_pairs: int | None = Field(
         None,
@@ -78,6 +82,14 @@ class TextTask(Section):
         held_out = (self.test_share or 0.0) + (self.judge_share or 0.0)
         if held_out >= 1:
             raise ValueError(f"test_share and judge_share are {held_out:g} together, which leaves no rows to train on")
+        return self
+
+    @model_validator(mode="after")
+    def _transcripts_can_be_there(self) -> Self:
+        if self.transcripts == "messages" and self.format not in ("auto", "hh"):
+            raise ValueError(
+                f"transcripts: messages reads HH-RLHF transcripts, which format: {self.format} has none of"
+            )
         return self
 
 

@@ -18,6 +18,7 @@ from prefarena.data.preparation import COLUMNS, TEXT_COLUMNS, pair_of, text_of
 from prefarena.data.rejections import Rejections, Unusable
 from prefarena.data.renaming import PROMPTS, renaming
 from prefarena.data.sources import BrokenFile, Part, read_rows_of, survey, table_schema
+from prefarena.data.turns import holds_transcripts
 from prefarena.errors import UserError
 
 NUM_FIRST_ROWS = 1000
@@ -26,10 +27,12 @@ _ANY_TYPE = ("source", "tools", "chat_template_kwargs", *SCORES, *PROMPTS)
 
 @dataclass(frozen=True)
 class FirstRows:
-    """What there is to read, and what should be known of it, a sentence each."""
+    """What there is to read, and what should be known of it, a sentence each. Of the rows, some are HH transcripts."""
 
     parts: list[Part]
     notes: list[str]
+    num_rows: int
+    num_transcripts: int
 
 
 def look_at_pairs(task: TextTask) -> FirstRows:
@@ -52,7 +55,7 @@ def _look(
     """The first rows at `path`. `examine` raises Unusable at a row that cannot be used."""
     found = survey(path, task.split)
     parts = found.parts
-    rejections, num_rows = Rejections(), 0
+    rejections, num_rows, num_transcripts = Rejections(), 0, 0
     present: Counter[str] = Counter()
     ignored: dict[str, None] = {}
     labels: list[Any] = []
@@ -66,6 +69,7 @@ def _look(
                 if isinstance(row, dict):
                     present.update(name for name, value in row.items() if value is not None)
                     labels.append(row.get("label"))
+                    num_transcripts += holds_transcripts(row, task.format)
                 try:
                     examine(row)
                 except Unusable as error:
@@ -85,7 +89,7 @@ def _look(
         rejections.check(path, num_rows, task.max_rejected_share)
     rejections.check_first(path, num_rows)
     ignored |= dict.fromkeys(name for name in present if name not in columns)
-    return FirstRows(parts, [*found.notes, *_ignored(path, sorted(ignored))])
+    return FirstRows(parts, [*found.notes, *_ignored(path, sorted(ignored))], num_rows, num_transcripts)
 
 
 def _ignored(path: str, columns: Sequence[str]) -> list[str]:

@@ -9,7 +9,8 @@ with which two answers both begin out of the loss and into the prompt.
   as `Assistant:` at the start of a line (`data/transcripts.py`). Without one there is no boundary to rely on, and the
   row is dropped.
 - HH: each transcript's prompt is everything up to and including its last "\\n\\nAssistant:"; the response is everything
-  after it, its leading space included, so that prompt + response is the transcript again.
+  after it, its leading space included, so that prompt + response is the transcript again. With `transcripts` as
+  "messages" they are conversations (`data/turns.py`).
 - Conversational, explicit: `prompt` is a list of messages; each answer is one assistant message, its text, or the whole
   conversation, which then begins with the prompt.
 - Conversational, implicit: each list's last message is the answer, those before it are the prompt.
@@ -47,10 +48,12 @@ from prefarena.data.rejections import (
     Unusable,
 )
 from prefarena.data.transcripts import find_prompt
+from prefarena.data.turns import as_messages
 from prefarena.records import content_id
 
 Message = dict[str, str]
 Format = Literal["auto", "standard", "conversational", "hh"]
+Transcripts = Literal["text", "messages"]
 
 _LEADING = ("system", "developer")
 #: The roles behind which a message of each role may stand; "" is the start of the conversation.
@@ -72,6 +75,7 @@ class Pair:
 
     `label` is P(chosen > rejected); scores_contradict: scores beside the answers order them the other way. `opening` is
     the text up to the first answer: dialogues that go on from the same opening belong together when data is split.
+    num_turns_joined: turns of a transcript that go on with the one before them.
     """
 
     prompt: str | tuple[tuple[str, str], ...]  # messages are (role, content)
@@ -81,6 +85,7 @@ class Pair:
     source: str
     opening: str
     scores_contradict: bool = False
+    num_turns_joined: int = 0
 
     @property
     def messages(self) -> list[Message] | None:
@@ -105,8 +110,12 @@ def recognise(row: dict[str, Any]) -> Literal["standard", "conversational", "hh"
     return "standard"
 
 
-def normalise(row: dict[str, Any], form: Format = "auto", source: str = "") -> Pair:
+def normalise(row: dict[str, Any], form: Format = "auto", source: str = "", transcripts: Transcripts = "text") -> Pair:
     """The pair that a row holds. Raises Unusable with the reason where it holds none."""
+    num_joined = 0
+    if transcripts == "messages":
+        row, num_joined = as_messages(row, form)
+        form = "conversational" if form == "hh" and isinstance(row.get("chosen"), list) else form
     row = with_fields(row, form)
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
@@ -132,7 +141,7 @@ def normalise(row: dict[str, Any], form: Format = "auto", source: str = "") -> P
         source = _text(row, "source")
     label = _label(row.get("label"))
     contradict = label >= EVEN and scores_contradict(row)
-    return Pair(prompt, chosen, rejected, label, source, opening, contradict)
+    return Pair(prompt, chosen, rejected, label, source, opening, contradict, num_joined)
 
 
 _Parts = tuple[str | tuple[tuple[str, str], ...], str, str, str]

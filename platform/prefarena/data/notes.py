@@ -1,15 +1,36 @@
-"""What whoever reads a data stage's summary should know of how its answers were made, in one sentence each."""
+"""What whoever reads a data stage's summary should know of how its conversations were made, in one sentence each."""
 
 from __future__ import annotations
 
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from prefarena.config import TextTask
+from prefarena.data.first_rows import FirstRows
 from prefarena.modeling.endings import AnswerForm
+
+
+def transcript_notes(first: FirstRows, task: TextTask, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """What is made of HH-RLHF transcripts, where the model has a chat template and another reading is at hand."""
+    if tokenizer.chat_template is None or task.format not in ("auto", "hh"):
+        return []
+    some = f"{first.num_transcripts} of the first {first.num_rows} rows"
+    if task.transcripts == "text" and first.num_transcripts:
+        return [
+            f"{some} are HH-RLHF transcripts and stay plain text, though the model has a chat template; set "
+            "task.transcripts: messages to read their turns as messages that go through it"
+        ]
+    if task.transcripts == "messages" and first.num_transcripts < first.num_rows:
+        return [f"{some} are HH-RLHF transcripts, which task.transcripts: messages is about; others are read as ever"]
+    return []
 
 
 def notes_of(counts: dict[str, Any], form: AnswerForm | None) -> list[str]:
     """Of the tables whose `counts` these are; `form` is that of answers in the chat template."""
     notes = []
+    if joined := counts["num_turns_joined"]:
+        notes.append(f"{joined} turns of transcripts follow one of the same speaker, and go on with its message")
     if apart := counts["num_responses_tokenised_apart"]:
         notes.append(
             f"{apart} responses were tokenised apart from their prompts: a token of the whole text reaches over "

@@ -43,6 +43,7 @@ PREPARED_PAIRS = pa.schema(
         ("prompt_id", pa.string()),
         ("demonstration_id", pa.string()),
         ("scores_contradict", pa.bool_()),
+        ("num_turns_joined", pa.int32()),
         ("prompt_cut", pa.bool_()),
         ("num_responses_cut", pa.int32()),
         ("num_responses_apart", pa.int32()),
@@ -91,7 +92,7 @@ def pair_of(row: dict[str, Any] | Unusable, task: TextTask, source: str = "") ->
     """The pair that a row holds. Raises Unusable where it holds none, or was itself found to be unusable."""
     if isinstance(row, Unusable):
         raise row
-    return normalise(row, task.format, source)
+    return normalise(row, task.format, source, task.transcripts)
 
 
 def text_of(row: dict[str, Any] | Unusable) -> str:
@@ -137,6 +138,7 @@ def _prepared(pair: Pair, tokens: TokenPair | Unusable, shares: Shares) -> dict[
         "label": pair.label,
         "source": pair.source,
         "scores_contradict": pair.scores_contradict,
+        "num_turns_joined": pair.num_turns_joined,
         "split": split,
         "prompt_id": content_id(tokens.prompt_ids),
         "demonstration_id": demonstration,

@@ -135,6 +135,7 @@ class TokenTables:
             **{f"num_{name}": table.count for name, table in self._tables.items()},
             "num_labels_under_half": self._order["under"],
             "num_scores_contradicting": self._order["against"],
+            "num_turns_joined": self._order["joined"],
             "num_dropped": sum(dropped.values()),
             "dropped": dropped,
             "num_truncated": self._cut["rows"],
@@ -147,6 +148,7 @@ class TokenTables:
     def _count_order(self, pairs: pa.Table) -> None:
         self._order["under"] += sum(label < EVEN for label in pairs["label"].to_pylist())
         self._order["against"] += sum(pairs["scores_contradict"].to_pylist())
+        self._order["joined"] += sum(pairs["num_turns_joined"].to_pylist())
 
     def _tables_of(self, row: dict[str, Any]) -> list[str]:
         """The tables that a row belongs to; none where it is rejected, which is then listed."""

@@ -58,6 +58,12 @@ def find_prompt(text: str) -> tuple[str, str] | None:
     return text[: boundary.end], text[: answers[0].start]
 
 
+def first_label(text: str) -> int | None:
+    """Where the first label of a text stands, whatever it is used for; None: there is none."""
+    found = _LABEL.search(text)
+    return None if found is None else found.start(1)
+
+
 def _marks(text: str) -> list[_Mark]:
     """The labels of a text from the first that can be one: an answer's has text before it."""
     marks = [_Mark(found[1], found.start(), found.end()) for found in _LABEL.finditer(text)]
