@@ -129,6 +129,54 @@ def test_answers_to_a_list_prompt_are_texts_or_messages_or_whole_conversations(a
         normalise({"prompt": [message("user", "Red?")], "chosen": [ASK, YES], "rejected": [ASK, NO]})
 
 
+def said(role: str, text: str) -> Row:
+    return {"from": role, "value": text}
+
+
+G_ASK, G_YES, G_NO = said("human", "Blue?"), said("gpt", "Yes."), said("gpt", "No.")
+
+
+@pytest.mark.parametrize("write", [dict, as_json, as_python])
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"conversations": [G_ASK], "chosen": G_YES, "rejected": G_NO},  # as LLaMA-Factory has it
+        {"conversations": [G_ASK], "chosen": [G_YES], "rejected": [G_NO]},
+        {"conversations": [ASK], "chosen": YES, "rejected": NO},
+        {"prompt": [G_ASK], "chosen": [G_YES], "rejected": [G_NO]},
+        {"prompt": [G_ASK], "chosen": YES, "rejected": said("chatgpt", "No.")},
+        {"chosen": [G_ASK, G_YES], "rejected": [G_ASK, G_NO]},
+        {"conversations": [G_ASK, G_YES], "chosen": [G_ASK, G_YES], "rejected": [G_ASK, G_NO]},  # not the prompt
+    ],
+)
+def test_sharegpts_messages_are_messages(write: Callable[[Row], Row], row: Row) -> None:
+    pair = normalise(write(row))
+    assert (pair.prompt, pair.chosen, pair.rejected) == ((("user", "Blue?"),), "Yes.", "No.")
+
+
+def test_sharegpts_roles() -> None:
+    long = [said("system", "Be kind."), G_ASK, said("gpt", "Hm."), said("observation", "sky: blue")]
+    pair = normalise({"conversations": long, "chosen": "Yes.", "rejected": "No."})
+    assert isinstance(pair.prompt, tuple)
+    assert [role for role, _ in pair.prompt] == ["system", "user", "assistant", "tool"]
+    for role, reason in (("function_call", why.TOOL_CALLS), ("narrator", why.BAD_ROLES)):
+        with pytest.raises(Unusable) as caught:
+            normalise({"conversations": [G_ASK, said(role, "x"), G_ASK], "chosen": G_YES, "rejected": G_NO})
+        assert caught.value.reason == reason
+    with pytest.raises(Unusable, match="without text in `content`"):
+        normalise({"conversations": [{"from": "human", "value": None}], "chosen": G_YES, "rejected": G_NO})
+
+
+def test_sharegpts_columns_in_a_table_and_unused_ones_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "data.parquet"
+    task = TextTask(data=str(path))
+    pq.write_table(pa.Table.from_pylist([{"conversations": [G_ASK], "chosen": G_YES, "rejected": G_NO}] * 3), path)
+    assert look_at_pairs(task).notes == []
+    pq.write_table(pa.Table.from_pylist([{**CHAT, "conversations": [G_ASK]}] * 3), path)
+    (note,) = look_at_pairs(task).notes
+    assert note.endswith("columns that are not used: conversations")
+
+
 @pytest.mark.parametrize("name", ["images", "image", "videos", "audio", "documents", "history"])
 def test_a_column_that_would_be_lost_refuses_the_row(tmp_path: Path, name: str) -> None:
     with pytest.raises(Unusable, match=name) as caught:

@@ -15,10 +15,11 @@ from typing import Any
 
 from prefarena.data.rejections import LOST_COLUMN, NOT_MESSAGES, SYSTEM_APART, WRONG_TYPE, Unusable
 from prefarena.data.renaming import with_prompt
+from prefarena.data.sharegpt import CONVERSATION, with_roles
 
 Row = dict[str, Any]
 
-_TEXTS = ("prompt", "chosen", "rejected")
+_TEXTS = ("prompt", CONVERSATION, "chosen", "rejected")
 #: Columns that a model would have been given, and that no row can be trained on without.
 LOST = {
     "images": "pictures",
@@ -40,7 +41,7 @@ def with_fields(row: Row, form: str) -> Row:
         if not is_empty(row.get(name)):
             raise Unusable(LOST_COLUMN, f"{name}: {what} are not read")
     if form in ("auto", "conversational"):
-        row = _unpacked(with_prompt(row))
+        row = with_roles(_unpacked(with_prompt(row)))
     return _with_system(row, form)
 
 

@@ -11,18 +11,19 @@ from typing import Any
 import pyarrow as pa
 
 from prefarena.config import TextTask
-from prefarena.data.fields import LOST, SYSTEM
+from prefarena.data.fields import LOST, SYSTEM, is_empty
 from prefarena.data.files import listed
 from prefarena.data.labels import SCORES, check_labels
 from prefarena.data.preparation import COLUMNS, TEXT_COLUMNS, pair_of, text_of
 from prefarena.data.rejections import Rejections, Unusable
 from prefarena.data.renaming import PROMPTS, renaming
+from prefarena.data.sharegpt import CONVERSATION, has_conversation
 from prefarena.data.sources import BrokenFile, Part, read_rows_of, survey, table_schema
 from prefarena.data.turns import holds_transcripts
 from prefarena.errors import UserError
 
 NUM_FIRST_ROWS = 1000
-_ANY_TYPE = ("source", "tools", "chat_template_kwargs", *SCORES, *PROMPTS)
+_ANY_TYPE = ("source", "tools", "chat_template_kwargs", *SCORES, *PROMPTS, CONVERSATION)
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,7 @@ def _look(
     """The first rows at `path`. `examine` raises Unusable at a row that cannot be used."""
     found = survey(path, task.split)
     parts = found.parts
-    rejections, num_rows, num_transcripts = Rejections(), 0, 0
+    rejections, num_rows, num_transcripts, num_unused = Rejections(), 0, 0, 0
     present: Counter[str] = Counter()
     ignored: dict[str, None] = {}
     labels: list[Any] = []
@@ -70,6 +71,7 @@ def _look(
                     present.update(name for name, value in row.items() if value is not None)
                     labels.append(row.get("label"))
                     num_transcripts += holds_transcripts(row, task.format)
+                    num_unused += not is_empty(row.get(CONVERSATION)) and not has_conversation(row)
                 try:
                     examine(row)
                 except Unusable as error:
@@ -89,6 +91,7 @@ def _look(
         rejections.check(path, num_rows, task.max_rejected_share)
     rejections.check_first(path, num_rows)
     ignored |= dict.fromkeys(name for name in present if name not in columns)
+    ignored |= dict.fromkeys([CONVERSATION] if num_unused else [])
     return FirstRows(parts, [*found.notes, *_ignored(path, sorted(ignored))], num_rows, num_transcripts)
 
 
@@ -129,12 +132,14 @@ def _is_number(kind: pa.DataType) -> bool:
 
 
 def _is_text(kind: pa.DataType, only: bool = False) -> bool:
-    """Whether a column is text, or, unless it must be text `only`, lists of messages."""
+    """Whether a column is text, or, unless it must be text `only`, messages."""
     if pa.types.is_dictionary(kind):
         return _is_text(kind.value_type, only)
     text = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
     messages = (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and pa.types.is_struct(kind.value_type)
-    return text or (messages and not only) or pa.types.is_null(kind)
+    names = {field.name for field in kind} if pa.types.is_struct(kind) else set()
+    one = names >= {"role", "content"} or names >= {"from", "value"}
+    return text or ((messages or one) and not only) or pa.types.is_null(kind)
 
 
 def _missing_columns(path: str, missing: list[str], present: list[str]) -> str:

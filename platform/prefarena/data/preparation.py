@@ -13,6 +13,7 @@ from prefarena.data.formats import Pair, normalise, valid_text
 from prefarena.data.labels import SCORES
 from prefarena.data.rejections import NO_ROW, WRONG_TYPE, Unusable
 from prefarena.data.renaming import PROMPTS
+from prefarena.data.sharegpt import CONVERSATION
 from prefarena.data.sources import Chunk, rows_of
 from prefarena.data.splits import Shares
 from prefarena.data.tokenization import Tokenizer, TokenPair
@@ -30,6 +31,7 @@ COLUMNS = (
     "chat_template_kwargs",
     *SCORES,
     *PROMPTS,
+    CONVERSATION,
 )
 TEXT_COLUMNS = ("text",)
 

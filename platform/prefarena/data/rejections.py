@@ -67,7 +67,8 @@ REMEDIES = {
     NOT_AN_ANSWER: "end each conversation with exactly one assistant message",
     BAD_ROLES: "let user and assistant alternate, the user first, a system message only at the start",
     TOOL_CALLS: "write the calls into the text of the messages, or leave the row out",
-    SYSTEM_APART: "write it into the conversation as its first message, or into the text, and remove the column",
+    SYSTEM_APART: "write it into the conversation as its first message, or into the text, and remove the column; of "
+    "HH-RLHF transcripts, set task.transcripts: messages",
     NOT_MESSAGES: "write messages as JSON lists, or set task.format: standard where the text itself is meant",
     LOST_COLUMN: "remove the column where the rows make sense without it, or leave those rows out",
     BAD_LABEL: "give P(chosen preferred), from 0 to 1; rename the column where it is something else",
