@@ -16,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 from rich.console import Console
-from rich.markup import escape
 
 from pipelines.annotate import ExactReference
 from pipelines.claims import settle
@@ -29,9 +28,10 @@ from pipelines.exact import (
     start_scoring,
 )
 from pipelines.plan import SeedPlan, Trained, judge_spec, model_of, policy_of, response_limit, unique
-from pipelines.progress import stage_line
+from pipelines.progress import fail, stage_line
 from pipelines.reference import scoring_options
 from pipelines.sampling import Sampler
+from pipelines.wins import is_pairwise, judge_wins, write_responses
 from prefarena.cluster.waiting import Failed, outcomes_within
 from prefarena.config import BestOfN, Comparison, Evaluation, LanguageTask
 from prefarena.data.tables import read_rows
@@ -46,7 +46,7 @@ from prefarena.judges.usage import Usage, total_costs
 from prefarena.mirror import bring, workspace
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.records import Rollout
-from prefarena.stages import Stage, write_failure, write_json
+from prefarena.stages import Stage, write_json
 
 Work = list[tuple[Stage, SeedPlan, Trained | None]]  # an evaluation, and the entry it is of; none: the reference
 
@@ -67,6 +67,7 @@ def evaluate(config: Comparison, plans: list[SeedPlan], console: Console) -> Non
             evaluating(config, waiting, console)
 
     settle(console, {one[0].folder: one for one in work}, do)
+    judge_wins(config, plans, console)
 
 
 def _title(stages: list[Stage]) -> str:
@@ -111,12 +112,6 @@ def fail_entries(waiting: Work, outcomes: list[Any], console: Console) -> None:
             fail(stage, outcome.reason, console)
 
 
-def fail(stage: Stage, reason: str, console: Console) -> None:
-    """Mark a stage as failed, and say so."""
-    write_failure(stage.folder, reason, label=stage.label)
-    console.print(f"[red]✗[/red] {stage.kind} ({stage.label}) failed: {escape(reason)}")
-
-
 # ------------------------------------------------------------------------------ evaluation from samples
 
 
@@ -156,12 +151,14 @@ def held_out_prompts(plan: SeedPlan, settings: Evaluation) -> list[list[int]]:
 class SampledJob:
     """One evaluation from samples, as it is sent to a Ray task.
 
-    best_of: samples of which the one that `reward` scores highest is kept; 1 for a policy, which keeps them all.
+    judge: none where the policy is compared with the reference rather than scored (pipelines/wins.py); its responses
+    are kept then. best_of: samples of which the one that `reward` scores highest is kept; 1 for a policy, which keeps
+    them all.
     """
 
     policy: str
     reference: str
-    judge: JudgeSpec
+    judge: JudgeSpec | None
     logps: Path
     folder: Path
     best_of: int = 1
@@ -169,7 +166,8 @@ class SampledJob:
 
 
 def _sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, folder: Path) -> SampledJob:
-    reference, judge = model_of(plan.reference), judge_spec(plan, config.judge, plan.judge)
+    reference = model_of(plan.reference)
+    judge = None if is_pairwise(config) else judge_spec(plan, config.judge, plan.judge)
     policy = policy_of(plan, trained) if trained else reference
     job = SampledJob(policy, reference, judge, plan.logps.folder, folder)
     if trained is None or not isinstance(trained.entry.method, BestOfN):
@@ -188,23 +186,30 @@ def score_samples(rollouts: list[Rollout], job: SampledJob, settings: Evaluation
         ranking, used = _judged(job.reward, rollouts, settings, device)
         usages.append(used)
         rollouts = [rollouts[index] for index in pick_best(ranking, job.best_of)]
-    scores, used = _judged(job.judge, rollouts, settings, device)
-    usages.append(used)
+    scores = None
+    if job.judge is not None:
+        scores, used = _judged(job.judge, rollouts, settings, device)
+        usages.append(used)
+        np.savez(job.folder / "scores.npz", scores=scores, clusters=prompt_clusters(rollouts))
+    else:
+        write_responses(job.folder, rollouts)
     row = sampled_metrics(rollouts, None, None, scores) if job.reward else _policy_row(rollouts, scores, job, settings)
     if job.reward is not None:
         row |= {"kl_bound": kl_bound(job.best_of), "num_silent_rewards": int(np.isnan(ranking).sum())}
-    np.savez(job.folder / "scores.npz", scores=scores, clusters=prompt_clusters(rollouts))
-    tokenizer = load_tokenizer(job.policy)
-    samples = [
-        {
-            "prompt": tokenizer.decode(r.prompt_ids),
-            "response": tokenizer.decode(r.response_ids),
-            "score": None if np.isnan(score) else float(score),
-        }
-        for r, score in zip(rollouts[:20], scores, strict=False)
-    ]
-    write_json(job.folder / "samples.json", samples)
+    _write_samples(job, rollouts[:20], scores)
     finish_evaluation(job.folder, row, started, num_tokens_generated=num_tokens, **total_costs(usages))
+
+
+def _write_samples(job: SampledJob, rollouts: list[Rollout], scores: np.ndarray | None) -> None:
+    """samples.json: some responses as text with their scores, if there are any; null where the judge was silent."""
+    tokenizer, samples = load_tokenizer(job.policy), list[dict[str, Any]]()
+    for place, rollout in enumerate(rollouts):
+        texts = {"prompt": rollout.prompt_ids, "response": rollout.response_ids}
+        sample: dict[str, Any] = {name: tokenizer.decode(ids) for name, ids in texts.items()}
+        if scores is not None:
+            sample["score"] = None if np.isnan(scores[place]) else float(scores[place])
+        samples.append(sample)
+    write_json(job.folder / "samples.json", samples)
 
 
 def _judged(
@@ -222,7 +227,9 @@ def _judged(
     return scores, usage_of(judge)
 
 
-def _policy_row(rollouts: list[Rollout], scores: np.ndarray, job: SampledJob, settings: Evaluation) -> dict[str, float]:
+def _policy_row(
+    rollouts: list[Rollout], scores: np.ndarray | None, job: SampledJob, settings: Evaluation
+) -> dict[str, float]:
     """What needs the policy's own log-probs, and the rest."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     pad_id = load_tokenizer(job.policy).pad_token_id

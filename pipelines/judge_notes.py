@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipelines.plan import SeedPlan, Trained
-from prefarena.config import Comparison, EndpointJudge, LanguageTask
+from prefarena.config import Comparison, EndpointJudge, LanguageTask, PairwiseJudge
 from prefarena.stages import Stage
 
 
@@ -21,11 +21,19 @@ def judge_notes(
         yield _source(config, plans[0])
         if isinstance(config.judge, EndpointJudge):
             yield from _silent(plans, rows)
+        if isinstance(config.judge, PairwiseJudge):
+            yield from _pairs(plans, rows)
     yield from _silent_rewards(plans, rows, logs)
     yield from _calls([*rows, *logs])
 
 
 def _source(config: Comparison, plan: SeedPlan) -> str:
+    if isinstance(config.judge, PairwiseJudge):
+        return (
+            f"Win rates come from {config.judge.model}, a judge that was shown each response beside the reference's, "
+            "in both orders: a pair is won or lost where both orders say so, and counts half where they disagree or "
+            "one is a tie. There are no scores, and entries are not compared with each other."
+        )
     if plan.judge is None:
         return f"Judge scores and win rates come from the judge `{config.judge.kind}` of the configuration."
     quality = plan.judge.manifest()["reward_model"]
@@ -53,6 +61,24 @@ def _silent(plans: list[SeedPlan], rows: dict[Stage, dict[str, float]]) -> Itera
         )
     else:
         yield "The judge gave every response a readable score."
+
+
+def _pairs(plans: list[SeedPlan], rows: dict[Stage, dict[str, float]]) -> Iterator[str]:
+    """How far each entry's win rate can be trusted."""
+    for trained in (t for plan in plans for t in plan.trained):
+        row = rows.get(trained.wins, {}) if trained.wins else {}
+        if not row:
+            continue
+        parts = [f"{row['num_pairs']:.0f} pairs with a verdict, {row['num_silent_pairs']:.0f} without, left out"]
+        if row["num_identical"]:
+            parts.append(f"{row['num_identical']:.0f} of equal texts, which count as ties")
+        if "position_bias" in row:
+            error = row.get("position_bias_stderr")
+            parts.append(
+                f"position bias {row['position_bias']:+.3f}{'' if error is None else f' ± {error:.3f}'}, both orders "
+                f"agree on {row['order_agreement']:.1%}"
+            )
+        yield f"{_name(trained, plans)} against the reference: {'; '.join(parts)}."
 
 
 def _silent_rewards(

@@ -9,7 +9,7 @@ For text tasks `pairs` is `data`; for the enumerable language pairs are drawn fr
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,17 @@ from pydantic import BaseModel
 from prefarena.config import (
     BestOfN,
     Comparison,
+    Endpoint,
     EndpointJudge,
     Entry,
+    EvaluationJudge,
     FunctionJudge,
     GoldJudge,
     JudgeSettings,
     LanguageTask,
     OffPolicyMethod,
     OnPolicyMethod,
+    PairwiseJudge,
     RewardModel,
     TextTask,
 )
@@ -44,7 +47,8 @@ class Trained:
     """An entry at a seed, as stages.
 
     reward_model: before methods that learn their reward. training: none for best-of-n, which has no policy of its own.
-    scores: on the enumerable language, the exact table of a reward that is not the gold one.
+    scores: on the enumerable language, the exact table of a reward that is not the gold one. wins: the comparison with
+    the reference, where the judge is a pairwise one.
     """
 
     entry: Entry
@@ -53,10 +57,12 @@ class Trained:
     training: Stage | None
     scores: Stage | None
     evaluation: Stage
+    wins: Stage | None = None
 
     def stages(self) -> list[Stage]:
         """All of them, in order."""
-        return [stage for stage in (self.reward_model, self.training, self.scores, self.evaluation) if stage]
+        own = (self.reward_model, self.training, self.scores, self.evaluation, self.wins)
+        return [stage for stage in own if stage]
 
     @property
     def failure(self) -> str | None:
@@ -67,6 +73,8 @@ class Trained:
             return self.training.failure
         if self.scores is not None and self.scores.failure:
             return f"its reward could not score every response: {self.scores.failure}"
+        if self.wins is not None and self.wins.failure:
+            return f"its comparison with the reference failed: {self.wins.failure}"
         return f"its evaluation failed: {self.evaluation.failure}" if self.evaluation.failure else None
 
 
@@ -124,9 +132,13 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
             judge = Stage.at(root, "judge", task.kind, inputs)
     logps = Stage.at(root, "logps", task.kind, [pairs.key, reference.key])
     judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else _judge_inputs(config.judge)
+    if isinstance(config.judge, PairwiseJudge) and isinstance(task, TextTask):
+        judged_by = "pairwise"  # which has a stage of its own: responses do not depend on the judge
     evaluate = [logps.key, judged_by, _dump(config.evaluation)]
     trained = tuple(_trained(config, entry, seed, root, logps, samples, judge, evaluate) for entry in config.entries)
     evaluation = Stage.at(root, "evaluation", "reference", [reference.key, evaluate])
+    if judged_by == "pairwise":
+        trained = tuple(_compared(one, root, evaluation, config.judge) for one in trained)
     return SeedPlan(seed, task, data, base, reference, pairs, logps, samples, judge, evaluation, trained)
 
 
@@ -159,6 +171,12 @@ def _trained(
     return Trained(entry, seed, reward_model, training, scores, evaluation)
 
 
+def _compared(trained: Trained, root: Path, reference: Stage, judge: EvaluationJudge) -> Trained:
+    """An entry with its comparison with the reference; `reference` is that one's evaluation."""
+    inputs = [trained.evaluation.key, reference.key, _dump(judge)]
+    return replace(trained, wins=Stage.at(root, "wins", f"{trained.entry.name}-s{trained.seed}", inputs))
+
+
 def _dump(settings: BaseModel) -> dict[str, Any]:
     return settings.model_dump(mode="json")
 
@@ -175,7 +193,7 @@ def learns_a_reward(config: Comparison) -> bool:
     )
 
 
-def _judge_inputs(settings: JudgeSettings) -> list[Any]:
+def _judge_inputs(settings: EvaluationJudge) -> list[Any]:
     """What scores depend on; a function's source belongs to it, so that an edited one is called again."""
     return [_dump(settings), source_digest(settings.function) if isinstance(settings, FunctionJudge) else None]
 
@@ -318,7 +336,7 @@ def _monitor(config: Comparison, plan: SeedPlan, reward: JudgeSettings) -> Judge
     return judge_spec(plan, config.judge, plan.judge) if plan.judge else None
 
 
-def judge_spec(plan: SeedPlan, settings: JudgeSettings, reward_model: Stage | None) -> JudgeSpec:
+def judge_spec(plan: SeedPlan, settings: EvaluationJudge, reward_model: Stage | None) -> JudgeSpec:
     """A judge as workers load it; `reward_model` is the stage of a learned one."""
     path = None
     if isinstance(settings, RewardModel):
@@ -327,7 +345,7 @@ def judge_spec(plan: SeedPlan, settings: JudgeSettings, reward_model: Stage | No
         path = model_of(reward_model)
     elif settings.kind == "gold":
         path = str(plan.pairs.folder / "gold.json")
-    calls = plan.data.folder.parents[1] / "judge_calls" if isinstance(settings, EndpointJudge) else None
+    calls = plan.data.folder.parents[1] / "judge_calls" if isinstance(settings, Endpoint) else None
     return JudgeSpec(settings, path, model_of(plan.reference), None if calls is None else str(calls))
 
 

@@ -10,9 +10,10 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from prefarena.stages import is_finished
+from prefarena.stages import Stage, is_finished, write_failure
 from prefarena.training.jobs import Job
 from prefarena.training.prediction import FILE as MEMORY_FILE
 
@@ -26,6 +27,12 @@ def stage_line(console: Console, name: str) -> Iterator[None]:
     console.print(f"[bold]{name}[/bold] …")
     yield
     console.print(f"[green]✓[/green] {name}  {time.perf_counter() - started:.1f} s")
+
+
+def fail(stage: Stage, reason: str, console: Console) -> None:
+    """Mark a stage as failed, and say so."""
+    write_failure(stage.folder, reason, label=stage.label)
+    console.print(f"[red]✗[/red] {stage.kind} ({stage.label}) failed: {escape(reason)}")
 
 
 @contextmanager

@@ -16,6 +16,7 @@ from pipelines.evaluate import pairwise_wins
 from pipelines.exact import exact_frontier, exact_optimum, read_trajectory
 from pipelines.judge_notes import judge_notes
 from pipelines.plan import SeedPlan, Trained
+from pipelines.wins import reference_column, wins_row
 from prefarena.config import BestOfN, Comparison, LanguageTask, OnPolicyMethod, dump_config
 from prefarena.evaluation.agreement import kl_agreement
 from prefarena.evaluation.best_of_n import kl_bound
@@ -154,12 +155,19 @@ def _row(stage: Stage) -> dict[str, float]:
 def _entry_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
     row = _row(trained.evaluation)
     if not isinstance(plan.task, LanguageTask):  # sampled policies meet here for the first time
+        if trained.wins is not None:
+            return row | wins_row(trained.wins) | _reward_model_row(trained)
         rates, errors = pairwise_wins(plan, [trained.evaluation, plan.evaluation])
         row |= {"win_rate": float(rates[0, 1]), "win_rate_stderr": float(errors[0, 1])}
-    if trained.reward_model is not None:
-        quality = trained.reward_model.manifest()["reward_model"]
-        row |= {f"reward_model_{name}": value for name, value in quality.items() if name != "reliability"}
-    return row
+    return row | _reward_model_row(trained)
+
+
+def _reward_model_row(trained: Trained) -> dict[str, float]:
+    """How good an entry's learned reward is on held-out pairs; empty for other entries."""
+    if trained.reward_model is None:
+        return {}
+    quality = trained.reward_model.manifest()["reward_model"]
+    return {f"reward_model_{name}": value for name, value in quality.items() if name != "reliability"}
 
 
 def _optimum(config: Comparison, plans: list[SeedPlan], entries: list[EntryResult]) -> EntryResult:
@@ -180,13 +188,19 @@ def _win_matrix(config: Comparison, plans: list[SeedPlan]) -> WinMatrix:
     An entry that failed with some seed is left out.
     """
     kept = [place for place in range(len(config.entries)) if not any(plan.trained[place].failure for plan in plans)]
-    found = [
-        pairwise_wins(plan, [plan.evaluation, *(plan.trained[place].evaluation for place in kept)]) for plan in plans
-    ]
+    found = [_seed_wins(plan, [plan.trained[place] for place in kept]) for plan in plans]
     rates, errors = np.array([f[0] for f in found]), np.array([f[1] for f in found])
     over_seeds = rates.std(axis=0, ddof=1) / np.sqrt(len(plans)) if len(plans) > 1 else errors[0]
     names = ["reference", *(config.entries[place].name for place in kept)]
     return WinMatrix(rows=names, win_rate=rates.mean(axis=0).tolist(), stderr=over_seeds.tolist())
+
+
+def _seed_wins(plan: SeedPlan, kept: list[Trained]) -> tuple[np.ndarray, np.ndarray]:
+    """Win rates and errors [K + 1, K + 1] of the reference and the entries of one seed."""
+    wins = [trained.wins for trained in kept if trained.wins is not None]
+    if wins:
+        return reference_column([wins_row(stage) for stage in wins])
+    return pairwise_wins(plan, [plan.evaluation, *(trained.evaluation for trained in kept)])
 
 
 def _data(plan: SeedPlan) -> dict[str, Any]:
@@ -221,6 +235,7 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
 
 def _evaluation_rows(plans: list[SeedPlan]) -> dict[Stage, dict[str, float]]:
     stages = [stage for plan in plans for stage in [plan.evaluation, *(t.evaluation for t in plan.trained)]]
+    stages += [t.wins for plan in plans for t in plan.trained if t.wins]
     return {stage: _row(stage) for stage in stages if stage.finished}
 
 
@@ -279,6 +294,7 @@ def _costs(plans: list[SeedPlan], reused: set[Stage]) -> list[Cost]:
                 "training": trained.training,
                 "evaluation (scores of all responses)": trained.scores,
                 "evaluation": trained.evaluation,
+                "evaluation (pairs)": trained.wins,
             }
             entry = trained.entry.name
             done = {name: stage for name, stage in named.items() if stage is not None and stage.finished}

@@ -17,9 +17,11 @@ from prefarena.config.judges import (
     ClassifierJudge,
     Endpoint,
     EndpointJudge,
+    EvaluationJudge,
     FunctionJudge,
     GoldJudge,
     JudgeSettings,
+    PairwiseJudge,
     RewardModel,
 )
 from prefarena.config.loading import DEFAULT_CONFIG, dump_config, load_config, parse_config
@@ -57,6 +59,7 @@ __all__ = [
     "EndpointJudge",
     "Entry",
     "Evaluation",
+    "EvaluationJudge",
     "FunctionJudge",
     "GRPOTraining",
     "Generation",
@@ -74,6 +77,7 @@ __all__ = [
     "OnPolicyTraining",
     "Optimisation",
     "PPOTraining",
+    "PairwiseJudge",
     "PretrainedModel",
     "RLOOTraining",
     "Reference",

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from prefarena.config.judges import JudgeSettings, RewardModel
+from prefarena.config.judges import EvaluationJudge, RewardModel
 from prefarena.config.labels import Labels
 from prefarena.config.models import Model, ScratchModel
 from prefarena.config.off_policy import DPO, IPO, MPO, SFT, Optimisation
@@ -152,7 +152,7 @@ class Comparison(Section):
     model: Model = ScratchModel()
     reference: Reference = Reference()
     entries: tuple[Entry, ...] = Field(min_length=1)
-    judge: JudgeSettings = Field(
+    judge: EvaluationJudge = Field(
         RewardModel(), description="Text tasks: the evaluation's judge; a learned one is trained on pairs of its own."
     )
     generation: Generation = Generation()

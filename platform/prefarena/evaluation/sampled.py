@@ -68,25 +68,28 @@ def kl_estimates(logps: np.ndarray, ref_logps: np.ndarray, clusters: np.ndarray)
 
 
 def sampled_metrics(
-    rollouts: list[Rollout], logps: np.ndarray | None, ref_logps: np.ndarray | None, scores: np.ndarray
+    rollouts: list[Rollout], logps: np.ndarray | None, ref_logps: np.ndarray | None, scores: np.ndarray | None
 ) -> dict[str, float]:
     """Every estimate for one policy from its rollouts: `logps`, `ref_logps` and judge `scores` [N] belong to them.
 
     kl (k1), kl_k3, judge_score, response_length and truncation_rate (share cut off at the limit), each with its
     `_stderr`. Without log-probs (best-of-n, whose own probabilities nobody knows) there are no KLs. Rollouts that the
     judge is silent about (nan) are left out of its score and counted as `num_silent`, beside `num_judged`;
-    without any score there is no mean.
+    without any score there is no mean. `scores` is None where the judge gives none.
     """
-    clusters, judged = prompt_clusters(rollouts), ~np.isnan(scores)
+    clusters = prompt_clusters(rollouts)
     estimates = {
         "response_length": clustered([len(rollout.response_ids) for rollout in rollouts], clusters),
         "truncation_rate": clustered([not rollout.finished for rollout in rollouts], clusters),
     }
     if logps is not None and ref_logps is not None:
         estimates["kl"], estimates["kl_k3"] = kl_estimates(logps, ref_logps, clusters)
-    if judged.any():
-        estimates["judge_score"] = clustered(scores[judged], clusters[judged])
-    row: dict[str, float] = {"num_judged": int(judged.sum()), "num_silent": int((~judged).sum())}
+    row: dict[str, float] = {}
+    if scores is not None:
+        judged = ~np.isnan(scores)
+        row |= {"num_judged": int(judged.sum()), "num_silent": int((~judged).sum())}
+        if judged.any():
+            estimates["judge_score"] = clustered(scores[judged], clusters[judged])
     for name, estimate in estimates.items():
         row |= {name: estimate.mean, f"{name}_stderr": estimate.stderr}
     return row

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -11,12 +11,16 @@ import torch
 from prefarena.config import (
     ClassifierJudge,
     EndpointJudge,
+    EvaluationJudge,
     FunctionJudge,
     GoldJudge,
-    JudgeSettings,
+    PairwiseJudge,
     RewardModel,
 )
 from prefarena.judges.usage import Usage
+
+if TYPE_CHECKING:
+    from prefarena.judges.pairwise import PairwiseComparer
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class JudgeSpec:
     endpoint are kept; none: they are not.
     """
 
-    settings: JudgeSettings
+    settings: EvaluationJudge
     path: str | None
     tokenizer: str
     calls: str | None = None
@@ -79,9 +83,20 @@ def load_judge(spec: JudgeSpec, batch_size: int = 64, device: str | torch.device
             from prefarena.judges.classifier import ClassifierScorer
 
             return ClassifierScorer(spec.settings, spec.tokenizer, batch_size, device)
+        case PairwiseJudge():
+            raise TypeError("a pairwise judge compares responses and scores none")
 
 
-def check_judge(settings: JudgeSettings) -> None:
+def load_comparer(spec: JudgeSpec) -> PairwiseComparer:
+    """The judge that compares, ready on this worker. Raises UserError where it cannot be made."""
+    from prefarena.judges.pairwise import PairwiseComparer
+
+    if not isinstance(spec.settings, PairwiseJudge):
+        raise TypeError(f"a {spec.settings.kind} judge scores responses and compares none")
+    return PairwiseComparer(spec.settings, spec.tokenizer, spec.calls)
+
+
+def check_judge(settings: EvaluationJudge) -> None:
     """What can be found wrong with a judge before any work. Raises UserError."""
     match settings:
         case FunctionJudge():
@@ -96,6 +111,10 @@ def check_judge(settings: JudgeSettings) -> None:
             from prefarena.judges.classifier import check_classifier
 
             check_classifier(settings)
+        case PairwiseJudge():
+            from prefarena.judges.pairwise import check_pairwise
+
+            check_pairwise(settings)
         case RewardModel() | GoldJudge():
             pass
 

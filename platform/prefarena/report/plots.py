@@ -19,7 +19,7 @@ def reward_kl_figure(results: Results) -> Figure:
     """The comparison in two panels.
 
     Enumerable tasks: reward against KL on prompts with pairs under the optimal frontier, and KL on prompts without
-    pairs against the gain on prompts with them. Other tasks: judge score against KL, and win rates.
+    pairs against the gain on prompts with them. Other tasks: judge score (or win rate) against KL, and win rates.
     """
     with house_style():
         figure = Figure(figsize=(11.5, 4.9), layout="constrained")
@@ -32,9 +32,12 @@ def reward_kl_figure(results: Results) -> Figure:
             draw(left, found, "kl/covered", "reward/covered", frontier_lines(found, "covered"))
             draw(right, found, "gain/covered", "kl/uncovered", [])
         else:
-            _titles(left, "Judge score and KL on held-out prompts", "KL(π ‖ reference), nats", "mean judge score")
+            scored = any(aggregate(entry, "judge_score") for entry in found.entries)
+            measure = "judge score" if scored else "win rate"
+            title, unit = f"{measure.capitalize()} and KL on held-out prompts", f"mean {measure}"
+            _titles(left, title, "KL(π ‖ reference), nats", unit)
             _titles(right, "Win rate against the reference", "share of comparisons won (± standard error)", "")
-            _points(left, found, "kl", "judge_score", [])
+            _points(left, found, "kl", measure.replace(" ", "_"), [])
             _win_rates(right, found)
     return figure
 

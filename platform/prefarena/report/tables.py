@@ -109,8 +109,9 @@ EXACT_COLUMNS = (
     _WALL,
 )
 TEXT_COLUMNS = (
-    Column("judge score", _measured("judge_score"), 3),
+    Column("judge score", _measured("judge_score"), 3, optional=True),
     Column("win rate", _measured("win_rate"), 3),
+    Column("position bias", _measured("position_bias"), 3, brief=False, optional=True),
     Column("KL", _measured("kl"), 3),
     Column("KL at most", _measured("kl_bound"), 3, optional=True),
     Column("accuracy", _measured("preference_accuracy"), 3),
@@ -151,7 +152,13 @@ def _legend(results: Results) -> str:
         )
     bound = " KL at most: best-of-n's analytic bound, log n − (n − 1)/n, in place of an estimate."
     has_bound = any(aggregate(entry, "kl_bound") for entry in results.entries)
-    return f"KL(π ‖ ref) in nats a response, estimated from samples.{bound if has_bound else ''} {common}"
+    bias = (
+        " Position bias: share of pairs in which the judge preferred the response shown first in both orders, less the "
+        "share in which it preferred the one shown second; 0 for a judge that does not look at the place."
+    )
+    has_bias = any(aggregate(entry, "position_bias") for entry in results.entries)
+    notes = f"{bound if has_bound else ''}{bias if has_bias else ''}"
+    return f"KL(π ‖ ref) in nats a response, estimated from samples.{notes} {common}"
 
 
 def _error_note(results: Results, values: list[Aggregate]) -> str:

@@ -39,10 +39,17 @@ def _exact(results: Results, entries: list[EntryResult]) -> list[str]:
 
 
 def _judged(results: Results, entries: list[EntryResult]) -> list[str]:
-    return [
-        _against_chance(entries, "win_rate", "the reference", "responses"),
+    by_score = [
         _leader(entries, "judge_score", "the highest judge score", True),
         _dominated(entries, "kl", "judge_score"),
+    ]
+    by_wins = [
+        _leader(entries, "win_rate", "the highest win rate against the reference", True),
+        _dominated(entries, "kl", "win_rate", "a higher win rate"),
+    ]
+    return [
+        _against_chance(entries, "win_rate", "the reference", "responses"),
+        *(by_score if any(aggregate(entry, "judge_score") for entry in entries) else by_wins),
         _against_chance(entries, "preference_accuracy", "chance", "held-out pairs"),
         _lengths(results, entries),
     ]
@@ -111,7 +118,7 @@ def _share_of_gain(entry: EntryResult) -> float | None:
     return sum(row["gain/covered"] for row in rows) / possible if rows and possible > 0 else None
 
 
-def _dominated(entries: list[EntryResult], kl: str, reward: str) -> str:
+def _dominated(entries: list[EntryResult], kl: str, reward: str, more: str = "more reward") -> str:
     """Entries that another one beats on both axes: less KL and more reward, both clearly or with one run each."""
     found = []
     for entry in entries:
@@ -120,7 +127,7 @@ def _dominated(entries: list[EntryResult], kl: str, reward: str) -> str:
             found.append(f"{entry.name} by {_names([other.name for other in better])}")
     seeded = any(len(entry.seeds) > 1 for entry in entries)
     how = "beyond two standard errors on both" if seeded else "in this run"
-    return f"Beaten at less KL and more reward, {how}: {'; '.join(found)}." if found else ""
+    return f"Beaten at less KL and {more}, {how}: {'; '.join(found)}." if found else ""
 
 
 def _dominates(other: EntryResult, entry: EntryResult, kl: str, reward: str) -> bool:
