@@ -97,9 +97,12 @@ def _silent_rewards(
 
 def _calls(stages: list[Stage]) -> Iterator[str]:
     costs = [stage.manifest().get("costs", {}) for stage in stages]
-    paid, reused, torn = (
-        sum(cost.get(f"num_judge_calls{kind}", 0) for cost in costs) for kind in ("", "_reused", "_torn")
+    paid, reused, torn, plain = (
+        sum(cost.get(f"num_judge_calls{kind}", 0) for cost in costs)
+        for kind in ("", "_reused", "_torn", "_unstructured")
     )
+    if plain:
+        yield f"The server refused structured output: {plain:,} answers were asked for as text."
     if paid or reused:
         cut = f" Of the calls that were kept, {torn} lines were cut off and asked again." if torn else ""
         yield f"Judge endpoints answered {paid:,} requests; {reused:,} answers had been paid for before.{cut}"

@@ -19,7 +19,8 @@ class Server:
     """An OpenAI-compatible server on this machine: it answers with the number of letters in the request's last word.
 
     failures: statuses that the next requests get instead. answer: a fixed answer, or the answer to a question. raw: a
-    fixed body. newer: the server refuses `max_tokens`. delay_s: before each answer.
+    fixed body. newer: the server refuses `max_tokens`. plain: it refuses structured output. delay_s: before each
+    answer.
     """
 
     url: str = ""
@@ -27,6 +28,7 @@ class Server:
     answer: str | Callable[[str], str] | None = None
     raw: str | None = None
     newer: bool = False
+    plain: bool = False
     delay_s: float = 0
     requests: list[dict[str, object]] = field(default_factory=list)
     keys: list[str | None] = field(default_factory=list)
@@ -65,6 +67,9 @@ def server() -> Iterator[Server]:
             if state.newer and "max_tokens" in body:
                 status = 400
                 content = {"error": {"message": "'max_tokens' is not supported; use 'max_completion_tokens'."}}
+            elif state.plain and "response_format" in body:
+                status = 400
+                content = {"error": {"message": "Unknown parameter: 'response_format'."}}
             with state.lock:
                 state.in_flight -= 1
             data = (state.raw if state.raw is not None else json.dumps(content)).encode()

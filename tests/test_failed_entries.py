@@ -26,7 +26,6 @@ from prefarena.training.on_policy import train_on_policy
 from prefarena.training.run_job import run_job
 from prefarena.training.worker import Worker
 
-
 __all__ = ["server"]  # a fixture
 
 
@@ -109,7 +108,9 @@ def test_an_entry_of_a_text_task_that_cannot_be_measured_is_a_row_too(server: Se
     assert results.win_matrix is not None and results.win_matrix.rows == ["reference", "fine"]
     assert results.win_matrix.win_rate == [[0.5, 0.5], [0.5, 0.5]]
     page = (folder / "report.md").read_text(encoding="utf-8")
-    assert "position bias +1.000" in page and "judge score" not in page and not re.search(r"\bnan\b", page, re.IGNORECASE)
+    assert (
+        "position bias +1.000" in page and "judge score" not in page and not re.search(r"\bnan\b", page, re.IGNORECASE)
+    )
     # The comparison with the reference is made again without asking the judge.
     paid = len(server.requests)
     assert 0 < paid <= 2 * (8 - row["num_identical"])  # equal questions are asked once

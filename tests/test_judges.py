@@ -31,7 +31,7 @@ from prefarena.evaluation.enumeration import enumerate_responses, enumerate_scor
 from prefarena.judges.calibration import calibration
 from prefarena.judges.function import source_digest
 from prefarena.judges.models import RewardModelJudge
-from prefarena.judges.spec import Judge, JudgeSpec, check_judge, load_judge
+from prefarena.judges.spec import Judge, JudgeSpec, check_judge, load_judge, usage_of
 from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import Sequences, collate
@@ -218,6 +218,27 @@ def test_a_newer_server_is_told_its_limit_by_another_name(server: Server, policy
     assert judge.score(PROMPTS, RESPONSES).tolist() == [1.5, 3.5, 1.5, 2.5]
     assert ["max_tokens" in request for request in server.requests] == [True] + [False] * 4
     assert all(request["max_completion_tokens"] == 2048 for request in server.requests[1:])
+
+
+def test_structured_output_is_asked_for_where_the_server_has_it(server: Server, policy: str) -> None:
+    server.answer = '{"reason": "It scores 3 of 4 points.", "score": 7}'
+    judge = judge_of(endpoint(server, structured=True), policy)
+    assert judge.score(PROMPTS, RESPONSES).tolist() == [7] * 4
+    for request in server.requests:
+        form = request["response_format"]
+        assert form["type"] == "json_schema" and "score" in form["json_schema"]["schema"]["required"]  # type: ignore[index]
+    with pytest.raises(ValueError, match="set one of them"):
+        endpoint(server, structured=True, pattern="(.)")
+
+
+@pytest.mark.parametrize("newer", [False, True])
+def test_a_server_that_refuses_structured_output_is_asked_for_text(server: Server, policy: str, newer: bool) -> None:
+    server.plain, server.newer = True, newer
+    judge = judge_of(endpoint(server, structured=True, concurrency=1), policy)
+    assert judge.score(PROMPTS, RESPONSES).tolist() == [1.5, 3.5, 1.5, 2.5]
+    assert ["response_format" in request for request in server.requests] == [True] * (1 + newer) + [False] * 4
+    usage = usage_of(judge)
+    assert usage is not None and usage.num_unstructured == usage.num_paid == 4
 
 
 def test_the_key_comes_from_the_environment_and_stays_out_of_messages(

@@ -56,6 +56,14 @@ def test_each_pair_is_asked_in_both_orders_and_equal_texts_are_ties(server: Serv
     assert asked == sorted(["a|d d d|d", "a|d|d d d", "a|d|d d", "a|d d|d", "b|e e e|e", "b|e|e e e"])
 
 
+def test_structured_verdicts(server: Server, policy: str) -> None:
+    server.answer = '{"reason": "A is longer than B", "winner": "tie"}'
+    games = PairwiseComparer(pairwise(server, structured=True), policy).compare(PROMPTS, OWN, OTHER)
+    assert set(games.first) == set(games.second) == {0.5}
+    schema = server.requests[0]["response_format"]["json_schema"]["schema"]  # type: ignore[index]
+    assert schema["properties"]["winner"]["enum"] == ["A", "B", "tie"]
+
+
 @pytest.mark.parametrize(("answer", "bias"), [("[[A]]", 1.0), ("[[B]]", -1.0), ("[[C]]", 0.0)])
 def test_a_judge_that_looks_at_the_place_alone_tells_nothing_and_is_found_out(
     server: Server, policy: str, answer: str, bias: float
@@ -127,7 +135,7 @@ def test_a_stage_of_wins_pays_once(server: Server, policy: str, tmp_path: Path) 
 def test_a_comparison_without_scores_has_a_whole_table_and_verdict() -> None:
     rows = {
         "dpo": {"kl": 2.0, "kl_stderr": 0.1, "win_rate": 0.7, "win_rate_stderr": 0.05, "position_bias": 0.2},
-        "ipo": {"kl": 3.0, "kl_stderr": 0.1, "win_rate": 0.6, "win_rate_stderr": 0.05, "position_bias": 0.1},
+        "ipo": {"kl": 3.0, "kl_stderr": 0.1, "win_rate": 0.5, "win_rate_stderr": 0.05, "position_bias": 0.1},
     }
     entries = [EntryResult(name="reference", kind="reference", seeds={"0": {"kl": 0.0}})]
     entries += [EntryResult(name=name, kind=name, seeds={"0": row}) for name, row in rows.items()]
@@ -138,7 +146,7 @@ def test_a_comparison_without_scores_has_a_whole_table_and_verdict() -> None:
     assert "**dpo** has the highest win rate against the reference: 0.700" in said
     assert "ipo by dpo" in said and "judge score" not in said and "nan" not in said
     rates, errors = reference_column(list(rows.values()))
-    assert rates[1, 0] == 0.7 and rates[0, 2] == pytest.approx(0.4) and np.isnan(rates[1, 2]) and errors[2, 0] == 0.05
+    assert rates[1, 0] == 0.7 and rates[0, 2] == 0.5 and np.isnan(rates[1, 2]) and errors[2, 0] == 0.05
 
 
 def test_a_pairwise_judge_is_no_reward_and_needs_both_responses(server: Server) -> None:

@@ -44,6 +44,10 @@ class Endpoint(Section):
         description="Regular expression whose first group is the verdict; its last match counts. "
         "None: the forms of docs/judges.md, such as `Score: 8`.",
     )
+    structured: bool = Field(
+        False,
+        description="Ask for JSON by a schema (`response_format`); a server that refuses is asked for text.",
+    )
     api_key_env: str | None = Field(None, description="Environment variable that holds the key; the key is never kept.")
     concurrency: int = Field(16, ge=1, description="Requests in flight.")
     max_tokens: int = Field(
@@ -70,6 +74,12 @@ class Endpoint(Section):
         except re.error as error:
             raise ValueError(f"the pattern is no regular expression ({error})") from None
         return pattern
+
+    @model_validator(mode="after")
+    def _one_form(self) -> Self:
+        if self.structured and self.pattern is not None:
+            raise ValueError("pattern reads text, structured asks for JSON: set one of them")
+        return self
 
 
 class EndpointJudge(Endpoint):

@@ -40,11 +40,17 @@ Found = TypeVar("Found", bound=Read)
 class Client(Generic[Found]):
     """One endpoint with one model, at temperature 0.
 
-    read: what the body of a response says. missing: the same of a row that got no response, from the reason.
+    read: what the body of a response says. missing: the same of a row that got no response, from the reason. schema:
+    the JSON schema of an answer, where the settings ask for structured output.
     """
 
     def __init__(
-        self, settings: Endpoint, read: Callable[[str], Found], missing: Callable[[str], Found], calls: str | None
+        self,
+        settings: Endpoint,
+        read: Callable[[str], Found],
+        missing: Callable[[str], Found],
+        calls: str | None,
+        schema: dict[str, Any],
     ) -> None:
         """`calls`: the folder of the calls that have been paid for; None: they are not kept. Raises UserError where
         the key is missing."""
@@ -53,7 +59,9 @@ class Client(Generic[Found]):
         self._calls = None if calls is None else Calls(calls)
         self.usage = Usage(num_torn=0 if self._calls is None else self._calls.num_torn)
         self._lock = threading.Lock()
-        self._limit_field = "max_tokens"  # or "max_completion_tokens", once the server has asked for it
+        # What this server is known to want, which is found out by its refusals and never forgotten:
+        self._limit_field = "max_tokens"  # or "max_completion_tokens"
+        self._schema = schema if settings.structured else None  # None: it knows no structured output
         self._client = OpenAI(
             base_url=settings.base_url,
             api_key=self._key or "none",  # the client insists on one
@@ -145,31 +153,58 @@ class Client(Generic[Found]):
             "messages": [{"role": "user", "content": question}],
             "temperature": 0,
             "max_tokens": settings.max_tokens,
+            **({"structured": True} if settings.structured else {}),
         }
 
     def _asked(self, question: str) -> str:
-        """The body of the response, whatever it holds. Newer servers name the limit `max_completion_tokens`."""
-        field = self._limit_field
-        try:
-            return self._sent(question, field)
-        except BadRequestError as error:
-            if field != "max_tokens" or "max_completion_tokens" not in str(error):
-                raise
-            self._limit_field = "max_completion_tokens"
-            return self._sent(question, self._limit_field)
+        """The body of the response, whatever it holds.
 
-    def _sent(self, question: str, limit_field: str) -> str:
+        Newer servers name the limit `max_completion_tokens`; some know no structured output. Either is asked again in
+        the server's way.
+        """
+        while True:
+            field, schema = self._limit_field, self._schema
+            try:
+                body = self._sent(question, field, schema)
+            except BadRequestError as error:
+                if field == "max_tokens" and "max_completion_tokens" in str(error):
+                    self._limit_field = "max_completion_tokens"
+                elif schema is not None and any(name in str(error) for name in ("response_format", "json_schema")):
+                    self._schema = None
+                else:
+                    raise
+                continue
+            if self.settings.structured and schema is None:
+                with self._lock:
+                    self.usage.num_unstructured += 1
+            return body
+
+    def _sent(self, question: str, limit_field: str, schema: dict[str, Any] | None) -> str:
+        extra: dict[str, Any] = {limit_field: self.settings.max_tokens}
+        if schema is not None:
+            form = {"name": "verdict", "strict": True, "schema": schema}
+            extra["response_format"] = {"type": "json_schema", "json_schema": form}
         response = self._client.chat.completions.with_raw_response.create(
             model=self.settings.model,
             messages=[{"role": "user", "content": question}],
             temperature=0,
-            extra_body={limit_field: self.settings.max_tokens},
+            extra_body=extra,
         )
         return response.text
 
     def _without_key(self, text: str) -> str:
         """Servers may repeat the key that they refuse."""
         return text.replace(self._key, "(key)") if self._key else text
+
+
+def answer_schema(name: str, value: dict[str, Any]) -> dict[str, Any]:
+    """Of an answer that gives its reason and then the field `name`, as strict servers want it."""
+    return {
+        "type": "object",
+        "properties": {"reason": {"type": "string"}, name: value},
+        "required": ["reason", name],
+        "additionalProperties": False,
+    }
 
 
 def check_connection(settings: Endpoint) -> str | None:

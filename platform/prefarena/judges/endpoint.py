@@ -9,10 +9,12 @@ import numpy as np
 from prefarena.config import EndpointJudge
 from prefarena.errors import UserError
 from prefarena.judges.answers import Form, Reading, read_response
-from prefarena.judges.client import Client, check_connection
+from prefarena.judges.client import Client, answer_schema, check_connection
 from prefarena.judges.texts import filled, judge_rows
 from prefarena.judges.usage import Usage
 from prefarena.modeling.load import load_tokenizer
+
+_SCHEMA = answer_schema("score", {"type": "number"})
 
 
 class EndpointScorer:
@@ -25,7 +27,7 @@ class EndpointScorer:
         pattern = None if settings.pattern is None else re.compile(settings.pattern)
         form = Form(settings.min_score, settings.max_score, pattern)
         self._client = Client(
-            settings, lambda body: read_response(body, form), lambda reason: Reading(None, reason), calls
+            settings, lambda body: read_response(body, form), lambda reason: Reading(None, reason), calls, _SCHEMA
         )
 
     @property

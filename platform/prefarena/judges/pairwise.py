@@ -9,11 +9,13 @@ import numpy as np
 
 from prefarena.config import PairwiseJudge
 from prefarena.errors import UserError
-from prefarena.judges.client import Client, check_connection
+from prefarena.judges.client import Client, answer_schema, check_connection
 from prefarena.judges.texts import JudgeRow, filled, judge_rows
 from prefarena.judges.usage import Usage
 from prefarena.judges.verdicts import Verdict, read_verdict_response
 from prefarena.modeling.load import load_tokenizer
+
+_SCHEMA = answer_schema("winner", {"type": "string", "enum": ["A", "B", "tie"]})
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,11 @@ class PairwiseComparer:
         self._settings, self._tokenizer = settings, load_tokenizer(tokenizer)
         pattern = None if settings.pattern is None else re.compile(settings.pattern)
         self._client = Client(
-            settings, lambda body: read_verdict_response(body, pattern), lambda reason: Verdict(None, reason), calls
+            settings,
+            lambda body: read_verdict_response(body, pattern),
+            lambda reason: Verdict(None, reason),
+            calls,
+            _SCHEMA,
         )
 
     @property

@@ -9,12 +9,13 @@ from dataclasses import dataclass
 @dataclass
 class Usage:
     """num_paid: requests that were answered; num_reused: answers that had been paid for before; num_torn: of those
-    kept, how many lines were cut off by the death of a process; num_asked, num_silent: rows, and those without a
-    verdict."""
+    kept, how many lines were cut off by the death of a process; num_unstructured: of those paid for, the ones for
+    which the server refused structured output; num_asked, num_silent: rows, and those without a verdict."""
 
     num_paid: int = 0
     num_reused: int = 0
     num_torn: int = 0
+    num_unstructured: int = 0
     num_asked: int = 0
     num_silent: int = 0
 
@@ -24,6 +25,7 @@ class Usage:
             "num_judge_calls": self.num_paid,
             "num_judge_calls_reused": self.num_reused,
             "num_judge_calls_torn": self.num_torn,
+            "num_judge_calls_unstructured": self.num_unstructured,
         }
 
 

@@ -99,6 +99,7 @@ class Cost(Part):
     num_judge_calls: int = 0
     num_judge_calls_reused: int = 0
     num_judge_calls_torn: int = 0
+    num_judge_calls_unstructured: int = 0
     reused: bool = False
 
     @property
