@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 from judge_server import Server, endpoint
 from judge_server import server as judge_server
+from on_policy import LocalGenerator, make_job, metric_rows, timeless
 from s3 import BUCKET, fs, server
 from tiny import EOS, save_tiny_policy
 
@@ -23,13 +24,15 @@ from pipelines.judge_notes import judge_notes
 from pipelines.plan import judge_spec, make_plan
 from pipelines.report import _entry_row, _row
 from prefarena import mirror
-from prefarena.config import Comparison, EndpointJudge
+from prefarena.config import Comparison, EndpointJudge, GRPOTraining, PPOTraining
 from prefarena.errors import JudgeError
 from prefarena.evaluation.best_of_n import pick_best
 from prefarena.evaluation.sampled import sampled_metrics, win_rate
 from prefarena.judges.calls import Calls, call_key
 from prefarena.judges.spec import Judge, JudgeSpec, load_judge, usage_of
 from prefarena.records import Rollout
+from prefarena.training.on_policy import train_on_policy
+from prefarena.training.worker import Worker
 
 __all__ = ["fs", "judge_server", "server"]  # fixtures
 
@@ -312,3 +315,26 @@ def test_an_evaluation_and_its_report_say_who_was_silent_and_what_was_paid(
     assert any("best: 2 samples got no readable reward" in note for note in notes), notes
     assert len(judge_server.requests) == 20
     assert "Judge endpoints answered 20 requests; 40 answers had been paid for before." in notes
+
+
+@pytest.mark.parametrize("method", ["ppo", "grpo"])
+def test_training_goes_on_without_the_silent_rollouts_and_pays_once(
+    judge_server: Server, tiny_policy: str, tmp_path: Path, method: str
+) -> None:
+    judge_server.answer = lambda question: "Hm." if " d" in question else f"Score: {1 + len(question) % 7}"
+    sizes = {"num_iterations": 3, "rollouts_per_iteration": 16, "num_epochs": 1}
+    training = PPOTraining(**sizes) if method == "ppo" else GRPOTraining(**sizes, group_size=4)
+    settings = endpoint(judge_server, max_silent_share=0.9)
+    jobs, costs = [], []
+    for attempt in ("first", "again"):
+        job = make_job(tmp_path / attempt, tiny_policy, training)
+        job = replace(job, reward=JudgeSpec(settings, None, tiny_policy, str(tmp_path / "calls")))
+        costs.append(train_on_policy(job, Worker(job.stage_dir), LocalGenerator(tiny_policy))["costs"])
+        jobs.append(job)
+    rows = metric_rows(jobs[0])
+    assert any(0 < row.get("reward/num_silent", 0) < 16 for row in rows)
+    assert all(1 <= row["reward/mean"] <= 7 and row["steps_skipped"] == 0 for row in rows)
+    paid = costs[0]["num_judge_calls"]
+    assert 0 < paid == len(judge_server.requests)
+    assert (costs[1]["num_judge_calls"], costs[1]["num_judge_calls_reused"]) == (0, paid)
+    assert timeless(jobs[0]) == timeless(jobs[1])
