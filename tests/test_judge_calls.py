@@ -168,6 +168,12 @@ def test_calls_are_kept_in_an_object_store(fs: Any, judge_server: Server, policy
     assert score(endpoint(judge_server), policy, node("b"))[1] == [4, 6, 0]
     assert score(endpoint(judge_server), policy, node("a"))[1] == [0, 10, 0]
     assert len(fs.find(f"{BUCKET}/judged/judge_calls")) == 2
+    # What a process that died had not sent yet is sent by the next one on its node.
+    (node("a") / f"0-{2**22 + 1}-0.jsonl").write_text(
+        json.dumps({"key": call_key({"of": "the dead"}), "body": "1"}) + "\n"
+    )
+    Calls(node("a"))
+    assert Calls(node("b")).get(call_key({"of": "the dead"})) == "1"
 
 
 # ------------------------------------------------------------------------------- rows without a verdict

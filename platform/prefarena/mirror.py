@@ -196,14 +196,19 @@ def pull(folder: Path) -> None:
             stores.download(mirror.url_of(folder / name), folder / name)
 
 
-def gather(folder: Path) -> None:
-    """Have on this node the files directly in a folder of the store whose files never change once they are there."""
+def gather(folder: Path) -> set[str]:
+    """Have on this node the files directly in a folder of the store whose files never change once they are there.
+
+    Returns their names; none for a folder that is no copy.
+    """
     mirror = mirror_of(folder)
     if mirror is None:
-        return
-    for name in mirror.names(folder):
-        if "/" not in name and not (folder / name).exists():
+        return set()
+    names = {name for name in mirror.names(folder) if "/" not in name}
+    for name in names:
+        if not (folder / name).exists():
             _download(mirror, folder / name)
+    return names
 
 
 def _download(mirror: Mirror, path: Path) -> None:

@@ -47,7 +47,10 @@ class Calls:
         self._lock = threading.Lock()
         self._file: Path | None = None
         self._size, self._sent_at = 0, time.monotonic()
-        mirror.gather(self._folder)
+        stored = mirror.gather(self._folder)
+        for file in self._folder.glob("*.jsonl") if mirror.mirror_of(self._folder) else []:
+            if file.name not in stored and not _runs(int(file.name.split("-")[1])):
+                mirror.push(file)  # whoever wrote it died before it was sent
         for file in sorted(self._folder.glob("*.jsonl")):  # of two answers to one call, the same one counts each time
             self._index(file)
 
@@ -69,7 +72,8 @@ class Calls:
         with self._lock:
             if self._file is None:
                 self._folder.mkdir(parents=True, exist_ok=True)
-                self._file, self._size = self._folder / f"{time.time_ns():020d}-{secrets.token_hex(4)}.jsonl", 0
+                name = f"{time.time_ns():020d}-{os.getpid()}-{secrets.token_hex(4)}.jsonl"
+                self._file, self._size = self._folder / name, 0
             try:
                 _append(self._file, line)
             except OSError:
@@ -112,6 +116,17 @@ def _append(file: Path, line: bytes) -> None:
             written += os.write(descriptor, line[written:])
     finally:
         os.close(descriptor)
+
+
+def _runs(pid: int) -> bool:
+    """Whether there is such a process on this machine."""
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:  # it is another user's
+        return True
+    return True
 
 
 def _key_of(line: bytes) -> str | None:
