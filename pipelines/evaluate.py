@@ -123,7 +123,7 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
     scorer, running = ray.remote(**scoring_options(config.resources))(score_samples), dict[Stage, Any]()
     with Sampler(config, waiting[0][1], console) as sampler:
         for stage, plan, trained in waiting:
-            job = _sampled_job(config, plan, trained, stage.begin())
+            job = sampled_job(config, plan, trained, stage.begin())
             prompts = held_out_prompts(plan, settings) * settings.samples_per_prompt
             prompts = [prompt for prompt in prompts for _ in range(job.best_of)]
             sampling = Sampling(response_limit(plan.task), settings.temperature, settings.seed)
@@ -165,7 +165,8 @@ class SampledJob:
     reward: JudgeSpec | None = None
 
 
-def _sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, folder: Path) -> SampledJob:
+def sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, folder: Path) -> SampledJob:
+    """The evaluation of an entry, or of the reference."""
     reference = model_of(plan.reference)
     judge = None if is_pairwise(config) else judge_spec(plan, config.judge, plan.judge)
     policy = policy_of(plan, trained) if trained else reference

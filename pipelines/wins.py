@@ -58,7 +58,7 @@ def judge_wins(config: Comparison, plans: list[SeedPlan], console: Console) -> N
         task = ray.remote(num_cpus=1)(compare_pairs)
         what = f"comparing {', '.join(stage.label for stage, _, _ in waiting)} with the reference, pair by pair"
         with stage_line(console, what):
-            jobs = [_job(config, plan, trained, stage.begin()) for stage, plan, trained in waiting]
+            jobs = [wins_job(config, plan, trained, stage.begin()) for stage, plan, trained in waiting]
             outcomes = outcomes_within([task.remote(job) for job in jobs], config.resources.task_timeout_s, what)
             for (stage, _, _), outcome in zip(waiting, outcomes, strict=True):
                 if isinstance(outcome, Failed):
@@ -67,7 +67,8 @@ def judge_wins(config: Comparison, plans: list[SeedPlan], console: Console) -> N
     settle(console, wanted, do)
 
 
-def _job(config: Comparison, plan: SeedPlan, trained: Trained, folder: Path) -> WinsJob:
+def wins_job(config: Comparison, plan: SeedPlan, trained: Trained, folder: Path) -> WinsJob:
+    """The comparison of an entry with the reference of its seed."""
     judge = judge_spec(plan, config.judge, None)
     return WinsJob(judge, trained.evaluation.folder, plan.evaluation.folder, folder)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,20 @@ import pytest
 from judge_server import Server, server
 from tiny import EOS, save_tiny_policy
 
-from pipelines.wins import WinsJob, compare_pairs, read_responses, reference_column, wins_row, write_responses
-from prefarena.config import Comparison, PairwiseJudge
+from pipelines.evaluate import sampled_job, score_samples
+from pipelines.judge_notes import judge_notes
+from pipelines.plan import make_plan
+from pipelines.report import _entry_row, _row, _win_matrix
+from pipelines.wins import (
+    WinsJob,
+    compare_pairs,
+    read_responses,
+    reference_column,
+    wins_job,
+    wins_row,
+    write_responses,
+)
+from prefarena.config import Comparison, FunctionJudge, PairwiseJudge
 from prefarena.errors import JudgeError, UserError
 from prefarena.evaluation.pairwise import pair_values, pairwise_metrics
 from prefarena.judges.pairwise import PairwiseComparer
@@ -20,7 +33,7 @@ from prefarena.records import Rollout
 from prefarena.report.results import EntryResult, Results
 from prefarena.report.tables import main_table
 from prefarena.report.verdict import verdict
-from prefarena.stages import Stage, read_manifest
+from prefarena.stages import Stage, read_manifest, write_failure
 
 __all__ = ["server"]  # a fixture
 
@@ -160,3 +173,45 @@ def test_a_pairwise_judge_is_no_reward_and_needs_both_responses(server: Server) 
             check_judge(settings)
     with pytest.raises(UserError, match="base_url must be a URL"):
         check_judge(PairwiseJudge(base_url="host", model="m"))
+
+
+def test_the_stages_of_a_pairwise_comparison_without_ray(server: Server, policy: str, tmp_path: Path) -> None:
+    """The reference's responses and an entry's are kept unscored, compared, and gathered as the report's rows."""
+    server.answer = longer
+    data = tmp_path / "pairs.jsonl"
+    data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    best = {"kind": "best_of_n", "n": 1, "reward": {"kind": "function", "function": "rewards_that_fail:short"}}
+    config = Comparison.model_validate(
+        {
+            "task": {"kind": "text", "data": str(data)}, "output": str(tmp_path / "runs"),
+            "model": {"kind": "scratch", "vocab_size": 300}, "judge": pairwise(server).model_dump(),
+            "entries": [{"name": "best", "method": best}],
+        }
+    )  # fmt: skip
+    (plan,) = make_plan(config)
+    (trained,) = plan.trained
+    assert trained.wins is not None and trained.wins in trained.stages()
+    for stage, one, responses in ((plan.evaluation, None, OTHER), (trained.evaluation, trained, OWN)):
+        job = sampled_job(config, plan, one, stage.begin())
+        assert job.judge is None
+        function = JudgeSpec(FunctionJudge(function="rewards_that_fail:short"), None, policy)
+        job = replace(job, policy=policy, reward=function)  # with a reward no policy is loaded
+        pairs = zip(PROMPTS, responses, strict=True)
+        score_samples([Rollout(prompt, ids, [0.0], True, "0") for prompt, ids in pairs], job, config.evaluation, 0.0)
+        assert "judge_score" not in _row(stage) and stage.finished
+        assert "score" not in json.loads((stage.folder / "samples.json").read_text())[0]
+    job = wins_job(config, plan, trained, trained.wins.begin())
+    assert job.judge.calls == str(tmp_path / "runs" / "judge_calls")
+    compare_pairs(replace(job, judge=replace(job.judge, tokenizer=policy)))
+    row = _entry_row(plan, trained)
+    assert row["win_rate"] == pytest.approx(2 / 3) and row["response_length"] == 3 and "num_silent" not in row
+    matrix = _win_matrix(config, [plan])
+    assert matrix.rows == ["reference", "best"] and matrix.win_rate[1][0] == pytest.approx(2 / 3)
+    rows = {stage: _row(stage) for stage in (plan.evaluation, trained.evaluation, trained.wins)}
+    notes = " ".join(judge_notes(config, [plan], rows, {}))
+    assert "best against the reference: 4 pairs with a verdict, 0 without, left out; 1 of equal texts" in notes
+    assert "position bias +0.000" in notes and "answered 6 requests" in notes
+    assert trained.failure is None
+    write_failure(trained.wins.folder, "it is silent")
+    trained.wins.folder.joinpath("manifest.json").unlink()
+    assert trained.failure == "its comparison with the reference failed: it is silent"
