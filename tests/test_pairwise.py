@@ -200,9 +200,9 @@ def test_the_stages_of_a_pairwise_comparison_without_ray(server: Server, policy:
         score_samples([Rollout(prompt, ids, [0.0], True, "0") for prompt, ids in pairs], job, config.evaluation, 0.0)
         assert "judge_score" not in _row(stage) and stage.finished
         assert "score" not in json.loads((stage.folder / "samples.json").read_text())[0]
-    job = wins_job(config, plan, trained, trained.wins.begin())
-    assert job.judge.calls == str(tmp_path / "runs" / "judge_calls")
-    compare_pairs(replace(job, judge=replace(job.judge, tokenizer=policy)))
+    wins = wins_job(config, plan, trained, trained.wins.begin())
+    assert wins.judge.calls == str(tmp_path / "runs" / "judge_calls")
+    compare_pairs(replace(wins, judge=replace(wins.judge, tokenizer=policy)))
     row = _entry_row(plan, trained)
     assert row["win_rate"] == pytest.approx(2 / 3) and row["response_length"] == 3 and "num_silent" not in row
     matrix = _win_matrix(config, [plan])
