@@ -88,7 +88,7 @@ def _places(config: Comparison) -> dict[str, str]:
     """By setting, the paths and URLs that every node must read; names on the hub are asked for by `check_input`."""
     named: dict[str, str | None] = {"output": config.output} if is_url(config.output) else {}
     if isinstance(config.task, TextTask):
-        named |= {"task.data": config.task.data, "task.pretraining_text": config.task.pretraining_text}
+        named |= {f"task.{name}": getattr(config.task, name) for name in ("data", "test_data", "pretraining_text")}
     if isinstance(config.model, PretrainedModel):
         named["model.path"] = config.model.path
     absolute = {key: str(Path(path).absolute()) for key, path in named.items() if path and Path(path).exists()}
@@ -111,14 +111,17 @@ def model_settings(config: Comparison) -> PretrainedConfig | None:
 def _data_bytes(config: Comparison) -> int:
     """Of the task's data: its files, or the language's tables of every response, 16 bytes each for each policy."""
     if isinstance(config.task, TextTask):
-        if is_url(config.task.data):
-            return sum(size or 0 for _, size, _ in fingerprint(config.task.data))
-        path = Path(config.task.data)
-        files = path.rglob("*") if path.is_dir() else [path]
-        return sum(file.stat().st_size for file in files if file.is_file())
+        return sum(_bytes_at(path) for path in {config.task.data, config.task.test_data or config.task.data})
     language = Language(config.task)
     responses = sum((language.vocab_size - 1) ** length for length in range(config.task.response_limit + 1))
     return 16 * responses * config.task.num_prompts * (1 + len(config.entries) * len(config.seeds)) // 3
+
+
+def _bytes_at(path: str) -> int:
+    if is_url(path):
+        return sum(size or 0 for _, size, _ in fingerprint(path))
+    files = Path(path).rglob("*") if Path(path).is_dir() else [Path(path)]
+    return sum(file.stat().st_size for file in files if file.is_file())
 
 
 if __name__ == "__main__":

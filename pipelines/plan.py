@@ -210,7 +210,7 @@ def _data_inputs(config: Comparison, task: LanguageTask | TextTask) -> dict[str,
         pair_settings = {"num_pairs", "num_test_pairs", "labels", "label_temperature"}
         return task.model_dump(mode="json", exclude=pair_settings)
     files: list[list[Any]] = []
-    for name in (task.data, task.pretraining_text):
+    for name in (task.data, task.test_data, task.pretraining_text):
         path = Path(name) if name else None
         if path and path.exists():
             found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())

@@ -22,7 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from prefarena.config import Model, PretrainedModel, TextTask
-from prefarena.data.first_rows import look_at_pairs, look_at_text
+from prefarena.data.first_rows import FirstRows, look_at_pairs, look_at_test, look_at_text
 from prefarena.data.labels import order_notes
 from prefarena.data.notes import notes_of, transcript_notes
 from prefarena.data.preparation import (
@@ -42,7 +42,7 @@ from prefarena.data.sources import (
     read_chunks,
     read_rows_of,
 )
-from prefarena.data.splits import NONE_HELD_OUT, Shares, ignored_judge, shares_of
+from prefarena.data.splits import ALL_TEST, NONE_HELD_OUT, Shares, ignored_judge, leakage_notes, shares_of
 from prefarena.data.token_tables import ParquetRows, TokenTables
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
@@ -66,13 +66,12 @@ def check_text_task(task: TextTask, model: Model | None = None) -> list[Part]:
 
     With a pretrained `model`, these rows must also suit its tokenizer and its chat template.
     """
-    parts = look_at_pairs(task).parts
+    first, test = _look(task)
     if isinstance(model, PretrainedModel):
         tokenizer = Tokenizer.load(model.path, model.revision, task)
-        _check_tokens(task, parts, tokenizer)
-    if task.pretraining_text is not None:
-        look_at_text(task, task.pretraining_text)
-    return parts
+        for looked in [first] if test is None else [first, test]:
+            _check_tokens(task, looked, tokenizer)
+    return first.parts
 
 
 def prepare_tokenizer(task: TextTask, model: Model, folder: str | Path, shares: Shares) -> str:
@@ -96,34 +95,39 @@ def prepare_text(
 
     Tables (parquet folders): train_pairs, judge_pairs, test_pairs (PAIRS), demonstrations (training prompts with their
     chosen answers), prompts (of the training and test splits), pretraining where the task has such text. Every rejected
-    row is a line of dropped.jsonl, or of dropped_pretraining.jsonl. Without `tokenizer_path` the tokenizer is
-    `prepare_tokenizer`'s, in output/tokenizer. `num_tokenisers` is the most actors that tokenise at once; by default
-    one per CPU. Pairs are set aside for the judge only where one is learned from them (`learns_judge`).
+    row is a line of dropped.jsonl, dropped_test.jsonl or dropped_pretraining.jsonl. Without `tokenizer_path` the
+    tokenizer is `prepare_tokenizer`'s, in output/tokenizer. `num_tokenisers` is the most actors that tokenise at once;
+    by default one per CPU. Pairs are set aside for the judge only where one is learned from them (`learns_judge`).
 
     Raises UserError for a missing or empty source, a file that cannot be read, missing columns, a split left empty, or
     more rows rejected than task.max_rejected_share.
     """
-    parts = check_text_task(task)
-    first = look_at_pairs(task)
+    first, test = _look(task)
     folder = Path(output).absolute()
     folder.mkdir(parents=True, exist_ok=True)
-    shares = shares_of(task, parts, learns_judge)
+    shares = shares_of(task, first.parts, learns_judge)
     path = tokenizer_path or prepare_tokenizer(task, model, folder / "tokenizer", shares)
     if path == str(folder / "tokenizer"):
         push(Path(path))  # the actors that tokenise may be on other nodes
     revision = model.revision if isinstance(model, PretrainedModel) and path == model.path else None
     tokenizer = Tokenizer.load(path, revision, task)
-    _check_tokens(task, parts, tokenizer)
-    prepare = functools.partial(prepare_pairs, shares=shares)
-    with TokenTables(folder) as tables:
-        for rows in _stream(task, parts, COLUMNS, task.max_rows, prepare, (path, revision), num_tokenisers):
+    for looked in [first] if test is None else [first, test]:
+        _check_tokens(task, looked, tokenizer)
+    with TokenTables(folder, own_test=test is not None) as tables:
+        if test is not None:
+            prepare = functools.partial(prepare_pairs, shares=ALL_TEST)
+            for rows in _stream(task, test.parts, COLUMNS, None, prepare, (path, revision), num_tokenisers):
+                tables.add_test(rows)
+            tables.check_test(task)
+        prepare = functools.partial(prepare_pairs, shares=shares)
+        for rows in _stream(task, first.parts, COLUMNS, task.max_rows, prepare, (path, revision), num_tokenisers):
             tables.add(rows if task.max_rows is None else rows.slice(0, task.max_rows - tables.num_rows))
             if tables.num_rows == task.max_rows:
                 break
     summary = {**tables.summary(task, shares), "tokenizer": path, "rules": _rules(task, shares)}
     summary["ends"] = tokenizer.ends_in_words()
-    notes = [*first.notes, *transcript_notes(first, task, tokenizer.tokenizer)]
-    notes += [*ignored_judge(task, learns_judge), *order_notes(summary)]
+    notes = [*first.notes, *(test.notes if test else []), *transcript_notes(first, task, tokenizer.tokenizer)]
+    notes += [*ignored_judge(task, learns_judge), *order_notes(summary), *leakage_notes(summary)]
     summary["notes"] = [*notes, *notes_of(summary, tokenizer.conversations.form)]
     if task.pretraining_text is not None:
         summary["num_pretraining"] = _write_pretraining(task, path, revision, folder, num_tokenisers)
@@ -134,10 +138,19 @@ def prepare_text(
 # ------------------------------------------------------------------------------------------------ reading
 
 
-def _check_tokens(task: TextTask, parts: list[Part], tokenizer: Tokenizer) -> None:
+def _look(task: TextTask) -> tuple[FirstRows, FirstRows | None]:
+    """At the pairs, the test set where it is one of its own, and pretraining text."""
+    first = look_at_pairs(task)
+    test = look_at_test(task, first)
+    if task.pretraining_text is not None:
+        look_at_text(task, task.pretraining_text)
+    return first, test
+
+
+def _check_tokens(task: TextTask, looked: FirstRows, tokenizer: Tokenizer) -> None:
     """Raise UserError where the first rows show that the tokenizer's chat template takes none of the data."""
     rejections = Rejections()
-    chunk = next(chunk for part in parts for chunk in read_chunks(part, COLUMNS, task.max_row_bytes))
+    chunk = next(chunk for part in looked.parts for chunk in read_chunks(part, COLUMNS, task.max_row_bytes))
     rows = (
         prepare_pairs(chunk, task, tokenizer, shares=NONE_HELD_OUT)
         .select(["file", "row", "reason", "detail"])
@@ -146,7 +159,7 @@ def _check_tokens(task: TextTask, parts: list[Part], tokenizer: Tokenizer) -> No
     for row in rows:
         if row["reason"] is not None:
             rejections.add(row["file"], row["row"], row["reason"], row["detail"])
-    rejections.check_first(f"{task.data}, with the tokenizer of {tokenizer.tokenizer.name_or_path}", len(rows))
+    rejections.check_first(f"{looked.path}, with the tokenizer of {tokenizer.tokenizer.name_or_path}", len(rows))
 
 
 def _training_texts(task: TextTask, shares: Shares) -> Iterator[str]:
@@ -284,9 +297,12 @@ def _write_pretraining(task: TextTask, path: str, revision: str | None, folder: 
 def _rules(task: TextTask, shares: Shares) -> dict[str, str]:
     """The rules that the counts are about, in words."""
     prompts = "are dropped" if task.long_prompts == "drop" else "keep their bos and last tokens"
+    tested = f"{shares.test:.2%} are held out to test on"
+    if task.test_source is not None:
+        tested = f"those to test on are of {task.test_source[0]} (split {task.test_source[1]})"
     return {
         "long prompts": f"prompts of more than {task.max_prompt_tokens} tokens {prompts}",
         "long responses": f"responses of more than {task.max_response_tokens} tokens keep their first, not their end",
-        "splits": f"by a hash of the dialogue's opening with seed {task.split_seed}; {shares.test:.2%} are held out to "
-        f"test on, {shares.judge:.2%} for the judge",
+        "splits": f"by a hash of the dialogue's opening with seed {task.split_seed}; {tested}, and "
+        f"{shares.judge:.2%} are held out for the judge",
     }

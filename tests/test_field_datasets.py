@@ -19,7 +19,7 @@ from prefarena.data.labels import order_notes
 from prefarena.data.preparation import COLUMNS, prepare_pairs
 from prefarena.data.rejections import Unusable
 from prefarena.data.sources import find_parts, read_chunks, survey
-from prefarena.data.splits import NONE_HELD_OUT
+from prefarena.data.splits import Shares
 from prefarena.data.token_tables import TokenTables
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
@@ -282,7 +282,7 @@ def test_labels_and_scores_against_the_order_are_counted_and_said(tmp_path: Path
     train_tokenizer(["Blue 1? Yes. No."], 300, tmp_path / "bpe")
     rows = numbered(label=[0.9, 0.2, 0.1] * 20, score_chosen=[1.0, 1.0, 3.0] * 20, score_rejected=[2.0] * 60)
     task = TextTask(data=write_lines(tmp_path / "data.jsonl", rows))
-    tokenizer, shares = Tokenizer.load(tmp_path / "bpe", None, task), NONE_HELD_OUT
+    tokenizer, shares = Tokenizer.load(tmp_path / "bpe", None, task), Shares(test=0.2, judge=0.2, seed=0)
     with TokenTables(tmp_path) as tables:
         for chunk in read_chunks(look_at_pairs(task).parts[0], COLUMNS, task.max_row_bytes):
             tables.add(prepare_pairs(chunk, task, tokenizer, shares=shares))

@@ -75,6 +75,18 @@ def test_transcripts_become_tables_and_every_dropped_row_is_listed(ray_session: 
     assert pretraining.schema.equals(PRETRAINING) and pretraining.num_rows == summary["num_pretraining"] > 2
 
 
+def test_a_test_set_of_its_own_goes_through_the_pipeline(ray_session: None, tmp_path: Path) -> None:
+    data = write(tmp_path / "train.jsonl", rows(50))
+    test = write(tmp_path / "test.jsonl.gz", [*rows(3), *[hh(f"Why {i}?", "So.", "No.") for i in range(5)]])
+    task = TextTask(data=data, test_data=test, max_rows=40)
+    summary = prepare_text(task, None, MODEL, tmp_path / "out", num_tokenisers=1, learns_judge=False)
+    assert (summary["num_rows"], summary["num_train_pairs"], summary["num_judge_pairs"]) == (40, 37, 0)
+    assert (summary["test_data"]["num_rows"], summary["num_test_pairs"]) == (8, 8)
+    assert summary["dropped"] == {rejections.IN_TEST_DATA: 3}
+    assert "3 of 40 rows begin with the same prompt as a row of the test data, and do not train" in summary["notes"]
+    assert test in summary["rules"]["splits"]
+
+
 def test_the_same_rows_from_any_source_give_the_same_tables(ray_session: None, tmp_path: Path) -> None:
     good = rows(40)
     (tmp_path / "parts").mkdir()

@@ -15,12 +15,15 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipelines.plan import make_plan
+from pipelines.preferences import check_text_task
 from prefarena.config import Comparison, TextTask, parse_config
+from prefarena.data import rejections as why
 from prefarena.data.counting import count_rows
+from prefarena.data.first_rows import look_at_pairs, look_at_test
 from prefarena.data.formats import Pair
 from prefarena.data.preparation import COLUMNS, prepare_pairs
 from prefarena.data.sources import Part, find_parts, read_chunks
-from prefarena.data.splits import Shares, ignored_judge, shares_of
+from prefarena.data.splits import ALL_TEST, Shares, ignored_judge, leakage_notes, shares_of
 from prefarena.data.tables import read_rows
 from prefarena.data.token_tables import TokenTables
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
@@ -169,3 +172,173 @@ def test_numbers_that_leave_nothing_to_train_on_are_refused(tmp_path: Path) -> N
     ):
         with pytest.raises(UserError, match=said):
             text_config(data, LEARNED, **settings)
+
+
+# ------------------------------------------------------------------------------------------- a test set of one's own
+
+
+def with_test(folder: Path, bpe: Path, task: TextTask) -> dict[str, Any]:
+    """As `tables_of`, for a task with a test set of its own."""
+    tokenizer, test = Tokenizer.load(bpe, None, task), look_at_test(task, look_at_pairs(task))
+    assert test is not None
+    shares = shares_of(task, find_parts(task.data, task.split), learns_judge=True)
+    with TokenTables(folder, own_test=True) as tables:
+        for part in test.parts:
+            for chunk in read_chunks(part, COLUMNS, task.max_row_bytes):
+                tables.add_test(prepare_pairs(chunk, task, tokenizer, shares=ALL_TEST))
+        tables.check_test(task)
+        for part in find_parts(task.data, task.split):
+            for chunk in read_chunks(part, COLUMNS, task.max_row_bytes):
+                tables.add(prepare_pairs(chunk, task, tokenizer, shares=shares))
+    return tables.summary(task, shares)
+
+
+def test_rows_of_the_test_set_test_and_their_dialogues_do_not_train(tmp_path: Path, bpe: Path) -> None:
+    question = {"role": "user", "content": "Is it?"}
+
+    def chat(name: str, answer: str, *more: Row) -> Row:
+        prompt = [{**question, "content": name}, *more]
+        return {"prompt": prompt, "chosen": answer, "rejected": "No."}
+
+    turns = ({"role": "assistant", "content": "Why?"}, question)
+    train = [chat(f"Is {i} even?", "Yes.") for i in range(40)]
+    train += [chat("Is 7 odd?", "Sure."), chat("Is 7 odd?", "Yes.", *turns), chat("Is 9 odd?", "Yes.")]
+    test = [chat(f"Is {name} odd?", "Yes.") for name in ("7", "9", "1", "word " * 300)]
+    test += [chat("Is 7 odd?", "Yes.")]
+    task = TextTask(
+        data=write(tmp_path / "train.jsonl", train),
+        test_data=write(tmp_path / "test.jsonl", test),
+        max_prompt_tokens=200,
+        max_rejected_share=0.2,
+    )
+    counts = with_test(tmp_path / "out", bpe, task)
+    assert counts["num_rows"] == 43 and counts["dropped"] == {why.IN_TEST_DATA: 3}
+    assert counts["num_train_pairs"] + counts["num_judge_pairs"] == 40 and counts["num_test_pairs"] == 3
+    assert counts["test_data"]["num_rows"] == 5
+    assert counts["test_data"]["dropped"] == {why.PROMPT_TOO_LONG: 1, why.DUPLICATE: 1}
+    assert leakage_notes(counts) == [
+        "3 of 43 rows begin with the same prompt as a row of the test data, and do not train"
+    ]
+    left_out = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
+    assert [row["row"] for row in left_out] == [41, 42, 43]
+    left_out = [json.loads(line) for line in (tmp_path / "out/dropped_test.jsonl").read_text().splitlines()]
+    assert [(row["row"], row["reason"]) for row in left_out] == [(4, why.PROMPT_TOO_LONG), (5, why.DUPLICATE)]
+    prompts = read_rows(tmp_path / "out/prompts")
+    assert Counter(prompts["split"].to_pylist())["test"] == 3
+
+
+def test_what_is_cut_of_the_test_set_is_counted_apart(tmp_path: Path, bpe: Path) -> None:
+    train, test = rows(30), [{**row, "prompt": f"So, {row['prompt']}", "chosen": "Yes. " * 50} for row in rows(4)]
+    task = TextTask(
+        data=write(tmp_path / "train.jsonl", train),
+        test_data=write(tmp_path / "test.jsonl", test),
+        max_response_tokens=30,
+    )
+    counts = with_test(tmp_path / "out", bpe, task)
+    assert counts["num_truncated_responses"] == 0 and counts["num_train_pairs"] > 15
+    assert counts["test_data"] == {
+        "num_rows": 4,
+        "num_dropped": 0,
+        "dropped": {},
+        "num_truncated": 4,
+        "num_truncated_prompts": 0,
+        "num_truncated_responses": 4,
+    }
+
+
+def test_a_test_set_that_is_the_training_data_leaves_none_to_train_on(tmp_path: Path, bpe: Path) -> None:
+    for name in ("train", "copy"):
+        write(tmp_path / f"{name}.jsonl", rows(9))
+    task = TextTask(data=str(tmp_path / "train.jsonl"), test_data=str(tmp_path / "copy.jsonl"))
+    with pytest.raises(UserError, match=r"no train pairs are left of 9 rows \(its dialogue is in the test data 9\)"):
+        with_test(tmp_path / "out", bpe, task)
+
+
+def test_too_much_lost_of_the_test_set_stops_the_run_before_the_rest(tmp_path: Path, bpe: Path) -> None:
+    test = [{**row, "prompt": "word " * 90} if i < 3 else row for i, row in enumerate(rows(20))]
+    task = TextTask(
+        data=write(tmp_path / "train.jsonl", rows(30)),
+        test_data=write(tmp_path / "test.jsonl", test),
+        max_prompt_tokens=50,
+    )
+    with pytest.raises(UserError, match=r"test\.jsonl: 3 of 20 rows \(15\.0%\) cannot be trained on"):
+        with_test(tmp_path / "out", bpe, task)
+
+
+def saved(folder: Path, **splits: list[Row]) -> str:
+    datasets.DatasetDict({n: datasets.Dataset.from_list(r) for n, r in splits.items()}).save_to_disk(str(folder))
+    return str(folder)
+
+
+def test_a_splits_name_is_enough(tmp_path: Path) -> None:
+    other = [{**row, "prompt": f"So, {row['prompt']}"} for row in rows(5)]
+    data = saved(tmp_path / "saved", train_prefs=rows(20), test_prefs=other)
+    named = tmp_path / "named"
+    named.mkdir()
+    write(named / "train-00000-of-00001.jsonl", rows(20))
+    write(named / "test-00000-of-00001.jsonl", other)
+    for task in (
+        TextTask(data=data, split="train_prefs", test_split="test_prefs"),
+        TextTask(data=str(named), test_split="test"),
+        TextTask(data=str(named), test_data=str(named)),  # the split test, as none is named
+        TextTask(data=write(tmp_path / "one.jsonl", rows(20)), test_data=data, test_split="test_prefs"),
+    ):
+        found = look_at_test(task, look_at_pairs(task))
+        assert found is not None and count_rows(found.parts, 1 << 20) == 5
+    assert look_at_test(TextTask(data=str(named)), look_at_pairs(TextTask(data=str(named)))) is None
+
+
+def test_a_test_set_that_cannot_be_used_is_refused_before_any_work(tmp_path: Path) -> None:
+    one, data = write(tmp_path / "one.jsonl", rows(20)), saved(tmp_path / "saved", train=rows(20), test=rows(4))
+    chats = [{"prompt": [{"role": "user", "content": f"Is {i}?"}], "chosen": "Yes.", "rejected": "No."} for i in "12"]
+    unsplit = tmp_path / "unsplit"
+    datasets.Dataset.from_list(rows(20)).save_to_disk(str(unsplit))
+    named = tmp_path / "named"
+    named.mkdir()
+    write(named / "train.jsonl", rows(3))
+    whole = "is what task.data trains on, whole; name rows of their own in task.test_data"
+    faults: list[tuple[str, Row, str]] = [
+        (one, {"test_data": str(tmp_path / "absent.jsonl")}, "absent.jsonl: no such file"),
+        (one, {"test_data": write(tmp_path / "q.jsonl", [{"question": "a"}])}, "no column 'chosen'"),
+        (one, {"test_data": write(tmp_path / "empty.jsonl", [])}, "there are no rows in it"),
+        (
+            one,
+            {"test_data": write(tmp_path / "chats.jsonl", chats)},
+            "to test on are messages, and those to train on are",
+        ),
+        (one, {"test_split": "test"}, f"task.test_split: {one} {whole}"),
+        (one, {"test_data": one}, f"task.test_data: {one} {whole}"),
+        (str(unsplit), {"test_split": "test"}, f"task.test_split: {unsplit} {whole}"),
+        (data, {"test_split": "dev"}, "there is no split 'dev'; there are train, test"),
+        (
+            str(named),
+            {"test_split": "test"},
+            "set task.test_split to one of them, or name the file itself in task.data",
+        ),
+        (
+            one,
+            {"test_data": str(named)},
+            "set task.test_split to one of them, or name the file itself in task.test_data",
+        ),
+    ]
+    for data_path, settings, said in faults:
+        with pytest.raises(UserError) as error:
+            check_text_task(TextTask(data=data_path, **settings))
+        assert said in str(error.value)
+    wrong: list[tuple[Row, str]] = [
+        ({"test_data": one, "test_share": 0.3}, "test_share holds out rows of data, and test_data says which"),
+        ({"test_split": "test", "num_test_pairs": 5}, "num_test_pairs holds out rows of data, and test_split says"),
+        ({"test_split": "train"}, "test_split: these are the rows to train on"),
+    ]
+    for settings, said in wrong:
+        with pytest.raises(UserError, match=said):
+            text_config(data, LEARNED, **settings)
+
+
+def test_changed_test_data_give_another_stage(tmp_path: Path) -> None:
+    data, test = write(tmp_path / "data.jsonl", rows(9)), str(tmp_path / "test.jsonl")
+    config, keys = text_config(data, LEARNED, test_data=test), []
+    for number in (2, 3):
+        write(Path(test), rows(number))
+        keys += [make_plan(config)[0].data.key, make_plan(config)[0].data.key]
+    assert keys[0] == keys[1] != keys[2] == keys[3]

@@ -46,7 +46,14 @@ class TextTask(Section):
         "text",
         description="HH-RLHF transcripts stay plain text, or are read as messages that go through the chat template.",
     )
-    max_rows: int | None = Field(None, ge=1, description="Use only the first rows.")
+    max_rows: int | None = Field(None, ge=1, description="Use only the first rows of `data`.")
+    test_data: str | None = Field(
+        None,
+        description="Rows to test on, in any form of `data`; none, and no test_split: rows of `data` are held out.",
+    )
+    test_split: str | None = Field(
+        None, description="Split to test on: of `test_data` (none: test), or, where that is not given, of `data`."
+    )
     num_test_pairs: int | None = Field(
         None,
         ge=1,
@@ -73,6 +80,29 @@ class TextTask(Section):
         description="A larger share of rows that cannot be trained on stops the run; repeats are not counted.",
     )
     pretraining_text: str | None = Field(None, description="jsonl(.gz) with a `text` column, for gamma > 0.")
+
+    @property
+    def test_source(self) -> tuple[str, str] | None:
+        """Path and split of the rows to test on; None where rows of `data` are held out."""
+        if self.test_data is None and self.test_split is None:
+            return None
+        return self.test_data or self.data, self.test_split or "test"
+
+    @model_validator(mode="after")
+    def _test_rows_are_others(self) -> Self:
+        if self.test_source is None:
+            return self
+        setting = "test_data" if self.test_data else "test_split"
+        for name in ("test_share", "num_test_pairs"):
+            if getattr(self, name) is not None:
+                raise ValueError(
+                    f"{name} holds out rows of data, and {setting} says which to test on; give one of them"
+                )
+        if self.test_source == (self.data, self.split):
+            raise ValueError(
+                f"{setting}: these are the rows to train on; give another split, or test_data of their own"
+            )
+        return self
 
     @model_validator(mode="after")
     def _held_out_leaves_rows(self) -> Self:

@@ -50,17 +50,18 @@ def choose(
     endings: Sequence[str],
     split: str,
     head: Callable[[str], bytes],
+    settings: tuple[str, str] = ("task.data", "task.split"),
 ) -> Choice:
     """Which of the folder's `files` to read; `others` are its folders. `head(name)` gives a file's first bytes.
 
     Where names tell splits (`train-00000-of-00002.parquet`, `test.jsonl`) those of `split` are read. Raises UserError
-    where there is none of it.
+    where there is none of it, which names the `settings` of folder and split.
     """
     data = [name for name in sorted(files) if name.lower().endswith(tuple(endings)) and not _is_leftover(name)]
     data = [name for name in data if name.lower() not in _METADATA]
     if len(data) > 1:
         data = [name for name in data if not (name.lower().endswith(".json") and _is_one_object(head(name)))]
-    chosen = _of_split(folder, data, split)
+    chosen = _of_split(folder, data, split, settings)
     unread = sorted((set(files) - set(chosen)) | {f"{name}/" for name in others})
     return Choice(chosen, [f"{folder}: not read: {listed(unread)}"] if unread and chosen else [])
 
@@ -88,7 +89,7 @@ def _is_one_object(start: bytes) -> bool:
     return not rest.strip() and not {"chosen", "rejected", "prompt", "text"} & set(row)
 
 
-def _of_split(folder: str, files: list[str], split: str) -> list[str]:
+def _of_split(folder: str, files: list[str], split: str, settings: tuple[str, str]) -> list[str]:
     stems = {name: _stem(name) for name in files}
     exact = [name for name in files if stems[name].lower() == split.lower()]
     if exact:
@@ -103,12 +104,12 @@ def _of_split(folder: str, files: list[str], split: str) -> list[str]:
         there = sorted({stems[name] if _is_shard(name) else str(found) for name, found in named.items()})
         raise UserError(
             f"{folder}: its files are named by split, and none is of {split!r}: there are {listed(there)}; set "
-            "task.split to one of them, or name the file itself in task.data"
+            f"{settings[1]} to one of them, or name the file itself in {settings[0]}"
         )
     shards = sorted({stems[name] for name in chosen if _is_shard(name)})
     if len(shards) > 1:
         raise UserError(
-            f"{folder}: several splits are meant by {split!r}: {listed(shards)}; set task.split to one of them"
+            f"{folder}: several splits are meant by {split!r}: {listed(shards)}; set {settings[1]} to one of them"
         )
     return chosen
 

@@ -13,6 +13,7 @@ import pyarrow as pa
 from prefarena.config import TextTask
 from prefarena.data.fields import LOST, SYSTEM, is_empty
 from prefarena.data.files import listed
+from prefarena.data.formats import Pair
 from prefarena.data.labels import SCORES, check_labels
 from prefarena.data.preparation import COLUMNS, TEXT_COLUMNS, pair_of, text_of
 from prefarena.data.rejections import Rejections, Unusable
@@ -23,39 +24,83 @@ from prefarena.data.turns import holds_transcripts
 from prefarena.errors import UserError
 
 NUM_FIRST_ROWS = 1000
+#: The settings that path and split come from.
+DATA, TEXT = ("task.data", "task.split"), ("task.pretraining_text", "task.split")
 _ANY_TYPE = ("source", "tools", "chat_template_kwargs", *SCORES, *PROMPTS, CONVERSATION)
 
 
 @dataclass(frozen=True)
 class FirstRows:
-    """What there is to read, and what should be known of it, a sentence each. Of the rows, some are HH transcripts."""
+    """What there is to read, and what should be known of it, a sentence each. Of the rows, some are HH transcripts.
 
+    forms: messages, or plain text.
+    """
+
+    path: str
     parts: list[Part]
     notes: list[str]
     num_rows: int
     num_transcripts: int
+    forms: frozenset[str]
 
 
 def look_at_pairs(task: TextTask) -> FirstRows:
     """Of the task's pairs. Raises UserError where the first rows show that they cannot be used."""
-    return _look(task, task.data, COLUMNS, ("chosen", "rejected"), functools.partial(pair_of, task=task))
+    return _look(
+        task, (task.data, task.split), DATA, COLUMNS, ("chosen", "rejected"), functools.partial(pair_of, task=task)
+    )
+
+
+def look_at_test(task: TextTask, first: FirstRows) -> FirstRows | None:
+    """Of the task's own test set, where it has one; `first` is what training reads.
+
+    Raises UserError as `look_at_pairs` does, and where the two have rows in common, or rows of different forms.
+    """
+    if task.test_source is None:
+        return None
+    path, setting = task.test_source[0], "task.test_data" if task.test_data else "task.test_split"
+    every = task.model_copy(update={"max_rows": None})
+    names = ("task.test_data" if task.test_data else "task.data", "task.test_split")
+    found = _look(
+        every, task.test_source, names, COLUMNS, ("chosen", "rejected"), functools.partial(pair_of, task=task)
+    )
+    if both := [part.path for part in found.parts if part in first.parts]:
+        raise UserError(
+            f"{setting}: {both[0]} is what task.data trains on, whole; name rows of their own in task.test_data"
+        )
+    if found.forms and first.forms and not found.forms & first.forms:
+        raise UserError(
+            f"{path}: its first rows to test on are {_listed(found.forms)}, and those to train on are "
+            f"{_listed(first.forms)}; bring them into one form"
+        )
+    return found
+
+
+def _listed(forms: frozenset[str]) -> str:
+    return " and ".join(sorted(forms))
 
 
 def look_at_text(task: TextTask, path: str) -> FirstRows:
     """Of pretraining text. Raises UserError as `look_at_pairs` does."""
-    return _look(task, path, TEXT_COLUMNS, TEXT_COLUMNS, text_of)
+    return _look(task, (path, task.split), TEXT, TEXT_COLUMNS, TEXT_COLUMNS, text_of)
 
 
 def _look(
     task: TextTask,
-    path: str,
+    source: tuple[str, str],
+    settings: tuple[str, str],
     columns: tuple[str, ...],
     needed: tuple[str, ...],
     examine: Callable[[dict[str, Any] | Unusable], Any],
 ) -> FirstRows:
-    """The first rows at `path`. `examine` raises Unusable at a row that cannot be used."""
-    found = survey(path, task.split)
+    """The first rows at the source, a path and a split that stand in `settings`.
+
+    `examine` makes a pair of a row, or raises Unusable at one that cannot be used.
+    """
+    path, split = source
+    found = survey(path, split, settings)
     parts = found.parts
+    forms: set[str] = set()
     rejections, num_rows, num_transcripts, num_unused = Rejections(), 0, 0, 0
     present: Counter[str] = Counter()
     ignored: dict[str, None] = {}
@@ -73,7 +118,9 @@ def _look(
                     num_transcripts += holds_transcripts(row, task.format)
                     num_unused += not is_empty(row.get(CONVERSATION)) and not has_conversation(row)
                 try:
-                    examine(row)
+                    pair = examine(row)
+                    if isinstance(pair, Pair):
+                        forms.add("plain text" if pair.messages is None else "messages")
                 except Unusable as error:
                     rejections.add(part.path, number, error.reason, error.detail)
             if num_rows >= wanted:
@@ -92,7 +139,8 @@ def _look(
     rejections.check_first(path, num_rows)
     ignored |= dict.fromkeys(name for name in present if name not in columns)
     ignored |= dict.fromkeys([CONVERSATION] if num_unused else [])
-    return FirstRows(parts, [*found.notes, *_ignored(path, sorted(ignored))], num_rows, num_transcripts)
+    notes = [*found.notes, *_ignored(path, sorted(ignored))]
+    return FirstRows(path, parts, notes, num_rows, num_transcripts, frozenset(forms))
 
 
 def _ignored(path: str, columns: Sequence[str]) -> list[str]:

@@ -1,8 +1,8 @@
 """Rows that cannot be trained on: why, what mends them, where they are listed, and how many are too many.
 
 A rejected row is listed with file, row and reason, and the run goes on. When more than a set share of the rows is
-rejected the run stops, before any training. A row that repeats an earlier one is listed too, but not counted: nothing
-is lost with it.
+rejected the run stops, before any training. A row that repeats an earlier one, or belongs to a dialogue that is tested
+on, is listed too, but not counted: nothing is lost with it.
 """
 
 from __future__ import annotations
@@ -45,6 +45,7 @@ END_INSIDE = "response has an end-of-sequence token inside"
 IDENTICAL_CUT = IDENTICAL + " after truncation"
 OTHER_SPLIT = "its truncated prompt is in another split"
 DUPLICATE = "repeats an earlier pair"
+IN_TEST_DATA = "its dialogue is in the test data"
 
 #: What mends a row of each reason.
 REMEDIES = {
@@ -80,6 +81,7 @@ REMEDIES = {
     IDENTICAL_CUT: "raise task.max_response_tokens",
     OTHER_SPLIT: "raise task.max_prompt_tokens",
     DUPLICATE: "nothing needs to be done",
+    IN_TEST_DATA: "nothing needs to be done: it would be trained on and tested on",
 }
 #: Reasons that lie in a file's form rather than in one row's content: if all first rows have them, so will the rest.
 STRUCTURAL = {
@@ -98,6 +100,8 @@ STRUCTURAL = {
     TEMPLATE_REFUSES,
     NOT_CONTINUED,
 }
+#: Rows that are left out and were none to train on: they do not count as lost.
+_NOT_COUNTED = (DUPLICATE, IN_TEST_DATA)
 _LONGEST_DETAIL = 200  # characters
 _NUM_NAMED = 3  # reasons that the message about too many rejected rows names
 
@@ -136,8 +140,8 @@ class Rejections:
 
     @property
     def num_counted(self) -> int:
-        """Rejected rows, repeats left out."""
-        return self.reasons.total() - self.reasons[DUPLICATE]
+        """Rejected rows, without repeats and those that are in the test data."""
+        return self.reasons.total() - sum(self.reasons[reason] for reason in _NOT_COUNTED)
 
     def check(self, source: str, num_rows: int, most: float) -> None:
         """Raise UserError where more than the share `most` of `num_rows` rows were rejected."""
@@ -157,7 +161,7 @@ class Rejections:
 
     def _commonest(self) -> str:
         """The commonest reasons that count, each with its number, one place and what mends it."""
-        counted = [(reason, count) for reason, count in self.reasons.most_common() if reason != DUPLICATE]
+        counted = [(reason, count) for reason, count in self.reasons.most_common() if reason not in _NOT_COUNTED]
         said = [
             f"{reason} {count}, first at {self._first[reason]} - {REMEDIES[reason]}"
             for reason, count in counted[:_NUM_NAMED]

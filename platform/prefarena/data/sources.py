@@ -42,7 +42,10 @@ _CHUNK_ROWS = 256  # most rows of a table in a chunk
 
 @dataclass(frozen=True)
 class Part:
-    """What one reader reads: a file, or the rows from `start` to `stop` of a `datasets` table."""
+    """What one reader reads: a file, or the rows from `start` to `stop` of a `datasets` table.
+
+    split: of a table that has splits.
+    """
 
     kind: Literal["jsonl", "parquet", "csv", "saved", "hub"]
     path: str
@@ -81,33 +84,34 @@ def find_parts(path: str, split: str) -> list[Part]:
     return survey(path, split).parts
 
 
-def survey(path: str, split: str) -> Found:
-    """As `find_parts`, with the notes."""
+def survey(path: str, split: str, settings: tuple[str, str] = ("task.data", "task.split")) -> Found:
+    """As `find_parts`, with the notes. `settings` are those that path and split come from, for errors."""
     with reaching(path):
-        return _survey(path, split)
+        return _survey(path, split, settings)
 
 
-def _survey(path: str, split: str) -> Found:
+def _survey(path: str, split: str, settings: tuple[str, str]) -> Found:
     fs, root = file_system(path)
     if fs.isfile(root):
         return Found([_file_part(path, fs.unstrip_protocol(root))], [])
     if fs.isdir(root):
-        return _survey_folder(path, fs, root, split)
+        return _survey_folder(path, fs, root, split, settings)
     looks_like_path = path.lower().endswith(_SUFFIXES) or path.startswith((".", "/", "~")) or "://" in path
     if looks_like_path or path.count("/") > 1:
         raise UserError(f"{path}: no such file or folder")
     return Found(_table_parts("hub", path, split), [])
 
 
-def _survey_folder(path: str, fs: Any, root: str, split: str) -> Found:
+def _survey_folder(path: str, fs: Any, root: str, split: str, settings: tuple[str, str]) -> Found:
     entries = [(entry["name"], entry["type"] == "directory") for entry in fs.ls(root, detail=True)]
     entries = [entry for entry in entries if entry[0].rstrip("/") != root.rstrip("/")]  # a store may list it, too
     there = {name.rstrip("/").rsplit("/", 1)[-1]: name for name, _ in entries}
     folders = [name.rstrip("/").rsplit("/", 1)[-1] for name, is_folder in entries if is_folder]
     files = [name for name in there if name not in folders]
-    choice = choose(path, files, folders, _SUFFIXES, split, lambda name: fs.head(there[name], _HEAD_BYTES))
+    choice = choose(path, files, folders, _SUFFIXES, split, lambda name: fs.head(there[name], _HEAD_BYTES), settings)
     if "dataset_dict.json" in files or ("state.json" in files and not choice.files):
-        return Found(_table_parts("saved", fs.unstrip_protocol(root).removeprefix("file://"), split), [])
+        saved = fs.unstrip_protocol(root).removeprefix("file://")
+        return Found(_table_parts("saved", saved, split if "dataset_dict.json" in files else ""), [])
     if not choice.files:
         inside = f" ({listed(sorted(f'{name}/' for name in folders))} in it are not looked into)" if folders else ""
         raise UserError(
@@ -357,7 +361,9 @@ def _load_table(kind: str, path: str, split: str) -> Any:
     except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
         first_line = _what(error)
         kind_name = "hub dataset" if kind == "hub" else "saved dataset"
-        raise UserError(f"{path}: cannot be read as a {kind_name} with a split {split!r} ({first_line})") from None
+        raise UserError(
+            f"{path}: cannot be read as a {kind_name}{f' with a split {split!r}' if split else ''} ({first_line})"
+        ) from None
     if isinstance(table, datasets.DatasetDict):
         if split not in table:
             raise UserError(f"{path}: there is no split {split!r}; there are {', '.join(table)}")

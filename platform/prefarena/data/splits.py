@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import dataclass
+from typing import Any
 
 from prefarena.config import TextTask
 from prefarena.data.counting import count_rows
 from prefarena.data.formats import Pair
+from prefarena.data.rejections import IN_TEST_DATA
 from prefarena.data.sources import BrokenFile, Part
 from prefarena.errors import UserError
 
@@ -34,20 +36,23 @@ class Shares:
     @property
     def needed(self) -> list[str]:
         """The splits that must have pairs."""
-        return ["train", *(name for name, share in (("test", self.test), ("judge", self.judge)) if share > 0)]
+        return ["train", "test", *(["judge"] if self.judge > 0 else [])]
 
 
 #: Of rows that are only looked at.
 NONE_HELD_OUT = Shares(0.0, 0.0, 0)
+#: Of a test set of its own.
+ALL_TEST = Shares(1.0, 0.0, 0)
 
 
 def shares_of(task: TextTask, parts: list[Part], learns_judge: bool) -> Shares:
     """What the task holds out of its `parts`, whose rows are counted where a number is to be held out.
 
-    Without a judge that is learned, the rows set aside for one train the methods. Raises UserError where the numbers
+    Without a judge that is learned, the rows set aside for one train the methods; with rows to test on of their own,
+    none are held out for that. Raises UserError where the numbers
     leave no rows to train on, and at a file that cannot be read.
     """
-    wanted = {"test": (task.test_share, task.num_test_pairs)}
+    wanted = {} if task.test_source else {"test": (task.test_share, task.num_test_pairs)}
     if learns_judge:
         wanted["judge"] = (task.judge_share, task.num_judge_pairs)
     num_rows = 0
@@ -58,7 +63,7 @@ def shares_of(task: TextTask, parts: list[Part], learns_judge: bool) -> Shares:
         given = [f"task.{n}_share {share:g}" for n, (share, _) in wanted.items() if share]
         given += [f"task.num_{n}_pairs {number}" for n, (_, number) in wanted.items() if number]
         raise UserError(f"{task.data}: {' and '.join(given)} leave none of its {num_rows} rows to train on; lower them")
-    return Shares(shares["test"], shares.get("judge", 0.0), task.split_seed)
+    return Shares(shares.get("test", 0.0), shares.get("judge", 0.0), task.split_seed)
 
 
 def ignored_judge(task: TextTask, learns_judge: bool) -> list[str]:
@@ -67,6 +72,16 @@ def ignored_judge(task: TextTask, learns_judge: bool) -> list[str]:
     if learns_judge or given is None:
         return []
     return [f"task.{given} sets nothing aside, since the judge is not a learned one; those rows train"]
+
+
+def leakage_notes(counts: dict[str, Any]) -> list[str]:
+    """How many rows do not train because their dialogue is in the test data, where there are any."""
+    number = counts["dropped"].get(IN_TEST_DATA, 0)
+    if not number:
+        return []
+    return [
+        f"{number} of {counts['num_rows']} rows begin with the same prompt as a row of the test data, and do not train"
+    ]
 
 
 def _count(task: TextTask, parts: list[Part]) -> int:

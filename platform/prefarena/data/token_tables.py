@@ -9,12 +9,11 @@ from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from prefarena.config import TextTask
 from prefarena.data.labels import EVEN
-from prefarena.data.rejections import DUPLICATE, OTHER_SPLIT, Rejections
+from prefarena.data.rejections import DUPLICATE, IN_TEST_DATA, OTHER_SPLIT, Rejections
 from prefarena.data.splits import Shares
 from prefarena.data.tables import ROW_GROUP
 from prefarena.errors import UserError
@@ -28,7 +27,7 @@ _TABLES = {
     "prompts": PROMPTS,
 }
 #: What decides where a row goes; the token columns stay in Arrow.
-_DECIDING = ["file", "row", "reason", "detail", "split", "id", "prompt_id", "demonstration_id"]
+_DECIDING = ["file", "row", "reason", "detail", "split", "id", "opening_id", "prompt_id", "demonstration_id"]
 
 
 class ParquetRows:
@@ -78,23 +77,34 @@ class Seen:
             return None
         return str(self._base.execute("SELECT value FROM seen WHERE id = ?", (key,)).fetchone()[0])
 
+    def __contains__(self, key: tuple[str, str]) -> bool:
+        """Whether the identity (kind, id) has come."""
+        found = self._base.execute("SELECT 1 FROM seen WHERE id = ?", (key[0].encode() + bytes.fromhex(key[1]),))
+        return found.fetchone() is not None
+
     def close(self) -> None:
         self._base.close()
         self._path.unlink(missing_ok=True)
 
 
 class TokenTables:
-    """The tables of one task under `folder`. Use as a context manager; `add` takes prepared rows in order."""
+    """The tables of one task under `folder`. Use as a context manager; `add` takes prepared rows in order.
 
-    def __init__(self, folder: Path) -> None:
+    With `own_test`, a test set of its own comes first, by `add_test`; rows of its dialogues are then not trained on.
+    """
+
+    def __init__(self, folder: Path, own_test: bool = False) -> None:
         self.folder = folder
-        self.num_rows = 0
+        self.own_test = own_test
+        self.num_rows = self.num_test_rows = 0
         self._order: Counter[str] = Counter()
         self._cut: Counter[str] = Counter()
+        self._test_cut: Counter[str] = Counter()
 
     def __enter__(self) -> TokenTables:
         self._tables = {name: ParquetRows(self.folder / name, schema) for name, schema in _TABLES.items()}
         self.rejections = Rejections(self.folder / "dropped.jsonl")
+        self.test_rejections = Rejections(self.folder / "dropped_test.jsonl" if self.own_test else None)
         self._seen = Seen(self.folder / ".seen.sqlite")
         return self
 
@@ -102,34 +112,40 @@ class TokenTables:
         for table in self._tables.values():
             table.close()
         self.rejections.close()
+        self.test_rejections.close()
         self._seen.close()
 
     def add(self, rows: pa.Table) -> None:
         """Write PREPARED_PAIRS, or list them as rejected."""
         self.num_rows += rows.num_rows
+        self._add(rows, self.rejections, self._cut)
+
+    def add_test(self, rows: pa.Table) -> None:
+        """As `add`, of the test set."""
+        self.num_test_rows += rows.num_rows
+        self._add(rows, self.test_rejections, self._test_cut)
+
+    def _add(self, rows: pa.Table, rejections: Rejections, cut: Counter[str]) -> None:
         places: dict[str, list[int]] = defaultdict(list)  # row numbers in `rows`, by the table that takes them
         for i, row in enumerate(rows.select(_DECIDING).to_pylist()):
-            for name in self._tables_of(row):
+            for name in self._tables_of(row, rejections):
                 places[name].append(i)
-        self._count_order(
-            rows.take([i for name, numbers in places.items() if name.endswith("_pairs") for i in numbers])
-        )
         for name, numbers in places.items():
             self._tables[name].add(_columns_of(name, rows.take(numbers)))
             if name.endswith("_pairs"):
-                self._count(rows.take(numbers))
+                _count_cuts(rows.take(numbers), cut)
+                self._count_order(rows.take(numbers))
 
     def summary(self, task: TextTask, shares: Shares) -> dict[str, Any]:
         """Counts. Raises UserError where a split is empty, or too many rows were rejected."""
         self.rejections.check(task.data, self.num_rows, task.max_rejected_share)
-        dropped = dict(self.rejections.reasons.most_common())
         for split in shares.needed:
             if self._tables[f"{split}_pairs"].count == 0:
-                reasons = ", ".join(f"{reason} {count}" for reason, count in dropped.items())
                 raise UserError(
-                    f"{task.data}: no {split} pairs are left of {self.num_rows} rows"
-                    f"{f' ({reasons})' if reasons else ''}; give more data or another share of it"
+                    f"{task.data}: no {split} pairs are left of {self.num_rows} rows{_in_words(self.rejections)}; "
+                    "give more data or another share of it"
                 )
+        dropped = dict(self.rejections.reasons.most_common())
         return {
             "num_rows": self.num_rows,
             **{f"num_{name}": table.count for name, table in self._tables.items()},
@@ -141,18 +157,43 @@ class TokenTables:
             "num_truncated": self._cut["rows"],
             "num_truncated_prompts": self._cut["prompts"],
             "num_truncated_responses": self._cut["responses"],
-            "num_responses_tokenised_apart": self._cut["apart"],
-            "num_responses_as_written": self._cut["as_written"],
+            "num_responses_tokenised_apart": self._order["apart"],
+            "num_responses_as_written": self._order["as_written"],
+            **({"test_data": self._test_summary()} if self.own_test else {}),
         }
+
+    def _test_summary(self) -> dict[str, Any]:
+        """The same counts of the test set, which are not in those beside it."""
+        dropped = dict(self.test_rejections.reasons.most_common())
+        return {
+            "num_rows": self.num_test_rows,
+            "num_dropped": sum(dropped.values()),
+            "dropped": dropped,
+            "num_truncated": self._test_cut["rows"],
+            "num_truncated_prompts": self._test_cut["prompts"],
+            "num_truncated_responses": self._test_cut["responses"],
+        }
+
+    def check_test(self, task: TextTask) -> None:
+        """Raise UserError where too much of the test set was rejected, or nothing of it is left."""
+        source = task.test_source[0] if task.test_source else task.data
+        self.test_rejections.check(source, self.num_test_rows, task.max_rejected_share)
+        if self._tables["test_pairs"].count == 0:
+            reasons = _in_words(self.test_rejections)
+            raise UserError(f"{source}: no pairs to test on are left of {self.num_test_rows} rows{reasons}")
 
     def _count_order(self, pairs: pa.Table) -> None:
         self._order["under"] += sum(label < EVEN for label in pairs["label"].to_pylist())
         self._order["against"] += sum(pairs["scores_contradict"].to_pylist())
         self._order["joined"] += sum(pairs["num_turns_joined"].to_pylist())
+        for name in ("apart", "as_written"):
+            self._order[name] += sum(pairs[f"num_responses_{name}"].to_pylist())
 
-    def _tables_of(self, row: dict[str, Any]) -> list[str]:
+    def _tables_of(self, row: dict[str, Any], rejections: Rejections) -> list[str]:
         """The tables that a row belongs to; none where it is rejected, which is then listed."""
         reason, split, prompt = row["reason"], row["split"], None
+        if reason is None and self.own_test:
+            reason = self._if_tested_on(row)
         if reason is None and self._seen.first("pair", row["id"]) is not None:
             reason = DUPLICATE
         if reason is None:
@@ -160,7 +201,7 @@ class TokenTables:
             if prompt not in (None, split):  # two long prompts with the same end
                 reason = OTHER_SPLIT
         if reason is not None:
-            self.rejections.add(row["file"], row["row"], reason, row["detail"] or "")
+            rejections.add(row["file"], row["row"], reason, row["detail"] or "")
             return []
         names = [f"{split}_pairs"]
         if split != "judge" and prompt is None:
@@ -169,15 +210,25 @@ class TokenTables:
             names.append("demonstrations")
         return names
 
-    def _count(self, rows: pa.Table) -> None:
-        for name in ("apart", "as_written"):
-            self._cut[name] += pc.sum(rows[f"num_responses_{name}"]).as_py() or 0
-        for prompt, responses in zip(
-            rows["prompt_cut"].to_pylist(), rows["num_responses_cut"].to_pylist(), strict=True
-        ):
-            self._cut["prompts"] += prompt
-            self._cut["responses"] += responses
-            self._cut["rows"] += bool(prompt or responses)
+    def _if_tested_on(self, row: dict[str, Any]) -> str | None:
+        """IN_TEST_DATA for a row to train on whose dialogue's opening is one of the test set's."""
+        if row["split"] == "test":
+            self._seen.first("opening", row["opening_id"])
+            return None
+        return IN_TEST_DATA if ("opening", row["opening_id"]) in self._seen else None
+
+
+def _in_words(rejections: Rejections) -> str:
+    """How many rows were rejected for which reason, in brackets; empty where none were."""
+    reasons = ", ".join(f"{reason} {count}" for reason, count in rejections.reasons.most_common())
+    return f" ({reasons})" if reasons else ""
+
+
+def _count_cuts(rows: pa.Table, cut: Counter[str]) -> None:
+    for prompt, responses in zip(rows["prompt_cut"].to_pylist(), rows["num_responses_cut"].to_pylist(), strict=True):
+        cut["prompts"] += prompt
+        cut["responses"] += responses
+        cut["rows"] += bool(prompt or responses)
 
 
 def _columns_of(name: str, rows: pa.Table) -> dict[str, pa.ChunkedArray | pa.Array]:
