@@ -191,8 +191,8 @@ def test_a_column_that_would_be_lost_refuses_the_row(tmp_path: Path, name: str) 
 @pytest.mark.parametrize(
     "row",
     [
-        {**CHAT, "tools": [{"name": "weather"}]},
-        {**CHAT, "chat_template_kwargs": {"enable_thinking": False}},
+        {**PLAIN, "tools": [{"name": "weather"}]},
+        {**PLAIN, "chat_template_kwargs": {"enable_thinking": False}},
         {**CHAT, "chosen": [{**YES, "reasoning_content": "Hm."}]},
         {**CHAT, "prompt": [ASK, {**YES, "thinking": "Hm."}, ASK]},
     ],

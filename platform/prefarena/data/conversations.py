@@ -10,6 +10,7 @@ written; where its generation prompt opens what the answer does not go on with, 
 
 from __future__ import annotations
 
+import json
 import re
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +19,7 @@ from transformers import PreTrainedTokenizerBase
 
 from prefarena.data.formats import Message, Pair
 from prefarena.data.rejections import NOT_CONTINUED, TEMPLATE_REFUSES, Unusable
+from prefarena.data.template_inputs import TOOLS, Inputs, read_inputs
 from prefarena.modeling.endings import TEMPLATE_FAILURES, AnswerForm, answer_form
 
 _TURNS = {"user": "Human", "assistant": "Assistant", "system": "System", "developer": "System", "tool": "Tool"}
@@ -52,40 +54,60 @@ class Conversations:
         """Of answers in the chat template, where there is one that shows them."""
         return answer_form(self.tokenizer)
 
+    @cached_property
+    def _forms(self) -> dict[str, AnswerForm | None]:
+        """Forms by the settings that rows give the template."""
+        return {}
+
+    def _form_with(self, inputs: Inputs) -> AnswerForm | None:
+        settings = {name: value for name, value in inputs.items() if name != TOOLS}
+        if not settings:
+            return self.form
+        key = json.dumps(settings, sort_keys=True)
+        if key not in self._forms:
+            self._forms[key] = answer_form(self.tokenizer, settings)
+        return self._forms[key]
+
     def texts(self, pair: Pair) -> Texts:
         """A pair's texts. Raises Unusable where the chat template does not take it."""
         messages = pair.messages
+        inputs = read_inputs(pair.inputs, self.tokenizer)
         if messages is None:
             prompt = str(pair.prompt)
             return Texts(prompt, (self._ended(pair.chosen), self._ended(pair.rejected)), self._end_of(prompt))
         if self.tokenizer.chat_template is None:
             prompt = _transcript(messages) + "\n\nAssistant:"
             return Texts(prompt, (f" {pair.chosen}", f" {pair.rejected}"), self._eos, is_closed=False)
-        return self._rendered_pair(messages, pair)
+        return self._rendered_pair(messages, pair, inputs)
 
     # ------------------------------------------------------------------------------------- messages
 
-    def _rendered_pair(self, messages: list[Message], pair: Pair) -> Texts:
-        prompt = self._render(messages, True)
+    def _rendered_pair(self, messages: list[Message], pair: Pair, inputs: Inputs) -> Texts:
+        form = self._form_with(inputs)
+        prompt = self._render(messages, inputs, True)
         contents = (pair.chosen, pair.rejected)
-        wholes = [self._render([*messages, {"role": "assistant", "content": answer}], False) for answer in contents]
-        if self.form is None:
+        wholes = [
+            self._render([*messages, {"role": "assistant", "content": answer}], inputs, False) for answer in contents
+        ]
+        if form is None:
             answers = [
                 whole[len(prompt) :] if whole.startswith(prompt) else content
                 for whole, content in zip(wholes, contents, strict=True)
             ]
             return Texts(prompt, (answers[0], answers[1]), self._eos)
-        if all(whole.startswith(prompt + self.form.header) for whole in wholes):
-            prompt += self.form.header
-        found = [_answer(prompt, whole, content, self.form) for whole, content in zip(wholes, contents, strict=True)]
-        is_closed = self.form.end_id is not None
-        end_id = self._eos if self.form.end_id is None else self.form.end_id
+        if all(whole.startswith(prompt + form.header) for whole in wholes):
+            prompt += form.header
+        found = [_answer(prompt, whole, content, form) for whole, content in zip(wholes, contents, strict=True)]
+        is_closed = form.end_id is not None
+        end_id = self._eos if form.end_id is None else form.end_id
         return Texts(prompt, (found[0][0], found[1][0]), end_id, is_closed, sum(written for _, written in found))
 
-    def _render(self, messages: list[Message], for_generation: bool) -> str:
+    def _render(self, messages: list[Message], inputs: Inputs, for_generation: bool) -> str:
         try:
             return str(
-                self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=for_generation)
+                self.tokenizer.apply_chat_template(
+                    messages, tokenize=False, add_generation_prompt=for_generation, **inputs
+                )
             )
         except TEMPLATE_FAILURES as error:
             raise Unusable(TEMPLATE_REFUSES, f"{type(error).__name__}: {error}") from None

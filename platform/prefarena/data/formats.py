@@ -47,6 +47,7 @@ from prefarena.data.rejections import (
     WRONG_TYPE,
     Unusable,
 )
+from prefarena.data.template_inputs import written_inputs
 from prefarena.data.transcripts import find_prompt
 from prefarena.data.turns import as_messages
 from prefarena.records import content_id
@@ -75,7 +76,8 @@ class Pair:
 
     `label` is P(chosen > rejected); scores_contradict: scores beside the answers order them the other way. `opening` is
     the text up to the first answer: dialogues that go on from the same opening belong together when data is split.
-    num_turns_joined: turns of a transcript that go on with the one before them.
+    num_turns_joined: turns of a transcript that go on with the one before them. inputs: what the chat template gets
+    beside the messages (`template_inputs.written_inputs`).
     """
 
     prompt: str | tuple[tuple[str, str], ...]  # messages are (role, content)
@@ -86,6 +88,7 @@ class Pair:
     opening: str
     scores_contradict: bool = False
     num_turns_joined: int = 0
+    inputs: str = ""
 
     @property
     def messages(self) -> list[Message] | None:
@@ -96,7 +99,7 @@ class Pair:
 
     @property
     def id(self) -> str:
-        return content_id(self.prompt, self.chosen, self.rejected)
+        return content_id(self.prompt, self.chosen, self.rejected, *([self.inputs] if self.inputs else []))
 
 
 def recognise(row: dict[str, Any]) -> Literal["standard", "conversational", "hh"]:
@@ -120,9 +123,7 @@ def normalise(row: dict[str, Any], form: Format = "auto", source: str = "", tran
     for column in ("chosen", "rejected"):
         if row.get(column) is None:
             raise Unusable(MISSING_COLUMN, column)
-    for column in ("tools", "chat_template_kwargs"):
-        if not is_empty(row.get(column)):
-            raise Unusable(LOST_COLUMN, column)
+    inputs = written_inputs(row)
     kind = recognise(row) if form == "auto" else form
     if kind == "conversational":
         prompt, chosen, rejected, opening = _conversational(row)
@@ -130,6 +131,8 @@ def normalise(row: dict[str, Any], form: Format = "auto", source: str = "", tran
         prompt, chosen, rejected, opening = _hh(_text(row, "chosen"), _text(row, "rejected"))
     else:
         prompt, chosen, rejected, opening = _standard(row)
+    if inputs and isinstance(prompt, str):
+        raise Unusable(LOST_COLUMN, "tools or chat_template_kwargs beside plain text, which goes through no template")
     if not opening.strip():
         raise Unusable(EMPTY_PROMPT)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
@@ -141,7 +144,7 @@ def normalise(row: dict[str, Any], form: Format = "auto", source: str = "", tran
         source = _text(row, "source")
     label = _label(row.get("label"))
     contradict = label >= EVEN and scores_contradict(row)
-    return Pair(prompt, chosen, rejected, label, source, opening, contradict, num_joined)
+    return Pair(prompt, chosen, rejected, label, source, opening, contradict, num_joined, inputs)
 
 
 _Parts = tuple[str | tuple[tuple[str, str], ...], str, str, str]

@@ -7,8 +7,11 @@ a trained answer has exactly one, at its end. What a template does is found by r
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any
 
 from jinja2 import TemplateError
 from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase
@@ -48,17 +51,22 @@ class AnswerForm:
     end_id: int | None
 
 
-def answer_form(tokenizer: PreTrainedTokenizerBase) -> AnswerForm | None:
-    """The form of answers in the tokenizer's chat template; None: there is none, or it does not show an answer."""
+def answer_form(
+    tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] = MappingProxyType({})
+) -> AnswerForm | None:
+    """The form of answers in the tokenizer's chat template; None: there is none, or it does not show an answer.
+
+    `settings` are given to the template beside the messages.
+    """
     if tokenizer.chat_template is None:
         return None
     try:
         bare, prompt = (
-            str(tokenizer.apply_chat_template(_QUESTION, tokenize=False, add_generation_prompt=asked))
+            str(tokenizer.apply_chat_template(_QUESTION, tokenize=False, add_generation_prompt=asked, **settings))
             for asked in (False, True)
         )
         answered = [*_QUESTION, {"role": "assistant", "content": _ANSWER}]
-        whole = str(tokenizer.apply_chat_template(answered, tokenize=False))
+        whole = str(tokenizer.apply_chat_template(answered, tokenize=False, **settings))
     except TEMPLATE_FAILURES:
         return None  # of the rows that it fails on, each is rejected with the reason
     at = whole.rfind(_ANSWER)
