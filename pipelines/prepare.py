@@ -67,6 +67,7 @@ def run_claimed(resources: Resources, config: Comparison, console: Console, jobs
     storage = str(root_of(config.output, config.resources.cache_dir) / "ray_train")
     number = groups_at_once(config.model_copy(update={"resources": resources}), cluster_nodes())
     groups = [jobs[start::number] for start in range(min(number, len(jobs)))]
+    decided = resources.model_copy(update={"concurrent_runs": len(groups)})
     title = f"training {', '.join(job.name for job in jobs)}"
     with (
         stage_line(console, title),
@@ -74,7 +75,7 @@ def run_claimed(resources: Resources, config: Comparison, console: Console, jobs
         watch(console, jobs),
         ThreadPoolExecutor(len(groups)) as pool,
     ):
-        for group in [pool.submit(run_jobs, group, resources, storage) for group in groups]:
+        for group in [pool.submit(run_jobs, group, decided, storage) for group in groups]:
             group.result()
     say_outcomes(console, jobs)
 

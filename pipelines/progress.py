@@ -58,8 +58,10 @@ def memory_lines(jobs: list[Job], said: set[Job]) -> list[str]:
             continue
         said.add(job)
         memory = json.loads(path.read_text(encoding="utf-8"))
-        parts = ", ".join(f"{name.removesuffix('_mib')} {size:,.0f}" for name, size in memory.items())
-        lines.append(f"  {job.name}: memory of a worker in MiB: {parts}")
+        tokens = memory.pop("micro_batch_tokens", None)
+        parts = ", ".join(f"{name.removesuffix('_mib').replace('_', ' ')} {size:,.0f}" for name, size in memory.items())
+        passes = f"; passes of at most {tokens} tokens" if tokens else ""
+        lines.append(f"  {job.name}: memory of a worker in MiB: {parts}{passes}")
     return lines
 
 

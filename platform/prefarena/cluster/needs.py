@@ -22,6 +22,7 @@ from transformers import (
 )
 
 from prefarena.config import BestOfN, Comparison, OffPolicyMethod, OnPolicyMethod, Optimisation, RewardModel
+from prefarena.data.plan import LARGEST_PASS
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.layers import recompute_layers
 from prefarena.modeling.logprobs import LogProbs, can_pack, sequence_logps
@@ -113,7 +114,8 @@ def _off_policy(
 ) -> tuple[_Passes, str]:
     size = lengths.prompt + responses * lengths.response
     share = max(1, training.batch_size // config.resources.num_workers)
-    number = min(share, max(1, training.micro_batch_tokens // size))  # what is longer goes alone
+    tokens = LARGEST_PASS if training.micro_batch_tokens == "auto" else training.micro_batch_tokens
+    number = min(share, max(1, tokens // size))  # what is longer goes alone
     return _Passes(scores, responses, number, 0, training), f"{where}.micro_batch_tokens"
 
 

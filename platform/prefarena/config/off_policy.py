@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
@@ -31,8 +31,10 @@ class Optimisation(Section):
 
     learning_rate: float = Field(1e-3, gt=0)
     batch_size: int = Field(64, ge=1, description="Sequences or pairs per optimizer step, over all workers.")
-    micro_batch_tokens: int = Field(
-        8192, ge=1, description="Most tokens in a forward pass of one worker; a longer pair or sequence goes alone."
+    micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="Most tokens in a forward pass of one worker; a longer pair or sequence goes alone. auto: 8192, or "
+        "the largest half, quarter and so on, down to 512, that is predicted to fit the worker's share of memory.",
     )
     num_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_epochs.")
     num_epochs: float = Field(1.0, gt=0)

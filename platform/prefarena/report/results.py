@@ -94,6 +94,7 @@ class Cost(Part):
     device_seconds: float = 0.0
     peak_memory_mib: float | None = None
     predicted_memory_mib: float | None = None
+    micro_batch_tokens: int | None = None
     num_tokens_trained: int = 0
     num_tokens_generated: int = 0
     num_judge_calls: int = 0

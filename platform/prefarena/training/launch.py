@@ -99,6 +99,8 @@ def _trainer(jobs: Sequence[Job], resources: Resources, storage: str, name: str)
             "num_threads": int(resources.cpus_per_worker),
             "storage_retry_s": resources.storage_retry_s,
             "sharding": resources.sharding,
+            "num_groups": resources.num_groups,
+            "share_of_device": resources.gpus_per_worker,
         },
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
@@ -130,6 +132,12 @@ def _worker_loop(config: dict[str, Any]) -> None:
     torch.set_num_threads(max(1, config["num_threads"]))
     logging.getLogger("transformers").setLevel(logging.ERROR)
     for job in config["jobs"]:
-        worker = RayTrainWorker(job.stage_dir, config["storage_retry_s"], config["sharding"])
+        worker = RayTrainWorker(
+            job.stage_dir,
+            config["storage_retry_s"],
+            config["sharding"],
+            config["num_groups"],
+            config["share_of_device"],
+        )
         if not worker.share(is_settled(job.stage_dir)):  # rank 0 sees for all: shared storage may lag
             run_job(job, worker)

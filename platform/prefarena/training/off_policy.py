@@ -104,6 +104,7 @@ def train(
     return {
         **({"predicted_memory_mib": predicted} if predicted is not None else {}),
         "num_steps": num_steps,
+        "micro_batch_tokens": terms[0].plan.micro_batch_tokens,
         "num_tokens_trained": sum(term.num_tokens(step) for term in terms for step in range(first, num_steps)),
     }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -9,6 +10,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prefarena.config import Optimisation
+from prefarena.data.plan import LARGEST_PASS
 from prefarena.modeling.memory import size_of, training_memory
 from prefarena.stages import write_json
 from prefarena.training.process_memory import kept_share
@@ -17,15 +19,45 @@ from prefarena.training.worker import Worker
 
 #: In the job's folder; what the terminal shows is read from it.
 FILE = "memory.json"
+_SMALLEST_PASS = 512  # tokens; what auto does not go below
+#: Stands for what a process holds beside the model, so that the choice does not depend on what it did before.
+_PROCESS_MIB = 800.0
 
 
 def predict_memory(module: nn.Module, terms: list[Term], training: Optimisation, worker: Worker) -> float | None:
     """MiB of this worker at its peak; rank 0 writes them to the job's folder.
 
-    On a CPU with what the process holds beside the model, and what its allocator keeps of what is freed; on a GPU what
-    will be allocated there. `module` is not wrapped yet, and on the CPU. None where it cannot be told before the model
-    runs.
+    Where `training.micro_batch_tokens` is auto, the plans of `terms` are cut to the largest passes that are predicted
+    to fit the smallest share of memory among the workers. On a CPU the prediction has what the process holds beside the
+    model, and what its allocator keeps of what is freed; on a GPU it is what will be allocated there. `module` is not
+    wrapped yet, and on the CPU. None, and the smallest passes, where it cannot be told before the model runs.
     """
+    if training.micro_batch_tokens != "auto":
+        return _written(_parts(module, terms, training, worker), {}, worker)
+    room = min(worker.gathered(worker.memory_share_mib()))
+    tokens, parts = LARGEST_PASS, None
+    while True:
+        for term in terms:
+            term.plan = replace(term.plan, micro_batch_tokens=tokens)
+        parts = _parts(module, terms, training, worker)
+        fits = parts is not None and sum(parts.values()) - parts["process"] + _PROCESS_MIB <= room
+        if all(worker.gathered(fits)) or tokens <= _SMALLEST_PASS:
+            break
+        tokens //= 2
+    return _written(parts, {"share_mib": room, "micro_batch_tokens": tokens}, worker)
+
+
+def _written(parts: dict[str, float] | None, chosen: dict[str, float], worker: Worker) -> float | None:
+    """The sum of the parts, which are written with what was `chosen` by them."""
+    sizes = {} if parts is None else {**parts, "predicted": sum(parts.values())}
+    if worker.rank == 0 and (sizes or chosen):
+        rounded = {f"{name}_mib": round(mib, 1) for name, mib in sizes.items()}
+        write_json(worker.stage_dir / FILE, rounded | {name: round(value) for name, value in chosen.items()})
+    return sizes.get("predicted")
+
+
+def _parts(module: nn.Module, terms: list[Term], training: Optimisation, worker: Worker) -> dict[str, float] | None:
+    """MiB of each part of what this worker will hold."""
     largest = [(term, term.plan.largest_micro_batch()) for term in terms]
     share = training.batch_size // worker.world_size
     need = training_memory(
@@ -42,12 +74,7 @@ def predict_memory(module: nn.Module, terms: list[Term], training: Optimisation,
         beside -= size_of([*module.parameters(), *module.buffers()]) / 2**20
         kept = kept_share(at_once=training.activation_checkpointing) * need.total / 2**20
     parts = {name: getattr(need, name) / 2**20 for name in ("weights", "gradients", "optimizer", "activations")}
-    parts |= {"process": beside, "allocator": kept}
-    predicted = sum(parts.values())
-    if worker.rank == 0:
-        rounded = {f"{name}_mib": round(mib, 1) for name, mib in {**parts, "predicted": predicted}.items()}
-        write_json(worker.stage_dir / FILE, rounded)
-    return predicted
+    return parts | {"process": beside, "allocator": kept}
 
 
 def _loss(term: Term, rows: NDArray[np.int64], module: nn.Module) -> Tensor:

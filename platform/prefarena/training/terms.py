@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prefarena.config import DPO, IPO, MPO, SFT, OffPolicyMethod, Optimisation
-from prefarena.data.plan import BatchPlan
+from prefarena.data.plan import LARGEST_PASS, BatchPlan
 from prefarena.data.tables import TokenColumn, read_rows
 from prefarena.modeling.logprobs import can_pack, sequence_logps
 from prefarena.modeling.packing import pack
@@ -41,7 +41,10 @@ class Shares:
 
     def plan(self, lengths: Rows, sizes: Rows) -> BatchPlan:
         training = self.training
-        return BatchPlan(lengths, sizes, training.batch_size, training.micro_batch_tokens, self.world_size, self.seed)
+        tokens = (
+            LARGEST_PASS if training.micro_batch_tokens == "auto" else training.micro_batch_tokens
+        )  # before it fits
+        return BatchPlan(lengths, sizes, training.batch_size, tokens, self.world_size, self.seed)
 
 
 class Term(ABC):

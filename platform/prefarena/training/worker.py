@@ -25,6 +25,7 @@ from prefarena.training.sharding import is_sharded, like, own_part, reduce_after
 from prefarena.training.storage import full_disk_named, retried
 
 _STORAGE_RETRY_S = 120.0
+_USABLE = 0.8  # of memory, the rest being the system's, the object store's, or lost in pieces
 _METRICS, _FAULTS, _ATTEMPT = "metrics.jsonl", "faults.jsonl", "attempt.json"
 
 _logger = logging.getLogger(__name__)
@@ -40,6 +41,9 @@ class Worker:
     rank = 0
     world_size = 1
     sharding: Literal["none", "fsdp"] = "none"
+    #: Workers on this machine at the same time, other groups' included; and the share of its GPU that a worker has.
+    num_side_by_side = 1
+    share_of_device = 1.0
 
     def __init__(
         self, stage_dir: str, device: torch.device | str = "cpu", storage_retry_s: float = _STORAGE_RETRY_S
@@ -84,6 +88,14 @@ class Worker:
         values = [value]
         dist.broadcast_object_list(values, device=self.device)
         return values[0]
+
+    def gathered(self, value: Any) -> list[Any]:
+        """Every worker's value, in the order of their ranks."""
+        if self.world_size == 1:
+            return [value]
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
 
     # ------------------------------------------------------------------------------------------- rows
 
@@ -236,6 +248,13 @@ class Worker:
         if self.device.type == "cpu":
             process_memory.return_tensors(at_once=True)
 
+    def memory_share_mib(self) -> float:
+        """This worker's share of the memory that its machine, container or GPU has in all, whatever is free now."""
+        if self.device.type == "cuda":
+            total = torch.cuda.get_device_properties(self.device).total_memory / 2**20 * _USABLE
+            return total * self.share_of_device
+        return process_memory.total_mib() * _USABLE / self.num_side_by_side
+
     def memory_in_use_mib(self) -> float:
         """Of the process on a CPU, with nothing freed in it; of the device on a GPU."""
         if self.device.type == "cuda":
@@ -257,7 +276,10 @@ class RayTrainWorker(Worker):
         stage_dir: str,
         storage_retry_s: float = _STORAGE_RETRY_S,
         sharding: Literal["none", "fsdp"] = "none",
+        num_groups: int = 1,
+        share_of_device: float = 1.0,
     ) -> None:
+        """num_groups: groups of workers like this one that run at the same time."""
         import ray.train
         import ray.train.torch
 
@@ -265,6 +287,8 @@ class RayTrainWorker(Worker):
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
         self.sharding = sharding
+        self.num_side_by_side = context.get_local_world_size() * max(1, num_groups)
+        self.share_of_device = share_of_device
         super().__init__(stage_dir, ray.train.torch.get_device(), storage_retry_s)
 
 

@@ -1,0 +1,98 @@
+"""micro_batch_tokens: auto is the largest pass that is predicted to fit, and the same one every time."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tiny import save_tiny_policy
+from torch import nn
+
+from prefarena.config import Optimisation
+from prefarena.data.plan import LARGEST_PASS, BatchPlan
+from prefarena.modeling.memory import MemoryNeed
+from prefarena.training import prediction
+from prefarena.training.process_memory import total_mib
+from prefarena.training.terms import Shares
+from prefarena.training.worker import Worker
+
+MIB = 2**20
+
+
+class _Term:
+    """Stands for a term: only its plan counts here."""
+
+    def __init__(self, plan: BatchPlan) -> None:
+        self.plan = plan
+
+
+def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, training: Optimisation) -> dict[str, Any]:
+    """memory.json, where a token of the largest pass takes one MiB."""
+    sizes = np.full(64, 256)
+    terms: list[Any] = [_Term(Shares(training, 1, 0).plan(sizes, sizes))]
+    worker = Worker(str(tmp_path / "job"))
+    monkeypatch.setattr(worker, "memory_share_mib", lambda: share)
+
+    def need(module: nn.Module, losses: list[Any], **_: object) -> MemoryNeed:
+        tokens = int(terms[0].plan.sizes[terms[0].plan.largest_micro_batch()].sum())
+        return MemoryNeed(0, 0, 0, tokens * MIB)
+
+    monkeypatch.setattr(prediction, "training_memory", need)
+    predicted = prediction.predict_memory(nn.Linear(1, 1), terms, training, worker)
+    found = json.loads((tmp_path / "job" / prediction.FILE).read_text(encoding="utf-8"))
+    assert predicted == pytest.approx(found["predicted_mib"], abs=0.1)
+    return found | {"plan": terms[0].plan.micro_batch_tokens}
+
+
+@pytest.mark.parametrize(
+    ("share", "tokens"), [(20_000.0, 8192), (11_000.0, 4096), (5_000.0, 2048), (1_500.0, 512), (10.0, 512)]
+)
+def test_the_largest_pass_that_fits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, tokens: int) -> None:
+    found = chosen(tmp_path, monkeypatch, share, Optimisation())
+    assert found["micro_batch_tokens"] == found["plan"] == tokens and found["share_mib"] == share
+
+
+def test_a_number_is_taken_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = chosen(tmp_path, monkeypatch, 10.0, Optimisation(micro_batch_tokens=3000))
+    assert found["plan"] == 3000 and "micro_batch_tokens" not in found
+
+
+def test_settings() -> None:
+    assert Optimisation().micro_batch_tokens == "auto"
+    for wrong in (0, "most"):
+        with pytest.raises(ValueError, match="micro_batch_tokens"):
+            Optimisation(micro_batch_tokens=wrong)  # type: ignore[arg-type]
+
+
+def test_a_share_is_of_what_there_is_in_all(tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    whole = total_mib([limit])
+    assert whole > 100
+    for text, mib in (("max\n", whole), (f"{64 * MIB}\n", 64.0), (f"{2**63 - 4096}\n", whole)):
+        limit.write_text(text, encoding="ascii")
+        assert total_mib([limit]) == mib
+    worker = Worker(str(tmp_path / "job"))
+    alone = worker.memory_share_mib()
+    worker.num_side_by_side = 4
+    assert worker.memory_share_mib() == alone / 4 == Worker(str(tmp_path / "job")).memory_share_mib() / 4
+
+
+def test_the_embedded_default_keeps_its_passes(tmp_path: Path) -> None:
+    """A model of its size, with the largest pass that there is, takes a small part of 2 GiB."""
+    from prefarena.modeling.load import load_policy
+    from prefarena.modeling.logprobs import LogProbs, sequence_logps
+    from prefarena.modeling.memory import training_memory
+
+    save_tiny_policy(tmp_path / "policy")
+    module = LogProbs(load_policy(tmp_path / "policy"))
+    number = LARGEST_PASS // 12
+
+    def loss(one: nn.Module) -> torch.Tensor:
+        return sequence_logps(one, [[1, 3, 4, 5]] * number, [[[3, 4, 5, 2], [4, 4, 4, 2]]] * number)[0].sum()
+
+    need = training_memory(module, [loss])
+    assert need is not None and need.total / MIB < 700
