@@ -54,6 +54,7 @@ def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: 
     show_plan(config, plans, console)
     wanted = STEPS[: STEPS.index(last) + 1]
     if any(not stage.finished for stage in needed_stages(plans)):
+        console.print("starting or joining Ray …")
         with ray_session() as available:
             if not config.resources.autoscaled:
                 check_resources(config, available)

@@ -19,6 +19,7 @@ from prefarena.cluster.doctor import (
     judge_nodes,
     judge_reach,
     judge_storage,
+    room_of_worker,
 )
 from prefarena.cluster.needs import Lengths, disk_needed, heaviest_training, num_parameters
 from prefarena.cluster.probe import ask_nodes, token_file
@@ -70,7 +71,8 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
     yield from judge_nodes(reports, silent, generates(config))
     yield from judge_reach(reports, places)
     settings = model_settings(config)
-    memory = heaviest_training(config, settings, Lengths(*longest(config.task))) if settings else None
+    room = room_of_worker(config, reports)
+    memory = heaviest_training(config, settings, Lengths(*longest(config.task)), room) if settings else None
     capacity = judge_capacity(config, cluster_nodes(), memory)
     yield from capacity
     if not config.resources.autoscaled and not any(finding.problem for finding in capacity):

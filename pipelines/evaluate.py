@@ -57,13 +57,14 @@ def evaluate(config: Comparison, plans: list[SeedPlan], console: Console) -> Non
     for plan in plans:
         work.append((plan.evaluation, plan, None))
         work += [(trained.evaluation, plan, trained) for trained in plan.trained if not trained.failure]
-    evaluating = _evaluate_exactly if isinstance(config.task, LanguageTask) else _evaluate_from_samples
+    evaluating, waited_for = _evaluate_from_samples, "samples and their scores"
     if isinstance(config.task, LanguageTask):
+        evaluating, waited_for = _evaluate_exactly, "processes that go through every response"
         _score_responses(config, [one for one in work if not one[0].finished], console)
         work = [one for one in work if one[2] is None or not one[2].failure]
 
     def do(waiting: Work) -> None:
-        with stage_line(console, _title([stage for stage, _, _ in waiting])):
+        with stage_line(console, _title([stage for stage, _, _ in waiting]), waited_for):
             evaluating(config, waiting, console)
 
     settle(console, {one[0].folder: one for one in work}, do)
@@ -83,7 +84,8 @@ def _score_responses(config: Comparison, waiting: Work, console: Console) -> Non
     }
 
     def do(unscored: list[tuple[Stage, SeedPlan, Trained]]) -> None:
-        with stage_line(console, f"scoring every response by {', '.join(stage.label for stage, _, _ in unscored)}"):
+        title = f"scoring every response by {', '.join(stage.label for stage, _, _ in unscored)}"
+        with stage_line(console, title, "tasks that score"):
             scoring = [(stage, start_scoring(plan, trained)) for stage, plan, trained in unscored]
             for stage, running in scoring:
                 outcome = collect_scores(running, stage, config.resources.task_timeout_s)

@@ -26,6 +26,7 @@ from prefarena.config import (
     GoldJudge,
     JudgeSettings,
     LanguageTask,
+    Model,
     OffPolicyMethod,
     OnPolicyMethod,
     PairwiseJudge,
@@ -116,7 +117,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     if config.seeds_vary == "task" and isinstance(task, LanguageTask):
         task = task.model_copy(update={"seed": task.seed + seed})
     data = Stage.at(root, "data", task.kind, [_data_inputs(config, task), _tokenizer_inputs(config)])
-    base = Stage.at(root, "base", task.kind, [data.key, config.model.model_dump(mode="json"), config.reference.seed])
+    base = Stage.at(root, "base", task.kind, [data.key, _model_inputs(config.model), config.reference.seed])
     reference = base
     if config.reference.train:
         settings = config.reference.model_dump(mode="json")
@@ -214,7 +215,7 @@ def _data_inputs(config: Comparison, task: LanguageTask | TextTask) -> dict[str,
         path = Path(name) if name else None
         if path and path.exists():
             found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-            files += [[str(p.absolute()), p.stat().st_size, p.stat().st_mtime_ns] for p in found]
+            files += _marks(found)
         elif name and (version := version_of(name)):
             files.append([name, version])
     return {**task.model_dump(mode="json"), "files": files, "learns_judge": learns_judge(config)}
@@ -224,7 +225,19 @@ def _tokenizer_inputs(config: Comparison) -> Any:
     """The language has a tokenizer of its own; text is tokenised by the model's, or by one trained to its size."""
     if isinstance(config.task, LanguageTask):
         return None
-    return config.model.vocab_size if config.model.kind == "scratch" else config.model.model_dump(mode="json")
+    return config.model.vocab_size if config.model.kind == "scratch" else _model_inputs(config.model)
+
+
+def _model_inputs(model: Model) -> Any:
+    """The model's settings, and the files of a folder: a stage may refer to them, and they may change in their place."""
+    settings = model.model_dump(mode="json")
+    if model.kind == "scratch" or not (folder := Path(model.path)).is_dir():
+        return settings
+    return {**settings, "files": _marks(sorted(file for file in folder.iterdir() if file.is_file()))}
+
+
+def _marks(files: list[Path]) -> list[list[Any]]:
+    return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 # ---------------------------------------------------------------------------------------------- jobs

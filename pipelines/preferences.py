@@ -21,6 +21,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from prefarena.cluster.pools import POOL_OPTIONS, through_deaths
 from prefarena.config import Model, PretrainedModel, TextTask
 from prefarena.data.first_rows import FirstRows, look_at_pairs, look_at_test, look_at_text
 from prefarena.data.labels import order_notes
@@ -212,8 +213,37 @@ def _stream(
 ) -> Iterator[pa.Table]:
     """The parts' rows, in order, prepared by at most `most` actors. Raises UserError at a file that cannot be read.
 
-    `tokenizer`: its path and revision.
+    `tokenizer`: its path and revision. Where an actor dies, everything is read again and the rows that were yielded
+    are passed over: rows come in the same order every time.
     """
+    num_yielded = 0
+
+    def attempt() -> Iterator[pa.Table]:
+        to_pass_over = num_yielded
+        for rows in _blocks(task, parts, columns, limit, prepare, tokenizer, most):
+            passed_over = min(to_pass_over, rows.num_rows)
+            to_pass_over -= passed_over
+            if passed_over < rows.num_rows:
+                yield rows.slice(passed_over)
+
+    for rows in through_deaths(attempt, "preparing the data"):
+        num_yielded += rows.num_rows
+        if _BROKEN in rows["reason"].unique().to_pylist():
+            told = next(row for row in rows.select(["reason", "detail"]).to_pylist() if row["reason"] == _BROKEN)
+            raise UserError(told["detail"])
+        yield rows
+
+
+def _blocks(
+    task: TextTask,
+    parts: list[Part],
+    columns: tuple[str, ...],
+    limit: int | None,
+    prepare: Prepare,
+    tokenizer: tuple[str, str | None],
+    most: int | None,
+) -> Iterator[pa.Table]:
+    """A block of prepared rows for each chunk of the parts, in their order."""
     import ray
     from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
 
@@ -237,13 +267,10 @@ def _stream(
             batch_format="pyarrow",
             compute=ActorPoolStrategy(size=min(most, 1 + approximate_bytes(parts) // _ACTOR_BYTES)),
             num_cpus=0.9,
+            **POOL_OPTIONS,
         )
     for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
-        rows = cast(pa.Table, batch)
-        if _BROKEN in rows["reason"].unique().to_pylist():
-            told = next(row for row in rows.select(["reason", "detail"]).to_pylist() if row["reason"] == _BROKEN)
-            raise UserError(told["detail"])
-        yield rows
+        yield cast(pa.Table, batch)
 
 
 # ---------------------------------------------------------------------------------------------- in the actors

@@ -23,7 +23,8 @@ from prefarena.cluster.waiting import Failed, get_within, outcomes_within
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, Resources, ScratchModel, TextTask
 from prefarena.data.tables import write_rows
 from prefarena.errors import UserError
-from prefarena.mirror import root_of, workspace
+from prefarena.mirror import mirror_of, root_of, workspace
+from prefarena.modeling.folders import whole_folder
 from prefarena.modeling.load import base_model, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.records import DEMONSTRATIONS, PROMPTS
@@ -37,12 +38,12 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
     """Run the shared stages that are not finished. Needs Ray."""
     said: set[Path] = set()
     for plan in plans:
-        run_once(console, plan.data, partial(_write_data, config, plan.task))
+        run_once(console, plan.data, partial(_write_data, config, plan.task), "the rows to be read and tokenised")
         if plan.data.folder not in said:
             said.add(plan.data.folder)
             for note in plan.data.manifest()["data"].get("notes", []):
                 console.print(f"data: {escape(note)}")
-        run_once(console, plan.base, partial(_write_base, config, plan))
+        run_once(console, plan.base, partial(_write_base, config, plan), "a process that makes the model ready")
         for note in plan.base.manifest()["notes"]:
             console.print(f"the model trains on a slower path: {note}")
     if config.reference.train:
@@ -50,8 +51,10 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
         require([plan.reference for plan in plans])
     for plan in plans:
         if isinstance(plan.task, LanguageTask):
-            run_once(console, plan.pairs, partial(_write_pairs, config, plan.task, plan))
-        run_once(console, plan.logps, partial(_write_logps, config, plan))
+            drawn = "pairs to be drawn from the reference policy and labelled"
+            run_once(console, plan.pairs, partial(_write_pairs, config, plan.task, plan), drawn)
+        scored = "scoring processes to start, and to score every pair by the reference policy"
+        run_once(console, plan.logps, partial(_write_logps, config, plan), scored)
     draw_reference_samples(config, plans, console)
     run(config.resources, [judge_job(config, plan, plan.judge) for plan in plans if plan.judge], config, console)
     require([plan.judge for plan in plans if plan.judge])
@@ -70,7 +73,7 @@ def run_claimed(resources: Resources, config: Comparison, console: Console, jobs
     decided = resources.model_copy(update={"concurrent_runs": len(groups)})
     title = f"training {', '.join(job.name for job in jobs)}"
     with (
-        stage_line(console, title),
+        stage_line(console, title, None),
         telling_capacity(),
         watch(console, jobs),
         ThreadPoolExecutor(len(groups)) as pool,
@@ -99,11 +102,14 @@ def require(stages: Sequence[Stage]) -> None:
             )
 
 
-def run_once(console: Console, stage: Stage, work: Callable[[Path], None]) -> None:
-    """Do `work` in the stage's empty folder unless the stage is finished; `work` writes the manifest last."""
+def run_once(console: Console, stage: Stage, work: Callable[[Path], None], waiting_for: str) -> None:
+    """Do `work` in the stage's empty folder unless the stage is finished; `work` writes the manifest last.
+
+    waiting_for: what is said to be waited for while the work is silent.
+    """
 
     def do(_: list[None]) -> None:
-        with stage_line(console, f"{stage.kind} ({stage.label})"):
+        with stage_line(console, f"{stage.kind} ({stage.label})", waiting_for):
             work(stage.begin())
 
     settle(console, {stage.folder: None}, do)
@@ -146,6 +152,8 @@ def write_base(
 ) -> None:
     """Write the base model and the manifest to `folder`. Runs in a Ray task, so that the driver holds no model.
 
+    A model that is a whole folder of its own is referred to; one from the hub, an adapter merged into its base, and
+    every model where `output` is on object storage, are written.
     tokenizer_path: of a model from scratch. length: most tokens of a prompt and its response.
     """
     started = time.perf_counter()
@@ -156,7 +164,11 @@ def write_base(
     else:
         tokenizer = load_tokenizer(tokenizer_path)
         model = new_policy(settings, tokenizer, length, seed)
-    save_policy(model, tokenizer, folder / "model")
+    whole = whole_folder(settings.path) if isinstance(settings, PretrainedModel) else None
+    if whole is not None and mirror_of(folder) is None:
+        (folder / "model").symlink_to(whole, target_is_directory=True)
+    else:
+        save_policy(model, tokenizer, folder / "model")
     notes = LogProbs(model, length).notes
     wall = time.perf_counter() - started
     costs = {"wall_seconds": wall, "device_seconds": wall}

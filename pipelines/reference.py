@@ -17,6 +17,7 @@ import logging
 import os
 import time
 import zipfile
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from prefarena.cluster.pools import POOL_OPTIONS, through_deaths
 from prefarena.config import Resources
 from prefarena.data.plan import within_budget
 from prefarena.errors import UserError
@@ -226,16 +228,22 @@ def _compute(parts: list[Part], reference: str, resources: Resources, max_length
     import ray.data
 
     num_actors = resources.scoring.num_actors or resources.num_workers
-    # One block a part: when an actor dies, only the part that it was at is done again.
-    done = ray.data.from_items([vars(part) for part in parts], override_num_blocks=len(parts)).map_batches(
-        ReferenceLogps,
-        fn_constructor_args=(reference, max_length, *_scorer(resources)),
-        batch_format="pyarrow",
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(parts))),
-        **scoring_options(resources),
-    )
-    for _ in done.iter_batches(batch_size=None):
+
+    def attempt() -> Iterator[object]:
+        missing = [part for part in parts if read_scores(part) is None]  # an actor that died has done some
+        # One block a part: when an actor dies, only the part that it was at is done again.
+        done = ray.data.from_items([vars(part) for part in missing], override_num_blocks=len(missing)).map_batches(
+            ReferenceLogps,
+            fn_constructor_args=(reference, max_length, *_scorer(resources)),
+            batch_format="pyarrow",
+            batch_size=1,
+            compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(missing))),
+            **scoring_options(resources),
+            **POOL_OPTIONS,
+        )
+        yield from done.iter_batches(batch_size=None)
+
+    for _ in through_deaths(attempt, "reference log-probs"):
         pass
 
 

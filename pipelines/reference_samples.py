@@ -38,7 +38,7 @@ def _draw(config: Comparison, console: Console, waiting: list[tuple[Stage, SeedP
     generator = start_generator(config, waiting[0][1], console)
     try:
         for stage, plan in waiting:
-            with stage_line(console, f"{stage.kind} ({stage.label})"):
+            with stage_line(console, f"{stage.kind} ({stage.label})", "samples of the reference policy"):
                 folder, started = stage.begin(), time.perf_counter()
                 generator.load_checkpoint(model_of(plan.reference), stage.key)
                 prompts = training_prompts(plan, settings.num_reference_samples)

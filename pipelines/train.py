@@ -72,7 +72,8 @@ def start_generator(config: Comparison, plan: SeedPlan, console: Console) -> Gen
     """The generation actors, with the shape of the reference policy; whoever uses them sends their weights first."""
     names = generator_names(config)
     title = f"starting {len(names)} vLLM generation actor{'s' if len(names) > 1 else ''}"
-    with stage_line(console, title), telling_capacity():
+    waiting_for = "vLLM to be imported, to load the model and to set up its memory"
+    with stage_line(console, title, waiting_for), telling_capacity():
         return Generators.start(
             model_of(plan.reference),
             config.generation,

@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 GIB = 2**30
 ENTRIES = [{"name": "dpo", "method": {"kind": "dpo"}}, {"name": "rlhf", "method": {"kind": "rlhf"}}]
 NODE = NodeReport(
-    "a", {"python": "3.12.1", "torch": "2.13.0", "vllm": "0.32.0"}, "2.13.0", [("L4", 24 * GIB)], True, GIB
+    "a", {"python": "3.12.1", "torch": "2.13.0", "vllm": "0.32.0"}, "2.13.0", [("L4", 24 * GIB)], True, GIB, 32 * 1024.0
 )
 
 

@@ -15,8 +15,8 @@ from torch import nn
 from prefarena.config import Optimisation
 from prefarena.data.plan import LARGEST_PASS, BatchPlan
 from prefarena.modeling.memory import MemoryNeed
+from prefarena.modeling.room import total_mib
 from prefarena.training import prediction
-from prefarena.training.process_memory import total_mib
 from prefarena.training.terms import Shares
 from prefarena.training.worker import Worker
 

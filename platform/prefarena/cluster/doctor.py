@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from prefarena.cluster.capacity import Demand, Node, demands, describe, fitting
 from prefarena.cluster.probe import PACKAGES, NodeReport
 from prefarena.config import Comparison
+from prefarena.modeling.room import USABLE, share_mib
 
 _GIB = 2**30
 
@@ -69,6 +70,18 @@ def judge_storage(output: str, reports: Sequence[NodeReport], needed: int | None
     if needed > free:
         return [Finding(True, f"{text}, but about {gibibytes(needed)} are needed; free some, or change output")]
     return [Finding(False, f"{text}, about {gibibytes(needed)} needed")]
+
+
+def room_of_worker(config: Comparison, reports: Sequence[NodeReport]) -> int | None:
+    """Bytes that a training worker may take on the smallest node, or of the smallest GPU; None where none answered."""
+    resources = config.resources
+    if resources.use_gpu:
+        cards = [size for report in reports for _, size in report.gpus]
+        return int(min(cards) * USABLE * resources.gpus_per_worker) if cards else None
+    if not reports:
+        return None
+    side_by_side = resources.num_workers * max(1, resources.num_groups)
+    return int(share_mib(min(report.memory_mib for report in reports), side_by_side) * 2**20)
 
 
 def judge_capacity(config: Comparison, nodes: Sequence[Node], memory: tuple[int, str] | None) -> list[Finding]:

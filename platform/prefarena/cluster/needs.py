@@ -29,6 +29,7 @@ from prefarena.modeling.logprobs import LogProbs, can_pack, sequence_logps
 from prefarena.modeling.lora import add_adapters
 from prefarena.modeling.memory import on_shapes, size_of, training_memory
 from prefarena.modeling.packing import pack
+from prefarena.modeling.room import LARGEST_MICRO_BATCH, SMALLEST_PASS
 
 _FLOAT = 4  # bytes; master weights are float32
 
@@ -65,23 +66,32 @@ def num_parameters(settings: PretrainedConfig) -> int:
     return on_shapes(lambda: AutoModelForCausalLM.from_config(settings)).num_parameters()
 
 
-def heaviest_training(config: Comparison, settings: PretrainedConfig, lengths: Lengths) -> tuple[int, str] | None:
+def heaviest_training(
+    config: Comparison, settings: PretrainedConfig, lengths: Lengths, room: int | None = None
+) -> tuple[int, str] | None:
     """Bytes of a worker in the training that needs most, and the key of its micro-batch.
 
-    Without the interpreter's own, about 0.5 GiB. None where a model's shapes depend on numbers. PPO trains a critic
-    beside its policy, and holds reference and reward; groups hold reference and reward.
+    room: bytes that a worker may take, by which passes that are set to auto are chosen as they will be when training
+    begins; None: they are the largest. Without the interpreter's own, about 0.5 GiB. None where a model's shapes depend
+    on numbers. PPO trains a critic beside its policy; every on-policy worker holds reference and reward, and the whole
+    weights on their way to the generation actors.
     """
     known: dict[_Passes, int | None] = {}
     found = []
-    for passes, key in _trainings(config, lengths):
-        if passes not in known:
-            known[passes] = _memory(config, settings, lengths, passes)
-        if (memory := known[passes]) is not None:
+    for choices, key in _trainings(config, lengths):
+        for passes in choices:
+            if passes not in known:
+                known[passes] = _memory(config, settings, lengths, passes)
+            memory = known[passes]
+            if memory is None or room is None or memory <= room:
+                break
+        if memory is not None:
             found.append((memory, key))
     return max(found, key=lambda one: one[0]) if found else None
 
 
-def _trainings(config: Comparison, lengths: Lengths) -> list[tuple[_Passes, str]]:
+def _trainings(config: Comparison, lengths: Lengths) -> list[tuple[list[_Passes], str]]:
+    """Each training's passes, or where they are set to auto those that are tried one after another; and their key."""
     off_policy = partial(_off_policy, config, lengths)
     found = []
     if config.reference.train:
@@ -96,10 +106,12 @@ def _trainings(config: Comparison, lengths: Lengths) -> list[tuple[_Passes, str]
         if isinstance(method, OffPolicyMethod):
             found.append(off_policy(method.training, f"{where}.training"))
         elif isinstance(method, OnPolicyMethod):
-            copies = 6 if method.kind == "rlhf" else 2  # weights, gradients and two moments of a critic; two frozen
-            number = method.training.micro_batch_size
-            passes = _Passes(False, 1, number, copies, Optimisation(precision=method.training.precision))
-            found.append((passes, f"{where}.training.micro_batch_size"))
+            # Reference, reward and weights under way; a critic's weights, gradients and two moments.
+            copies = 7 if method.kind == "rlhf" else 3
+            size, training = method.training.micro_batch_size, Optimisation(precision=method.training.precision)
+            numbers = _halves(LARGEST_MICRO_BATCH, 1) if size == "auto" else [size]
+            choices = [_Passes(False, 1, number, copies, training) for number in numbers]
+            found.append((choices, f"{where}.training.micro_batch_size"))
     return found
 
 
@@ -111,12 +123,22 @@ def _off_policy(
     *,
     responses: int = 2,
     scores: bool = False,
-) -> tuple[_Passes, str]:
+) -> tuple[list[_Passes], str]:
     size = lengths.prompt + responses * lengths.response
     share = max(1, training.batch_size // config.resources.num_workers)
-    tokens = LARGEST_PASS if training.micro_batch_tokens == "auto" else training.micro_batch_tokens
-    number = min(share, max(1, tokens // size))  # what is longer goes alone
-    return _Passes(scores, responses, number, 0, training), f"{where}.micro_batch_tokens"
+    budget = training.micro_batch_tokens
+    choices = []
+    for tokens in _halves(LARGEST_PASS, SMALLEST_PASS) if budget == "auto" else [budget]:
+        number = min(share, max(1, tokens // size))  # what is longer goes alone
+        choices.append(_Passes(scores, responses, number, 0, training))
+    return choices, f"{where}.micro_batch_tokens"
+
+
+def _halves(largest: int, smallest: int) -> list[int]:
+    numbers = [largest]
+    while numbers[-1] > smallest:
+        numbers.append(numbers[-1] // 2)
+    return numbers
 
 
 def _memory(config: Comparison, settings: PretrainedConfig, lengths: Lengths, passes: _Passes) -> int | None:

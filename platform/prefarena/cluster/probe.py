@@ -16,6 +16,7 @@ from types import MappingProxyType
 from packaging.requirements import Requirement
 
 from prefarena.errors import UserError
+from prefarena.modeling.room import total_mib
 from prefarena.stores import check_output, file_system, reaching
 
 PACKAGES = ("torch", "transformers", "ray", "vllm")
@@ -28,6 +29,7 @@ class NodeReport:
     """A node's own account. versions: of Python and PACKAGES, where installed. gpus: (name, bytes) each.
 
     sees_output: it read what the driver wrote to the output folder, and wrote beside it. free_bytes: of that disk.
+    memory_mib: of the machine, or what its container may take.
     unreachable: of the places that it was asked about, a sentence for each that it cannot read.
     """
 
@@ -37,6 +39,7 @@ class NodeReport:
     gpus: list[tuple[str, int]]
     sees_output: bool
     free_bytes: int | None
+    memory_mib: float
     unreachable: tuple[str, ...] = ()
 
 
@@ -48,7 +51,7 @@ def look(node: str, token: Path | None, text: str, places: Mapping[str, str]) ->
     seen = token is not None and _reads_and_writes(token, text, node)
     free = shutil.disk_usage(token.parent).free if token is not None and seen else None
     problems = tuple(told for key, place in places.items() if (told := _cannot_read(key, place)) is not None)
-    return NodeReport(node, versions(), vllm_wants_torch(), gpus(), seen, free, problems)
+    return NodeReport(node, versions(), vllm_wants_torch(), gpus(), seen, free, total_mib(), problems)
 
 
 def _cannot_read(key: str, place: str) -> str | None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -17,7 +17,11 @@ class OnPolicyTraining(Section):
     rollouts_per_iteration: int = Field(256, ge=2)
     num_epochs: int = Field(2, ge=1, description="Passes over each rollout batch.")
     num_minibatches: int = Field(4, ge=1, description="Optimizer steps per pass.")
-    micro_batch_size: int = Field(64, ge=1, description="Rollouts per forward pass of one worker.")
+    micro_batch_size: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
+        "auto",
+        description="Rollouts per forward pass of one worker. auto: 64, or the largest half, quarter and so on, that "
+        "is predicted to fit the worker's share of memory.",
+    )
     learning_rate: float = Field(1e-3, gt=0)
     betas: Betas = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)

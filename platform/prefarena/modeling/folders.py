@@ -125,6 +125,14 @@ def has_tokenizer(folder: Path) -> bool:
     return any(_VOCABULARY.search(file.name) for file in folder.iterdir())
 
 
+def whole_folder(path: str | Path) -> Path | None:
+    """The absolute path of a folder with a model and its tokenizer; None for an adapter, a hub id or half of one."""
+    folder = local_folder(path)
+    if folder is None or not (folder / CONFIG).is_file() or not has_tokenizer(folder):
+        return None
+    return folder.absolute()
+
+
 def check_tokenizer_files(folder: Path) -> None:
     """Raise UserError where a folder holds no tokenizer, or one whose files are pointers, empty or no JSON."""
     if not has_tokenizer(folder):

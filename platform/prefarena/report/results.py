@@ -95,6 +95,7 @@ class Cost(Part):
     peak_memory_mib: float | None = None
     predicted_memory_mib: float | None = None
     micro_batch_tokens: int | None = None
+    micro_batch_size: int | None = None
     num_tokens_trained: int = 0
     num_tokens_generated: int = 0
     num_judge_calls: int = 0

@@ -37,6 +37,7 @@ from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.learner import Learner, Term
 from prefarena.training.off_policy import Window, only_numbers, stop_if_diverged
 from prefarena.training.on_policy_batch import Batch, experience_metrics, learnable
+from prefarena.training.on_policy_memory import fitting_micro_batch
 from prefarena.training.rollouts import RolloutStream, minibatches, share, snapshot_iterations
 from prefarena.training.schedule import warmed_up
 from prefarena.training.worker import Worker
@@ -74,7 +75,10 @@ def train_on_policy(
             worker.save(trainer.iteration, trainer.tensors(), trainer.state())
     if worker.rank == 0:
         save_policy(trainer.policy, trainer.tokenizer, job.model_dir)
-    costs = worker.costs(num_steps=num_iterations, **trainer.counts, **trainer.judge_calls())
+    counts = {**trainer.counts, **trainer.judge_calls(), "micro_batch_size": trainer.micro_batch_size}
+    costs = worker.costs(num_steps=num_iterations, **counts)
+    if trainer.predicted_mib is not None:
+        costs["predicted_memory_mib"] = trainer.predicted_mib
     costs["device_seconds"] += costs["wall_seconds"] * len(job.generators)  # their devices are held all the while
     return {"costs": costs} | _verified(trainer.stream.source)
 
@@ -128,12 +132,17 @@ class OnPolicyTrainer:
         self.tokenizer = load_tokenizer(job.policy)
         self.policy = load_policy(job.policy)
         self.log_probs = LogProbs(self.policy, job.max_length)
-        self.learners = {"policy": self._learner("policy", "grad_norm", self.log_probs)}
         self.critic = load_critic(job) if isinstance(self.settings, PPOTraining) else None
-        if self.critic is not None:
-            self.learners["critic"] = self._learner("critic", "critic_grad_norm", self.critic)
-        self.scorers = self._make_scorers(reward, monitor)
         self.stream = RolloutStream(job, worker, source, lambda: self.policy.state_dict().items())
+        learned: dict[str, nn.Module] = {"policy": self.log_probs}
+        if self.critic is not None:
+            learned["critic"] = self.critic
+        self.micro_batch_size, self.predicted_mib = fitting_micro_batch(
+            job, learned, self.stream.longest_prompt, worker
+        )
+        norms = {"policy": "grad_norm", "critic": "critic_grad_norm"}
+        self.learners = {name: self._learner(name, norms[name], module) for name, module in learned.items()}
+        self.scorers = self._make_scorers(reward, monitor)
         self.controller = KLController(job.training.kl_coef, job.training.target_kl, job.training.kl_horizon)
         self.counts = {"num_tokens_generated": 0, "num_tokens_trained": 0}
         self.iteration = 0
@@ -145,7 +154,7 @@ class OnPolicyTrainer:
 
     def _make_scorers(self, reward: Judge | None, monitor: Judge | None) -> Scorers:
         job, worker = self.job, self.worker
-        batch_size = self.settings.micro_batch_size * _FORWARD_SIZE
+        batch_size = self.micro_batch_size * _FORWARD_SIZE
         reward = reward or load_judge(job.reward, batch_size, worker.device)
         if monitor is None and job.monitor is not None:
             same = job.monitor == job.reward
@@ -301,7 +310,7 @@ class OnPolicyTrainer:
     def parts(self, batch: Batch, rows: Tensor) -> list[Batch]:
         """This worker's micro-batches of a minibatch."""
         mine = rows[share(len(rows), self.worker.rank, self.worker.world_size)].to(batch.mask.device)
-        return [batch.select(part) for part in by_length(batch.sequences, mine, self.settings.micro_batch_size)]
+        return [batch.select(part) for part in by_length(batch.sequences, mine, self.micro_batch_size)]
 
     def count(self, batch: Batch, rows: Tensor) -> Tensor:
         """What a loss's sum over a minibatch, on all workers, is divided by: its tokens, or its sequences."""

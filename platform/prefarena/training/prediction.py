@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from prefarena.config import Optimisation
 from prefarena.data.plan import LARGEST_PASS
-from prefarena.modeling.memory import size_of, training_memory
+from prefarena.modeling.memory import MemoryNeed, size_of, training_memory
+from prefarena.modeling.room import SMALLEST_PASS
 from prefarena.stages import write_json
 from prefarena.training.process_memory import kept_share
 from prefarena.training.terms import Term
@@ -19,7 +20,6 @@ from prefarena.training.worker import Worker
 
 #: In the job's folder; what the terminal shows is read from it.
 FILE = "memory.json"
-_SMALLEST_PASS = 512  # tokens; what auto does not go below
 #: Stands for what a process holds beside the model, so that the choice does not depend on what it did before.
 _PROCESS_MIB = 800.0
 
@@ -33,21 +33,25 @@ def predict_memory(module: nn.Module, terms: list[Term], training: Optimisation,
     wrapped yet, and on the CPU. None, and the smallest passes, where it cannot be told before the model runs.
     """
     if training.micro_batch_tokens != "auto":
-        return _written(_parts(module, terms, training, worker), {}, worker)
+        return write_prediction(_parts(module, terms, training, worker), {}, worker)
     room = min(worker.gathered(worker.memory_share_mib()))
     tokens, parts = LARGEST_PASS, None
     while True:
         for term in terms:
             term.plan = replace(term.plan, micro_batch_tokens=tokens)
         parts = _parts(module, terms, training, worker)
-        fits = parts is not None and sum(parts.values()) - parts["process"] + _PROCESS_MIB <= room
-        if all(worker.gathered(fits)) or tokens <= _SMALLEST_PASS:
+        if all(worker.gathered(fits(parts, room))) or tokens <= SMALLEST_PASS:
             break
         tokens //= 2
-    return _written(parts, {"share_mib": room, "micro_batch_tokens": tokens}, worker)
+    return write_prediction(parts, {"share_mib": room, "micro_batch_tokens": tokens}, worker)
 
 
-def _written(parts: dict[str, float] | None, chosen: dict[str, float], worker: Worker) -> float | None:
+def fits(parts: dict[str, float] | None, room: float) -> bool:
+    """Whether what is predicted goes into `room` MiB, whatever the process holds beside the model just now."""
+    return parts is not None and sum(parts.values()) - parts["process"] + _PROCESS_MIB <= room
+
+
+def write_prediction(parts: dict[str, float] | None, chosen: dict[str, float], worker: Worker) -> float | None:
     """The sum of the parts, which are written with what was `chosen` by them."""
     sizes = {} if parts is None else {**parts, "predicted": sum(parts.values())}
     if worker.rank == 0 and (sizes or chosen):
@@ -69,10 +73,19 @@ def _parts(module: nn.Module, terms: list[Term], training: Optimisation, worker:
     )
     if need is None:
         return None
+    return parts_of(need, [module], training.activation_checkpointing, worker)
+
+
+def parts_of(need: MemoryNeed, on_cpu: list[nn.Module], recomputes: bool, worker: Worker) -> dict[str, float]:
+    """MiB by part: what a job needs, what the process holds beside it, and what its allocator keeps of what is freed.
+
+    on_cpu: modules of the job that this process holds already. recomputes: activations are, layer by layer.
+    """
     beside, kept = worker.memory_in_use_mib(), 0.0
     if worker.device.type == "cpu":
-        beside -= size_of([*module.parameters(), *module.buffers()]) / 2**20
-        kept = kept_share(at_once=training.activation_checkpointing) * need.total / 2**20
+        for module in on_cpu:
+            beside -= size_of([*module.parameters(), *module.buffers()]) / 2**20
+        kept = kept_share(at_once=recomputes) * need.total / 2**20
     parts = {name: getattr(need, name) / 2**20 for name in ("weights", "gradients", "optimizer", "activations")}
     return parts | {"process": beside, "allocator": kept}
 

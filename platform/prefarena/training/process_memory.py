@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
 import resource
-from collections.abc import Sequence
 from pathlib import Path
 
 #: mallopt's M_MMAP_THRESHOLD and M_TRIM_THRESHOLD; the largest of the first, and what glibc goes by with it.
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _LARGEST, _TRIMMED = 2**25, 2**26
 _APART, _TRIMMED_APART = 2**20, 2**17
-
-#: Of version 2 and version 1 of control groups.
-_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
 
 
 def return_tensors(at_once: bool) -> None:
@@ -51,15 +46,6 @@ def forget_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:  # not Linux, or not allowed
         return
-
-
-def total_mib(limits: Sequence[Path] = _LIMITS) -> float:
-    """Memory of this machine, or what its container may take where that is less. `limits`: files with it, in bytes."""
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    for path in limits:
-        text = path.read_text(encoding="ascii").strip() if path.is_file() else "max"
-        total = min(total, total if text == "max" else int(text))
-    return total / 2**20
 
 
 def resident_mib() -> float:

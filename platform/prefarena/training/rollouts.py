@@ -90,6 +90,11 @@ class RolloutStream:
         self._ahead: Pending | None = None
         self.max_staleness = 1 if job.training.mode == "asynchronous" else 0
 
+    @property
+    def longest_prompt(self) -> int:
+        """Tokens of the longest prompt that is sampled on."""
+        return max(map(len, self._prompts))
+
     def version(self, iteration: int) -> str:
         """The name of the weights that `iteration` starts with."""
         return f"{self._job.name}@{iteration}"

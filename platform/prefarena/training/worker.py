@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from prefarena.mirror import CHECKPOINTS, mirror_of, pull, push, read_text
+from prefarena.modeling import room
 from prefarena.stages import write_json, write_text
 from prefarena.training import process_memory
 from prefarena.training.checkpoints import Checkpoint, CheckpointFolder, DamagedCheckpointError
@@ -25,8 +26,9 @@ from prefarena.training.sharding import is_sharded, like, own_part, reduce_after
 from prefarena.training.storage import full_disk_named, retried
 
 _STORAGE_RETRY_S = 120.0
-_USABLE = 0.8  # of memory, the rest being the system's, the object store's, or lost in pieces
-_METRICS, _FAULTS, _ATTEMPT = "metrics.jsonl", "faults.jsonl", "attempt.json"
+_METRICS, _FAULTS = "metrics.jsonl", "faults.jsonl"
+#: In the job's folder from the moment its workers have loaded the model and look for a checkpoint.
+ATTEMPT = "attempt.json"
 
 _logger = logging.getLogger(__name__)
 
@@ -151,7 +153,7 @@ class Worker:
 
     def _check_current(self) -> None:
         """Raise SupersededError where another attempt restored the job after this one did. For rank 0."""
-        path = self.stage_dir / _ATTEMPT
+        path = self.stage_dir / ATTEMPT
         if self._restored and json.loads(read_text(path))["attempt"] != self._attempt:
             raise SupersededError(f"{self.stage_dir.name}: another attempt at this job has begun")
 
@@ -196,8 +198,8 @@ class Worker:
         folder = self._checkpoints
         if self.rank == 0:
             pull(self.stage_dir)
-            write_json(self.stage_dir / _ATTEMPT, {"attempt": self._attempt})
-            push(self.stage_dir / _ATTEMPT)
+            write_json(self.stage_dir / ATTEMPT, {"attempt": self._attempt})
+            push(self.stage_dir / ATTEMPT)
             self._restored = True
             folder.remove_unfinished()
         for step in self.share(folder.steps()):
@@ -251,9 +253,9 @@ class Worker:
     def memory_share_mib(self) -> float:
         """This worker's share of the memory that its machine, container or GPU has in all, whatever is free now."""
         if self.device.type == "cuda":
-            total = torch.cuda.get_device_properties(self.device).total_memory / 2**20 * _USABLE
-            return total * self.share_of_device
-        return process_memory.total_mib() * _USABLE / self.num_side_by_side
+            total = torch.cuda.get_device_properties(self.device).total_memory / 2**20
+            return total * room.USABLE * self.share_of_device
+        return room.share_mib(room.total_mib(), self.num_side_by_side)
 
     def memory_in_use_mib(self) -> float:
         """Of the process on a CPU, with nothing freed in it; of the device on a GPU."""
