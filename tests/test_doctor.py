@@ -23,6 +23,7 @@ from prefarena.cluster.doctor import (
     judge_memory,
     judge_nodes,
     judge_storage,
+    room_of_worker,
 )
 from prefarena.cluster.needs import Lengths, disk_needed, heaviest_training, num_parameters
 from prefarena.cluster.probe import NodeReport, versions, vllm_wants_torch
@@ -201,3 +202,23 @@ def test_parts_that_fit_alone_and_not_together(
     text = capsys.readouterr().out
     assert f"✓ {cpus} x (1 CPU) for training workers: fits" in text
     assert f"✗ the cluster has {cpus} CPUs, but {cpus + 1} are asked for" in text and text.endswith("1 problem\n")
+
+
+def test_passes_set_to_auto_are_those_that_the_smallest_node_has_room_for() -> None:
+    settings = small_settings()
+    reward = {"name": "rlhf", "method": {"kind": "rlhf", "reward": {"kind": "gold"}}}
+    for entry in ({"name": "dpo", "method": {"kind": "dpo"}}, reward):
+        asked = config(reference={"train": False}, entries=[entry])
+        found = heaviest_training(asked, settings, LENGTHS)
+        assert found is not None
+        less = heaviest_training(asked, settings, LENGTHS, room=found[0] - 1)
+        assert less is not None and less[0] < found[0] and less[1] == found[1]
+        assert heaviest_training(asked, settings, LENGTHS, room=found[0]) == found
+
+
+def test_a_worker_has_a_share_of_the_smallest_node_or_gpu() -> None:
+    nodes = [replace(NODE, memory_mib=1000.0), replace(NODE, memory_mib=500.0)]
+    assert room_of_worker(config(), []) is None
+    assert room_of_worker(config(resources={"num_workers": 2, "concurrent_runs": 1}), nodes) == 200 * 2**20
+    gpus = config(resources={"use_gpu": True, "gpus_per_worker": 0.5})
+    assert room_of_worker(gpus, nodes) == int(0.4 * 24 * GIB)

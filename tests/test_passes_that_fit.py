@@ -96,3 +96,62 @@ def test_the_embedded_default_keeps_its_passes(tmp_path: Path) -> None:
 
     need = training_memory(module, [loss])
     assert need is not None and need.total / MIB < 700
+
+
+def on_policy_job(folder: Path, **training: Any) -> Any:
+    """A PPO job whose reward is a learned model."""
+    from prefarena.config import Generation, PPOTraining, RewardModel
+    from prefarena.judges.spec import JudgeSpec
+    from prefarena.training.jobs import OnPolicyJob
+
+    reward = JudgeSpec(RewardModel(), str(folder), str(folder))
+    return OnPolicyJob(
+        str(folder / "job"), "ppo", str(folder), 0, training=PPOTraining(**training), reward=reward, prompts="",
+        covered_only=False, generators=(), generation=Generation(), response_limit=24,
+    )  # fmt: skip
+
+
+def passes_of(folder: Path, monkeypatch: pytest.MonkeyPatch, share: float, **training: Any) -> tuple[int, Any]:
+    from prefarena.modeling.heads import ValueHead
+    from prefarena.modeling.load import load_policy, new_reward_model
+    from prefarena.modeling.logprobs import LogProbs
+    from prefarena.training.on_policy_memory import fitting_micro_batch
+
+    policy = save_tiny_policy(folder)
+    learned: dict[str, nn.Module] = {
+        "policy": LogProbs(load_policy(policy), 64),
+        "critic": ValueHead(new_reward_model(policy, 0), 64),
+    }
+    worker = Worker(str(folder / "job"))
+    monkeypatch.setattr(worker, "memory_share_mib", lambda: share)
+    size, predicted = fitting_micro_batch(on_policy_job(folder, **training), learned, 40, worker)
+    assert predicted is not None
+    return size, json.loads((folder / "job" / prediction.FILE).read_text(encoding="utf-8"))
+
+
+def test_rollouts_in_a_pass_are_halved_until_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    free, there = passes_of(tmp_path / "a", monkeypatch, 1e6)
+    assert free == 64 == there["micro_batch_size"]
+    activations = there["activations_mib"]
+    assert activations > 1
+    # Room for what is held and three quarters of the activations of 64: half of them fit.
+    held = sum(there[f"{part}_mib"] for part in ("weights", "gradients", "optimizer"))
+    room = 800.0 + 1.3 * (held + 0.75 * activations)
+    half, there = passes_of(tmp_path / "b", monkeypatch, room)
+    assert half == 32 == there["micro_batch_size"] and there["activations_mib"] < 0.75 * activations
+    least, there = passes_of(tmp_path / "c", monkeypatch, 1.0)
+    assert least == 1 and there["activations_mib"] < 0.05 * activations
+    own, there = passes_of(tmp_path / "d", monkeypatch, 1.0, micro_batch_size=48)
+    assert own == 48 and "micro_batch_size" not in there
+
+
+def test_a_ppo_worker_holds_two_learned_models_two_frozen_ones_and_the_weights_it_sends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, there = passes_of(tmp_path, monkeypatch, 1e6)
+    from prefarena.modeling.load import load_policy
+
+    policy = sum(weight.numel() for weight in load_policy(tmp_path).parameters()) * 4 / MIB
+    assert 4 * policy < there["weights_mib"] < 5 * policy + 0.1
+    assert there["gradients_mib"] == pytest.approx(there["optimizer_mib"] / 2, abs=0.1)
+    assert there["gradients_mib"] < 2 * policy

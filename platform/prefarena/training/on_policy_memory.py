@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from functools import partial
 
-import torch
 from torch import Tensor, nn
 
 from prefarena.config import ClassifierJudge, RewardModel
 from prefarena.judges.spec import JudgeSpec
-from prefarena.modeling.heads import ValueHead, token_values
-from prefarena.modeling.logprobs import collate, token_logps
+from prefarena.modeling.heads import ValueHead
+from prefarena.modeling.logprobs import can_pack, sequence_logps
 from prefarena.modeling.memory import MemoryNeed, size_of, training_memory
+from prefarena.modeling.packing import pack
 from prefarena.modeling.room import LARGEST_MICRO_BATCH
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.prediction import fits, parts_of, write_prediction
@@ -65,10 +65,10 @@ def _pass(job: OnPolicyJob, module: nn.Module, longest_prompt: int, size: int) -
 
 
 def _loss(prompt: int, response: int, size: int, module: nn.Module) -> Tensor:
-    sequences = collate([[0] * prompt] * size, [[0] * response] * size, 0)
-    device: torch.device = next(module.parameters()).device
-    values = token_values if isinstance(module, ValueHead) else token_logps
-    return values(module, sequences.to(device)).sum()
+    prompts, responses = [[0] * prompt] * size, [[[0] * response]] * size
+    if isinstance(module, ValueHead):
+        return module(pack(prompts, responses, shared=can_pack(module))).sum()
+    return sequence_logps(module, prompts, responses)[0].sum()
 
 
 def _is_model(spec: JudgeSpec) -> bool:
