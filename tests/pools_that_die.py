@@ -11,6 +11,7 @@ from pipelines.reference import ReferenceLogps
 from prefarena.config import TextTask
 from prefarena.data.preparation import prepare_pairs
 from prefarena.data.sources import Chunk
+from prefarena.data.splits import NONE_HELD_OUT
 from prefarena.data.tokenization import Tokenizer
 
 
@@ -21,11 +22,16 @@ def die_once(marker: Path) -> None:
         os._exit(1)
 
 
+def prepare(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.Table:
+    """`prepare_pairs`, with no row held out."""
+    return prepare_pairs(chunk, task, tokenizer, shares=NONE_HELD_OUT)
+
+
 def prepare_and_die(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.Table:
-    """`prepare_pairs`, but the process dies at the first chunk of the second file."""
+    """`prepare`, but the process dies at the first chunk of the second file."""
     if Path(chunk.file).name == "b.jsonl":
         die_once(Path(chunk.file).with_name("died"))
-    return prepare_pairs(chunk, task, tokenizer)
+    return prepare(chunk, task, tokenizer)
 
 
 class ScoresAndDies(ReferenceLogps):

@@ -14,10 +14,11 @@ from test_reference import run, write_pairs
 
 from pipelines import preferences, reference
 from prefarena.cluster.pools import MOST_DEATHS, POOL_OPTIONS, through_deaths
-from prefarena.config import ScratchModel, TextTask
+from prefarena.config import TextTask
 from prefarena.data.preparation import COLUMNS
 from prefarena.data.sources import find_parts
 from prefarena.data.tables import read_rows
+from prefarena.data.tokenization import train_tokenizer
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,14 +72,14 @@ def test_rows_of_data_come_once_and_in_order_when_an_actor_dies(ray_session: Non
         lines = ({"prompt": f"Question {name}{i}?", "chosen": f"yes {i}", "rejected": f"no {i}"} for i in range(40))
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     task = TextTask(data=str(tmp_path), max_prompt_tokens=60, max_response_tokens=20)
-    path = preferences.prepare_tokenizer(task, ScratchModel(vocab_size=300), tmp_path / "tokenizer")
+    train_tokenizer(["Question yes no 1 2 3"], 300, tmp_path / "tokenizer")
     parts = find_parts(task.data, task.split)
 
     def ids(prepare: preferences.Prepare) -> list[str]:
-        stream = preferences._stream(task, parts, COLUMNS, None, prepare, (path, None), 1)
+        stream = preferences._stream(task, parts, COLUMNS, None, prepare, (str(tmp_path / "tokenizer"), None), 1)
         return [one for rows in stream for one in rows["id"].to_pylist()]
 
-    assert ids(pools_that_die.prepare_and_die) == ids(preferences.prepare_pairs)
+    assert ids(pools_that_die.prepare_and_die) == ids(pools_that_die.prepare)
     assert (tmp_path / "died").exists()
 
 

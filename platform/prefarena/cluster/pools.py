@@ -26,8 +26,8 @@ def through_deaths(attempt: Callable[[], Iterator[_Item]], what: str) -> Iterato
     """What `attempt` yields; where one of its actors dies, another attempt is made.
 
     attempt: yields what has not been done or yielded before. what: is done, for the line that tells of a death. Raises
-    Ray's error when actors died `MOST_DEATHS` times in a row before the next item came, when an
-    actor could not be made, or when the cluster is gone.
+    Ray's error when actors died `MOST_DEATHS` times in a row before the next item came, when an actor could not be
+    made, or when the cluster is gone.
     """
     import ray.exceptions
 
