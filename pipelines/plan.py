@@ -229,7 +229,7 @@ def _tokenizer_inputs(config: Comparison) -> Any:
 
 
 def _model_inputs(model: Model) -> Any:
-    """The model's settings, and the files of a folder: a stage may refer to them, and they may change in their place."""
+    """The model's settings, and the files of a folder, to which stages refer: they may change where they are."""
     settings = model.model_dump(mode="json")
     if model.kind == "scratch" or not (folder := Path(model.path)).is_dir():
         return settings
