@@ -139,7 +139,10 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
         what = _title([stage for stage, _, _ in waiting])
         scored = outcomes_within(list(running.values()), config.resources.task_timeout_s, what)
         outcomes |= zip(running, scored, strict=True)
-    fail_entries(waiting, [outcomes[stage] for stage, _, _ in waiting], console)
+        fail_entries(waiting, [outcomes[stage] for stage, _, _ in waiting], console)
+        for stage, outcome in outcomes.items():
+            if not isinstance(outcome, Failed):  # else they are there when it is tried again
+                sampler.forget(stage.key)
 
 
 def held_out_prompts(plan: SeedPlan, settings: Evaluation) -> list[list[int]]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
 from types import TracebackType
 
 from rich.console import Console
 
+from pipelines.kept_rollouts import KeptRollouts
 from pipelines.plan import SeedPlan
 from pipelines.train import start_generator
 from prefarena.config import Comparison
@@ -13,6 +15,7 @@ from prefarena.errors import ClusterLostError
 from prefarena.failures import cluster_answers
 from prefarena.generation.fleet import Generators
 from prefarena.generation.interface import GeneratorLostError, Sampling, StaleWeightsError
+from prefarena.mirror import root_of
 from prefarena.records import Rollout
 
 
@@ -22,6 +25,8 @@ class Sampler:
     def __init__(self, config: Comparison, plan: SeedPlan, console: Console) -> None:
         self._config, self._plan, self._console = config, plan, console
         self._generators: Generators | None = None
+        self._held = ""  # the version that the actors were given last
+        self._kept = KeptRollouts(root_of(config.output, config.resources.cache_dir) / "rollouts")
 
     def __enter__(self) -> Sampler:
         return self
@@ -32,19 +37,30 @@ class Sampler:
     def sample(self, policy: str, version: str, prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
         """One rollout per prompt from the policy in the folder `policy`, whose weights are called `version`.
 
-        An actor that Ray restarts comes back without weights and is given them again; lost ones are replaced. Each is
-        done at most `resources.max_failures` times. Raises GeneratorLostError beyond that, and WaitTimeoutError where
-        an actor does not answer in time.
+        They are kept in parts until `forget`; no actor is started where all are there. Raises what `_draw` raises.
+        """
+        return self._kept.complete(policy, version, prompts, sampling, partial(self._draw, policy, version))
+
+    def forget(self, version: str) -> None:
+        """Remove the samples that are kept of an evaluation that has ended."""
+        self._kept.forget(version)
+
+    def _draw(self, policy: str, version: str, prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
+        """New rollouts. An actor that Ray restarts comes back without weights and is given them again; lost ones are
+        replaced. Each is done at most `resources.max_failures` times. Raises GeneratorLostError beyond that, and
+        WaitTimeoutError where an actor does not answer in time.
         """
         failure: Exception | None = None
         for _ in range(self._config.resources.max_failures + 1):
             try:
                 if self._generators is None:
                     self._generators = start_generator(self._config, self._plan, self._console)
-                self._generators.load_checkpoint(policy, version)
+                if self._held != version:
+                    self._generators.load_checkpoint(policy, version)
+                    self._held = version
                 return self._generators.generate(prompts, sampling, version)
-            except StaleWeightsError as error:  # an actor was restarted between the two calls
-                failure = error
+            except StaleWeightsError as error:  # an actor was restarted, and has no weights
+                failure, self._held = error, ""
             except GeneratorLostError as error:
                 if not cluster_answers():
                     raise ClusterLostError(
@@ -55,6 +71,6 @@ class Sampler:
         raise GeneratorLostError(f"the samples of {version} could not be drawn: {failure}") from failure
 
     def _stop(self) -> None:
-        generators, self._generators = self._generators, None
+        generators, self._generators, self._held = self._generators, None, ""
         if generators is not None:
             generators.stop()
