@@ -21,7 +21,7 @@ from typing import Any, cast
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from prefarena.cluster.pools import POOL_OPTIONS, through_deaths
+from prefarena.cluster.pools import map_in_pool, through_deaths
 from prefarena.config import Model, PretrainedModel, TextTask
 from prefarena.data.first_rows import FirstRows, look_at_pairs, look_at_test, look_at_text
 from prefarena.data.labels import order_notes
@@ -245,7 +245,7 @@ def _blocks(
 ) -> Iterator[pa.Table]:
     """A block of prepared rows for each chunk of the parts, in their order."""
     import ray
-    from ray.data import ActorPoolStrategy, DataContext, ExecutionResources
+    from ray.data import DataContext, ExecutionResources
 
     if not ray.is_initialized():
         ray.init()
@@ -260,14 +260,14 @@ def _blocks(
         data = ray.data.from_items([vars(part) for part in parts], override_num_blocks=len(parts))
         # Different CPU shares keep the two steps from being fused: one big file then still feeds every actor.
         chunks = data.map_batches(read, batch_size=1, batch_format="pyarrow", num_cpus=0.1)
-        done = chunks.map_batches(
+        done = map_in_pool(
+            chunks,
             _Prepare,
+            min(most, 1 + approximate_bytes(parts) // _ACTOR_BYTES),
             fn_constructor_args=(prepare, task, *tokenizer),
             batch_size=None,
             batch_format="pyarrow",
-            compute=ActorPoolStrategy(size=min(most, 1 + approximate_bytes(parts) // _ACTOR_BYTES)),
             num_cpus=0.9,
-            **POOL_OPTIONS,
         )
     for batch in done.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=1):
         yield cast(pa.Table, batch)

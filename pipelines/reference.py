@@ -28,7 +28,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
-from prefarena.cluster.pools import POOL_OPTIONS, through_deaths
+from prefarena.cluster.pools import map_in_pool, through_deaths
 from prefarena.config import Resources
 from prefarena.data.plan import within_budget
 from prefarena.errors import UserError
@@ -232,14 +232,15 @@ def _compute(parts: list[Part], reference: str, resources: Resources, max_length
     def attempt() -> Iterator[object]:
         missing = [part for part in parts if read_scores(part) is None]  # an actor that died has done some
         # One block a part: when an actor dies, only the part that it was at is done again.
-        done = ray.data.from_items([vars(part) for part in missing], override_num_blocks=len(missing)).map_batches(
+        rows = ray.data.from_items([vars(part) for part in missing], override_num_blocks=len(missing))
+        done = map_in_pool(
+            rows,
             ReferenceLogps,
+            min(num_actors, len(missing)),
             fn_constructor_args=(reference, max_length, *_scorer(resources)),
             batch_format="pyarrow",
             batch_size=1,
-            compute=ray.data.ActorPoolStrategy(size=min(num_actors, len(missing))),
             **scoring_options(resources),
-            **POOL_OPTIONS,
         )
         yield from done.iter_batches(batch_size=None)
 

@@ -13,7 +13,7 @@ import pytest
 from test_reference import run, write_pairs
 
 from pipelines import preferences, reference
-from prefarena.cluster.pools import MOST_DEATHS, POOL_OPTIONS, through_deaths
+from prefarena.cluster.pools import MOST_DEATHS, map_in_pool, through_deaths
 from prefarena.config import TextTask
 from prefarena.data.preparation import COLUMNS
 from prefarena.data.sources import find_parts
@@ -37,8 +37,7 @@ def test_what_an_actor_raises_when_it_is_made_is_not_tried_again(ray_session: No
 
     def attempt() -> Iterator[object]:
         attempts.append(1)
-        pool = ray.data.ActorPoolStrategy(size=1)
-        data = ray.data.range(1).map_batches(pools_that_die.CannotBeMade, compute=pool, **POOL_OPTIONS)
+        data = map_in_pool(ray.data.range(1), pools_that_die.CannotBeMade, 1)
         yield from data.iter_batches(batch_size=None)
 
     with pytest.raises(ray.exceptions.RayActorError, match="no such model"):
@@ -100,10 +99,7 @@ def test_an_actor_that_always_dies_ends_the_pipeline(ray_session: None) -> None:
     import ray.exceptions
 
     def attempt() -> Iterator[object]:
-        pool = ray.data.ActorPoolStrategy(size=1)
-        data = ray.data.range(1).map_batches(
-            pools_that_die.AlwaysDies, compute=pool, batch_format="pyarrow", **POOL_OPTIONS
-        )
+        data = map_in_pool(ray.data.range(1), pools_that_die.AlwaysDies, 1, batch_format="pyarrow")
         yield from data.iter_batches(batch_size=None)
 
     with pytest.raises(ray.exceptions.RayActorError):
@@ -112,7 +108,8 @@ def test_an_actor_that_always_dies_ends_the_pipeline(ray_session: None) -> None:
 
 _POOL = """
 import ray
-from prefarena.cluster.pools import POOL_OPTIONS
+import ray.data
+from prefarena.cluster.pools import map_in_pool
 from prefarena.cluster.session import ray_session
 
 class Same:
@@ -120,7 +117,7 @@ class Same:
         return batch
 
 with ray_session():
-    data = ray.data.range(8).map_batches(Same, compute=ray.data.ActorPoolStrategy(size=1), **POOL_OPTIONS)
+    data = map_in_pool(ray.data.range(8), Same, 1)
     print(sum(len(batch["id"]) for batch in data.iter_batches()))
 """
 
@@ -128,4 +125,4 @@ with ray_session():
 def test_a_pool_starts_without_an_error_line(ray_session: None) -> None:
     ran = subprocess.run([sys.executable, "-c", _POOL], capture_output=True, text=True, timeout=180, check=True)
     assert ran.stdout.split() == ["8"]
-    assert "max_restarts" not in ran.stderr
+    assert "max_restarts" not in ran.stderr and "deprecated" not in ran.stderr

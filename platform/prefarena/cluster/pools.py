@@ -9,17 +9,27 @@ is restarted here. The pipeline ends with the actor, and is run again over what 
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 from prefarena.failures import cluster_answers, in_one_line
 
 _Item = TypeVar("_Item")
-#: For `map_batches`.
-POOL_OPTIONS: dict[str, Any] = {"max_restarts": 0}
 MOST_DEATHS = 3  # in a row, with nothing done in between
 
 _logger = logging.getLogger(__name__)
+
+
+def map_in_pool(data: Any, make: type, size: int, **options: Any) -> Any:
+    """`data.map_batches` with `options`, by a pool of `size` actors of the class `make`; Ray restarts none of them."""
+    from ray.data import ActorPoolStrategy
+    from ray.util.annotations import RayDeprecationWarning
+
+    with warnings.catch_warnings():
+        # Ray 2.60 has no named parameter for restarts, and warns of every option that it only passes on.
+        warnings.simplefilter("ignore", RayDeprecationWarning)
+        return data.map_batches(make, compute=ActorPoolStrategy(size=size), max_restarts=0, **options)
 
 
 def through_deaths(attempt: Callable[[], Iterator[_Item]], what: str) -> Iterator[_Item]:
