@@ -57,7 +57,7 @@ def judge_wins(config: Comparison, plans: list[SeedPlan], console: Console) -> N
 
         task = ray.remote(num_cpus=1)(compare_pairs)
         what = f"comparing {', '.join(stage.label for stage, _, _ in waiting)} with the reference, pair by pair"
-        with stage_line(console, what):
+        with stage_line(console, what, "verdicts of the judge"):
             jobs = [wins_job(config, plan, trained, stage.begin()) for stage, plan, trained in waiting]
             outcomes = outcomes_within([task.remote(job) for job in jobs], config.resources.task_timeout_s, what)
             for (stage, _, _), outcome in zip(waiting, outcomes, strict=True):
