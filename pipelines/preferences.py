@@ -25,6 +25,7 @@ from prefarena.cluster.pools import map_in_pool, through_deaths
 from prefarena.config import Model, PretrainedModel, TextTask
 from prefarena.data.first_rows import FirstRows, look_at_pairs, look_at_test, look_at_text
 from prefarena.data.labels import order_notes
+from prefarena.data.limits import look_at_limits
 from prefarena.data.notes import notes_of, transcript_notes
 from prefarena.data.preparation import (
     COLUMNS,
@@ -43,7 +44,7 @@ from prefarena.data.sources import (
     read_chunks,
     read_rows_of,
 )
-from prefarena.data.splits import ALL_TEST, NONE_HELD_OUT, Shares, ignored_judge, leakage_notes, shares_of
+from prefarena.data.splits import ALL_TEST, Shares, ignored_judge, leakage_notes, shares_of
 from prefarena.data.token_tables import ParquetRows, TokenTables
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
@@ -71,7 +72,7 @@ def check_text_task(task: TextTask, model: Model | None = None) -> list[Part]:
     if isinstance(model, PretrainedModel):
         tokenizer = Tokenizer.load(model.path, model.revision, task)
         for looked in [first] if test is None else [first, test]:
-            _check_tokens(task, looked, tokenizer)
+            look_at_limits(task, looked, tokenizer)
     return first.parts
 
 
@@ -91,6 +92,7 @@ def prepare_text(
     num_tokenisers: int | None = None,
     *,
     learns_judge: bool = True,
+    say: Callable[[str], object] = lambda sentence: None,
 ) -> dict[str, Any]:
     """Write the task's tables under `output`, and return the summary that is also written there as summary.json.
 
@@ -98,10 +100,11 @@ def prepare_text(
     chosen answers), prompts (of the training and test splits), pretraining where the task has such text. Every rejected
     row is a line of dropped.jsonl, dropped_test.jsonl or dropped_pretraining.jsonl. Without `tokenizer_path` the
     tokenizer is `prepare_tokenizer`'s, in output/tokenizer. `num_tokenisers` is the most actors that tokenise at once;
-    by default one per CPU. Pairs are set aside for the judge only where one is learned from them (`learns_judge`).
+    by default one per CPU. Pairs are set aside for the judge only where one is learned from them (`learns_judge`). What
+    the limits do to the first rows is said, by `say`, before the rest is tokenised.
 
     Raises UserError for a missing or empty source, a file that cannot be read, missing columns, a split left empty, or
-    more rows rejected than task.max_rejected_share.
+    more rows rejected than task.max_rejected_share, of the first rows or of all.
     """
     first, test = _look(task)
     folder = Path(output).absolute()
@@ -113,7 +116,8 @@ def prepare_text(
     revision = model.revision if isinstance(model, PretrainedModel) and path == model.path else None
     tokenizer = Tokenizer.load(path, revision, task)
     for looked in [first] if test is None else [first, test]:
-        _check_tokens(task, looked, tokenizer)
+        for sentence in look_at_limits(task, looked, tokenizer):
+            say(sentence)
     with TokenTables(folder, own_test=test is not None) as tables:
         if test is not None:
             prepare = functools.partial(prepare_pairs, shares=ALL_TEST)
@@ -146,21 +150,6 @@ def _look(task: TextTask) -> tuple[FirstRows, FirstRows | None]:
     if task.pretraining_text is not None:
         look_at_text(task, task.pretraining_text)
     return first, test
-
-
-def _check_tokens(task: TextTask, looked: FirstRows, tokenizer: Tokenizer) -> None:
-    """Raise UserError where the first rows show that the tokenizer's chat template takes none of the data."""
-    rejections = Rejections()
-    chunk = next(chunk for part in looked.parts for chunk in read_chunks(part, COLUMNS, task.max_row_bytes))
-    rows = (
-        prepare_pairs(chunk, task, tokenizer, shares=NONE_HELD_OUT)
-        .select(["file", "row", "reason", "detail"])
-        .to_pylist()
-    )
-    for row in rows:
-        if row["reason"] is not None:
-            rejections.add(row["file"], row["row"], row["reason"], row["detail"])
-    rejections.check_first(f"{looked.path}, with the tokenizer of {tokenizer.tokenizer.name_or_path}", len(rows))
 
 
 def _training_texts(task: TextTask, shares: Shares) -> Iterator[str]:

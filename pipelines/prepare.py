@@ -38,7 +38,8 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
     """Run the shared stages that are not finished. Needs Ray."""
     said: set[Path] = set()
     for plan in plans:
-        run_once(console, plan.data, partial(_write_data, config, plan.task), "the rows to be read and tokenised")
+        write_data = partial(_write_data, config, plan.task, console)
+        run_once(console, plan.data, write_data, "the rows to be read and tokenised")
         if plan.data.folder not in said:
             said.add(plan.data.folder)
             for note in plan.data.manifest()["data"].get("notes", []):
@@ -115,7 +116,7 @@ def run_once(console: Console, stage: Stage, work: Callable[[Path], None], waiti
     settle(console, {stage.folder: None}, do)
 
 
-def _write_data(config: Comparison, task: LanguageTask | TextTask, folder: Path) -> None:
+def _write_data(config: Comparison, task: LanguageTask | TextTask, console: Console, folder: Path) -> None:
     started = time.perf_counter()
     if isinstance(task, LanguageTask):
         language = Language(task)
@@ -125,7 +126,14 @@ def _write_data(config: Comparison, task: LanguageTask | TextTask, folder: Path)
         write_rows(demonstrations, folder / "demonstrations" / "part-0.parquet", DEMONSTRATIONS)
         counts = {"num_demonstrations": demonstrations.num_rows}
     else:
-        counts = prepare_text(task, None, config.model, folder, learns_judge=learns_judge(config))
+        counts = prepare_text(
+            task,
+            None,
+            config.model,
+            folder,
+            learns_judge=learns_judge(config),
+            say=lambda sentence: console.print(f"data: {escape(sentence)}"),
+        )
     wall = time.perf_counter() - started
     write_manifest(folder, {"data": counts, "costs": {"wall_seconds": wall, "device_seconds": wall}})
 

@@ -33,7 +33,7 @@ _ANY_TYPE = ("source", "tools", "chat_template_kwargs", *SCORES, *PROMPTS, CONVE
 class FirstRows:
     """What there is to read, and what should be known of it, a sentence each. Of the rows, some are HH transcripts.
 
-    forms: messages, or plain text.
+    forms: messages, or plain text. is_whole: there are no more rows than these.
     """
 
     path: str
@@ -42,6 +42,7 @@ class FirstRows:
     num_rows: int
     num_transcripts: int
     forms: frozenset[str]
+    is_whole: bool
 
 
 def look_at_pairs(task: TextTask) -> FirstRows:
@@ -134,13 +135,15 @@ def _look(
         raise UserError(_missing_columns(path, missing, sorted(present)))
     if "label" in columns:
         check_labels(path, [label for label in labels if label is not None])
-    if num_rows < NUM_FIRST_ROWS or num_rows == task.max_rows:
+    is_whole = num_rows < NUM_FIRST_ROWS or num_rows == task.max_rows
+    if is_whole:
         rejections.check(path, num_rows, task.max_rejected_share)
     rejections.check_first(path, num_rows)
+    rejections.check(path, num_rows, task.max_rejected_share, first=True)
     ignored |= dict.fromkeys(name for name in present if name not in columns)
     ignored |= dict.fromkeys([CONVERSATION] if num_unused else [])
     notes = [*found.notes, *_ignored(path, sorted(ignored))]
-    return FirstRows(path, parts, notes, num_rows, num_transcripts, frozenset(forms))
+    return FirstRows(path, parts, notes, num_rows, num_transcripts, frozenset(forms), is_whole)
 
 
 def _ignored(path: str, columns: Sequence[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
@@ -143,15 +144,21 @@ class Rejections:
         """Rejected rows, without repeats and those that are in the test data."""
         return self.reasons.total() - sum(self.reasons[reason] for reason in _NOT_COUNTED)
 
-    def check(self, source: str, num_rows: int, most: float) -> None:
-        """Raise UserError where more than the share `most` of `num_rows` rows were rejected."""
+    def check(
+        self, source: str, num_rows: int, most: float, *, first: bool = False, remedies: Sequence[str] = ()
+    ) -> None:
+        """Raise UserError where more than the share `most` of `num_rows` rows were rejected.
+
+        first: they are the source's first rows alone. remedies: what mends most of it, beside what every reason says.
+        """
         if self.num_counted <= most * num_rows:
             return
+        some = f"{'its first ' if first else ''}{num_rows} rows"
         listed = f"; {self.path} lists them all" if self.path else ""
         raise UserError(
-            f"{source}: {self.num_counted} of {num_rows} rows ({self.num_counted / num_rows:.1%}) cannot be trained "
+            f"{source}: {self.num_counted} of {some} ({self.num_counted / num_rows:.1%}) cannot be trained "
             f"on, and task.max_rejected_share allows {most:.4g} of them: {self._commonest()}{listed}; "
-            "mend the rows, or raise task.max_rejected_share"
+            f"{'; '.join([*remedies, 'mend the rows, or raise task.max_rejected_share'])}"
         )
 
     def check_first(self, source: str, num_rows: int) -> None:
