@@ -13,6 +13,7 @@ from rich.markup import escape
 
 from pipelines.annotate import annotate_language
 from pipelines.claims import settle
+from pipelines.engine import try_engine
 from pipelines.plan import SeedPlan, judge_job, learns_judge, max_length, model_of, reference_job
 from pipelines.preferences import prepare_text
 from pipelines.progress import stage_line, watch
@@ -47,6 +48,7 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
         run_once(console, plan.base, partial(_write_base, config, plan), "a process that makes the model ready")
         for note in plan.base.manifest()["notes"]:
             console.print(f"the model trains on a slower path: {note}")
+    try_engine(config, plans, console)
     if config.reference.train:
         run(config.resources, [reference_job(config, plan) for plan in plans], config, console)
         require([plan.reference for plan in plans])

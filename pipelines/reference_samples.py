@@ -9,6 +9,7 @@ import pyarrow as pa
 from rich.console import Console
 
 from pipelines.claims import settle
+from pipelines.engine import tried_generator
 from pipelines.plan import SeedPlan, model_of, response_limit
 from pipelines.progress import stage_line
 from prefarena.config import Comparison, LanguageTask
@@ -32,11 +33,8 @@ def draw_reference_samples(config: Comparison, plans: list[SeedPlan], console: C
 
 
 def _draw(config: Comparison, console: Console, waiting: list[tuple[Stage, SeedPlan]]) -> None:
-    from pipelines.train import start_generator  # which imports what runs jobs, and that imports this
-
     settings = config.evaluation
-    generator = start_generator(config, waiting[0][1], console)
-    try:
+    with tried_generator(config, waiting[0][1], console) as generator:
         for stage, plan in waiting:
             with stage_line(console, f"{stage.kind} ({stage.label})", "samples of the reference policy"):
                 folder, started = stage.begin(), time.perf_counter()
@@ -49,8 +47,6 @@ def _draw(config: Comparison, console: Console, waiting: list[tuple[Stage, SeedP
                 counts = {"num_tokens_generated": sum(len(rollout.response_ids) for rollout in rollouts)}
                 costs = {"wall_seconds": wall, "device_seconds": wall, **counts}
                 write_manifest(folder, {"num_samples": len(rollouts), "costs": costs})
-    finally:
-        generator.stop()
 
 
 def training_prompts(plan: SeedPlan, number: int) -> list[list[int]]:

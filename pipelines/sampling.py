@@ -7,9 +7,9 @@ from types import TracebackType
 
 from rich.console import Console
 
+from pipelines.engine import start_generator
 from pipelines.kept_rollouts import KeptRollouts
 from pipelines.plan import SeedPlan
-from pipelines.train import start_generator
 from prefarena.config import Comparison
 from prefarena.errors import ClusterLostError
 from prefarena.failures import cluster_answers

@@ -9,13 +9,11 @@ from functools import partial
 from rich.console import Console
 
 from pipelines.claims import settle
-from pipelines.plan import SeedPlan, Trained, entry_job, generator_names, max_length, model_of, reward_model_job
+from pipelines.engine import start_generator
+from pipelines.plan import SeedPlan, Trained, entry_job, reward_model_job
 from pipelines.prepare import run, run_claimed, say_outcomes
-from pipelines.progress import stage_line
-from prefarena.cluster.capacity import telling_capacity
 from prefarena.config import Comparison, OffPolicyMethod, OnPolicyMethod
 from prefarena.failures import cluster_answers
-from prefarena.generation.fleet import Generators
 from prefarena.generation.interface import GeneratorLostError
 from prefarena.stages import is_settled, write_failure
 
@@ -46,7 +44,7 @@ def _train_on_policy(config: Comparison, console: Console, entries: list[tuple[S
     losses: Counter[str] = Counter()
     while waiting := [job for job in jobs if not is_settled(job.stage_dir)]:
         try:
-            generator = start_generator(config, entries[0][0], console)
+            generator = start_generator(config, entries[0][0], console, trainer=True)
         except GeneratorLostError as error:
             if not cluster_answers():
                 raise
@@ -66,22 +64,6 @@ def _train_on_policy(config: Comparison, console: Console, entries: list[tuple[S
                 say_outcomes(console, [job])
         finally:
             generator.stop()
-
-
-def start_generator(config: Comparison, plan: SeedPlan, console: Console) -> Generators:
-    """The generation actors, with the shape of the reference policy; whoever uses them sends their weights first."""
-    names = generator_names(config)
-    title = f"starting {len(names)} vLLM generation actor{'s' if len(names) > 1 else ''}"
-    waiting_for = "vLLM to be imported, to load the model and to set up its memory"
-    with stage_line(console, title, waiting_for), telling_capacity():
-        return Generators.start(
-            model_of(plan.reference),
-            config.generation,
-            max_model_len=max_length(plan.task),
-            use_gpu=config.resources.use_gpu,
-            names=names,
-            seed=config.seeds[0],
-        )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Which model families an engine takes new weights of: `python tests/families.py [FAMILY...]` prints a table.
+"""What an engine does with new weights of a model family: measured for tests and for `python -m benchmarks.families`.
 
 Each family gets a tiny random model and an engine, one after another. The engine is sent other weights than it was
 started with, samples, and its log-probs are held against those of transformers.
@@ -7,7 +7,6 @@ started with, samples, and its log-probs are held against those of transformers.
 from __future__ import annotations
 
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,14 +30,6 @@ from prefarena.records import Rollout
 from tests.models import random_model, save_model
 from tests.tiny import BOS, FIRST_LETTER
 
-#: As the table calls them, and as tests.models does.
-TABLE = {
-    "Llama": "llama", "GPT-2": "gpt2", "GPT-NeoX (Pythia)": "gpt-neox", "Gemma-2": "gemma2", "Gemma-3 (text)": "gemma3",
-    "OLMo-2": "olmo2", "Qwen-2": "qwen2", "Qwen-3": "qwen3", "Phi-3": "phi3", "Mistral": "mistral", "OPT": "opt",
-    "Granite": "granite", "Mixtral": "mixtral",
-}  # fmt: skip
-#: vLLM sets up a process for experts when its first engine starts, or not at all.
-NEEDS_ITS_OWN_PROCESS = {"mixtral"}
 LARGEST_GAP = 1e-3
 _MAX_LENGTH = 48
 _PROMPTS = [[BOS, FIRST_LETTER + i % 11, FIRST_LETTER + 3 * i % 11] for i in range(16)]
@@ -130,39 +121,3 @@ def engine_process() -> Iterator[Any]:
         yield lambda *arguments: ray.get(process.run.remote(serve, *arguments), timeout=300)
     finally:
         ray.kill(process)
-
-
-def line(title: str, outcome: Outcome) -> str:
-    verified = outcome.verified
-    packed = "packed" if outcome.why_not_packed is None else f"padded: {outcome.why_not_packed}"
-    share = f"{100 * verified.share:.1f} %" if verified.skipped else "100 %"
-    told = f"{verified.num_tensors} of {verified.num_tensors_sent}"
-    right = outcome.gap < LARGEST_GAP < outcome.old_gap and not outcome.unnoticed
-    return f"| {title} | {'yes' if right else 'NO'} | {outcome.gap:.0e} | {told} | {share} | {packed} |"
-
-
-def main(chosen: list[str]) -> int:
-    ray.init("local", num_cpus=2, include_dashboard=False, log_to_driver=False)
-    print("| family | serves new weights | gap, nats | tensors verified | parameters verified | training |")
-    print("| --- | --- | --- | --- | --- | --- |", flush=True)
-    families = {title: family for title, family in TABLE.items() if not chosen or family in chosen}
-    with tempfile.TemporaryDirectory() as scratch:
-        models = {title: make(Path(scratch) / family, family) for title, family in families.items()}
-        lines = []
-        for alone in (False, True):
-            with engine_process() as run:
-                for title, (old, new) in models.items():
-                    if (families[title] in NEEDS_ITS_OWN_PROCESS) != alone:
-                        continue
-                    folder = str(Path(scratch) / families[title])
-                    try:
-                        lines.append(line(title, compare(old, new, run(folder, as_arrays(new.state_dict())))))
-                    except ray.exceptions.RayError as error:  # the others are tried all the same
-                        lines.append(f"| {title} | NO: {str(error).strip().splitlines()[-1]} | | | | |")
-                        print(error, file=sys.stderr)
-                    print(lines[-1], flush=True)
-    return int(any("| NO" in told for told in lines))
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,6 +1,6 @@
 """New weights in engines of families whose layers are unlike Llama's: taken, verified, and wrong ones found.
 
-All families, in a table: `python tests/families.py`, docs/models.md.
+All families, in a table: `python -m benchmarks.families`, docs/models.md.
 """
 
 from __future__ import annotations
@@ -18,13 +18,15 @@ from tests.models import FAMILIES, random_model, save_model
 
 
 def test_new_weights_reach_engines_of_other_families(ray_session: None, tmp_path: Path) -> None:
-    families = ["gpt2", "gpt-neox", "gemma2"]
+    # Mixtral first: vLLM sets a process up for experts when its first engine starts, or not at all.
+    families = ["mixtral", "gpt2", "gpt-neox", "gemma2"]
     models = {family: make(tmp_path / family, family) for family in families}
     with engine_process() as run:
         for family, (old, new) in models.items():
             outcome = compare(old, new, run(str(tmp_path / family), as_arrays(new.state_dict())))
             assert outcome.gap < LARGEST_GAP < outcome.old_gap, family
-            assert outcome.verified.skipped == (), family
+            unread = {name for name in outcome.verified.skipped if ".experts." not in name}
+            assert unread == set() and bool(outcome.verified.skipped) == (family == "mixtral"), family
             assert outcome.unnoticed == [], family
 
 

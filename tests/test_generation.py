@@ -21,6 +21,7 @@ from prefarena.config import Generation
 from prefarena.errors import WaitTimeoutError
 from prefarena.generation.fleet import Generators
 from prefarena.generation.interface import (
+    EngineError,
     GeneratorLostError,
     Sampling,
     StaleWeightsError,
@@ -160,6 +161,48 @@ def test_a_checkpoint_folder_with_a_tied_head_can_be_loaded(tmp_path: Path, gene
     generator.load_checkpoint(path, "tied")
     rollouts = generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), "tied")
     assert logp_gap(load_policy(path), rollouts, 1.0) < 1e-4
+
+
+def receive_instead(actor: Any, path: str | None) -> None:
+    """Have the actor's engine always be given the weights at `path`; none: vLLM raises; empty: as it was."""
+    if path == "":
+        del actor._engine.receive
+        return
+    from prefarena.modeling.load import load_policy
+
+    with actor._engine.model_building():
+        stored = {} if path is None else dict(load_policy(path).state_dict())
+
+    def receive(update_info: Any) -> None:
+        if path is None:
+            raise KeyError("model.layers.0.strange.weight")
+        type(actor._engine).receive(actor._engine, {"tensors": stored})
+
+    actor._engine.receive = receive
+
+
+def test_a_trial_shows_whether_an_engine_takes_weights(generator: Generators, tiny_policy: str, tmp_path: Path) -> None:
+    generator.try_weights(tiny_policy)
+    assert generator.versions() == {generator.names[0]: None}
+    assert generator.verified is not None and generator.verified.share == 1.0
+    other = save_tiny_policy(tmp_path, seed=3)
+    blind = Generators.connect(generator.names, Generation(verify_weights=False))
+    blind.try_weights(tiny_policy)
+    assert blind.verified is None
+    try:
+        for kept in (tiny_policy, other):  # the old weights, and those of another model
+            inside(generator, receive_instead, kept)
+            with pytest.raises(WeightMismatchError, match="does not hold what was sent"):
+                generator.try_weights(tiny_policy)
+            with pytest.raises(WeightMismatchError, match=r"differ from those of transformers by [\d.]+ nats"):
+                blind.try_weights(tiny_policy)
+            inside(generator, receive_instead, "")
+        inside(generator, receive_instead, None)
+        with pytest.raises(EngineError, match=r"it raised KeyError: 'model\.layers\.0\.strange\.weight'$"):
+            generator.try_weights(tiny_policy)
+    finally:
+        inside(generator, receive_instead, "")
+    generator.try_weights(tiny_policy)
 
 
 def test_stale_weights_are_refused(generator: Generators, tiny_policy: str) -> None:

@@ -13,9 +13,9 @@ from ray.cluster_utils import Cluster
 from rich.console import Console
 
 from pipelines.compare import compare
+from pipelines.engine import start_generator
 from pipelines.plan import make_plan, reference_job
 from pipelines.prepare import run
-from pipelines.train import start_generator
 from prefarena.config import Comparison, parse_config
 from prefarena.errors import UserError, WaitTimeoutError
 

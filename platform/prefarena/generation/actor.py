@@ -8,6 +8,7 @@ stale weights. `fleet.Generators` is what the rest of the package uses.
 from __future__ import annotations
 
 import os
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,11 +16,12 @@ from typing import Any
 
 import numpy as np
 import ray
-from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError
+import torch
+from ray.exceptions import ActorUnavailableError, GetTimeoutError, RayActorError, RayTaskError
 from torch import Tensor
 
 from prefarena.config import Generation
-from prefarena.errors import WaitTimeoutError
+from prefarena.errors import EntryError, WaitTimeoutError
 from prefarena.generation.interface import (
     GeneratorLostError,
     Sampling,
@@ -28,11 +30,20 @@ from prefarena.generation.interface import (
     UpdateInfo,
 )
 from prefarena.generation.layout import ModelLayout
-from prefarena.generation.weights import Verified, as_tensors, check_complete, check_held, checksums
+from prefarena.generation.trial import change, change_back, check_served, token_logps, trial_prompts
+from prefarena.generation.weights import Verified, as_tensors, check_held, checksums
 from prefarena.records import Rollout
 
 _MAX_RESTARTS = 3
 _RETRY_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class ServedModel:
+    """What a trainer must know of an engine's model. merged_heads: tied heads that the engine is not sent."""
+
+    path: str
+    merged_heads: frozenset[str]
 
 
 class GenerationActor:
@@ -43,6 +54,7 @@ class GenerationActor:
         from prefarena.modeling.endings import load_ends
         from prefarena.modeling.load import load_tokenizer
 
+        self._path, self._max_model_len = model_path, max_model_len
         self._version: str | None = None
         self._connected = False
         self._layout = ModelLayout(model_path)
@@ -54,6 +66,7 @@ class GenerationActor:
             use_gpu=use_gpu,
             seed=seed,
         )
+        self._merged_heads = self._engine.merged_heads(self._layout.tied)
         self._engine.generate([[0]], max_tokens=1, temperature=1.0, seeds=[0])  # the first call pays for warm-up
 
     def dtype(self) -> str:
@@ -65,6 +78,9 @@ class GenerationActor:
 
     def version(self) -> str | None:
         return self._version
+
+    def model(self) -> ServedModel:
+        return ServedModel(self._path, self._merged_heads)
 
     def load(self, arrays: dict[str, np.ndarray], sums: dict[str, int] | None, version: str) -> Verified | None:
         """Replace all weights by these; with `sums`, check that the engine then holds what they are of.
@@ -80,12 +96,37 @@ class GenerationActor:
             tensors = load_policy(path).state_dict()
         self._replace(tensors, checksums(tensors, self._engine.dtype) if verify else None, version)
 
+    def try_weights(self, path: str, verify: bool) -> Verified | None:
+        """Give the engine weights that are unlike those of the model at `path`, and see that it computes with them.
+
+        The actor then holds no version. Returns what `load` does. Raises WeightMismatchError where the engine does not
+        hold these weights (with `verify`), or where its log-probs are not theirs.
+        """
+        from prefarena.modeling.load import load_policy
+
+        with self._engine.model_building():
+            policy = load_policy(path)
+            vocab_size = policy.config.get_text_config(decoder=True).vocab_size
+            prompts, num_tokens = trial_prompts(vocab_size, self._max_model_len)
+            change(policy)
+            tensors = policy.state_dict()
+            verified = self._replace(tensors, checksums(tensors, self._engine.dtype) if verify else None, "trial")
+            self._version = None
+            seeds = range(len(prompts))
+            samples = self._engine.generate(prompts, max_tokens=num_tokens, temperature=1.0, seeds=seeds)
+            sequences = [(prompt, sample.token_ids) for prompt, sample in zip(prompts, samples, strict=True)]
+            new = token_logps(policy, sequences)
+            change_back(policy)
+            old = token_logps(policy, sequences)
+        given = torch.tensor([logp for sample in samples for logp in sample.token_logps])
+        check_served(given, new, old, self._engine.dtype)
+        return verified
+
     def _replace(self, tensors: Mapping[str, Tensor], sums: dict[str, int] | None, version: str) -> Verified | None:
-        check_complete({name: tuple(tensor.shape) for name, tensor in tensors.items()}, self._layout.shapes)
+        sent = self._layout.to_send(tensors, self._merged_heads)
         self._version = None  # a failed update leaves no usable weights
         self._engine.start_update()
-        stored = self._layout.as_checkpoint(tensors)
-        self._engine.receive({"tensors": self._engine.without_merged_heads(stored, self._layout.tied)})
+        self._engine.receive({"tensors": sent})
         return self._finish(sums, version)
 
     # The four steps of a transfer between devices, driven by vLLM's trainer side (fleet.TransferClient).
@@ -152,6 +193,13 @@ def deadline_after(seconds: float) -> float:
     return time.monotonic() + seconds
 
 
+def last_error(traceback: str) -> str:
+    """The last error of a traceback as text: its type and its message, in one line of at most 500 characters."""
+    lines = traceback.strip().splitlines()
+    starts = [place for place, line in enumerate(lines) if re.match(r"[\w.]+(Error|Exception|Interrupt)\b", line)]
+    return " ".join(" ".join(lines[starts[-1] if starts else -1 :]).split())[:500].rstrip(".")
+
+
 @dataclass
 class Call:
     """A method call that is on its way to an actor. `limit` is the setting of `Generation` that bounds the wait."""
@@ -188,7 +236,12 @@ class Call:
                 time.sleep(_RETRY_SECONDS)
                 self._answer = self._send()
             except RayActorError as error:
-                raise GeneratorLostError(f"generator {name!r} is gone, while waiting {self.what}: {error}") from error
+                reason = f"the engine raised {last_error(str(error))}" if error.actor_init_failed else error
+                raise GeneratorLostError(f"generator {name!r} is gone, while waiting {self.what}: {reason}") from error
+            except RayTaskError as error:
+                if isinstance(error.cause, EntryError):  # its sentence, without the actor's traceback
+                    raise error.cause from None
+                raise
 
 
 class Generator:

@@ -158,13 +158,13 @@ class Engine:
         [sums] = self._llm.apply_model(lambda model: _held_checksums(model, tensors))
         return sums
 
-    def without_merged_heads(self, tensors: Mapping[str, Tensor], tied: Collection[str]) -> Mapping[str, Tensor]:
-        """Without the tied heads that the engine has no layer for (Gemma's): its embedding takes their place.
+    def merged_heads(self, tied: Collection[str]) -> frozenset[str]:
+        """The tied heads that the engine has no layer for (Gemma's), and refuses: its embedding takes their place.
 
         Where it has one, the head must be sent: it may hold a copy of its own.
         """
         [missing] = self._llm.apply_model(lambda model: _heads_without_layer(model, tied))
-        return {name: tensor for name, tensor in tensors.items() if name not in missing}
+        return frozenset(missing)
 
     def model_building(self) -> AbstractContextManager[None]:
         """In it transformers can build a model in this process, where vLLM has put layers of its own in its place."""
@@ -288,9 +288,23 @@ class HostWeightTransferEngine(WeightTransferEngine[HostInitInfo, HostUpdateInfo
 
     def finish_weight_update(self) -> None:
         finalize_layerwise_reload(self.model, self.model_config)
+        if self.device.type == "cpu":
+            _pack_experts(self.model)
 
     def shutdown(self) -> None:
         pass
+
+
+def _pack_experts(model: nn.Module) -> None:
+    """Bring the experts of a model into the layout of vLLM's CPU kernel, which vLLM does only when an engine starts.
+
+    After an update it leaves the rows as they were sent, where the kernel reads packed ones
+    (`UnquantizedFusedMoEMethod._setup_kernel`, vLLM 0.32).
+    """
+    for module in model.modules():
+        if isinstance(module, RoutedExperts):
+            kernel: Any = module.quant_method
+            kernel.moe_kernel.fused_experts.process_weights_after_loading(module)
 
 
 WeightTransferEngineFactory.register_engine("host", HostWeightTransferEngine)

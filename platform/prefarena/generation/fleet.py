@@ -12,12 +12,15 @@ from typing import Any
 
 import ray
 import torch
+from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from prefarena.config import Generation
 from prefarena.errors import WaitTimeoutError
+from prefarena.failures import in_one_line
 from prefarena.generation.actor import Call, Generator, deadline_after
-from prefarena.generation.interface import Sampling, TransferLostError, UpdateInfo
+from prefarena.generation.interface import EngineError, Sampling, TransferLostError, UpdateInfo
+from prefarena.generation.layout import ModelLayout
 from prefarena.generation.weights import Verified, as_arrays, checksums
 from prefarena.records import Rollout
 
@@ -143,6 +146,21 @@ class Generators:
         ]
         self._wait(calls, self._settings.sync_timeout_s)
 
+    def try_weights(self, path: str) -> None:
+        """Have every actor take weights that are unlike those of the transformers folder `path`, and use them.
+
+        Afterwards the actors hold no version. Raises EngineError with whatever vLLM raised, and the errors of `sync`.
+        """
+        arguments = (path, self._settings.verify_weights)
+        what = "to take other weights of the model, as a trial"
+        calls = [member.call("try_weights", what, "sync_timeout_s", *arguments) for member in self._members]
+        try:
+            self._note(self._wait(calls, self._settings.sync_timeout_s))
+        except RayTaskError as error:
+            raise EngineError(
+                f"given new weights, it raised {type(error.cause).__name__}: {in_one_line(error.cause)}"
+            ) from error
+
     def versions(self) -> dict[str, str | None]:
         """The version that each actor holds, by its name; None: no weights that may be used."""
         return {member.name: member.version() for member in self._members}
@@ -220,6 +238,13 @@ class TransferClient:
         return [call.result() for call in calls]
 
 
+def join_transfer(backend: str, client: TransferClient, num_actors: int, dtype: torch.dtype) -> Any:
+    """This process's side of a transfer, an engine.DeviceSender; returns when all actors have joined."""
+    from prefarena.generation.engine import DeviceSender
+
+    return DeviceSender(backend, client, num_actors, dtype, ray.util.get_node_ip_address())
+
+
 class DeviceTransfer:
     """Updates from this process's GPU, through vLLM's NCCL or IPC weight transfer, with a time limit on each.
 
@@ -229,23 +254,25 @@ class DeviceTransfer:
 
     def __init__(self, members: Sequence[Generator], settings: Generation, dtype: torch.dtype) -> None:
         self._settings, self._client = settings, TransferClient(members)
-
-        def join() -> Any:
-            from prefarena.generation.engine import DeviceSender
-
-            address = ray.util.get_node_ip_address()
-            return DeviceSender(settings.weight_sync, self._client, len(members), dtype, address)
-
-        self._sender = within(settings.sync_timeout_s, "generators to join the weight transfer", join)
+        model = members[0].call("model", "to tell its model", "sync_timeout_s").result()
+        self._layout, self._without = ModelLayout(model.path), model.merged_heads
+        what = "generators to join the weight transfer"
+        self._sender = within(
+            settings.sync_timeout_s,
+            what,
+            lambda: join_transfer(settings.weight_sync, self._client, len(members), dtype),
+        )
 
     def send(self, tensors: Mapping[str, Tensor], sums: dict[str, int] | None, version: str) -> list[Verified | None]:
         """One update of all actors, and what they verified.
 
-        Errors are those of `Generators.sync`, and TransferLostError after a restart.
+        `tensors` is a whole state dict; the engines get what a checkpoint would hold. Errors are those of
+        `Generators.sync`, and TransferLostError after a restart.
         """
         self._client.sums, self._client.version = sums, version
+        sent = self._layout.to_send(tensors, self._without)
         what = f"generators to take weights {version!r} over {self._settings.weight_sync}"
-        within(self._settings.sync_timeout_s, what, lambda: self._sender.send(tensors.items()))
+        within(self._settings.sync_timeout_s, what, lambda: self._sender.send(sent.items()))
         return self._client.verified
 
 

@@ -59,6 +59,10 @@ class WeightMismatchError(EntryError):
     """After an update the engine holds other weights than it was sent. It may not be used until synced again."""
 
 
+class EngineError(EntryError):
+    """vLLM raised an error while an engine took weights or generated with them."""
+
+
 class Pending(Protocol):
     """A batch of rollouts that was asked for."""
 

@@ -6,7 +6,7 @@ fuses when it loads them), tensors are taken apart first. No Ray, no vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
+from prefarena.generation.weights import check_complete
 from prefarena.mirror import bring
 
 
@@ -70,6 +71,14 @@ class ModelLayout:
     def as_checkpoint(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A whole state dict with the names and parts of a checkpoint, a tied head included."""
         return revert_weight_conversion(self._model, dict(tensors)) if self._converted else tensors
+
+    def to_send(self, tensors: Mapping[str, Tensor], merged_heads: Collection[str]) -> Mapping[str, Tensor]:
+        """What an engine is sent of a whole state dict: `as_checkpoint`, without the heads that it has no layer for.
+
+        merged_heads: those of `tied`. Raises WeightUpdateError unless names and shapes are those of the model.
+        """
+        check_complete({name: tuple(tensor.shape) for name, tensor in tensors.items()}, self.shapes)
+        return {name: tensor for name, tensor in self.as_checkpoint(tensors).items() if name not in merged_heads}
 
     @property
     def tied(self) -> frozenset[str]:
