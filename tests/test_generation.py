@@ -163,22 +163,28 @@ def test_a_checkpoint_folder_with_a_tied_head_can_be_loaded(tmp_path: Path, gene
     assert logp_gap(load_policy(path), rollouts, 1.0) < 1e-4
 
 
-def receive_instead(actor: Any, path: str | None) -> None:
-    """Have the actor's engine always be given the weights at `path`; none: vLLM raises; empty: as it was."""
-    if path == "":
-        del actor._engine.receive
-        return
+def receive_instead(actor: Any, path: str) -> None:
+    """Have the actor's engine always be given the weights at `path`; empty: those that it is sent."""
     from prefarena.modeling.load import load_policy
 
+    if not path:
+        del actor._engine.receive  # the class's own again
+        return
     with actor._engine.model_building():
-        stored = {} if path is None else dict(load_policy(path).state_dict())
+        stored = dict(load_policy(path).state_dict())
+    actor._engine.receive = lambda _: type(actor._engine).receive(actor._engine, {"tensors": stored})
 
-    def receive(update_info: Any) -> None:
-        if path is None:
-            raise KeyError("model.layers.0.strange.weight")
-        type(actor._engine).receive(actor._engine, {"tensors": stored})
 
-    actor._engine.receive = receive
+def refuse_updates(actor: Any, refuse: bool) -> None:
+    """Have the actor's engine raise what vLLM might when an update begins, or no longer."""
+
+    def start() -> None:
+        raise KeyError("model.layers.0.strange.weight")
+
+    if refuse:
+        actor._engine.start_update = start
+    else:
+        del actor._engine.start_update
 
 
 def test_a_trial_shows_whether_an_engine_takes_weights(generator: Generators, tiny_policy: str, tmp_path: Path) -> None:
@@ -189,19 +195,21 @@ def test_a_trial_shows_whether_an_engine_takes_weights(generator: Generators, ti
     blind = Generators.connect(generator.names, Generation(verify_weights=False))
     blind.try_weights(tiny_policy)
     assert blind.verified is None
-    try:
-        for kept in (tiny_policy, other):  # the old weights, and those of another model
-            inside(generator, receive_instead, kept)
+    for kept in (tiny_policy, other):  # the old weights, and those of another model
+        inside(generator, receive_instead, kept)
+        try:
             with pytest.raises(WeightMismatchError, match="does not hold what was sent"):
                 generator.try_weights(tiny_policy)
             with pytest.raises(WeightMismatchError, match=r"differ from those of transformers by [\d.]+ nats"):
                 blind.try_weights(tiny_policy)
+        finally:
             inside(generator, receive_instead, "")
-        inside(generator, receive_instead, None)
+    inside(generator, refuse_updates, True)
+    try:
         with pytest.raises(EngineError, match=r"it raised KeyError: 'model\.layers\.0\.strange\.weight'$"):
             generator.try_weights(tiny_policy)
     finally:
-        inside(generator, receive_instead, "")
+        inside(generator, refuse_updates, False)
     generator.try_weights(tiny_policy)
 
 
