@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from judge_server import Server, server
 from on_policy import LocalGenerator, make_job
 from test_end_to_end import LANGUAGE, PPO, QUICK
 
@@ -23,6 +25,8 @@ from prefarena.stages import failure_of, is_settled
 from prefarena.training.on_policy import train_on_policy
 from prefarena.training.run_job import run_job
 from prefarena.training.worker import Worker
+
+__all__ = ["server"]  # a fixture
 
 
 def compare(config: Path) -> str:
@@ -70,7 +74,9 @@ def test_the_others_go_on_to_the_report(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_an_entry_of_a_text_task_that_cannot_be_measured_is_a_row_too(tmp_path: Path) -> None:
+def test_an_entry_of_a_text_task_that_cannot_be_measured_is_a_row_too(server: Server, tmp_path: Path) -> None:
+    """The other is compared with the reference by a pairwise judge, which likes the response that it is shown first."""
+    server.answer = "I like the first one. Verdict: A"
     rows = [
         {"prompt": f"say {word} {number}", "chosen": f"{word} it is", "rejected": "no"}
         for number in range(30)
@@ -87,7 +93,7 @@ def test_an_entry_of_a_text_task_that_cannot_be_measured_is_a_row_too(tmp_path: 
         "name": "text", "output": str(tmp_path / "runs"), "entries": [best("killed", "killed"), best("fine", "short")],
         "task": {"kind": "text", "data": str(data), "max_prompt_tokens": 24, "max_response_tokens": 8},
         "model": {"kind": "scratch", "vocab_size": 300}, "reference": {"training": QUICK},
-        "judge": {"kind": "function", "function": "rewards_that_fail:short"},
+        "judge": {"kind": "pairwise", "base_url": server.url, "model": "m"},
         "evaluation": {"num_prompts": 4, "samples_per_prompt": 2},
     }  # fmt: skip
     config = tmp_path / "config.yaml"
@@ -96,7 +102,22 @@ def test_an_entry_of_a_text_task_that_cannot_be_measured_is_a_row_too(tmp_path: 
     (folder,) = (path.parent for path in (tmp_path / "runs").glob("*/results.json"))
     results = load_results(folder)
     assert "its process died" in results.entry("killed").failures["0"]
-    assert "judge_score" in results.entry("fine").seeds["0"]
+    row = results.entry("fine").seeds["0"]
+    assert "judge_score" not in row and row["win_rate"] == 0.5 and row["position_bias"] == 1.0
+    assert row["num_pairs"] == 8 and row["num_silent_pairs"] == 0
+    assert results.win_matrix is not None and results.win_matrix.rows == ["reference", "fine"]
+    assert results.win_matrix.win_rate == [[0.5, 0.5], [0.5, 0.5]]
+    page = (folder / "report.md").read_text(encoding="utf-8")
+    assert (
+        "position bias +1.000" in page and "judge score" not in page and not re.search(r"\bnan\b", page, re.IGNORECASE)
+    )
+    # The comparison with the reference is made again without asking the judge.
+    paid = len(server.requests)
+    assert 0 < paid <= 2 * (8 - row["num_identical"])  # equal questions are asked once
+    (wins,) = (tmp_path / "runs" / "stages").glob("wins-fine-s0-*/manifest.json")
+    wins.unlink()
+    compare(config)
+    assert len(server.requests) == paid and load_results(folder).entry("fine").seeds["0"] == row
 
 
 class LosesItsEngine(LocalGenerator):
