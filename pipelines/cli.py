@@ -150,6 +150,7 @@ def _run(command: str, path: str | None, overrides: list[str], retry_failed: boo
     transformers_logging.disable_progress_bar()
     config = load_config(path, overrides)
     console = Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
+    console.print("looking at the settings, the data and the models …")
     compare(config, console, "report" if command == "compare" else command, retry_failed=retry_failed)
     return 0
 
