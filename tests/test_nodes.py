@@ -24,6 +24,7 @@ TREE = {
 }
 
 
+@pytest.mark.long
 @pytest.mark.timeout(900)
 def test_a_node_that_goes_and_comes_back(tmp_path: Path) -> None:
     config = tmp_path / "config.yaml"

@@ -164,6 +164,7 @@ def until(found: Any, run: Run) -> Any:
     return value
 
 
+@pytest.mark.long
 def test_two_machines_share_stages_and_a_killed_one_goes_on_from_its_checkpoint_with_an_empty_cache(
     fs: Any, server: dict[str, str], tmp_path: Path
 ) -> None:

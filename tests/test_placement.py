@@ -106,6 +106,7 @@ def test_labels_are_written_out_as_a_mapping_and_change_no_stage() -> None:
     assert make_plan(plain) == make_plan(labelled)
 
 
+@pytest.mark.long
 def test_on_three_nodes_everything_lands_where_it_is_asked_to(tmp_path: Path) -> None:
     """In a process of its own, which starts the nodes: a whole comparison, then labels that no node has."""
     command = [sys.executable, str(ROOT / "tests" / "three_nodes.py"), str(tmp_path)]

@@ -34,6 +34,9 @@ def config(folder: Path, name: str, entries: list[dict[str, Any]]) -> Comparison
 Both = tuple[Comparison, list[Results], list[str], str]
 
 
+pytestmark = pytest.mark.long
+
+
 @pytest.fixture(scope="module")
 def both(
     ray_session: None, tmp_path_factory: pytest.TempPathFactory
