@@ -158,7 +158,7 @@ class SampledJob:
 
     judge: none where the policy is compared with the reference rather than scored (pipelines/wins.py); its responses
     are kept then. best_of: samples of which the one that `reward` scores highest is kept; 1 for a policy, which keeps
-    them all.
+    them all. device: of the models that score.
     """
 
     policy: str
@@ -168,6 +168,7 @@ class SampledJob:
     folder: Path
     best_of: int = 1
     reward: JudgeSpec | None = None
+    device: str = "cpu"
 
 
 def sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, folder: Path) -> SampledJob:
@@ -175,7 +176,7 @@ def sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, fol
     reference = model_of(plan.reference)
     judge = None if is_pairwise(config) else judge_spec(plan, config.judge, plan.judge)
     policy = policy_of(plan, trained) if trained else reference
-    job = SampledJob(policy, reference, judge, plan.logps.folder, folder)
+    job = SampledJob(policy, reference, judge, plan.logps.folder, folder, device=config.resources.device)
     if trained is None or not isinstance(trained.entry.method, BestOfN):
         return job
     method = trained.entry.method
@@ -186,15 +187,14 @@ def score_samples(rollouts: list[Rollout], job: SampledJob, settings: Evaluation
     """Measures of a policy from its samples, and its held-out preference accuracy. Runs in a Ray task."""
     started = time.perf_counter() - generation_seconds
     workspace(job.folder)
-    device = "cuda" if torch.cuda.is_available() else "cpu"  # Ray shows a task the GPUs that it was given
     num_tokens, usages = sum(len(rollout.response_ids) for rollout in rollouts), list[Usage | None]()
     if job.reward is not None:
-        ranking, used = _judged(job.reward, rollouts, settings, device)
+        ranking, used = _judged(job.reward, rollouts, settings, job.device)
         usages.append(used)
         rollouts = [rollouts[index] for index in pick_best(ranking, job.best_of)]
     scores = None
     if job.judge is not None:
-        scores, used = _judged(job.judge, rollouts, settings, device)
+        scores, used = _judged(job.judge, rollouts, settings, job.device)
         usages.append(used)
         np.savez(job.folder / "scores.npz", scores=scores, clusters=prompt_clusters(rollouts))
     else:
@@ -237,10 +237,9 @@ def _policy_row(
     rollouts: list[Rollout], scores: np.ndarray | None, job: SampledJob, settings: Evaluation
 ) -> dict[str, float]:
     """What needs the policy's own log-probs, and the rest."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     pad_id = load_tokenizer(job.policy).pad_token_id
     policy = load_policy(job.policy)
-    torch.nn.Module.to(policy, device)
+    torch.nn.Module.to(policy, job.device)
     own = rollout_logps(policy, rollouts, pad_id, settings.batch_size, settings.temperature)
     test = read_rows(job.logps / "test_pairs")
     prompts = test["prompt_ids"].to_pylist()
@@ -250,7 +249,7 @@ def _policy_row(
     )
     del policy  # it and the reference are never held at the same time
     reference = load_policy(job.reference)
-    torch.nn.Module.to(reference, device)
+    torch.nn.Module.to(reference, job.device)
     ref = rollout_logps(reference, rollouts, pad_id, settings.batch_size, settings.temperature)
     row = sampled_metrics(rollouts, own, ref, scores)
     ref_chosen, ref_rejected = (float_column(test, f"ref_{side}_logp") for side in ("chosen", "rejected"))

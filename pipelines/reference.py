@@ -221,7 +221,7 @@ def _digest(model: list[Any], rows: pa.Table) -> str:
 
 def _scorer(resources: Resources) -> tuple[str, int]:
     """The device and the number of threads of an actor; both change the last bits of what it computes."""
-    return "cuda" if resources.use_gpu else "cpu", max(1, int(resources.scoring.cpus))
+    return resources.device, max(1, int(resources.scoring.cpus))
 
 
 def _compute(parts: list[Part], reference: str, resources: Resources, max_length: int | None) -> None:

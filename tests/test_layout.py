@@ -62,3 +62,16 @@ def test_imports_run_one_way(path: Path) -> None:
         assert tops <= {"torch", "prefarena", "__future__", "dataclasses", "typing", "collections", "math"}
     if any(name.split(".")[0] == "vllm" for name in names):
         assert path == PACKAGE / "generation" / "engine.py"
+
+
+@pytest.mark.parametrize(
+    "path", [*modules(), *sorted((ROOT / "pipelines").glob("*.py"))], ids=lambda path: str(path.relative_to(ROOT))
+)
+def test_no_module_asks_the_machine_for_a_gpu(path: Path) -> None:
+    """The device is the config's (`resources.use_gpu`): Ray shows a machine's GPUs to tasks that were given none."""
+    asks = {"is_available", "device_count", "current_accelerator"}
+    found = {
+        node.attr for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)
+    }
+    # Weights that go from GPU to GPU are sent by a thread, which is to be on its process's own.
+    assert not found & asks or path == PACKAGE / "generation" / "fleet.py"

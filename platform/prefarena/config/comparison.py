@@ -77,7 +77,9 @@ class Resources(Section):
 
     num_workers: int = Field(1, ge=1, description="Ray Train workers of a training run.")
     cpus_per_worker: float = Field(1, ge=1, description="CPUs, and torch threads, of each worker.")
-    use_gpu: bool = False
+    use_gpu: bool = Field(
+        False, description="Whether workers, engines and scorers have GPUs; without it none is used, even where one is."
+    )
     gpus_per_worker: float = Field(1, gt=0, le=1, description="When use_gpu is true; a share for weight_sync: ipc.")
     labels: Labels = Field((), description="Labels of the nodes that hold training workers, e.g. {role: train}.")
     scoring: Scoring = Scoring()
@@ -111,6 +113,11 @@ class Resources(Section):
     storage_retry_s: float = Field(
         120, ge=0, description="How long a training worker asks storage again that fails in a way that may pass."
     )
+
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """Where models are scored. Never asked of the machine: Ray shows GPUs to tasks that were given none."""
+        return "cuda" if self.use_gpu else "cpu"
 
     @property
     def num_groups(self) -> int:
