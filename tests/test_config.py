@@ -8,7 +8,11 @@ import pytest
 import yaml
 
 from prefarena.config import DPO, Comparison, dump_config, load_config, parse_config
+from prefarena.config.labels import kept_apart
 from prefarena.errors import UserError
+
+ON_ONE_GPU = ["resources.use_gpu=true", "resources.gpus_per_worker=0.5", "generation.gpus=0.5"]
+APART = ["resources.labels={role: train}", "generation.labels={role: generate}"]
 
 
 def test_the_default_loads_and_its_dump_loads_to_the_same(tmp_path: Path) -> None:
@@ -123,29 +127,64 @@ def test_every_shipped_config_loads() -> None:
             ["generation.weight_sync=ipc", "resources.use_gpu=true", "generation.num_actors=2"],
             "one worker and one actor on the same GPU",
         ),
+        (
+            [*ON_ONE_GPU, "generation.weight_sync=ipc", *APART],
+            "no node meets both resources.labels and generation.labels",
+        ),
+        (
+            [*ON_ONE_GPU, "generation.weight_sync=nccl"],
+            "raise resources.gpus_per_worker (0.5) and generation.gpus (0.5) to more than 1 together",
+        ),
+        (
+            [*ON_ONE_GPU, "generation.weight_sync=nccl", *APART, "generation.num_actors=2"],
+            "each of generation.num_actors: 2 on a GPU of its own; set generation.gpus (0.5) above 0.5",
+        ),
+        (
+            [*ON_ONE_GPU, "resources.num_workers=2"],
+            "gpus_per_worker: 0.5 puts several of resources.num_workers: 2 on one GPU",
+        ),
+        (
+            [*ON_ONE_GPU, "resources.num_workers=2", "resources.sharding=fsdp", *APART],
+            "set it above 0.5, or num_workers to 1",
+        ),
     ],
 )
-def test_a_weight_sync_that_cannot_work_is_refused(overrides: list[str], says: str) -> None:
+def test_processes_that_cannot_talk_on_the_gpus_they_would_get_are_refused(overrides: list[str], says: str) -> None:
     with pytest.raises(UserError) as caught:
         load_config(None, overrides)
-    assert says in str(caught.value)
+    assert says in str(caught.value) and "\n" not in str(caught.value)
 
 
-def test_numbers_that_yaml_reads_as_text_are_still_numbers() -> None:
-    """YAML 1.1 takes 1e-6 for text, as it has no point; people write it so, and mean the number."""
-    config = load_config(None, ["entries.dpo.method.training.learning_rate=1e-6"])
-    method = {entry.name: entry.method for entry in config.entries}["dpo"]
-    assert isinstance(method, DPO) and method.training.learning_rate == 1e-6
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [*ON_ONE_GPU, "generation.weight_sync=ipc"],
+        [*ON_ONE_GPU, "generation.weight_sync=host", "generation.num_actors=2"],
+        [*ON_ONE_GPU, "generation.weight_sync=nccl", *APART],
+        ["resources.use_gpu=true", "generation.weight_sync=nccl", "resources.num_workers=2", "generation.num_actors=2"],
+        ["resources.use_gpu=true", "generation.weight_sync=nccl", "resources.gpus_per_worker=0.6"],
+        ["resources.num_workers=2", "resources.gpus_per_worker=0.5"],  # without GPUs it asks for nothing
+    ],
+)
+def test_processes_that_can_are_not(overrides: list[str]) -> None:
+    load_config(None, overrides)
 
 
-def test_a_merged_mapping_may_be_overridden(tmp_path: Path) -> None:
-    path = tmp_path / "merged.yaml"
-    path.write_text(
-        "entries:\n"
-        "  - {name: a, method: {kind: dpo, training: &t {num_steps: 3, batch_size: 8}}}\n"
-        "  - {name: b, method: {kind: dpo, training: {<<: *t, batch_size: 16}}}\n",
-        encoding="utf-8",
-    )
-    methods = [entry.method for entry in load_config(path).entries]
-    sizes = [(method.training.num_steps, method.training.batch_size) for method in methods if isinstance(method, DPO)]
-    assert sizes == [(3, 8), (3, 16)]
+@pytest.mark.parametrize(
+    ("some", "others", "apart"),
+    [
+        ({}, {"role": "train"}, False),
+        ({"role": "train"}, {"role": "train"}, False),
+        ({"role": "train"}, {"role": "generate"}, True),
+        ({"role": "train"}, {"zone": "x"}, False),
+        ({"role": "train"}, {"role": "!train"}, True),
+        ({"role": "!train"}, {"role": "in(train, generate)"}, False),
+        ({"role": "!in(train,generate)"}, {"role": "in(train, generate)"}, True),
+        ({"role": "in(train,generate)"}, {"role": "in(generate, score)"}, False),
+        ({"role": "!train"}, {"role": "!generate"}, False),
+        ({"role": "train", "zone": "x"}, {"role": "train", "zone": "y"}, True),
+    ],
+)
+def test_labels_that_no_node_meets_together(some: dict[str, str], others: dict[str, str], apart: bool) -> None:
+    pairs = tuple(some.items()), tuple(others.items())
+    assert kept_apart(*pairs) == kept_apart(*reversed(pairs)) == apart

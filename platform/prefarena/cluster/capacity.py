@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from prefarena.config import Comparison, OnPolicyMethod
+from prefarena.config.labels import selected
 from prefarena.errors import UserError, WaitTimeoutError
 
 _SHOWN = ("CPU", "GPU")
-_LIST = re.compile(r"in\((.*)\)")
 
 
 @dataclass(frozen=True)
@@ -124,10 +123,8 @@ def fitting(demand: Demand, nodes: Sequence[Node]) -> int:
 def has_labels(node: Node, selectors: Sequence[tuple[str, str]]) -> bool:
     """Whether a node meets every label selector, in Ray's form: `v`, `!v`, `in(v,w)`, `!in(v,w)`."""
     for label, selector in selectors:
-        wanted = selector.removeprefix("!")
-        listed = _LIST.fullmatch(wanted)
-        values = [value.strip() for value in listed.group(1).split(",")] if listed else [wanted]
-        if (node.labels.get(label) in values) == selector.startswith("!"):
+        values, takes = selected(selector)
+        if (node.labels.get(label) in values) != takes:
             return False
     return True
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from prefarena.config.judges import EvaluationJudge, RewardModel
-from prefarena.config.labels import Labels
+from prefarena.config.labels import Labels, kept_apart
 from prefarena.config.models import Model, ScratchModel
 from prefarena.config.off_policy import DPO, IPO, MPO, SFT, Optimisation
 from prefarena.config.on_policy import GRPO, RLHF, RLOO, BestOfN
@@ -181,6 +181,7 @@ class Comparison(Section):
         if self.judge.kind == "gold" and self.task.kind != "language":
             raise ValueError("judge kind gold is the enumerable language's own")
         self._check_weight_sync()
+        self._check_gpus()
         if self.seeds_vary == "task" and self.task.kind != "language":
             raise ValueError("seeds_vary: task is for the enumerable language; a text task has one set of data")
         return self
@@ -200,4 +201,34 @@ class Comparison(Section):
             raise ValueError(
                 "generation.weight_sync: ipc needs worker and actor on the same GPU; lower resources.gpus_per_worker "
                 f"({resources.gpus_per_worker:g}) and generation.gpus ({generation.gpus:g}) to at most 1 together"
+            )
+        if kept_apart(resources.labels, generation.labels):
+            raise ValueError(
+                "generation.weight_sync: ipc needs worker and actor on the same GPU, and no node meets both "
+                "resources.labels and generation.labels; change one, or use nccl or host"
+            )
+
+    def _check_gpus(self) -> None:
+        """Refuse processes that talk over NCCL and may be given one GPU, which NCCL takes once in a group."""
+        resources, generation = self.resources, self.generation
+        if not resources.use_gpu:
+            return
+        if resources.num_workers > 1 and 2 * resources.gpus_per_worker <= 1:
+            raise ValueError(
+                f"resources.gpus_per_worker: {resources.gpus_per_worker:g} puts several of resources.num_workers: "
+                f"{resources.num_workers} on one GPU, which NCCL refuses; set it above 0.5, or num_workers to 1"
+            )
+        if generation.weight_sync != "nccl":
+            return
+        together = resources.gpus_per_worker + generation.gpus <= 1
+        if together and not kept_apart(resources.labels, generation.labels):
+            raise ValueError(
+                "generation.weight_sync: nccl needs worker and actor on different GPUs; raise "
+                f"resources.gpus_per_worker ({resources.gpus_per_worker:g}) and generation.gpus ({generation.gpus:g}) "
+                "to more than 1 together, or use ipc or host on one GPU"
+            )
+        if generation.num_actors > 1 and 2 * generation.gpus <= 1:
+            raise ValueError(
+                f"generation.weight_sync: nccl needs each of generation.num_actors: {generation.num_actors} on a GPU "
+                f"of its own; set generation.gpus ({generation.gpus:g}) above 0.5, or use host"
             )
