@@ -11,7 +11,7 @@ from transformers import PretrainedConfig
 
 from pipelines.compare import check_input
 from pipelines.plan import longest, max_length
-from prefarena.cluster.capacity import cluster_nodes, describe, generates
+from prefarena.cluster.capacity import check_side_by_side, cluster_nodes, describe, generates
 from prefarena.cluster.doctor import (
     Finding,
     judge_capacity,
@@ -73,11 +73,13 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
     settings = model_settings(config)
     room = room_of_worker(config, reports)
     memory = heaviest_training(config, settings, Lengths(*longest(config.task)), room) if settings else None
-    capacity = judge_capacity(config, cluster_nodes(), memory)
+    nodes = cluster_nodes()
+    capacity = judge_capacity(config, nodes, memory)
     yield from capacity
     if not config.resources.autoscaled and not any(finding.problem for finding in capacity):
         try:
             check_resources(config, available)  # each part fits; do those that stand side by side fit together?
+            check_side_by_side(config, nodes)
         except UserError as error:
             yield Finding(True, str(error))
     yield from judge_memory(config, reports, memory)

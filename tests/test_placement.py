@@ -22,6 +22,7 @@ from prefarena.cluster.capacity import (
     groups_at_once,
     has_labels,
 )
+from prefarena.cluster.session import check_resources, requested
 from prefarena.config import Comparison, dump_config, parse_config
 from prefarena.errors import UserError
 
@@ -73,6 +74,65 @@ def test_what_does_not_fit_is_told_with_what_there_is_and_the_setting() -> None:
     assert "generation.labels" in message and "resources.autoscaled" in message
     with pytest.raises(UserError, match=r"training workers, and there is room for 0.*change resources, or"):
         check_placement(config(resources={"cpus_per_worker": 9}), NODES)
+
+
+def test_no_process_takes_its_share_of_a_gpu_from_two() -> None:
+    two = [Node("a", {"CPU": 8.0, "GPU": 2.0})]
+    found = [fitting(Demand("workers", 1, {"GPU": share}, (), "resources"), two) for share in (1, 0.6, 0.5, 0.4, 0.2)]
+    assert found == [2, 2, 4, 4, 10]
+    shared = config(resources={"use_gpu": True, "gpus_per_worker": 0.6, "concurrent_runs": 0})
+    assert groups_at_once(shared, two) == 2
+
+
+def text(**settings: object) -> Comparison:
+    """A comparison that evaluates from samples, and trains off-policy alone."""
+    return parse_config({"entries": ENTRIES[:1], "task": {"kind": "text", "data": "pairs.jsonl"}, **settings})
+
+
+def refused(asked: Comparison, *nodes: Node) -> str:
+    """What the check says of it; nothing: it fits."""
+    try:
+        check_placement(asked, nodes)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
+def test_what_scores_samples_is_counted_beside_the_engines() -> None:
+    one_gpu, gpu = Node("a", {"CPU": 8.0, "GPU": 1.0}), {"use_gpu": True}
+    said = refused(text(resources=gpu), one_gpu)
+    assert "1 x (1 GPU) for generation actors and 1 x (1 CPU, 1 GPU) for scoring samples stand side by side" in said
+    assert "takes 2 GPUs, and the nodes that may hold them have 1" in said
+    assert "lower generation.gpus or resources.scoring.gpus" in said
+    assert not refused(text(resources=gpu), one_gpu, one_gpu)
+    shares = {"generation": {"gpus": 0.5}, "resources": {**gpu, "scoring": {"gpus": 0.5}}}
+    assert not refused(text(**shares), one_gpu)  # a worker has the whole GPU, before any engine is there
+    assert "resources.gpus_per_worker" in refused(text(**shares, entries=ENTRIES), one_gpu)
+    too_large = {"generation": {"gpus": 0.6}, "resources": {**gpu, "scoring": {"gpus": 0.5}}}
+    assert "takes 2 GPUs" in refused(text(**too_large), one_gpu)  # neither of two shares fits beside the other
+    one_cpu = Node("a", {"CPU": 1.0})
+    assert "takes 2 CPUs" in refused(text(), one_cpu) and not refused(config(entries=ENTRIES[:1]), one_cpu)
+
+
+def test_parts_that_stand_side_by_side_are_counted_where_their_labels_let_them_be() -> None:
+    train, generate = (Node(role, {"CPU": 8.0, "GPU": 1.0}, {"role": role}) for role in ("train", "generate"))
+    by_role = {"generation": {"labels": {"role": "generate"}}}
+    on_engines = {"use_gpu": True, "labels": {"role": "train"}, "scoring": {"labels": {"role": "generate"}}}
+    assert "have 1; lower" in refused(text(**by_role, resources=on_engines), train, generate)
+    assert not refused(text(**by_role, resources=on_engines), train, generate, generate)
+    anywhere = {"use_gpu": True, "labels": {"role": "train"}}
+    assert not refused(text(**by_role, resources=anywhere), train, generate)
+
+
+def test_the_whole_cluster_is_asked_for_what_stands_side_by_side() -> None:
+    shown = requested(text(resources={"use_gpu": True, "num_workers": 2}, generation={"num_actors": 3}))
+    why = "generation.num_actors x gpus for generation actors, and resources.scoring.gpus for scoring samples"
+    assert shown["GPU"] == (4.0, why)
+    assert shown["CPU"] == (2.0, "resources.num_workers x cpus_per_worker for training workers")
+    with pytest.raises(UserError, match=r"the cluster has 3 GPUs, but 4 are asked for \(generation.num_actors x gpus"):
+        check_resources(text(resources={"use_gpu": True}, generation={"num_actors": 3}), {"CPU": 9.0, "GPU": 3.0})
+    groups = requested(config(entries=ENTRIES[:1], resources={"concurrent_runs": 3}))
+    assert groups == {"CPU": (3.0, "resources.num_workers x concurrent_runs x cpus_per_worker for training workers")}
 
 
 def test_as_many_groups_train_at_once_as_there_is_room_for_and_never_none() -> None:

@@ -6,13 +6,14 @@ import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from prefarena.config import Comparison, OnPolicyMethod
 from prefarena.config.labels import selected
 from prefarena.errors import UserError, WaitTimeoutError
 
 _SHOWN = ("CPU", "GPU")
+_ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Node:
 class Demand:
     """So many processes at once, each with these resources, on nodes with these labels.
 
-    setting: the group of settings that asks for it.
+    setting: the group of settings that asks for it; counted: its keys that say how many, none where it is one.
     """
 
     what: str
@@ -36,6 +37,7 @@ class Demand:
     each: Mapping[str, float]
     labels: tuple[tuple[str, str], ...]
     setting: str
+    counted: str = ""
 
     def __str__(self) -> str:
         where = f" on nodes labelled {_pairs(dict(self.labels))}" if self.labels else ""
@@ -58,10 +60,28 @@ def cluster_nodes() -> list[Node]:
 
 
 def demands(config: Comparison) -> list[Demand]:
-    """What must be placed, largest parts of a comparison first. Parts that follow each other are demands of their own.
+    """What must be placed, largest parts of a comparison first; what is there at the same time: `side_by_side`."""
+    workers, actors, scorers = _parts(config)
+    return [workers, *([actors] if generates(config) else []), scorers]
 
-    Generation actors stand beside training workers; log-probs and evaluations come before and after.
+
+def side_by_side(config: Comparison) -> list[tuple[Demand, ...]]:
+    """What is there at the same time, so that no part of it can wait until another has ended.
+
+    On-policy training holds the generation actors beside its workers, and an evaluation from samples holds them beside
+    what scores those, of which one at least must be there. Other trainings, and log-probs, have nodes to themselves.
     """
+    workers, actors, scorers = _parts(config)
+    found: list[tuple[Demand, ...]] = [(workers,), (scorers,)]
+    if any(isinstance(entry.method, OnPolicyMethod) for entry in config.entries):
+        found.append((replace(workers, number=config.resources.num_workers, counted="num_workers"), actors))
+    if config.task.kind == "text":
+        found.append((actors, replace(scorers, number=1, what="scoring samples", counted="")))
+    return found
+
+
+def _parts(config: Comparison) -> tuple[Demand, Demand, Demand]:
+    """Training workers, generation actors, and what scores, each at its most."""
     resources, generation, scoring = config.resources, config.generation, config.resources.scoring
     worker = {"CPU": resources.cpus_per_worker}
     scorer, actor = {"CPU": scoring.cpus}, {"CPU": generation.cpus}
@@ -69,12 +89,14 @@ def demands(config: Comparison) -> list[Demand]:
         worker["GPU"] = resources.gpus_per_worker
         scorer["GPU"] = scoring.gpus if scoring.gpus is not None else resources.gpus_per_worker
         actor = {"GPU": generation.gpus}
-    number = resources.num_workers * max(1, resources.num_groups)
-    found = [Demand("training workers", number, worker, resources.labels, "resources")]
-    if generates(config):
-        found.append(Demand("generation actors", generation.num_actors, actor, generation.labels, "generation"))
-    scorers = scoring.num_actors or resources.num_workers
-    return [*found, Demand("reference log-probs", scorers, scorer, scoring.labels, "resources.scoring")]
+    groups, num_scorers = max(1, resources.num_groups), scoring.num_actors or resources.num_workers
+    counted = "num_workers" if groups == 1 else "num_workers x concurrent_runs"
+    number = resources.num_workers * groups
+    return (
+        Demand("training workers", number, worker, resources.labels, "resources", counted),
+        Demand("generation actors", generation.num_actors, actor, generation.labels, "generation", "num_actors"),
+        Demand("reference log-probs", num_scorers, scorer, scoring.labels, "resources.scoring", "num_actors"),
+    )
 
 
 def generates(config: Comparison) -> bool:
@@ -92,6 +114,50 @@ def check_placement(config: Comparison, nodes: Sequence[Node]) -> None:
                 f"asked for is {demand}, and there is room for {room}: the cluster has {describe(nodes)}; change "
                 f"{demand.setting}{labels}, or set resources.autoscaled: true where nodes come on demand"
             )
+    check_side_by_side(config, nodes)
+
+
+def check_side_by_side(config: Comparison, nodes: Sequence[Node]) -> None:
+    """Raise UserError where parts that are there at the same time, each of which fits, do not fit together.
+
+    Counted on all nodes that may hold one of them, as if whatever is placed were placed well: nothing is refused that
+    could be placed.
+    """
+    for parts in side_by_side(config):
+        meant = [node for node in nodes if any(has_labels(node, part.labels) for part in parts)]
+        for kind in _SHOWN:
+            room = sum(node.resources.get(kind, 0.0) for node in meant)
+            if len(parts) > 1 and needed(parts, kind) > room + _ROUNDING:
+                raise UserError(
+                    f"{' and '.join(map(str, parts))} stand side by side, which takes {needed(parts, kind):g} {kind}s, "
+                    f"and the nodes that may hold them have {room:g}; "
+                    f"lower {' or '.join(setting_of(part, kind) for part in parts)}, use a larger cluster, or set "
+                    "resources.autoscaled: true where nodes come on demand"
+                )
+
+
+def needed(parts: Sequence[Demand], kind: str) -> float:
+    """How much of a resource parts take that are there at the same time. A GPU is shared by what fits on one."""
+    shares = [part.each.get(kind, 0.0) for part in parts]
+    in_all = sum(part.number * share for part, share in zip(parts, shares, strict=True))
+    if kind != "GPU" or not all(shares):
+        return in_all
+    alone = [math.ceil(part.number / _on_one(share)) for part, share in zip(parts, shares, strict=True)]
+    return sum(alone) if sum(shares) > 1 + _ROUNDING else max(in_all, *alone)
+
+
+def setting_of(part: Demand, kind: str) -> str:
+    """The setting that decides how much of a resource each process of a part takes."""
+    return f"{part.setting}.{_key(part, kind)}"
+
+
+def settings_of(part: Demand, kind: str) -> str:
+    """The settings that decide how much of a resource a part takes."""
+    return f"{part.setting}.{part.counted} x {_key(part, kind)}" if part.counted else setting_of(part, kind)
+
+
+def _key(part: Demand, kind: str) -> str:
+    return f"{kind.lower()}s" + ("_per_worker" if part.setting == "resources" else "")
 
 
 def groups_at_once(config: Comparison, nodes: Sequence[Node]) -> int:
@@ -108,16 +174,24 @@ def fitting(demand: Demand, nodes: Sequence[Node]) -> int:
     """How many of a demand's processes these nodes could hold with nothing else on them."""
     return sum(
         min(
-            (
-                math.floor(node.resources.get(kind, 0.0) / amount + 1e-9)
-                for kind, amount in demand.each.items()
-                if amount
-            ),
+            (_room(node.resources.get(kind, 0.0), kind, amount) for kind, amount in demand.each.items() if amount),
             default=demand.number,
         )
         for node in nodes
         if has_labels(node, demand.labels)
     )
+
+
+def _room(there: float, kind: str, amount: float) -> int:
+    """How many processes that take `amount` fit; none takes its share of a GPU from two of them."""
+    if kind == "GPU":
+        return math.floor(there + _ROUNDING) * _on_one(amount)
+    return math.floor(there / amount + _ROUNDING)
+
+
+def _on_one(share: float) -> int:
+    """How many processes with this share one GPU holds."""
+    return math.floor(1 / share + _ROUNDING)
 
 
 def has_labels(node: Node, selectors: Sequence[tuple[str, str]]) -> bool:

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from prefarena.cluster.capacity import generates
+from prefarena.cluster.capacity import needed, settings_of, side_by_side
 from prefarena.config import Comparison
 from prefarena.errors import UserError
 
@@ -74,16 +74,9 @@ def check_resources(config: Comparison, available: dict[str, float]) -> None:
 
 def requested(config: Comparison) -> dict[str, tuple[float, str]]:
     """What must be there at once, by kind of resource, and which settings ask for it."""
-    resources = config.resources
-    workers, groups = resources.num_workers * resources.cpus_per_worker, max(1, resources.num_groups)
-    asked = {"CPU": (workers * groups, "resources.num_workers x cpus_per_worker x concurrent_runs")}
-    num_actors = config.generation.num_actors if generates(config) else 0
-    with_rollouts = workers + num_actors * config.generation.cpus
-    if num_actors and not resources.use_gpu and with_rollouts > asked["CPU"][0]:
-        why = "resources.num_workers x cpus_per_worker for training, and generation.num_actors x cpus"
-        asked["CPU"] = (with_rollouts, why)
-    if resources.use_gpu:
-        training = resources.num_workers * resources.gpus_per_worker
-        num_gpus = max(training * groups, training + num_actors * config.generation.gpus)
-        asked["GPU"] = (num_gpus, "resources.num_workers x gpus_per_worker, and generation.num_actors x gpus")
+    asked: dict[str, tuple[float, str]] = {}
+    for kind in ("CPU", "GPU") if config.resources.use_gpu else ("CPU",):
+        parts = max(side_by_side(config), key=lambda parts: needed(parts, kind))
+        why = [f"{settings_of(part, kind)} for {part.what}" for part in parts if part.each.get(kind)]
+        asked[kind] = (needed(parts, kind), ", and ".join(why))
     return asked
