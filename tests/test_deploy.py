@@ -265,7 +265,7 @@ def test_the_image_has_every_dependency_in_a_version_that_the_project_takes() ->
 )
 def test_a_package_that_is_missing_or_too_old_is_found(asked: str, on_top: str, brought: str, told: str | None) -> None:
     here, vllms = ([Requirement(text)] if text else [] for text in (on_top, brought))
-    pinned = {canonicalize_name(each.name): each for each in here}
+    pinned: dict[str, Requirement] = {canonicalize_name(each.name): each for each in here}
     found = why_unmet(Requirement(asked), pinned, {canonicalize_name(each.name): each.specifier for each in vllms})
     assert found == told
 
