@@ -68,7 +68,7 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
     except OSError as error:
         yield Finding(True, f"output: {output} cannot be written ({error.strerror or error})")
         return
-    yield from judge_nodes(reports, silent, generates(config))
+    yield from judge_nodes(reports, silent, generates(config), config.generation.labels)
     yield from judge_reach(reports, places)
     settings = model_settings(config)
     room = room_of_worker(config, reports)

@@ -137,7 +137,9 @@ def test_memory_that_a_worker_will_not_have() -> None:
     memory = (30 * GIB, "entries.dpo.method.training.micro_batch_tokens")
     gpus = config(resources={"use_gpu": True, "gpus_per_worker": 0.5})
     said = problems(judge_memory(gpus, [NODE], memory))
-    assert "about 30.0 GiB, its share of the smallest GPU is 12.0 GiB; lower entries.dpo.method" in said
+    assert (
+        "about 30.0 GiB, its share of the smallest GPU that it may have is 12.0 GiB; lower entries.dpo.method" in said
+    )
     assert not problems(judge_memory(gpus, [NODE], (10 * GIB, "x"))) and not problems(judge_memory(gpus, [NODE], None))
     nodes = [Node("a", {"CPU": 8.0, "memory": 40.0 * GIB})]
     two = config(resources={"num_workers": 2})
@@ -162,7 +164,7 @@ def test_nodes_that_differ_or_whose_vllm_was_built_for_another_torch() -> None:
     assert "node c does not answer" in said and "node b has torch 2.12.0, a has 2.13.0" in said
     assert "node b: its vLLM is built for torch 2.13.0, it has 2.12.0" in said
     bare = replace(NODE, versions={"python": "3.12.1", "torch": "2.13.0"}, vllm_wants_torch=None)
-    assert "vLLM is not installed" in problems(judge_nodes([bare], [], generates=True))
+    assert "vLLM is not installed on a, and" in problems(judge_nodes([bare], [], generates=True))
     assert not problems(judge_nodes([bare], [], generates=False))
     assert vllm_wants_torch() == versions()["torch"]
 
@@ -222,3 +224,23 @@ def test_a_worker_has_a_share_of_the_smallest_node_or_gpu() -> None:
     assert room_of_worker(config(resources={"num_workers": 2, "concurrent_runs": 1}), nodes) == 200 * 2**20
     gpus = config(resources={"use_gpu": True, "gpus_per_worker": 0.5})
     assert room_of_worker(gpus, nodes) == int(0.4 * 24 * GIB)
+
+
+def test_only_nodes_whose_labels_the_placement_asks_for_are_compared_with_it() -> None:
+    small = replace(NODE, node="s", labels={"role": "generate"}, gpus=[("T4", 16 * GIB)], memory_mib=1000.0)
+    large = replace(NODE, node="l", labels={"role": "train"}, gpus=[("H100", 80 * GIB)], memory_mib=4000.0)
+    memory = (30 * GIB, "x")
+    anywhere = config(resources={"use_gpu": True})
+    assert "smallest GPU that it may have is 16.0 GiB" in problems(judge_memory(anywhere, [small, large], memory))
+    placed = config(resources={"use_gpu": True, "labels": {"role": "train"}})
+    (found,) = judge_memory(placed, [small, large], memory)
+    assert found.problem is False and "smallest GPU that it may have is 80.0 GiB" in found.text
+    assert room_of_worker(placed, [small, large]) == int(0.8 * 80 * GIB)
+    assert room_of_worker(placed, [small]) is None  # none of those that it may have is there yet
+    (found,) = judge_memory(placed, [small], memory)
+    assert found.problem is None
+    on_cpus = config(resources={"labels": {"role": "!generate"}})
+    assert room_of_worker(on_cpus, [small, large]) == int(0.8 * 4000 * 2**20)
+    bare = replace(large, versions={"python": "3.12.1", "torch": "2.13.0"}, vllm_wants_torch=None)
+    told = problems(judge_nodes([bare, small], [], generates=True, engines=(("role", "generate"),)))
+    assert "not installed" not in told and "use one image" in told

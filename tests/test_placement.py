@@ -51,7 +51,7 @@ def config(**settings: object) -> Comparison:
     ],
 )
 def test_label_selectors_mean_what_they_mean_to_ray(selector: dict[str, str], names: str) -> None:
-    assert " ".join(node.name for node in NODES if has_labels(node, tuple(selector.items()))) == names
+    assert " ".join(node.name for node in NODES if has_labels(node.labels, tuple(selector.items()))) == names
 
 
 def test_processes_are_counted_node_by_node() -> None:

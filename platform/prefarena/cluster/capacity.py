@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from prefarena.config import Comparison, OnPolicyMethod
 from prefarena.config.labels import selected
@@ -49,14 +50,13 @@ def cluster_nodes() -> list[Node]:
     import ray
 
     return [
-        Node(
-            node["NodeManagerAddress"],
-            node["Resources"],
-            {key: value for key, value in node["Labels"].items() if not key.startswith("ray.io/")},
-        )
-        for node in ray.nodes()
-        if node["Alive"]
+        Node(node["NodeManagerAddress"], node["Resources"], labels_of(node)) for node in ray.nodes() if node["Alive"]
     ]
+
+
+def labels_of(node: Mapping[str, Any]) -> dict[str, str]:
+    """The labels that people gave a node, of Ray's account of it."""
+    return {key: value for key, value in node["Labels"].items() if not key.startswith("ray.io/")}
 
 
 def demands(config: Comparison) -> list[Demand]:
@@ -124,7 +124,7 @@ def check_side_by_side(config: Comparison, nodes: Sequence[Node]) -> None:
     could be placed.
     """
     for parts in side_by_side(config):
-        meant = [node for node in nodes if any(has_labels(node, part.labels) for part in parts)]
+        meant = [node for node in nodes if any(has_labels(node.labels, part.labels) for part in parts)]
         for kind in _SHOWN:
             room = sum(node.resources.get(kind, 0.0) for node in meant)
             if len(parts) > 1 and needed(parts, kind) > room + _ROUNDING:
@@ -178,7 +178,7 @@ def fitting(demand: Demand, nodes: Sequence[Node]) -> int:
             default=demand.number,
         )
         for node in nodes
-        if has_labels(node, demand.labels)
+        if has_labels(node.labels, demand.labels)
     )
 
 
@@ -194,11 +194,11 @@ def _on_one(share: float) -> int:
     return math.floor(1 / share + _ROUNDING)
 
 
-def has_labels(node: Node, selectors: Sequence[tuple[str, str]]) -> bool:
-    """Whether a node meets every label selector, in Ray's form: `v`, `!v`, `in(v,w)`, `!in(v,w)`."""
+def has_labels(labels: Mapping[str, str], selectors: Sequence[tuple[str, str]]) -> bool:
+    """Whether a node with these labels meets every selector, in Ray's form: `v`, `!v`, `in(v,w)`, `!in(v,w)`."""
     for label, selector in selectors:
         values, takes = selected(selector)
-        if (node.labels.get(label) in values) != takes:
+        if (labels.get(label) in values) != takes:
             return False
     return True
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from prefarena.cluster.capacity import Demand, Node, demands, describe, fitting
+from prefarena.cluster.capacity import Demand, Node, demands, describe, fitting, has_labels
 from prefarena.cluster.probe import PACKAGES, NodeReport
 from prefarena.config import Comparison
 from prefarena.modeling.room import USABLE, share_mib
 
 _GIB = 2**30
+
+Selectors = Sequence[tuple[str, str]]
 
 
 @dataclass(frozen=True)
@@ -21,8 +23,13 @@ class Finding:
     text: str
 
 
-def judge_nodes(reports: Sequence[NodeReport], silent: Sequence[str], generates: bool) -> list[Finding]:
-    """Whether nodes answer, have one set of versions, and whether vLLM and torch fit. The first report is the model."""
+def judge_nodes(
+    reports: Sequence[NodeReport], silent: Sequence[str], generates: bool, engines: Selectors = ()
+) -> list[Finding]:
+    """Whether nodes answer, have one set of versions, and whether vLLM and torch fit. The first report is the model.
+
+    engines: labels of the nodes that hold them, where the comparison generates.
+    """
     found = [Finding(True, f"node {name} does not answer; mend it, or take it out of the cluster") for name in silent]
     for report in reports:
         listed = ", ".join(f"{name} {version}" for name, version in report.versions.items())
@@ -36,8 +43,10 @@ def judge_nodes(reports: Sequence[NodeReport], silent: Sequence[str], generates:
         torch, wanted = report.versions.get("torch"), report.vllm_wants_torch
         if wanted is not None and torch != wanted:
             found.append(Finding(True, f"node {report.node}: its vLLM is built for torch {wanted}, it has {torch}"))
-    if generates and reports and "vllm" not in reports[0].versions:
-        found.append(Finding(True, "vLLM is not installed, and the comparison generates; pip install '.[gpu]'"))
+    without = [report.node for report in on_nodes(reports, engines) if generates and "vllm" not in report.versions]
+    if without:
+        told = f"vLLM is not installed on {', '.join(without)}, and the comparison generates; pip install '.[gpu]'"
+        found.append(Finding(True, told))
     return found
 
 
@@ -72,16 +81,30 @@ def judge_storage(output: str, reports: Sequence[NodeReport], needed: int | None
     return [Finding(False, f"{text}, about {gibibytes(needed)} needed")]
 
 
+def on_nodes(reports: Sequence[NodeReport], selectors: Selectors) -> list[NodeReport]:
+    """The reports of the nodes that these label selectors let processes run on."""
+    return [report for report in reports if has_labels(report.labels, selectors)]
+
+
+def smallest_gpu(config: Comparison, reports: Sequence[NodeReport]) -> int | None:
+    """Bytes of the smallest GPU that a training worker may be given; None where there is none."""
+    sizes = [size for report in on_nodes(reports, config.resources.labels) for _, size in report.gpus]
+    return min(sizes, default=None)
+
+
 def room_of_worker(config: Comparison, reports: Sequence[NodeReport]) -> int | None:
-    """Bytes that a training worker may take on the smallest node, or of the smallest GPU; None where none answered."""
+    """Bytes that a training worker may take on the smallest node, or of the smallest GPU, that its labels let it have;
+    None where none such answered.
+    """
     resources = config.resources
     if resources.use_gpu:
-        cards = [size for report in reports for _, size in report.gpus]
-        return int(min(cards) * USABLE * resources.gpus_per_worker) if cards else None
-    if not reports:
+        card = smallest_gpu(config, reports)
+        return None if card is None else int(card * USABLE * resources.gpus_per_worker)
+    memory = [report.memory_mib for report in on_nodes(reports, resources.labels)]
+    if not memory:
         return None
     side_by_side = resources.num_workers * max(1, resources.num_groups)
-    return int(share_mib(min(report.memory_mib for report in reports), side_by_side) * 2**20)
+    return int(share_mib(min(memory), side_by_side) * 2**20)
 
 
 def judge_capacity(config: Comparison, nodes: Sequence[Node], memory: tuple[int, str] | None) -> list[Finding]:
@@ -118,13 +141,14 @@ def judge_memory(config: Comparison, reports: Sequence[NodeReport], memory: tupl
     if memory is None:
         return [Finding(None, "model: its sizes cannot be told here, so memory is not predicted")]
     text = f"a training worker needs about {gibibytes(memory[0])}"
-    cards = [size for report in reports for _, size in report.gpus]
-    if not config.resources.use_gpu or not cards:
+    card = smallest_gpu(config, reports) if config.resources.use_gpu else None
+    if card is None:
         return [Finding(None, text)]
-    share = min(cards) * config.resources.gpus_per_worker
+    share = int(card * config.resources.gpus_per_worker)
+    text = f"{text}, its share of the smallest GPU that it may have is {gibibytes(share)}"
     if memory[0] > share:
-        return [Finding(True, f"{text}, its share of the smallest GPU is {gibibytes(int(share))}; lower {memory[1]}")]
-    return [Finding(False, f"{text}, its share of the smallest GPU is {gibibytes(int(share))}")]
+        return [Finding(True, f"{text}; lower {memory[1]}")]
+    return [Finding(False, text)]
 
 
 def gibibytes(number: int) -> str:

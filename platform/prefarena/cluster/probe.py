@@ -9,12 +9,13 @@ import subprocess
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 
 from packaging.requirements import Requirement
 
+from prefarena.cluster.capacity import labels_of
 from prefarena.errors import UserError
 from prefarena.modeling.room import total_mib
 from prefarena.stores import check_output, file_system, reaching
@@ -31,6 +32,7 @@ class NodeReport:
     sees_output: it read what the driver wrote to the output folder, and wrote beside it. free_bytes: of that disk.
     memory_mib: of the machine, or what its container may take.
     unreachable: of the places that it was asked about, a sentence for each that it cannot read.
+    labels: that people gave the node, which it does not know itself.
     """
 
     node: str
@@ -41,6 +43,7 @@ class NodeReport:
     free_bytes: int | None
     memory_mib: float
     unreachable: tuple[str, ...] = ()
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 def look(node: str, token: Path | None, text: str, places: Mapping[str, str]) -> NodeReport:
@@ -78,16 +81,17 @@ def ask_nodes(
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    task, asked = ray.remote(num_cpus=0, max_retries=0)(look), {}
+    task, asked, labels = ray.remote(num_cpus=0, max_retries=0)(look), {}, {}
     for node in ray.nodes():
         if node["Alive"]:
             name = f"{node['NodeManagerAddress']}/{node['NodeID'][:8]}"
+            labels[name] = labels_of(node)
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             asked[task.options(scheduling_strategy=here).remote(name, token, text, dict(places))] = name
     ended, silent = ray.wait(list(asked), num_returns=len(asked), timeout=limit_s)
     for ref in silent:
         ray.cancel(ref, force=True)
-    reports = [ray.get(ref, timeout=limit_s) for ref in ended]
+    reports = [replace(ray.get(ref, timeout=limit_s), labels=labels[asked[ref]]) for ref in ended]
     return sorted(reports, key=lambda report: report.node), sorted(asked[ref] for ref in silent)
 
 
