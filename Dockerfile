@@ -17,11 +17,15 @@ RUN uv pip install --system --no-cache -r /tmp/cluster.txt \
 COPY pyproject.toml README.md /opt/prefarena/
 COPY platform /opt/prefarena/platform
 COPY pipelines /opt/prefarena/pipelines
-# Without dependencies, which are there; the last check is that they all are, in versions that the project takes.
+# Without dependencies, which are there. Checked are the versions that are built for each other, the C compiler and the
+# Python headers with which attention is compiled on a node, and that every dependency is met.
 RUN uv pip install --system --no-cache --no-deps /opt/prefarena \
     && python -c "import ray, torch, vllm; \
 found = ray.__version__, torch.__version__.split('+')[0], vllm.__version__.split('+')[0]; \
 assert found == ('2.60.0', '2.13.0', '0.32.0'), found" \
+    && python -c "from prefarena.cluster.attention import toolchain; \
+found = toolchain(); \
+assert found.compiler and found.headers, found" \
     && python -c "from importlib.metadata import requires, version; \
 from packaging.requirements import Requirement; \
 asked = [each for each in map(Requirement, requires('prefarena')) if each.marker is None]; \

@@ -11,9 +11,11 @@ from transformers import PretrainedConfig
 
 from pipelines.compare import check_input
 from pipelines.plan import longest, max_length
+from prefarena.cluster.attention import Heads, ask_gpu_nodes
 from prefarena.cluster.capacity import check_side_by_side, cluster_nodes, describe, generates
 from prefarena.cluster.doctor import (
     Finding,
+    judge_attention,
     judge_capacity,
     judge_memory,
     judge_nodes,
@@ -21,7 +23,7 @@ from prefarena.cluster.doctor import (
     judge_storage,
     room_of_worker,
 )
-from prefarena.cluster.needs import Lengths, disk_needed, heaviest_training, num_parameters
+from prefarena.cluster.needs import Lengths, disk_needed, heaviest_training, num_parameters, precisions
 from prefarena.cluster.probe import ask_nodes, token_file
 from prefarena.cluster.session import check_resources, ray_session
 from prefarena.config import Comparison, PretrainedModel, TextTask
@@ -32,13 +34,15 @@ from prefarena.stores import fingerprint, is_url
 from prefarena.tasks.language import Language
 
 _ANSWER_LIMIT_S = 120.0
+_ATTENTION_LIMIT_S = 300.0  # both passes of both precisions are compiled
 _MARKS = {True: "✗", False: "✓", None: "·"}
 
 
 def doctor(config: Comparison | None) -> int:
     """Print what is here, what `config` needs, and what will not fit. Returns the exit status: 0, or 2 with problems.
 
-    Nothing is started but a task of no CPU on every node, and nothing is left behind.
+    Nothing is started but a task of no CPU on every node, and where GPUs are asked for one that compiles attention on
+    each that has some. Nothing is left behind.
     """
     with ray_session() as available:
         found = []
@@ -83,9 +87,30 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
         except UserError as error:
             yield Finding(True, str(error))
     yield from judge_memory(config, reports, memory)
+    if config.resources.use_gpu and settings is not None:
+        yield from _try_attention(config, settings)
     if reports and not is_url(config.output):
         needed = disk_needed(config, num_parameters(settings), _data_bytes(config)) if settings else None
         yield from judge_storage(str(output), reports, needed)
+
+
+def _try_attention(config: Comparison, settings: PretrainedConfig) -> Iterator[Finding]:
+    """Attention as the comparison's trainings compute it, on every node with GPUs that may hold a worker."""
+    resources, heads, dtypes = config.resources, attention_heads(settings), precisions(config) or ["float32"]
+    if heads is None:
+        return
+    answers, silent = ask_gpu_nodes(heads, dtypes, resources.gpus_per_worker, resources.labels, _ATTENTION_LIMIT_S)
+    yield from judge_attention(answers, silent, f"attention with heads of {heads.size} in {' and '.join(dtypes)}")
+
+
+def attention_heads(settings: PretrainedConfig) -> Heads | None:
+    """Of a model, from its configuration; None where it has none."""
+    text = settings.get_text_config()
+    queries = getattr(text, "num_attention_heads", None)
+    if queries is None:
+        return None
+    size = getattr(text, "head_dim", None) or text.hidden_size // queries
+    return Heads(size, queries, getattr(text, "num_key_value_heads", None) or queries)
 
 
 def _places(config: Comparison) -> dict[str, str]:

@@ -20,6 +20,7 @@ from packaging.utils import canonicalize_name
 from ray.autoscaler._private.util import prepare_config, validate_config
 
 from prefarena import __version__
+from prefarena.cluster.attention import _DRIVERS
 from prefarena.config import Comparison, parse_config
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +96,21 @@ def test_the_dashboard_listens_on_loopback_and_the_token_comes_from_a_file(name:
     assert "--dashboard-host=127.0.0.1" in start and "0.0.0.0" not in str(tree)
     assert tree["file_mounts"] == {"~/.ray/auth_token": "~/.ray/auth_token"}
     assert "RAY_AUTH_MODE=token" in (ROOT / "Dockerfile").read_text(encoding="utf-8")
+
+
+def test_the_machine_image_on_aws_is_named_and_not_rays_own() -> None:
+    tree, text = read("cluster.yaml"), (ROOT / "cluster.yaml").read_text(encoding="utf-8")
+    types = tree["available_node_types"]
+    assert {settings["node_config"]["ImageId"] for settings in types.values()} == {"MACHINE_IMAGE"}
+    assert "base-oss-nvidia-driver-gpu-ubuntu-22.04/latest/ami-id" in text and "MACHINE_IMAGE" in text.split("\n\n")[0]
+    assert tree["provider"]["region"] in text.split("\n\n")[0]  # the command asks for the id of this region
+
+
+@pytest.mark.parametrize("name", CLUSTERS)
+def test_files_that_start_gpus_say_which_driver_torch_needs(name: str) -> None:
+    assert _DRIVERS[13] == 580 and pins()["torch"] == "2.13.0"  # built with CUDA 13; another one may need another
+    text = (ROOT / name).read_text(encoding="utf-8").replace("\n# ", " ")
+    assert re.search(r"driver of at least 580.*torch 2\.13 is built with CUDA 13", text)
 
 
 # --------------------------------------------------------------------------------------------- KubeRay

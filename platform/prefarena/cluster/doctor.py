@@ -151,6 +151,18 @@ def judge_memory(config: Comparison, reports: Sequence[NodeReport], memory: tupl
     return [Finding(False, text)]
 
 
+def judge_attention(answers: Mapping[str, str | None], silent: Sequence[str], tried: str) -> list[Finding]:
+    """Whether attention is compiled and runs on each node with GPUs. tried: what it was."""
+    found = []
+    for node, why in sorted(answers.items()):
+        told = f"does not work: {why}" if why else "is compiled and gives what it gives on a CPU"
+        found.append(Finding(why is not None, f"node {node}: {tried} {told}"))
+    return found + [
+        Finding(None, f"node {node}: no GPU was free in time, or compiling takes long; {tried} was not tried")
+        for node in silent
+    ]
+
+
 def gibibytes(number: int) -> str:
     """Bytes for people."""
     return f"{number / _GIB:.1f} GiB"

@@ -90,6 +90,12 @@ def heaviest_training(
     return max(found, key=lambda one: one[0]) if found else None
 
 
+def precisions(config: Comparison) -> list[str]:
+    """Those that the trainings of a comparison compute in."""
+    trainings = [passes.training for choices, _ in _trainings(config, Lengths(1, 1)) for passes in choices]
+    return sorted({training.precision for training in trainings})
+
+
 def _trainings(config: Comparison, lengths: Lengths) -> list[tuple[list[_Passes], str]]:
     """Each training's passes, or where they are set to auto those that are tried one after another; and their key."""
     off_policy = partial(_off_policy, config, lengths)

@@ -145,10 +145,20 @@ def vllm_wants_torch() -> str | None:
 
 def gpus() -> list[tuple[str, int]]:
     """Name and bytes of each NVIDIA GPU of this machine, as its driver tells them; Ray hides them from tasks."""
-    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    rows = [line.rsplit(",", 1) for line in _nvidia_smi("name,memory.total") if "," in line]
+    return [(name.strip(), int(mebibytes) * 2**20) for name, mebibytes in rows]
+
+
+def driver_version() -> str | None:
+    """Of this machine's NVIDIA driver; None where none answers."""
+    return next((line.strip() for line in _nvidia_smi("driver_version")), None)
+
+
+def _nvidia_smi(fields: str) -> list[str]:
+    """A line for each GPU of this machine; none where there is no driver, or it does not answer."""
+    command = ["nvidia-smi", f"--query-gpu={fields}", "--format=csv,noheader,nounits"]
     try:
         answer = subprocess.run(command, capture_output=True, text=True, timeout=_NVIDIA_SMI_LIMIT_S, check=True)
     except (OSError, subprocess.SubprocessError):
         return []
-    rows = [line.rsplit(",", 1) for line in answer.stdout.splitlines() if "," in line]
-    return [(name.strip(), int(mebibytes) * 2**20) for name, mebibytes in rows]
+    return answer.stdout.splitlines()
