@@ -7,16 +7,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention
 import transformers
 from torch import Tensor
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefarena.modeling import chunked_head
 from prefarena.modeling.chunked_head import chunked_logps
 from prefarena.modeling.logprobs import LogProbs, collate, sequence_logps, token_logps, token_logps_and_entropy
 from prefarena.modeling.packing import pack
-from prefarena.modeling.tree_attention import tree_attention, visible_to
 
 VOCABULARY = 97
 LLAMA = {
@@ -154,18 +153,23 @@ def test_temperature_and_entropy(family: str) -> None:
         assert (logps[row][~where] == 0).all() and (entropy[row][~where] == 0).all()
 
 
-def test_flex_attention_sees_what_the_cpu_does() -> None:
-    batch = pack(PROMPTS, RESPONSES)
-    lengths = [[len(x), *map(len, ys)] for x, ys in zip(PROMPTS, RESPONSES, strict=True)]
-    tree = torch.cat([torch.full((sum(own),), index) for index, own in enumerate(lengths)])
-    branch = torch.cat([torch.full((size,), place) for own in lengths for place, size in enumerate(own)])
-    size = batch.input_ids.shape[1]
-    generator = torch.Generator().manual_seed(2)
-    query, key, value = (torch.randn(1, 2, size, 8, generator=generator).double() for _ in range(3))
-    blocks = create_block_mask(visible_to(tree, branch), None, None, size, size, device="cpu")
-    theirs = flex_attention(query, key, value, block_mask=blocks).transpose(1, 2)
-    ours, _ = tree_attention(torch.nn.Module(), query, key, value, None, trees=batch.trees)
-    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2", "qwen3"])
+def test_a_row_laid_out_for_a_gpu_gives_the_same_log_probs_and_gradients(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The GPU's layout, masks and attention call, on the CPU: FlexAttention's own arithmetic without its kernel."""
+    monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)  # it refuses backward
+    model = make(*PACKED[family])
+    module = LogProbs(model, MAX_LENGTH)
+    found = {}
+    for in_blocks in (False, True):
+        batch = pack(PROMPTS, RESPONSES, in_blocks=in_blocks)
+        assert batch.trees is not None and (batch.trees.blocks is not None) == in_blocks
+        logps = batch.sums(module(batch)[0])
+        found[in_blocks] = [logps, *gradients(model, logps)]
+    for ours, theirs in zip(found[True], found[False], strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10 if family in LAYER_NORM else 1e-5)
 
 
 # -------------------------------------------------------------------------------------- the chunked head

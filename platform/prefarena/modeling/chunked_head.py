@@ -33,7 +33,12 @@ def chunked_logps(
 
     p = softmax((hidden W^T + b) / temperature). hidden: [M, D]; weight: [V, D]; bias: [V]; targets: [M]. Gradients flow
     to hidden, weight and bias, through the entropy too.
+
+    Under autocast on a GPU the products are of half-precision numbers, summed in float32: norms leave hidden states in
+    float32, whose products would cost many times as much. On a CPU nothing would be gained by that.
     """
+    if _on_gpu(hidden) and (halved := _autocast_precision()) is not None:
+        hidden = hidden.to(halved)
     logps, entropies = _ChunkedHead.apply(hidden, weight, bias, targets, 1.0 / temperature, entropy)
     return logps, entropies if entropy else None
 
@@ -83,12 +88,13 @@ class _ChunkedHead(torch.autograd.Function):
                     None if entropy_gradient is None else entropy_gradient[rows],
                     entropy[rows],
                 ).mul_(scale)
-                if hidden_gradient is not None:
-                    hidden_gradient[rows].addmm_(tile, head.to(width))
-                if weight_gradient is not None:
-                    weight_gradient[columns].addmm_(tile.t(), own.to(width))
                 if bias_gradient is not None:
                     bias_gradient[columns] += tile.sum(0)
+                tile = tile.to(own.dtype)
+                if hidden_gradient is not None:
+                    _add_product(hidden_gradient[rows], tile, head.to(own.dtype))
+                if weight_gradient is not None:
+                    _add_product(weight_gradient[columns], tile.t(), own)
         given = ((hidden_gradient, hidden), (weight_gradient, weight), (bias_gradient, bias))
         return *(None if gradient is None else gradient.to(like.dtype) for gradient, like in given), None, None, None
 
@@ -149,13 +155,34 @@ def _merge(running: Running | None, logits: Tensor, wants_weighted: bool) -> Run
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, width: torch.dtype) -> Tensor:
     """A tile [m, v], in at least float32."""
-    if hidden.is_cuda and hidden.dtype != width:  # products of half-precision numbers, summed in float32
-        logits = torch.mm(hidden, weight.to(hidden.dtype).t(), out_dtype=width)
-    else:
-        logits = torch.mm(hidden.to(width), weight.to(width).t())
+    logits = _product(hidden, weight.to(hidden.dtype).t(), width)
     if bias is not None:
         logits.add_(bias.to(width))
     return logits if scale == 1.0 else logits.mul_(scale)
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
+
+
+def _autocast_precision() -> torch.dtype | None:
+    """On GPUs; None where autocast is off."""
+    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
+
+
+def _product(left: Tensor, right: Tensor, width: torch.dtype) -> Tensor:
+    """left @ right in `width`: on a GPU a product of half-precision numbers is summed in float32 as it is."""
+    if _on_gpu(left) and left.dtype != width:
+        return torch.mm(left, right, out_dtype=width)
+    return torch.mm(left.to(width), right.to(width))
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, summed in total's precision."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total.add_(_product(left, right, total.dtype))
 
 
 def _picked(logits: Tensor, targets: Tensor) -> Tensor:
@@ -165,7 +192,7 @@ def _picked(logits: Tensor, targets: Tensor) -> Tensor:
 
 
 def _tiles(hidden: Tensor) -> tuple[int, int]:
-    return (_TOKENS_CUDA, _VOCABULARY_CUDA) if hidden.is_cuda else (TOKENS, VOCABULARY)
+    return (_TOKENS_CUDA, _VOCABULARY_CUDA) if _on_gpu(hidden) else (TOKENS, VOCABULARY)
 
 
 def _slices(size: int, step: int) -> list[slice]:

@@ -71,11 +71,21 @@ class PackedModel(nn.Module):
     packed: whether prompts may be shared between responses. notes: for the user, why the model takes a slower path.
     """
 
-    def __init__(self, model: PreTrainedModel, max_length: int | None = None) -> None:
-        """max_length: most tokens of a prompt and its response (for models whose attention reaches only so far)."""
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_length: int | None = None,
+        device: torch.device | None = None,
+        attends_in: torch.dtype | None = None,
+    ) -> None:
+        """max_length: most tokens of a prompt and its response (for models whose attention reaches only so far).
+
+        device, attends_in: where the model will run, and the kind of numbers in which it attends there, where that is
+        not as it is now.
+        """
         super().__init__()
         self.model = model
-        reason = why_not_packed(model, max_length)
+        reason = why_not_packed(model, max_length, device, attends_in)
         self.packed = reason is None
         self.notes = [f"prompts are not shared between responses, and rows are padded: {reason}"] if reason else []
 
@@ -83,8 +93,14 @@ class PackedModel(nn.Module):
 class LogProbs(PackedModel):
     """A causal language model as a module whose forward gives response log-probs."""
 
-    def __init__(self, model: PreTrainedModel, max_length: int | None = None) -> None:
-        super().__init__(model, max_length)
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        max_length: int | None = None,
+        device: torch.device | None = None,
+        attends_in: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(model, max_length, device, attends_in)
         self.plain_head = has_plain_head(model)
         if not self.plain_head:
             self.notes.append("its head is more than a linear map, so whole rows of logits are held in memory")

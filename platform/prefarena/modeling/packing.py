@@ -8,8 +8,8 @@ body of the model is the same.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
@@ -18,7 +18,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from prefarena.modeling.tree_attention import BLOCK, Trees, plan_trees
+from prefarena.modeling.flex_trees import BLOCK, mask_arrays, mask_of
+from prefarena.modeling.transfer import moved
+from prefarena.modeling.tree_attention import Trees, plan_trees
 
 #: Token ids: a list, or an int array [n].
 Ids = Sequence[int] | NDArray[np.integer[Any]]
@@ -54,16 +56,26 @@ def pack(
     shared: bool = True,
     device: torch.device | str = "cpu",
     pad_id: int = 0,
+    in_blocks: bool | None = None,
 ) -> PackedBatch:
-    """Lay out each prompt with its responses: packed, or padded where `shared` is false. Prompts are not empty."""
+    """Lay out each prompt with its responses: packed, or padded where `shared` is false. Prompts are not empty.
+
+    in_blocks: whether a packed row is laid out for FlexAttention, as it is on a GPU.
+    """
     device = torch.device(device)
+    in_blocks = device.type == "cuda" if in_blocks is None else in_blocks
     lengths = [[len(prompt), *map(len, answers)] for prompt, answers in zip(prompts, responses, strict=True)]
-    batch = _packed(prompts, responses, lengths, device) if shared else _padded(prompts, responses, lengths, pad_id)
-    return _to(batch, device)
+    if not shared:
+        return _on(device, _padded(prompts, responses, lengths, pad_id))
+    return _packed(prompts, responses, lengths, device, in_blocks)
 
 
 def _packed(
-    prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]], lengths: list[list[int]], device: torch.device
+    prompts: Sequence[Ids],
+    responses: Sequence[Sequence[Ids]],
+    lengths: list[list[int]],
+    device: torch.device,
+    in_blocks: bool,
 ) -> PackedBatch:
     segments = np.array(list(chain.from_iterable(lengths)))  # [S]: prompt, responses, next prompt, ...
     branch = np.concatenate([np.arange(len(own)) for own in lengths])  # 0: a prompt
@@ -72,7 +84,7 @@ def _packed(
     starts = np.cumsum(segments) - segments
     prompt_ends = (starts + segments)[branch == 0][tree]
     size = int(segments.sum())
-    padding = np.zeros(-size % BLOCK if device.type == "cuda" else 0, np.int64)
+    padding = np.zeros(-size % BLOCK if in_blocks else 0, np.int64)
     given = [ids for prompt, answers in zip(prompts, responses, strict=True) for ids in (prompt, *answers)]
     ids = np.concatenate([*(np.asarray(part, np.int64) for part in given), padding])
     positions = np.arange(size) - np.repeat(starts - np.where(branch == 0, 0, prompt_size), segments)
@@ -82,27 +94,26 @@ def _packed(
     sources = tokens - 1
     begins = (np.cumsum(counts) - counts)[counts > 0]
     sources[begins] = (prompt_ends[is_response] - 1)[counts > 0]
-    trees = plan_trees(
-        np.concatenate([np.repeat(tree, segments), padding - 1]),
-        np.concatenate([np.repeat(branch, segments), padding]),
-        lengths,
-        device,
-    )
-    return PackedBatch(
-        input_ids=torch.from_numpy(ids)[None],
-        position_ids=torch.from_numpy(np.concatenate([positions, padding]))[None],
-        trees=trees,
-        sources=torch.from_numpy(sources),
-        targets=torch.from_numpy(ids[tokens]),
-        response_of=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
-        last=torch.from_numpy(np.where(counts > 0, first + counts - 1, prompt_ends[is_response] - 1)),
-        lengths=torch.from_numpy(counts),
-    )
+    branch_of = np.concatenate([np.repeat(branch, segments), padding])
+    last = np.where(counts > 0, first + counts - 1, prompt_ends[is_response] - 1)
+    arrays = {
+        "input_ids": ids[None],
+        "position_ids": np.concatenate([positions, padding])[None],
+        "sources": sources,
+        "targets": ids[tokens],
+        "response_of": np.repeat(np.arange(len(counts)), counts),
+        "last": last,
+        "lengths": counts,
+    }
+    if not in_blocks:
+        return _on(device, arrays, plan_trees(branch_of, lengths))
+    tree_of = np.concatenate([np.repeat(tree, segments), padding - 1])
+    return _on(device, arrays, mask_arrays(tree_of, branch_of, lengths))
 
 
 def _padded(
     prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]], lengths: list[list[int]], pad_id: int
-) -> PackedBatch:
+) -> dict[str, NDArray[np.int64]]:
     prompt_size = np.array([own[0] for own in lengths for _ in own[1:]])
     counts = np.array([length for own in lengths for length in own[1:]])
     width = int((prompt_size + counts).max())
@@ -112,16 +123,14 @@ def _padded(
     ids[present] = np.concatenate([np.asarray(part, np.int64) for row in rows for part in row])
     begins = np.arange(len(counts)) * width + prompt_size  # of each response, in the flattened rows
     tokens = _ranges(begins, counts)
-    return PackedBatch(
-        input_ids=torch.from_numpy(ids),
-        position_ids=None,
-        trees=None,
-        sources=torch.from_numpy(tokens - 1),
-        targets=torch.from_numpy(ids.reshape(-1)[tokens]),
-        response_of=torch.from_numpy(np.repeat(np.arange(len(counts)), counts)),
-        last=torch.from_numpy(begins + counts - 1),
-        lengths=torch.from_numpy(counts),
-    )
+    return {
+        "input_ids": ids,
+        "sources": tokens - 1,
+        "targets": ids.reshape(-1)[tokens],
+        "response_of": np.repeat(np.arange(len(counts)), counts),
+        "last": begins + counts - 1,
+        "lengths": counts,
+    }
 
 
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -129,11 +138,18 @@ def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.
     return np.arange(int(counts.sum())) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
 
 
-def _to(batch: PackedBatch, device: torch.device) -> PackedBatch:
+def _on(
+    device: torch.device,
+    arrays: dict[str, NDArray[np.int64]],
+    layout: Trees | list[NDArray[np.int32]] | None = None,
+) -> PackedBatch:
+    """The batch of these arrays. layout: on a CPU the trees of a packed row, for FlexAttention its `mask_arrays`."""
+    blocks = layout if isinstance(layout, list) else []
+    tensors: Iterator[Tensor]
     if device.type == "cpu":
-        return batch
-    values = {name: getattr(batch, name) for name in batch.__dataclass_fields__}
-    moved: dict[str, Any] = {
-        name: value.to(device, non_blocking=True) for name, value in values.items() if isinstance(value, Tensor)
-    }
-    return replace(batch, **moved)
+        tensors = (torch.from_numpy(array) for array in (*arrays.values(), *blocks))
+    else:
+        tensors = iter(moved([*arrays.values(), *blocks], device))
+    named: dict[str, Any] = {"position_ids": None} | {name: next(tensors) for name in arrays}
+    trees = Trees((), mask_of(list(tensors))) if isinstance(layout, list) else layout
+    return PackedBatch(trees=trees, **named)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefarena.modeling import tree_attention
+from prefarena.modeling import flex_trees, tree_attention
 from prefarena.modeling.packing import PackedBatch, pack
 
 #: Largest difference, relative to the largest value, that rounding alone makes.
@@ -19,13 +19,23 @@ _TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3}
 _HALF_TOLERANCE = 5e-2
 
 
-def why_not_packed(model: PreTrainedModel, max_length: int | None = None) -> str | None:
+def why_not_packed(
+    model: PreTrainedModel,
+    max_length: int | None = None,
+    device: torch.device | None = None,
+    attends_in: torch.dtype | None = None,
+) -> str | None:
     """Why prompts cannot be shared between responses and rows not packed; None where they can.
 
     Sets the attention implementation that packing needs, where it is exact. max_length: most tokens of a prompt and its
-    response; where it is not known, a model whose attention reaches only so far back cannot be packed.
+    response; where it is not known, a model whose attention reaches only so far back cannot be packed. device,
+    attends_in: where the model will run, and in which kind of numbers it attends there; by default as it is.
     """
-    return _windowed(model, max_length) or _packing_differs(model)
+    return (
+        _windowed(model, max_length)
+        or _kernel_missing(model, device or model.device, attends_in or model.dtype)
+        or _packing_differs(model)
+    )
 
 
 def body_keywords(batch: PackedBatch) -> dict[str, Any]:
@@ -80,6 +90,18 @@ def _windowed(model: PreTrainedModel, max_length: int | None) -> str | None:
     reaches = [size for size in (window, chunk, local) if size is not None]
     narrow = [size for size in reaches if max_length is None or size < max_length]
     return f"its attention reaches {min(narrow)} tokens back" if narrow else None
+
+
+def _kernel_missing(model: PreTrainedModel, device: torch.device, attends_in: torch.dtype) -> str | None:
+    """Why a GPU cannot attend in trees; None where it can. On a CPU no kernel has to be made."""
+    if device.type != "cuda":
+        return None
+    config = model.config.get_text_config()
+    num_heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
+    num_key_value_heads = getattr(config, "num_key_value_heads", None) or num_heads
+    reason = flex_trees.why_not(device, attends_in, num_heads, num_key_value_heads, head_dim)
+    return f"its attention kernel cannot be made for {device} ({reason})" if reason else None
 
 
 @torch.no_grad()

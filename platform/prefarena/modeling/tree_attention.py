@@ -3,14 +3,12 @@
 `transformers` models call the function registered here as the attention implementation "trees" once a layer, with the
 row's `Trees` as a keyword. On CPU it works tree by tree, so that no token attends in vain: short trees of similar
 length as one padded batch with a mask, a long one response by response. On CUDA it is one FlexAttention call whose
-block mask says the same.
+block mask says the same (`flex_trees.py`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 import numpy as np
@@ -18,16 +16,16 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from prefarena.modeling import flex_trees
+
 NAME = "trees"
 #: Trees of at most so many tokens are attended to as one padded batch: their padding costs less than a call each.
 _SHORT = 64
-#: Rows on CUDA are padded to a multiple of FlexAttention's block.
-BLOCK = 128
 
 Ints = NDArray[np.int64]
 Heads = tuple[Tensor, Tensor, Tensor]
@@ -63,14 +61,11 @@ class Trees:
     blocks: BlockMask | None = None
 
 
-def plan_trees(tree_of: Ints, branch_of: Ints, lengths: list[list[int]], device: torch.device) -> Trees:
-    """The layout of a row. tree_of, branch_of: [N] the tree of each token, and 0 in its prompt, j in its j-th response.
+def plan_trees(branch_of: Ints, lengths: list[list[int]]) -> Trees:
+    """The layout of a row on CPU. branch_of: [N] 0 for tokens of a prompt, j for those of its tree's j-th response.
 
-    lengths: of each tree's prompt and responses. Trees stand in the row in their order. Tokens of no tree (padding at
-    the row's end, tree -1) attend to themselves, on CUDA; on CPU there are none.
+    lengths: of each tree's prompt and responses. Trees stand in the row in their order.
     """
-    if device.type == "cuda":
-        return Trees((), _block_mask(torch.from_numpy(tree_of).to(device), torch.from_numpy(branch_of).to(device)))
     sizes = [sum(segments) for segments in lengths]
     parts: list[Batch | Tree] = []
     first = start = 0
@@ -115,22 +110,6 @@ def _tree(segments: list[int]) -> Tree:
     return Tree(sum(segments), prompt, tuple(responses), tuple(masks))
 
 
-def visible_to(tree_of: Tensor, branch_of: Tensor) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """The same rule for FlexAttention: an earlier token of the tree, in its prompt or in the same response."""
-
-    def visible(_batch: Tensor, _head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        same_tree = tree_of[query] == tree_of[key]
-        on_path = (branch_of[key] == 0) | (branch_of[key] == branch_of[query])
-        return (query == key) | (same_tree & on_path & (key < query) & (tree_of[query] >= 0))
-
-    return visible
-
-
-def _block_mask(tree_of: Tensor, branch_of: Tensor) -> BlockMask:
-    size, device = len(tree_of), str(tree_of.device)
-    return create_block_mask(visible_to(tree_of, branch_of), None, None, size, size, device=device, BLOCK_SIZE=BLOCK)
-
-
 def tree_attention(
     module: nn.Module,
     query: Tensor,
@@ -151,9 +130,7 @@ def tree_attention(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **others
         )
     if trees.blocks is not None:
-        grouped = query.shape[1] != key.shape[1]
-        out = _compiled_flex()(query, key, value, block_mask=trees.blocks, scale=scaling, enable_gqa=grouped)
-        return out.transpose(1, 2), None
+        return flex_trees.attend(query, key, value, trees.blocks, scaling).transpose(1, 2), None
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:
         key, value = key.repeat_interleave(repeats, 1), value.repeat_interleave(repeats, 1)
@@ -186,12 +163,6 @@ def _attend_tree(part: Tree, own: Heads, scaling: float | None) -> Tensor:
         key, value = torch.cat([prompt_key, keys[branch]], 2), torch.cat([prompt_value, values[branch]], 2)
         outs.append(F.scaled_dot_product_attention(queries[branch], key, value, attn_mask=mask, scale=scaling))
     return torch.cat(outs, 2).transpose(1, 2)
-
-
-@cache
-def _compiled_flex() -> Any:
-    """FlexAttention is fast, and spares memory, only when it is compiled."""
-    return torch.compile(flex_attention, dynamic=True)
 
 
 AttentionInterface.register(NAME, tree_attention)

@@ -26,6 +26,7 @@ from prefarena.errors import UserError
 from prefarena.generation.interface import RolloutSource
 from prefarena.judges.spec import Judge, load_judge, usage_of
 from prefarena.judges.usage import total_costs
+from prefarena.modeling.arithmetic import attends_in
 from prefarena.modeling.heads import ValueHead, token_values
 from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_policy
 from prefarena.modeling.logprobs import LogProbs, token_logps
@@ -131,8 +132,10 @@ class OnPolicyTrainer:
         _check_sizes(self.settings, worker.world_size)
         self.tokenizer = load_tokenizer(job.policy)
         self.policy = load_policy(job.policy)
-        self.log_probs = LogProbs(self.policy, job.max_length)
-        self.critic = load_critic(job) if isinstance(self.settings, PPOTraining) else None
+        where = (worker.device, attends_in(self.settings.precision))
+        self.log_probs = LogProbs(self.policy, job.max_length, *where)
+        worker.note_padding(self.log_probs.notes)
+        self.critic = load_critic(job, *where) if isinstance(self.settings, PPOTraining) else None
         self.stream = RolloutStream(job, worker, source, lambda: self.policy.state_dict().items())
         learned: dict[str, nn.Module] = {"policy": self.log_probs}
         if self.critic is not None:
@@ -163,7 +166,7 @@ class OnPolicyTrainer:
         nn.Module.to(reference, worker.device)
         return Scorers(
             policy=self.log_probs,
-            reference=LogProbs(reference, job.max_length),
+            reference=LogProbs(reference, job.max_length, attends_in=attends_in(self.settings.precision)),
             critic=self.critic,
             reward=reward,
             monitor=monitor,
@@ -340,13 +343,16 @@ class OnPolicyTrainer:
         return value_loss(values, batch.values, batch.returns, batch.mask, clip=self.settings.value_clip)
 
 
-def load_critic(job: OnPolicyJob) -> ValueHead:
-    """The job's reward model; where it names none, the policy's body under a head of zeros."""
+def load_critic(job: OnPolicyJob, *where: Any) -> ValueHead:
+    """The job's reward model; where it names none, the policy's body under a head of zeros.
+
+    where: the device and the kind of numbers of `PackedModel`.
+    """
     if job.critic:
-        return ValueHead(load_reward_model(job.critic), job.max_length)
+        return ValueHead(load_reward_model(job.critic), job.max_length, *where)
     critic = new_reward_model(job.policy, job.seed)
     nn.init.zeros_(critic.get_parameter("score.weight"))
-    return ValueHead(critic, job.max_length)
+    return ValueHead(critic, job.max_length, *where)
 
 
 def _critic_warmup(settings: OnPolicyTraining) -> int:

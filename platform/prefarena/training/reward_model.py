@@ -13,6 +13,7 @@ from prefarena.data.plan import LARGEST_PASS, within_budget
 from prefarena.data.tables import read_rows
 from prefarena.judges.calibration import calibration
 from prefarena.judges.models import RewardModelJudge
+from prefarena.modeling.arithmetic import attends_in
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.load import load_tokenizer, new_reward_model, save_policy
 from prefarena.modeling.lora import add_adapters, merge_adapters
@@ -42,7 +43,8 @@ def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
         return model
 
     model = start()
-    head = ScalarHead(model, job.max_length)
+    head = ScalarHead(model, job.max_length, worker.device, attends_in(job.settings.training.precision))
+    worker.note_padding(head.notes)
     shares = Shares(settings.training, worker.world_size, job.seed, head.packed)
     term = RewardModelTerm(job.pairs, shares, tokenizer.pad_token_id, centre_weight=settings.centre_weight)
     counts = train(head, [term], settings.training, worker)

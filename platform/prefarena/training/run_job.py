@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from prefarena.failures import reason_of
 from prefarena.generation.interface import GeneratorLostError
+from prefarena.modeling.arithmetic import attends_in
 from prefarena.modeling.load import load_policy, load_tokenizer, save_policy
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.modeling.lora import add_adapters, merge_adapters, save_adapter
@@ -92,7 +93,8 @@ def _train_policy(job: ReferenceJob | OffPolicyJob, worker: Worker) -> dict[str,
         return model
 
     model = start()
-    module = LogProbs(model, job.max_length)
+    module = LogProbs(model, job.max_length, worker.device, attends_in(settings.precision))
+    worker.note_padding(module.notes)
     counts = train(module, _terms(job, worker, tokenizer.pad_token_id, module.packed), settings, worker)
     trained = on_rank_0(model, start, worker.rank)
     if trained is not None:

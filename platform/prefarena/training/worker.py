@@ -111,6 +111,11 @@ class Worker:
             _logger.warning("%s: %s", self.stage_dir.name, message)
             self._append(_FAULTS, {"kind": kind, "message": message, "time": time.time(), **details})
 
+    def note_padding(self, notes: list[str]) -> None:
+        """Keep a record of why a model's rows are padded on a GPU: whoever prepared the model may not have had one."""
+        if notes and self.device.type == "cuda":
+            self.note_fault("padded", "; ".join(notes))
+
     def faults(self) -> list[dict[str, Any]]:
         """The records of all attempts at this job."""
         return _rows(self.stage_dir / _FAULTS)

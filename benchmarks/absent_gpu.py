@@ -1,0 +1,159 @@
+"""Let Inductor and Triton compile for a GPU that is not there. Nothing can be run.
+
+What Inductor asks of a device (its capability, shared memory, processors) is answered from the vendor's tables; it must
+be told before torch._inductor is imported, and for one card in a process. Written against torch 2.13 and Triton 3.7.1.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Card:
+    """What kernels are chosen by. shared_memory: bytes that one block of threads may ask for."""
+
+    name: str
+    capability: tuple[int, int]
+    shared_memory: int
+    num_processors: int
+
+    @property
+    def number(self) -> int:
+        return self.capability[0] * 10 + self.capability[1]
+
+
+CARDS = {
+    "A100": Card("NVIDIA A100-SXM4-80GB", (8, 0), 166912, 108),
+    "A10G": Card("NVIDIA A10G", (8, 6), 101376, 80),
+    "L40S": Card("NVIDIA L40S", (8, 9), 101376, 142),
+    "H100": Card("NVIDIA H100 80GB HBM3", (9, 0), 232448, 132),
+}
+
+
+def pretend(card: Card) -> None:
+    """Answer for `card` wherever torch and Triton ask for a device."""
+    scratch = tempfile.mkdtemp(prefix="kernels-")
+    os.environ |= {"TORCHINDUCTOR_CACHE_DIR": f"{scratch}/inductor", "TRITON_CACHE_DIR": f"{scratch}/triton"}
+    import torch
+    import torch._dynamo.device_interface as interface
+    import torch._inductor.config as inductor
+
+    inductor.fx_graph_cache, inductor.compile_threads = False, 1
+    inductor.use_static_triton_launcher = False
+    properties = _properties(card)
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda _=None: properties,
+        "get_device_capability": lambda _=None: card.capability,
+        "get_device_name": lambda _=None: card.name,
+        "is_initialized": lambda: True,
+        "synchronize": lambda *_: None,
+        "current_stream": lambda _=None: SimpleNamespace(stream_id=0, cuda_stream=0),
+        "is_bf16_supported": lambda *_, **__: True,
+        "_lazy_init": lambda: None,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    for name in ("_cuda_getDevice", "_cuda_setDevice", "_cuda_exchangeDevice", "_cuda_maybeExchangeDevice"):
+        setattr(torch._C, name, lambda *_: 0)
+    device: Any = interface.CudaInterface
+    device.device_count, device.is_available = staticmethod(lambda: 1), staticmethod(lambda: True)
+    device.current_device = device.Worker.current_device = staticmethod(lambda: 0)
+    device.get_compute_capability = staticmethod(lambda _=None: card.number)
+    device.get_device_properties = device.Worker.get_device_properties = staticmethod(lambda _=None: properties)
+    _pretend_to_triton(card)
+
+
+def _properties(card: Card) -> SimpleNamespace:
+    return SimpleNamespace(
+        name=card.name,
+        major=card.capability[0],
+        minor=card.capability[1],
+        multi_processor_count=card.num_processors,
+        total_memory=80 * 2**30,
+        warp_size=32,
+        max_threads_per_multi_processor=2048,
+        max_threads_per_block=1024,
+        regs_per_multiprocessor=65536,
+        shared_memory_per_block=49152,
+        shared_memory_per_block_optin=card.shared_memory,
+        shared_memory_per_multiprocessor=card.shared_memory + 1024,
+        L2_cache_size=50 * 2**20,
+        gcnArchName="",
+    )
+
+
+def _pretend_to_triton(card: Card) -> None:
+    import torch
+    import torch._inductor.runtime.triton_helpers as helpers
+    import torch._inductor.scheduler as scheduler
+    import torch.utils._triton as availability
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+
+    asks: dict[str, Any] = {
+        "max_shared_mem": card.shared_memory,
+        "multiprocessor_count": card.num_processors,
+        "warpSize": 32,
+        "max_num_regs": 65536,
+    }
+    utilities = SimpleNamespace(
+        get_device_properties=lambda _: asks, load_binary=lambda *_: (0, 0, 64, 0, 1024)
+    )  # nothing is loaded: the binary is looked at alone
+    driver.set_active(
+        SimpleNamespace(
+            utils=utilities,
+            get_current_target=lambda: GPUTarget("cuda", card.number, 32),
+            get_current_device=lambda: 0,
+            get_current_stream=lambda _: 0,
+            set_current_device=lambda _: None,
+            get_active_torch_device=lambda: torch.device("cuda", 0),
+            launcher_cls=lambda *_: lambda *_a, **_k: None,
+            map_python_to_cpp_type=str,
+            get_device_interface=lambda: torch.cuda,
+            is_active=lambda: True,
+        )
+    )
+    helpers.set_driver_to_gpu = helpers.set_driver_to_cpu = lambda: None
+    for name in dir(availability):
+        if hasattr(getattr(availability, name), "cache_clear"):
+            getattr(availability, name).cache_clear()
+    for module in vars(scheduler), vars(availability):
+        module["has_triton"] = lambda *_, **__: True
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """shared_memory: bytes a block of threads; registers and spilled: a thread's registers, and bytes beyond them."""
+
+    warps: int
+    shared_memory: int
+    registers: int
+    spilled: int
+
+
+def assembled(binary: Any, card: Card) -> Kernel:
+    """What CUDA's assembler, which comes with Triton, says of a compiled kernel."""
+    import re
+
+    import triton
+
+    assembler = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "ptxas"
+    with tempfile.NamedTemporaryFile("w", suffix=".ptx") as file:
+        file.write(binary.asm["ptx"])
+        file.flush()
+        target = "sm_90a" if card.number == 90 else f"sm_{card.number}"
+        command = [str(assembler), f"-arch={target}", "-v", file.name, "-o", os.devnull]
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=300).stderr
+    registers = max(map(int, re.findall(r"Used (\d+) registers", said)))
+    spilled = max(map(int, re.findall(r"(\d+) bytes spill stores", said)), default=0)
+    return Kernel(binary.metadata.num_warps, binary.metadata.shared, registers, spilled)

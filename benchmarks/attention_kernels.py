@@ -1,0 +1,192 @@
+"""Does the attention kernel fit each card? Compiled by Inductor, Triton and CUDA's assembler, without any GPU.
+
+    python benchmarks/attention_kernels.py [--out benchmarks/results/attention_kernels.json]
+    python benchmarks/attention_kernels.py --cards H100 --dims 64 --kinds bfloat16
+
+For each card, kind of numbers and head size: FlexAttention with the tree mask and the options of
+`prefarena/modeling/flex_trees.py`, forward and backward, and what one block of threads asks of the card. It makes an
+environment of its own (`requirements/attention-kernels.txt`). Compiled is not run: speed is not known from this.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from absent_gpu import CARDS, Card, assembled, pretend
+from sides import HERE, environment_python
+
+HEADS, KEY_VALUE_HEADS, TOKENS = 32, 8, 1024
+DIMS, KINDS = (64, 128, 256), ("bfloat16", "float32")
+_LIMIT_S = 1800
+
+
+def compiled(card: Card, head_dim: int, kind: str) -> dict[str, Any]:
+    """The options of one combination, and each of its kernels by its pass."""
+    import torch
+    import torch.nn.attention.flex_attention as flex
+
+    from prefarena.modeling import flex_trees
+
+    graphs = _captured(flex, flex_trees, card, head_dim, getattr(torch, kind))  # on the CPU, before pretending
+    pretend(card)
+    found: dict[str, Any] = {}
+    for name, graph, inputs in graphs:
+        for kernel in _kernels(_lowered(graph, inputs, backward=name == "backward")):
+            binaries = [kernel._precompile_config(config).kernel for config in kernel.configs]
+            found[name] = max((asdict(assembled(one, card)) for one in binaries), key=lambda own: own["shared_memory"])
+    options = flex_trees.options_for(getattr(torch, kind), head_dim, card.capability, card.shared_memory)
+    return {"options": options, "kernels": found}
+
+
+def _captured(flex: Any, flex_trees: Any, card: Card, head_dim: int, kind: Any) -> list[tuple[str, Any, list[Any]]]:
+    """The graphs of both passes as AOTAutograd hands them to Inductor."""
+    import numpy as np
+    import torch
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.decomposition import select_decomp_table
+
+    graphs: list[tuple[str, Any, list[Any]]] = []
+
+    def keep(name: str) -> Any:
+        def kept(graph: Any, inputs: Any) -> Any:
+            graphs.append((name, graph, list(inputs)))
+            return graph.forward
+
+        return kept
+
+    backend = aot_autograd(
+        fw_compiler=keep("forward"),
+        bw_compiler=keep("backward"),
+        decompositions=select_decomp_table,
+        partition_fn=min_cut_rematerialization_partition,
+    )
+    lengths = [[100, 120, 80], [200, 260, 40], [60, 100, 64]]
+    sizes = [size for own in lengths for size in own]
+    tree = np.repeat([index for index, own in enumerate(lengths) for _ in own], sizes)
+    branch = np.repeat([place for own in lengths for place in range(len(own))], sizes)
+    arrays = flex_trees.mask_arrays(tree, branch, lengths)
+    blocks = flex_trees.mask_of([torch.from_numpy(array) for array in arrays])
+    query, key, value = (
+        torch.randn(1, count, TOKENS, head_dim, dtype=kind, requires_grad=True)
+        for count in (HEADS, KEY_VALUE_HEADS, KEY_VALUE_HEADS)
+    )
+    flex._validate_device = lambda *_: None  # it refuses a backward pass on the CPU
+    options = flex_trees.options_for(kind, head_dim, card.capability, card.shared_memory)
+    call = torch.compile(flex.flex_attention, dynamic=True, backend=backend)
+    out = call(query, key, value, block_mask=blocks, scale=head_dim**-0.5, enable_gqa=True, kernel_options=options)
+    out.float().sum().backward()
+    return graphs
+
+
+def _lowered(graph: Any, inputs: list[Any], backward: bool) -> str:
+    """The source that Inductor writes for a graph, its tensors taken to be on a GPU."""
+    import torch
+    from torch import fx
+    from torch._dynamo.utils import detect_fake_mode
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
+    mode: Any = detect_fake_mode(values) or detect_fake_mode(inputs)
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            with mode:
+                return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cuda:0")
+        return type(value)(map(moved, value)) if isinstance(value, tuple | list) else value
+
+    for module in [part for part in graph.modules() if isinstance(part, fx.GraphModule)]:
+        for node in module.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = moved(node.meta["val"])
+            if str(node.kwargs.get("device")) == "cpu":
+                node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    with V.set_debug_handler(DebugContext()), V.set_fake_mode(mode):
+        lowering = GraphLowering(graph, example_inputs=inputs, shape_env=mode.shape_env, is_backward=backward)
+        with V.set_graph_handler(lowering):
+            lowering.run(*inputs)
+            source, _ = lowering.codegen()
+    return str(getattr(source, "value", source))
+
+
+def _kernels(source: str) -> list[Any]:
+    """The attention kernels of such a source, ready to be compiled."""
+    import importlib.util
+    import re
+
+    found = []
+    for name, body in re.findall(r"async_compile\.triton\('(triton_tem\w+)', '''(.*?)'''", source, re.DOTALL):
+        with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
+            file.write(body)
+        spec = importlib.util.spec_from_file_location(name, file.name)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found.append(getattr(module, name))
+    return found
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    lines = [
+        "| card | numbers | head size | pass | shared memory, B | of the card's, B | registers | spilled, B |",
+        "| --- | --- | ---: | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in rows:
+        for name, kernel in row["kernels"].items():
+            limit = CARDS[row["card"]].shared_memory
+            fits = "" if kernel["shared_memory"] <= limit else " **too much**"
+            lines.append(
+                f"| {row['card']} | {row['kind']} | {row['head_dim']} | {name} | {kernel['shared_memory']:,}{fits} | "
+                f"{limit:,} | {kernel['registers']} | {kernel['spilled']:,} |"
+            )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cards", nargs="+", default=list(CARDS), choices=list(CARDS))
+    parser.add_argument("--dims", nargs="+", type=int, default=list(DIMS))
+    parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=KINDS)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument(
+        "--one", nargs=3, help=argparse.SUPPRESS
+    )  # card, head size, kind: in the environment of its own
+    options = parser.parse_args()
+    if options.one:
+        card, head_dim, kind = options.one
+        print(json.dumps(compiled(CARDS[card], int(head_dim), kind)))
+        return
+    python = environment_python(HERE / ".venv-kernels", HERE / "requirements" / "attention-kernels.txt")
+    rows = []
+    path = os.pathsep.join([str(HERE.parent / "platform"), str(HERE)])
+    for card in options.cards:
+        for kind in options.kinds:
+            for head_dim in options.dims:
+                command = [python, __file__, "--one", card, str(head_dim), kind]
+                ran = subprocess.run(
+                    command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=_LIMIT_S
+                )
+                if ran.returncode:
+                    sys.exit(f"{card} {kind} {head_dim}: {ran.stderr[-3000:]}")
+                found = json.loads(ran.stdout.strip().splitlines()[-1])
+                rows.append({"card": card, "kind": kind, "head_dim": head_dim, **found})
+                print("\n".join(table(rows[-1:]).splitlines()[2:]), flush=True)
+    if options.out:
+        options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
