@@ -37,6 +37,7 @@ from prefarena.data.sources import version_of
 from prefarena.judges.function import source_digest
 from prefarena.judges.spec import JudgeSpec
 from prefarena.mirror import root_of
+from prefarena.modeling.arithmetic import Arithmetic
 from prefarena.stages import Stage
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 
@@ -89,15 +90,20 @@ class SeedPlan:
     base: Stage
     reference: Stage
     pairs: Stage
-    logps: Stage
+    scored: dict[Arithmetic, Stage]  # pairs with the reference's log-probs, by the arithmetic of training
     samples: Stage | None  # holds reference_samples/, on which learned rewards are normalised; none where none is
     judge: Stage | None
     evaluation: Stage  # of the reference itself
     trained: tuple[Trained, ...]
 
+    @property
+    def logps(self) -> Stage:
+        """Scored pairs, for whoever reads their text or the test pairs, which are scored in float32 everywhere."""
+        return next(iter(self.scored.values()))
+
     def shared(self) -> list[Stage]:
         """Stages before any entry's own, in order, without repeats."""
-        stages = [self.data, self.base, self.reference, self.pairs, self.logps, self.samples, self.judge]
+        stages = [self.data, self.base, self.reference, self.pairs, *self.scored.values(), self.samples, self.judge]
         return list(dict.fromkeys(stage for stage in stages if stage))
 
 
@@ -131,16 +137,20 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
         if learns_judge(config):
             inputs = [pairs.key, reference.key, samples.key, _dump(config.judge), _layout(config)]
             judge = Stage.at(root, "judge", task.kind, inputs)
-    logps = Stage.at(root, "logps", task.kind, [pairs.key, reference.key])
+    scored = {
+        arithmetic: Stage.at(root, "logps", task.kind, [pairs.key, reference.key, *_other_than_float32(arithmetic)])
+        for arithmetic in _arithmetics(config)
+    }
+    logps = next(iter(scored.values()))
     judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else _judge_inputs(config.judge)
     if isinstance(config.judge, PairwiseJudge) and isinstance(task, TextTask):
         judged_by = "pairwise"  # which has a stage of its own: responses do not depend on the judge
     evaluate = [logps.key, judged_by, _dump(config.evaluation)]
-    trained = tuple(_trained(config, entry, seed, root, logps, samples, judge, evaluate) for entry in config.entries)
+    trained = tuple(_trained(config, entry, seed, root, scored, samples, judge, evaluate) for entry in config.entries)
     evaluation = Stage.at(root, "evaluation", "reference", [reference.key, evaluate])
     if judged_by == "pairwise":
         trained = tuple(_compared(one, root, evaluation, config.judge) for one in trained)
-    return SeedPlan(seed, task, data, base, reference, pairs, logps, samples, judge, evaluation, trained)
+    return SeedPlan(seed, task, data, base, reference, pairs, scored, samples, judge, evaluation, trained)
 
 
 def _trained(
@@ -148,12 +158,15 @@ def _trained(
     entry: Entry,
     seed: int,
     root: Path,
-    logps: Stage,
+    scored: dict[Arithmetic, Stage],
     samples: Stage | None,
     judge: Stage | None,
     evaluate: list[Any],
 ) -> Trained:
     method, label, reward_model, scores = entry.method, f"{entry.name}-s{seed}", None, None
+    logps = next(iter(scored.values()))
+    if isinstance(method, OffPolicyMethod):
+        logps = scored[arithmetic_of(config, method)]
     inputs: list[Any] = [logps.key, _dump(method), seed, _layout(config)]
     if isinstance(method, OnPolicyMethod | BestOfN):
         if isinstance(method.reward, RewardModel):
@@ -197,6 +210,25 @@ def learns_a_reward(config: Comparison) -> bool:
 def _judge_inputs(settings: EvaluationJudge) -> list[Any]:
     """What scores depend on; a function's source belongs to it, so that an edited one is called again."""
     return [_dump(settings), source_digest(settings.function) if isinstance(settings, FunctionJudge) else None]
+
+
+def arithmetic_of(config: Comparison, method: OffPolicyMethod) -> Arithmetic:
+    """How the method's training computes: the reference's log-probs must be computed in the same way."""
+    if method.training.precision == "float32":
+        return "float32"
+    sharded = config.resources.sharding == "fsdp" and config.resources.num_workers > 1
+    return "bfloat16" if sharded else "autocast"
+
+
+def _arithmetics(config: Comparison) -> list[Arithmetic]:
+    """Of all entries that are trained on pairs, without repeats; float32 first, and where there are none."""
+    methods = [entry.method for entry in config.entries]
+    found = {arithmetic_of(config, method) for method in methods if isinstance(method, OffPolicyMethod)}
+    return sorted(found, key=lambda arithmetic: arithmetic != "float32") or ["float32"]
+
+
+def _other_than_float32(arithmetic: Arithmetic) -> list[str]:
+    return [] if arithmetic == "float32" else [arithmetic]
 
 
 def _layout(config: Comparison) -> list[Any]:
@@ -320,7 +352,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
             policy=model_of(plan.reference),
             seed=trained.seed,
             method=method,
-            pairs=str(plan.logps.folder / "train_pairs"),
+            pairs=str(plan.scored[arithmetic_of(config, method)].folder / "train_pairs"),
             demonstrations=str(plan.data.folder / "demonstrations"),
             pretraining=str(pretraining) if method.pretraining_weight > 0 else None,
         )

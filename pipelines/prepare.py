@@ -25,6 +25,7 @@ from prefarena.config import Comparison, LanguageTask, PretrainedModel, Resource
 from prefarena.data.tables import write_rows
 from prefarena.errors import UserError
 from prefarena.mirror import mirror_of, root_of, workspace
+from prefarena.modeling.arithmetic import Arithmetic
 from prefarena.modeling.folders import whole_folder
 from prefarena.modeling.load import base_model, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import LogProbs
@@ -57,7 +58,8 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
             drawn = "pairs to be drawn from the reference policy and labelled"
             run_once(console, plan.pairs, partial(_write_pairs, config, plan.task, plan), drawn)
         scored = "scoring processes to start, and to score every pair by the reference policy"
-        run_once(console, plan.logps, partial(_write_logps, config, plan), scored)
+        for arithmetic, stage in plan.scored.items():
+            run_once(console, stage, partial(_write_logps, config, plan, arithmetic), scored)
     draw_reference_samples(config, plans, console)
     run(config.resources, [judge_job(config, plan, plan.judge) for plan in plans if plan.judge], config, console)
     require([plan.judge for plan in plans if plan.judge])
@@ -193,7 +195,7 @@ def _write_pairs(config: Comparison, task: LanguageTask, plan: SeedPlan, folder:
     get_within(running, config.resources.task_timeout_s, "pairs to be drawn from the reference policy and labelled")
 
 
-def _write_logps(config: Comparison, plan: SeedPlan, folder: Path) -> None:
+def _write_logps(config: Comparison, plan: SeedPlan, arithmetic: Arithmetic, folder: Path) -> None:
     add_reference_logps(
         plan.pairs.folder,
         model_of(plan.reference),
@@ -201,4 +203,5 @@ def _write_logps(config: Comparison, plan: SeedPlan, folder: Path) -> None:
         cache=root_of(config.output, config.resources.cache_dir) / "reference_logps",
         resources=config.resources,
         max_length=max_length(plan.task),
+        arithmetic=arithmetic,
     )

@@ -1,6 +1,7 @@
 """Reference log-probs as data: computed once by Ray Data, shared by every method and seed.
 
-No training worker holds a reference model: pairs carry `ref_chosen_logp` and `ref_rejected_logp` columns.
+No training worker holds a reference model: pairs carry `ref_chosen_logp` and `ref_rejected_logp` columns. They are
+computed in the arithmetic of the training that reads them, so that policy and reference agree before the first step.
 
 The pairs are cut into parts of neighbouring rows, and each part into batches of rows of similar length, before any of
 them is dealt out: so the number of actors changes no bit of the result. A part's scores are a file in a cache, named by
@@ -33,12 +34,13 @@ from prefarena.config import Resources
 from prefarena.data.plan import within_budget
 from prefarena.errors import UserError
 from prefarena.mirror import bring, push
+from prefarena.modeling.arithmetic import Arithmetic, computing, in_weights
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import REFERENCED_PAIRS
 from prefarena.stages import write_manifest
 
-SPLITS = ("train_pairs", "test_pairs")
+SPLITS = TRAIN, TEST = ("train_pairs", "test_pairs")
 PART_ROWS = 1024
 BATCH_TOKENS = 8192  # of prompts and responses in a forward pass
 
@@ -92,20 +94,26 @@ def add_reference_logps(
     resources: Resources,
     max_length: int | None = None,
     part_rows: int = PART_ROWS,
+    arithmetic: Arithmetic = "float32",
 ) -> None:
     """Write train_pairs/ and test_pairs/ with the two columns, and the manifest, to `folder`.
 
-    `max_length`: most tokens of a prompt and its response, where it is known. Finished parts are kept in `cache`, and
-    those found there are used.
+    `max_length`: most tokens of a prompt and its response, where it is known. `arithmetic`: that of the training on
+    the training pairs; the test pairs are scored in float32, as evaluations score policies. Finished parts are kept in
+    `cache`, and those found there are used.
     """
     started = time.perf_counter()
     cache.mkdir(parents=True, exist_ok=True)
     model = [_SCORING, weights_digest(reference), *_scorer(resources), BATCH_TOKENS]
-    parts = {split: find_parts(pairs / split, cache, model, part_rows) for split in SPLITS}
-    wanted = {part.scores: part for split in SPLITS for part in parts[split]}
-    missing = [part for part in wanted.values() if read_scores(part) is None]
-    if missing:
-        _compute(missing, reference, resources, max_length)
+    arithmetics: dict[str, Arithmetic] = {TRAIN: arithmetic, TEST: "float32"}
+    parts = {
+        split: find_parts(pairs / split, cache, model if own == "float32" else [*model, own], part_rows)
+        for split, own in arithmetics.items()
+    }
+    wanted = {part.scores: (part, arithmetics[split]) for split in SPLITS for part in parts[split]}
+    missing = [(part, own) for part, own in wanted.values() if read_scores(part) is None]
+    for own in dict.fromkeys(own for _, own in missing):
+        _compute([part for part, its in missing if its == own], reference, resources, max_length, own)
     found = [_write_scored(parts[split], folder / split) for split in SPLITS]
     costs = {
         "wall_seconds": time.perf_counter() - started,
@@ -172,11 +180,14 @@ def write_scores(part: Part, scores: Scores) -> None:
 class ReferenceLogps:
     """A Ray Data actor: parts in; their scores go to the cache."""
 
-    def __init__(self, reference: str, max_length: int | None, device: str, num_threads: int) -> None:
+    def __init__(
+        self, reference: str, max_length: int | None, device: str, num_threads: int, arithmetic: Arithmetic = "float32"
+    ) -> None:
         torch.set_num_threads(num_threads)
-        model = load_policy(reference)
+        model = in_weights(load_policy(reference), arithmetic)
         torch.nn.Module.to(model, device)
-        self.module = LogProbs(model, max_length)
+        self.arithmetic = arithmetic
+        self.module = LogProbs(model, max_length, attends_in=torch.bfloat16 if arithmetic == "autocast" else None)
         self.pad_id = load_tokenizer(reference).pad_token_id
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -192,7 +203,8 @@ class ReferenceLogps:
         logps = np.empty((2, len(lengths)), np.float32)
         for numbers in within_budget(np.argsort(lengths, kind="stable"), lengths, BATCH_TOKENS):
             prompts, chosen, rejected = ([rows[name][i] for i in numbers] for name in _TOKENS)
-            logps[:, numbers] = pair_logps(self.module, prompts, chosen, rejected, self.pad_id)
+            with computing(self.arithmetic, self.module.model.device):
+                logps[:, numbers] = pair_logps(self.module, prompts, chosen, rejected, self.pad_id)
         return Scores(logps[0], logps[1], time.perf_counter() - started, int(lengths.sum()))
 
 
@@ -224,7 +236,9 @@ def _scorer(resources: Resources) -> tuple[str, int]:
     return resources.device, max(1, int(resources.scoring.cpus))
 
 
-def _compute(parts: list[Part], reference: str, resources: Resources, max_length: int | None) -> None:
+def _compute(
+    parts: list[Part], reference: str, resources: Resources, max_length: int | None, arithmetic: Arithmetic
+) -> None:
     import ray.data
 
     num_actors = resources.scoring.num_actors or resources.num_workers
@@ -237,7 +251,7 @@ def _compute(parts: list[Part], reference: str, resources: Resources, max_length
             rows,
             ReferenceLogps,
             min(num_actors, len(missing)),
-            fn_constructor_args=(reference, max_length, *_scorer(resources)),
+            fn_constructor_args=(reference, max_length, *_scorer(resources), arithmetic),
             batch_format="pyarrow",
             batch_size=1,
             **scoring_options(resources),
