@@ -199,7 +199,3 @@ def _at(tree: Any, key: str) -> Any:
     for part in key.split("."):
         tree = tree[part]
     return tree
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,33 +1,26 @@
-"""The head-to-head: `python -m pipelines.compare [CONFIG]`, or `prefarena compare`."""
+"""The head-to-head, `prefarena compare`: everything that is missing, from the data to the report."""
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.checks import check_input
 from pipelines.claims import only_once
 from pipelines.evaluate import evaluate
 from pipelines.plan import SeedPlan, make_plan, max_length
-from pipelines.preferences import check_text_task
 from pipelines.prepare import prepare
 from pipelines.report import report, run_folder
 from pipelines.train import train
-from prefarena.cluster.capacity import check_placement, cluster_nodes, generates
+from prefarena.cluster.capacity import check_placement, cluster_nodes
 from prefarena.cluster.session import check_resources, ray_session, requested
-from prefarena.config import BestOfN, Comparison, EndpointJudge, OnPolicyMethod, PretrainedModel, RewardModel, TextTask
-from prefarena.errors import UserError
-from prefarena.judges.spec import check_judge
+from prefarena.config import Comparison, OnPolicyMethod
 from prefarena.mirror import shown
-from prefarena.modeling.inspection import check_context, check_head_size, inspect_policy
-from prefarena.modeling.load import load_tokenizer
-from prefarena.modeling.vocabulary import check_tokens
 from prefarena.report.tables import main_table
 from prefarena.stages import Stage, forget_failure
 from prefarena.stores import check_output, is_url
-from prefarena.tasks.language import Language
 
 _WIDE = 150  # characters from which the whole table fits
 STEPS = ("prepare", "train", "evaluate", "report")
@@ -68,73 +61,6 @@ def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: 
     console.print(main_table(results, brief=console.width < _WIDE).rich())
     console.print(f"report: {shown(folder / 'report.md')}")
     return folder
-
-
-def check_input(config: Comparison) -> None:
-    """Everything that can be found wrong without any work. Raises UserError."""
-    if isinstance(config.model, PretrainedModel):
-        _check_pretrained(config, config.model)
-    if isinstance(config.task, TextTask):
-        check_text_task(config.task, config.model)
-    else:
-        Language(config.task)
-    if not isinstance(config.model, PretrainedModel):
-        width = config.model.hidden_size // config.model.num_heads
-        if width not in (32, 64, 128, 256):
-            raise UserError(
-                f"model: hidden_size / num_heads is {width}; vLLM's attention takes 32, 64, 128 or 256 - change one"
-            )
-    rewards = [entry.method.reward for entry in config.entries if isinstance(entry.method, OnPolicyMethod | BestOfN)]
-    for settings in [*rewards, *([config.judge] if isinstance(config.task, TextTask) else [])]:
-        check_judge(settings)
-    workers = config.resources.num_workers
-    for name, training in _optimisations(config):
-        if training % workers:
-            raise UserError(f"{name}: {training} cannot be shared evenly by resources.num_workers = {workers}")
-
-
-def _check_pretrained(config: Comparison, model: PretrainedModel) -> None:
-    if not isinstance(config.task, TextTask):
-        raise UserError("model.kind: pretrained models need a text task; the enumerable language has its own")
-    methods = [entry.method for entry in config.entries if isinstance(entry.method, OnPolicyMethod | BestOfN)]
-    rewards = [config.judge, *(method.reward for method in methods)]
-    scored = any(isinstance(reward, RewardModel) for reward in rewards)
-    scored = scored or any(method.kind == "rlhf" for method in methods)  # its critic
-    settings = inspect_policy(model.path, model.revision, scored=scored)
-    tokenizer = load_tokenizer(model.path, model.revision)
-    check_tokens(model.path, tokenizer, settings, model.revision)
-    check_context(model.path, settings, max_length(config.task))
-    if generates(config) and not config.resources.use_gpu:
-        check_head_size(model.path, settings)
-
-
-def _optimisations(config: Comparison) -> list[tuple[str, int]]:
-    """Batch sizes that workers must share evenly, by key. Raises UserError for entries that cannot train."""
-    sizes = [("reference.training.batch_size", config.reference.training.batch_size)]
-    if isinstance(config.task, TextTask) and isinstance(config.judge, RewardModel):
-        sizes.append(("judge.training.batch_size", config.judge.training.batch_size))
-    for entry in config.entries:
-        where = f"entries.{entry.name}.method"
-        if isinstance(entry.method, OnPolicyMethod | BestOfN):
-            if isinstance(entry.method.reward, RewardModel):
-                sizes.append((f"{where}.reward.training.batch_size", entry.method.reward.training.batch_size))
-            if isinstance(entry.method, BestOfN):
-                if isinstance(entry.method.reward, EndpointJudge) and not isinstance(config.task, TextTask):
-                    raise UserError(f"{where}.reward: an endpoint cannot score every response of the language")
-                continue
-            training = entry.method.training
-            sizes.append((f"{where}.training.rollouts_per_iteration", training.rollouts_per_iteration))
-            if training.rollouts_per_iteration % training.num_minibatches:
-                raise UserError(
-                    f"{where}.training: rollouts_per_iteration {training.rollouts_per_iteration} cannot be cut into "
-                    f"{training.num_minibatches} minibatches of one size"
-                )
-        else:
-            sizes.append((f"{where}.training.batch_size", entry.method.training.batch_size))
-            has_text = isinstance(config.task, TextTask) and config.task.pretraining_text is not None
-            if entry.method.pretraining_weight > 0 and not has_text:
-                raise UserError(f"{where}.pretraining_weight: above 0 it needs task.pretraining_text (text tasks)")
-    return sizes
 
 
 def all_stages(plans: list[SeedPlan]) -> list[Stage]:
@@ -186,9 +112,3 @@ def show_plan(config: Comparison, plans: list[SeedPlan], console: Console) -> No
             )
     asked = ", ".join(f"{amount:g} {kind}s ({why})" for kind, (amount, why) in requested(config).items())
     console.print(f"asked of the cluster: {asked}; sequences of up to {max_length(config.task)} tokens")
-
-
-if __name__ == "__main__":
-    from pipelines.cli import main
-
-    sys.exit(main(["compare", *sys.argv[1:]]))

@@ -1,15 +1,14 @@
-"""Will it run here? `python -m pipelines.doctor [CONFIG]`, or `prefarena doctor`; as a job, `submit --check`."""
+"""Will it run here? `prefarena doctor`; as a job on a cluster, `prefarena submit --check`."""
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 
 from transformers import PretrainedConfig
 
-from pipelines.compare import check_input
+from pipelines.checks import check_input
 from pipelines.plan import longest, max_length
 from prefarena.cluster.attention import Heads, ask_gpu_nodes
 from prefarena.cluster.capacity import check_side_by_side, cluster_nodes, describe, generates
@@ -151,9 +150,3 @@ def _bytes_at(path: str) -> int:
         return sum(size or 0 for _, size, _ in fingerprint(path))
     files = Path(path).rglob("*") if Path(path).is_dir() else [Path(path)]
     return sum(file.stat().st_size for file in files if file.is_file())
-
-
-if __name__ == "__main__":
-    from pipelines.cli import main
-
-    sys.exit(main(["doctor", *sys.argv[1:]]))

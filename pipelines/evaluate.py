@@ -1,4 +1,4 @@
-"""Measure every policy on the same footing: `python -m pipelines.evaluate CONFIG`, or `prefarena evaluate`.
+"""Measure every policy on the same footing: `prefarena evaluate`.
 
 The enumerable language is measured exactly. Text is measured on held-out prompts, from vLLM samples that are scored
 by the judge, and on held-out pairs. An evaluation stage holds `row.json` (the measures) and what win rates between
@@ -7,7 +7,6 @@ entries need.
 
 from __future__ import annotations
 
-import sys
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -275,9 +274,3 @@ def pairwise_wins(plan: SeedPlan, stages: list[Stage]) -> tuple[np.ndarray, np.n
     estimates = [[win_rate(a["scores"], a["clusters"], b["scores"], b["clusters"]) for b in arrays] for a in arrays]
     rates = np.array([[cell.mean for cell in row] for row in estimates])
     return rates, np.array([[cell.stderr for cell in row] for row in estimates])
-
-
-if __name__ == "__main__":
-    from pipelines.cli import main
-
-    sys.exit(main(["evaluate", *sys.argv[1:]]))

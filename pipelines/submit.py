@@ -38,7 +38,7 @@ def submit(arguments: argparse.Namespace) -> int:
         write_package(Path(folder), Path(pipelines.__file__).parent, dump_config(config), include)
         module = "doctor" if arguments.check else "compare"
         retry = " --retry-failed" if arguments.retry_failed and not arguments.check else ""
-        client.submit(name, f"python -m pipelines.{module} {CONFIG_NAME}{retry}", Path(folder))
+        client.submit(name, f"python -m pipelines {module} {CONFIG_NAME}{retry}", Path(folder))
     what = f"it looks at {config.output}" if arguments.check else f"it writes to {config.output}"
     print(f"job {name} is submitted to {client.shown}; {what}", flush=True)
     if arguments.follow:

@@ -1,8 +1,7 @@
-"""Train the entries of a comparison: `python -m pipelines.train CONFIG`, or `prefarena train`."""
+"""Train the entries of a comparison: `prefarena train`."""
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from functools import partial
 
@@ -11,7 +10,7 @@ from rich.console import Console
 from pipelines.claims import settle
 from pipelines.engine import start_generator
 from pipelines.plan import SeedPlan, Trained, entry_job, reward_model_job
-from pipelines.prepare import run, run_claimed, say_outcomes
+from pipelines.runner import run, run_claimed, say_outcomes
 from prefarena.config import Comparison, OffPolicyMethod, OnPolicyMethod
 from prefarena.failures import cluster_answers
 from prefarena.generation.interface import GeneratorLostError
@@ -64,9 +63,3 @@ def _train_on_policy(config: Comparison, console: Console, entries: list[tuple[S
                 say_outcomes(console, [job])
         finally:
             generator.stop()
-
-
-if __name__ == "__main__":
-    from pipelines.cli import main
-
-    sys.exit(main(["train", *sys.argv[1:]]))

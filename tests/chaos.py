@@ -102,7 +102,7 @@ class Disturbed:
         with (self.config.parent / "log.txt").open("a") as log:
             log.write(f"\n==== start {self.num_starts}\n")
             log.flush()
-            command = [sys.executable, "-m", "pipelines.cli", "compare", str(self.config)]
+            command = [sys.executable, "-m", "pipelines", "compare", str(self.config)]
             self._process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 
     def _kill(self, kill: Kill) -> set[int] | None:

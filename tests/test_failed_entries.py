@@ -32,7 +32,7 @@ __all__ = ["server"]  # a fixture
 def compare(config: Path) -> str:
     """What the command prints, in a process of its own: so Ray's workers find the functions beside this file."""
     path = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
-    command = [sys.executable, "-m", "pipelines.cli", "compare", str(config)]
+    command = [sys.executable, "-m", "pipelines", "compare", str(config)]
     ended = subprocess.run(
         command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, timeout=300, check=False
     )

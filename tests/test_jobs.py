@@ -241,7 +241,7 @@ def test_a_job_runs_the_code_that_submitted_it_and_a_kill_is_its_exit_status(cli
 def test_a_stopped_job_ends_those_who_follow_it(head: Head, client: JobClient, tmp_path: Path) -> None:
     client.submit("long", 'python -c "import time; print(1234, flush=True); time.sleep(600)"', tmp_path)
     environment = {**os.environ, "RAY_AUTH_TOKEN": TOKEN, "RAY_AUTH_MODE": "token", "PYTHONUNBUFFERED": "1"}
-    command = [sys.executable, "-m", "pipelines.cli", "logs", "long", "--follow", "--address", head.address]
+    command = [sys.executable, "-m", "pipelines", "logs", "long", "--follow", "--address", head.address]
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     try:
         wait_for_line(process, "1234")

@@ -13,7 +13,7 @@ from judge_server import Server, endpoint, server
 from tiny import EOS, save_tiny_policy
 from transformers import AutoTokenizer, LlamaConfig, LlamaForSequenceClassification
 
-from pipelines.compare import check_input
+from pipelines.checks import check_input
 from prefarena.config import (
     ClassifierJudge,
     Comparison,

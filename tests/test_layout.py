@@ -64,6 +64,20 @@ def test_imports_run_one_way(path: Path) -> None:
         assert path == PACKAGE / "generation" / "engine.py"
 
 
+def test_the_pipelines_import_each_other_one_way() -> None:
+    """Imports inside functions count: a circle that they hide is a circle."""
+    paths = sorted((ROOT / "pipelines").glob("*.py"))
+    needs = {
+        path.stem: {name.split(".")[1] for name in imported(path) if name.startswith("pipelines.")} for path in paths
+    }
+    order: list[str] = []
+    while left := set(needs) - set(order):
+        ready = sorted(name for name in left if needs[name] <= set(order))
+        assert ready, f"these import each other in a circle: {', '.join(sorted(left))}"
+        order += ready
+    assert not any(name.split(".")[0] in ("tests", "benchmarks") for path in paths for name in imported(path))
+
+
 @pytest.mark.parametrize(
     "path", [*modules(), *sorted((ROOT / "pipelines").glob("*.py"))], ids=lambda path: str(path.relative_to(ROOT))
 )

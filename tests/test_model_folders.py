@@ -18,7 +18,7 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
-from pipelines.compare import check_input
+from pipelines.checks import check_input
 from pipelines.doctor import model_settings
 from prefarena.config import ClassifierJudge, Comparison, PretrainedModel, TextTask, parse_config
 from prefarena.data.preparation import COLUMNS, TEXT_COLUMNS, prepare_pairs, prepare_pieces

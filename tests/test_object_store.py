@@ -134,7 +134,7 @@ class Run:
         self.log = folder / "log.txt"
         root = Path(__file__).parents[1]
         environment = {**os.environ, **server, "PYTHONPATH": os.pathsep.join([str(root), *sys.path])}
-        command = [sys.executable, "-m", "pipelines.cli", "compare", str(folder / "config.yaml")]
+        command = [sys.executable, "-m", "pipelines", "compare", str(folder / "config.yaml")]
         with self.log.open("a") as log:
             self.process = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
 

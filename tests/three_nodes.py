@@ -15,7 +15,7 @@ from rich.console import Console
 from pipelines.compare import compare
 from pipelines.engine import start_generator
 from pipelines.plan import make_plan, reference_job
-from pipelines.prepare import run
+from pipelines.runner import run
 from prefarena.config import Comparison, parse_config
 from prefarena.errors import UserError, WaitTimeoutError
 

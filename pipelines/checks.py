@@ -1,0 +1,81 @@
+"""What is wrong with a comparison, as far as it can be found without any work."""
+
+from __future__ import annotations
+
+from pipelines.plan import max_length
+from pipelines.preferences import check_text_task
+from prefarena.cluster.capacity import generates
+from prefarena.config import BestOfN, Comparison, EndpointJudge, OnPolicyMethod, PretrainedModel, RewardModel, TextTask
+from prefarena.errors import UserError
+from prefarena.judges.spec import check_judge
+from prefarena.modeling.inspection import check_context, check_head_size, inspect_policy
+from prefarena.modeling.load import load_tokenizer
+from prefarena.modeling.vocabulary import check_tokens
+from prefarena.tasks.language import Language
+
+
+def check_input(config: Comparison) -> None:
+    """Everything that can be found wrong without any work. Raises UserError."""
+    if isinstance(config.model, PretrainedModel):
+        _check_pretrained(config, config.model)
+    if isinstance(config.task, TextTask):
+        check_text_task(config.task, config.model)
+    else:
+        Language(config.task)
+    if not isinstance(config.model, PretrainedModel):
+        width = config.model.hidden_size // config.model.num_heads
+        if width not in (32, 64, 128, 256):
+            raise UserError(
+                f"model: hidden_size / num_heads is {width}; vLLM's attention takes 32, 64, 128 or 256 - change one"
+            )
+    rewards = [entry.method.reward for entry in config.entries if isinstance(entry.method, OnPolicyMethod | BestOfN)]
+    for settings in [*rewards, *([config.judge] if isinstance(config.task, TextTask) else [])]:
+        check_judge(settings)
+    workers = config.resources.num_workers
+    for name, training in _optimisations(config):
+        if training % workers:
+            raise UserError(f"{name}: {training} cannot be shared evenly by resources.num_workers = {workers}")
+
+
+def _check_pretrained(config: Comparison, model: PretrainedModel) -> None:
+    if not isinstance(config.task, TextTask):
+        raise UserError("model.kind: pretrained models need a text task; the enumerable language has its own")
+    methods = [entry.method for entry in config.entries if isinstance(entry.method, OnPolicyMethod | BestOfN)]
+    rewards = [config.judge, *(method.reward for method in methods)]
+    scored = any(isinstance(reward, RewardModel) for reward in rewards)
+    scored = scored or any(method.kind == "rlhf" for method in methods)  # its critic
+    settings = inspect_policy(model.path, model.revision, scored=scored)
+    tokenizer = load_tokenizer(model.path, model.revision)
+    check_tokens(model.path, tokenizer, settings, model.revision)
+    check_context(model.path, settings, max_length(config.task))
+    if generates(config) and not config.resources.use_gpu:
+        check_head_size(model.path, settings)
+
+
+def _optimisations(config: Comparison) -> list[tuple[str, int]]:
+    """Batch sizes that workers must share evenly, by key. Raises UserError for entries that cannot train."""
+    sizes = [("reference.training.batch_size", config.reference.training.batch_size)]
+    if isinstance(config.task, TextTask) and isinstance(config.judge, RewardModel):
+        sizes.append(("judge.training.batch_size", config.judge.training.batch_size))
+    for entry in config.entries:
+        where = f"entries.{entry.name}.method"
+        if isinstance(entry.method, OnPolicyMethod | BestOfN):
+            if isinstance(entry.method.reward, RewardModel):
+                sizes.append((f"{where}.reward.training.batch_size", entry.method.reward.training.batch_size))
+            if isinstance(entry.method, BestOfN):
+                if isinstance(entry.method.reward, EndpointJudge) and not isinstance(config.task, TextTask):
+                    raise UserError(f"{where}.reward: an endpoint cannot score every response of the language")
+                continue
+            training = entry.method.training
+            sizes.append((f"{where}.training.rollouts_per_iteration", training.rollouts_per_iteration))
+            if training.rollouts_per_iteration % training.num_minibatches:
+                raise UserError(
+                    f"{where}.training: rollouts_per_iteration {training.rollouts_per_iteration} cannot be cut into "
+                    f"{training.num_minibatches} minibatches of one size"
+                )
+        else:
+            sizes.append((f"{where}.training.batch_size", entry.method.training.batch_size))
+            has_text = isinstance(config.task, TextTask) and config.task.pretraining_text is not None
+            if entry.method.pretraining_weight > 0 and not has_text:
+                raise UserError(f"{where}.pretraining_weight: above 0 it needs task.pretraining_text (text tasks)")
+    return sizes
