@@ -24,7 +24,7 @@ from prefarena.config import LanguageTask
 from prefarena.errors import UserError
 from prefarena.evaluation.enumeration import Responses, enumerate_responses
 from prefarena.evaluation.exact import Frontier, exact_metrics, expected_scores, frontiers, win_rates
-from prefarena.evaluation.preferences import preference_accuracy
+from prefarena.evaluation.preferences import TIE, preference_accuracy
 from prefarena.tasks.gold import GoldReward
 from prefarena.tasks.language import Language
 
@@ -151,7 +151,8 @@ def test_metrics_agree_with_plain_loops() -> None:
             assert row[f"{measure}/{group}"] == pytest.approx(total / len(prompts), abs=1e-10)
         assert row[f"regret/{group}"] == pytest.approx(row[f"frontier_reward/{group}"] - row[f"reward/{group}"])
         assert row[f"regret/{group}"] > 0
-    assert (row["kl"], row["judge_score"], row["kl_stderr"]) == (row["kl/all"], row["reward/all"], 0.0)
+    for name, measure in {"kl": "kl", "judge_score": "reward", "response_length": "response_length"}.items():
+        assert (row[name], row[f"{name}_stderr"]) == (row[f"{measure}/all"], 0.0)
 
 
 def test_expected_scores_agree_with_plain_loops() -> None:
@@ -168,6 +169,14 @@ def test_the_reference_is_at_the_frontiers_origin() -> None:
         assert row[f"kl/{group}"] == 0 and row[f"regret/{group}"] == pytest.approx(0, abs=1e-12)
 
 
+def test_frontiers_at_hand_are_used() -> None:
+    """Those of a reward that is twice as large, so that they differ from what would be computed."""
+    limits = frontiers(REF, 2 * REWARDS, COVERED)
+    row = exact_metrics(distributions(3), REF, REWARDS, COVERED, LENGTHS, limits)
+    for group, limit in limits.items():
+        assert row[f"frontier_reward/{group}"] == limit.optimum_at(row[f"kl/{group}"]).reward
+
+
 def test_groups_without_prompts_have_no_keys() -> None:
     row = exact_metrics(distributions(3), REF, REWARDS, np.ones(4, dtype=bool), LENGTHS)
     assert "kl/covered" in row and not any(key.endswith("/uncovered") for key in row)
@@ -179,6 +188,21 @@ def test_a_probability_of_zero_counts_as_zero() -> None:
     row = exact_metrics(logps, REF, REWARDS, COVERED, LENGTHS)
     assert row["entropy/all"] == 0 and row["kl/all"] == pytest.approx(-REF[:, 5].mean())
     assert row["forward_kl/all"] == math.inf
+
+
+@pytest.mark.filterwarnings("error")
+def test_responses_that_neither_policy_gives_change_nothing() -> None:
+    """Five more of them, of higher rewards: every measure but that of the best response stays."""
+    logps, nowhere = distributions(3), np.full((4, 5), -np.inf)
+    row = exact_metrics(logps, REF, REWARDS, COVERED, LENGTHS)
+    wider = exact_metrics(
+        np.hstack([logps, nowhere]), np.hstack([REF, nowhere]), np.hstack([REWARDS, np.full((4, 5), 9.0)]),
+        COVERED, np.append(LENGTHS, [4] * 5),
+    )  # fmt: skip
+    assert wider["best_probability/all"] == 0
+    for name, value in row.items():
+        if not name.startswith("best_probability"):
+            assert wider[name] == pytest.approx(value, abs=1e-12), name
 
 
 @pytest.mark.parametrize("kl", [1e-8, 1e-3, 0.1, 0.7, 1.5, 2.5])
@@ -258,6 +282,14 @@ def test_win_rates_agree_with_double_loops() -> None:
         assert result.stderr[i, j] == pytest.approx(np.std(by_prompt, ddof=1) / 2, abs=1e-10)
 
 
+def test_win_rates_of_rounded_log_probs_sum_to_one() -> None:
+    """Probabilities that miss 1 by a thousandth, as after rounding, give the rates of those that do not."""
+    policies = [REF, distributions(6)]
+    result = win_rates([policies[0] + 1e-3, policies[1] - 1e-3], REWARDS)
+    np.testing.assert_allclose(result.win_rate, win_rates(policies, REWARDS).win_rate, atol=1e-12)
+    np.testing.assert_allclose(result.win_rate.diagonal(), 0.5, atol=1e-12)
+
+
 def test_preference_accuracy_has_one_definition() -> None:
     chosen, rejected = np.array([-1.0, -2.0, -3.0, -4.0]), np.array([-2.0, -1.0, -4.0, -4.0])
     of_reference = preference_accuracy(chosen, rejected, chosen, rejected)
@@ -266,6 +298,17 @@ def test_preference_accuracy_has_one_definition() -> None:
     moved = preference_accuracy(chosen + np.array([0.1, 0.1, -0.1, 0.0]), rejected, chosen, rejected)
     assert moved["preference_accuracy"] == (1 + 1 + 0 + 0.5) / 4
     assert moved["preference_accuracy_stderr"] == pytest.approx(math.sqrt(0.625 * 0.375 / 4))
+    moved_more = preference_accuracy(chosen + 0.2, rejected + 0.5, chosen, rejected)
+    assert moved_more["preference_accuracy"] == 0.0  # both rose, the rejected ones more
+    assert moved_more["likelihood_accuracy"] == 0.5  # margins 0.7, -1.3, 0.7 and -0.3
+    assert moved_more["likelihood_accuracy_stderr"] == pytest.approx(math.sqrt(0.5 * 0.5 / 4))
+
+
+def test_margins_below_the_precision_of_what_is_stored_are_ties() -> None:
+    zero = np.zeros(4)
+    result = preference_accuracy(np.array([TIE / 2, -TIE / 2, TIE, -2 * TIE]), zero, zero, zero)
+    assert result["preference_accuracy"] == result["likelihood_accuracy"] == (0.5 + 0.5 + 1 + 0) / 4
+    assert preference_accuracy(np.full(4, TIE / 2), zero, zero, zero)["preference_accuracy"] == 0.5
 
 
 @pytest.mark.parametrize("seed", [0, 1])

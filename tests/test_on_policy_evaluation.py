@@ -129,18 +129,48 @@ def test_the_kl_of_best_of_n_nears_its_bound_from_below(n: int) -> None:
     assert few["kl"] < kl_bound(n)
 
 
-def test_responses_of_no_probability_stay_so() -> None:
-    ref = np.log(np.array([[0.5, 0.5, 1e-320]]))
-    ref[0, 2] = -np.inf
-    np.testing.assert_allclose(np.exp(best_of_n_logps(ref, np.array([[0.0, 1.0, 2.0]]), 2)), [[0.25, 0.75, 0.0]])
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("of_none", [-9.0, 0.5, 2.0])
+def test_responses_of_no_probability_stay_so(of_none: float) -> None:
+    """Whether they score lowest, between the others or highest."""
+    ref = np.array([[math.log(0.5), math.log(0.5), -np.inf]])
+    values = np.array([[0.0, 1.0, of_none]])
+    np.testing.assert_allclose(np.exp(best_of_n_logps(ref, values, 2)), [[0.25, 0.75, 0.0]])
+    ref[0, 2] = -800.0  # a probability that underflows: its logarithm stays what it was
+    assert best_of_n_logps(ref, values, 2)[0, 2] == -800.0
+
+
+def test_best_of_n_refuses_what_it_cannot_rank() -> None:
+    ref = reference()
     with pytest.raises(ValueError, match="best of 0"):
         best_of_n_logps(ref, ref, 0)
+    with pytest.raises(ValueError, match="shorter"):
+        best_of_n_logps(ref, ref[:2], 4)
+
+
+def test_the_best_of_very_many_is_no_more_than_certain() -> None:
+    """A sum of probabilities that passes 1 by rounding would show, to the power of a thousand million."""
+    ref = reference(num_prompts=60, num_responses=50)
+    best = best_of_n_logps(ref, np.random.default_rng(1).normal(size=ref.shape), 10**9).max(axis=1)
+    assert best.max() < 1e-12 and best.min() > -1e-6
+
+
+def test_what_best_of_n_gains_does_not_depend_on_rounding_of_the_reference() -> None:
+    ref, values = reference(), np.random.default_rng(1).normal(size=(3, 5))
+    rounded = ref + np.array([[1e-3], [-1e-3], [2e-3]])  # probabilities sum to almost 1
+    np.testing.assert_allclose(best_of_n_logps(rounded, values, 4) - rounded, best_of_n_logps(ref, values, 4) - ref)
 
 
 def test_the_best_of_each_group_is_picked() -> None:
     values = np.array([0.0, 3.0, 1.0, 7.0, 7.0, -1.0])
     np.testing.assert_array_equal(pick_best(values, 3), [1, 3])
     np.testing.assert_array_equal(pick_best(values, 1), np.arange(6))
+
+
+def test_a_sample_without_a_score_is_picked_only_where_no_other_has_one() -> None:
+    nan = float("nan")
+    values = np.array([nan, -5.0, -7.0, 2.0, nan, 1.0, nan, nan, nan, -1.0, -2.0, nan])
+    np.testing.assert_array_equal(pick_best(values, 3), [1, 3, 6, 9])
 
 
 # ------------------------------------------------------------------------------------------- KL estimates
@@ -160,6 +190,37 @@ def test_a_snapshot_is_held_against_the_next_iterations_rollouts() -> None:
     assert (row["k1_stderr"], row["k3_stderr"]) == (0.1, 0.2)
     assert (row["k1_exact_stderr"], row["k3_exact_stderr"]) == (pytest.approx(0.1), pytest.approx(0.2))
     assert (row["k1_z"], row["k3_z"]) == (pytest.approx(2.0), pytest.approx(-0.5))
+
+
+def test_iterations_without_a_counterpart_do_not_hide_those_behind_them() -> None:
+    """Training without the metric `staleness`; step 0 was sampled from with errors of 0, step 4 never."""
+    trajectory = [{"step": step, "kl": 1.0, "k1_std": 0.4, "k3_std": 0.8} for step in (0, 4, 7, 8)]
+    metrics = [
+        {"step": 1, "kl/k1": 0.0, "kl/k1_stderr": 0.0},
+        {"step": 8, "kl/k1": 1.2, "kl/k1_stderr": 0.1},
+        {"step": 9, "kl/k3": 0.9, "kl/k3_stderr": 0.2},
+    ]
+    first, second = kl_agreement(trajectory, metrics, num_rollouts=4)
+    assert first == pytest.approx(
+        {"step": 7, "exact": 1.0, "k1": 1.2, "k1_stderr": 0.1, "k1_exact_stderr": 0.2, "k1_z": 1.0}
+    )
+    assert second == pytest.approx(
+        {"step": 8, "exact": 1.0, "k3": 0.9, "k3_stderr": 0.2, "k3_exact_stderr": 0.4, "k3_z": -0.25}
+    )
+
+
+def test_the_spread_of_the_estimators_is_that_of_clipped_ratios() -> None:
+    """Responses of one token, log-ratios of about 29 and -29, and a response that the policy never gives."""
+    rare = math.exp(-30)
+    policy, ref = np.array([0.5, 0.5 - rare, rare, 0.0]), np.array([rare, 0.5, 0.25 - rare, 0.25])
+    k1 = np.log(policy[:3] / ref[:3])
+    assert k1[0] > 25 and k1[2] < -25
+    k3 = np.array([math.exp(-20) - 1 + 20, math.exp(-k1[1]) - 1 + k1[1], math.exp(20) - 1 - 20])  # as training clips
+    with np.errstate(divide="ignore"):
+        spread = estimator_spread(Responses.listed(4, 1, 0), np.log(policy)[None], np.log(ref)[None])
+    for name, values in (("k1_std", k1), ("k3_std", k3)):
+        mean = (policy[:3] * values).sum()
+        assert spread[name] == pytest.approx(math.sqrt((policy[:3] * (values - mean) ** 2).sum()))
 
 
 def test_the_spread_of_the_estimators_is_that_of_their_sums_over_tokens() -> None:

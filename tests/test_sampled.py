@@ -7,7 +7,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from prefarena.config import LanguageTask
 from prefarena.evaluation.enumeration import Enumeration, enumerate_responses
@@ -136,6 +142,73 @@ def test_win_rate_by_hand() -> None:
     assert estimate == pytest.approx((0.5, 0.0))
     with pytest.raises(ValueError, match="different prompts"):
         win_rate(np.array([1.0]), np.array([0]), np.array([1.0]), np.array([1]))
+
+
+def test_a_prompt_that_one_side_has_no_score_on_is_left_out() -> None:
+    nan = float("nan")
+    prompts = np.array([0, 0, 1, 2])
+    estimate = win_rate(np.array([3.0, nan, nan, 1.0]), prompts, np.array([2.0, 4.0, 5.0, 1.0]), prompts)
+    assert estimate == pytest.approx((0.5, 0.0))  # 3 against 2 and 4, and a tie on prompt 2
+    nothing = win_rate(np.full(4, nan), prompts, np.ones(4), prompts)
+    assert np.isnan(nothing.mean) and np.isnan(nothing.stderr)
+
+
+def test_a_policy_ties_with_itself_even_where_an_error_cannot_be_estimated() -> None:
+    """On one prompt there is no spread over prompts, yet the diagonal is known."""
+    scores = [np.array([1.0, 2.0]), np.array([0.0, 3.0]), np.array([4.0, 4.0])]
+    rates, errors = win_matrix(scores, [np.zeros(2, dtype=np.int64)] * 3)
+    np.testing.assert_array_equal(rates, [[0.5, 0.5, 0.0], [0.5, 0.5, 0.0], [1.0, 1.0, 0.5]])
+    np.testing.assert_array_equal(np.isnan(errors), ~np.eye(3, dtype=bool))
+    assert (errors.diagonal() == 0).all()
+
+
+def test_kl_estimates_of_single_precision_are_formed_in_double() -> None:
+    """In float32 -1 and -2^-25 differ by 1."""
+    logps, ref_logps = np.full(2, -(2.0**-25), np.float32), np.full(2, -1.0, np.float32)
+    assert kl_estimates(logps, ref_logps, np.arange(2))[0].mean == 1 - 2**-25
+
+
+def rollouts_of(lengths: list[int], finished: list[bool]) -> list[Rollout]:
+    return [
+        Rollout([1, 3 + row], [4] * length, [0.0] * length, end, "0")
+        for row, (length, end) in enumerate(zip(lengths, finished, strict=True))
+    ]
+
+
+def test_rollouts_without_a_score_are_counted_and_left_out() -> None:
+    rollouts = rollouts_of([1, 2, 6], [True, True, False])
+    ref_logps = np.zeros(3)
+    row = sampled_metrics(rollouts, None, ref_logps, np.array([1.0, np.nan, 4.0]))
+    assert row.keys() == {
+        "response_length", "response_length_stderr", "truncation_rate", "truncation_rate_stderr",
+        "judge_score", "judge_score_stderr", "num_judged", "num_silent",
+    }  # fmt: skip
+    assert (row["num_judged"], row["num_silent"]) == (2, 1)
+    assert (row["judge_score"], row["judge_score_stderr"]) == pytest.approx((2.5, 1.5))
+    assert (row["response_length"], row["response_length_stderr"]) == pytest.approx((3.0, np.sqrt(7 / 3)))
+    assert (row["truncation_rate"], row["truncation_rate_stderr"]) == pytest.approx((1 / 3, 1 / 3))
+    silent = sampled_metrics(rollouts, None, None, np.full(3, np.nan))
+    assert (silent["num_judged"], silent["num_silent"]) == (0, 3) and "judge_score" not in silent
+    assert "num_judged" not in sampled_metrics(rollouts, None, None, None)
+
+
+def test_prompts_are_numbered_as_they_appear() -> None:
+    rollouts = rollouts_of([1, 1, 1], [True] * 3)
+    clusters = prompt_clusters([rollouts[2], rollouts[0], rollouts[2], rollouts[1]])
+    assert clusters.tolist() == [0, 1, 0, 2]
+    assert np.arange(5)[prompt_clusters([])].shape == (0,)  # an index even where it is empty
+
+
+def test_rollout_logps_of_a_model_whose_rows_are_padded() -> None:
+    """Its attention reaches only so far back, so rows are not packed. At a temperature, against single sequences."""
+    torch.manual_seed(0)
+    config = MistralConfig(vocab_size=6, initializer_range=0.4, sliding_window=3, num_key_value_heads=1, **SIZES)
+    model, rollouts = MistralForCausalLM(config).eval(), rollouts_of([1, 3, 2], [True] * 3)
+    found = rollout_logps(model, rollouts, PAD_ID, batch_size=3, temperature=0.5)
+    for rollout, logp in zip(rollouts, found, strict=True):
+        with torch.no_grad():
+            logits = model(input_ids=torch.tensor([rollout.prompt_ids + rollout.response_ids])).logits[0, 1:-1]
+        assert logp == pytest.approx(float((logits / 0.5).log_softmax(-1)[:, 4].sum()), abs=1e-5)
 
 
 def test_reward_model_judge_scores_as_the_model_does(arena: Arena, tmp_path: Path) -> None:

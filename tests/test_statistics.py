@@ -14,10 +14,23 @@ def test_mean_and_stderr_by_hand() -> None:
     assert mean_and_stderr([1.0, 2.0, 3.0, 6.0]) == pytest.approx((3.0, math.sqrt((4 + 1 + 0 + 9) / 3 / 4)))
 
 
+@pytest.mark.filterwarnings("error")
 def test_one_value_has_no_stderr() -> None:
     mean, stderr = mean_and_stderr([2.5])
     assert mean == 2.5 and math.isnan(stderr)
-    assert math.isnan(clustered([1.0, 2.0], ["a", "a"]).stderr)
+    mean, stderr = clustered([1.0, 2.0], ["a", "a"])
+    assert mean == 1.5 and math.isnan(stderr)
+
+
+def test_two_clusters_have_a_stderr() -> None:
+    """Means 2 and 5 of two clusters of two: 3.5, with the error of two independent values."""
+    assert clustered([1.0, 3.0, 4.0, 6.0], [7, 7, 9, 9]) == pytest.approx((3.5, 1.5))
+
+
+def test_single_precision_is_summed_in_double() -> None:
+    """In float32 2^24 + 1 is 2^24."""
+    values = np.array([2.0**24, 1.0, 1.0, 1.0], dtype=np.float32)
+    assert mean_and_stderr(values).mean == (2**24 + 3) / 4
 
 
 def test_paired_difference_removes_what_pairs_share() -> None:

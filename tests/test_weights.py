@@ -9,6 +9,7 @@ import torch
 from prefarena.generation.fleet import balance
 from prefarena.generation.interface import WeightMismatchError, WeightUpdateError
 from prefarena.generation.weights import (
+    Verified,
     as_arrays,
     as_tensors,
     check_complete,
@@ -56,8 +57,9 @@ def in_python(patterns: list[int]) -> int:
     ("dtype", "bits"),
     [(torch.float32, torch.int32), (torch.bfloat16, torch.int16), (torch.float16, torch.int16)],
 )
-def test_a_checksum_is_the_sum_that_whole_numbers_give(dtype: torch.dtype, bits: torch.dtype) -> None:
-    tensor = torch.randn(23, 9, generator=torch.Generator().manual_seed(1)).to(dtype)
+@pytest.mark.parametrize("seed", range(8))  # the signed sums of some are negative
+def test_a_checksum_is_the_sum_that_whole_numbers_give(dtype: torch.dtype, bits: torch.dtype, seed: int) -> None:
+    tensor = torch.randn(23, 9, generator=torch.Generator().manual_seed(seed)).to(dtype)
     assert checksum(tensor) == in_python(tensor.view(bits).flatten().tolist())
 
 
@@ -81,6 +83,19 @@ def test_tensors_survive_the_way_through_shared_arrays() -> None:
     back = as_tensors(as_arrays(tensors))
     assert torch.equal(back["a"], tensors["a"])
     assert checksums(back, torch.bfloat16)["b"] == checksums(tensors, torch.bfloat16)["b"]
+
+
+@pytest.mark.filterwarnings("error")
+def test_read_only_arrays_become_tensors_without_a_warning() -> None:
+    """Ray's arrays are read-only. Torch warns of them once in a process, so it is told to warn always."""
+    array = np.arange(3, dtype=np.float32)
+    array.flags.writeable = False
+    warned_always = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    try:
+        assert as_tensors({"a": array})["a"].tolist() == [0.0, 1.0, 2.0]
+    finally:
+        torch.set_warn_always(warned_always)
 
 
 def test_prompts_are_balanced_by_length_and_none_is_lost() -> None:
@@ -119,6 +134,33 @@ def test_at_most_five_names_are_listed(num_missing: int, ending: str) -> None:
 def test_weights_that_differ_are_named_and_no_others() -> None:
     with pytest.raises(WeightMismatchError, match=r"does not hold what was sent: b differ"):
         check_held({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 4, "c": 3}, dict.fromkeys("abc", (1,)))
+
+
+def test_it_is_told_how_much_of_a_model_was_read_back() -> None:
+    """Of 6 + 5 + 4 + 1 parameters the tensors of 5 and 1 cannot be shown; what was not sent does not count."""
+    shapes = {"a": (2, 3), "d": (5,), "c": (4,), "b": (1,)}
+    held = {"a": 1, "c": 3, "not sent": 9}
+    verified = check_held(held, {"a": 1, "d": 4, "c": 3, "b": 2}, shapes)
+    assert verified == Verified(2, 10, 4, 16, ("b", "d"))
+    assert verified.share == 0.625
+    assert str(verified) == (
+        "2 of 4 tensors (62.5 % of the parameters) were read back from the engine and are what was sent; "
+        "the layout of the others is not known: b, d"
+    )
+    assert verified.summary() == {
+        "num_tensors": 2,
+        "num_tensors_sent": 4,
+        "share_of_parameters": 0.625,
+        "skipped": ["b", "d"],
+    }
+
+
+def test_of_a_model_that_was_read_back_whole_nothing_is_named() -> None:
+    verified = check_held({"a": 1}, {"a": 1}, {"a": (2, 2)})
+    assert (verified.num_parameters, verified.share, verified.skipped) == (4, 1.0, ())
+    assert str(verified) == (
+        "1 of 1 tensors (100.0 % of the parameters) were read back from the engine and are what was sent"
+    )
 
 
 def test_arrays_are_float32_on_the_host_without_a_graph() -> None:

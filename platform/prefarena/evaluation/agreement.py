@@ -26,7 +26,7 @@ def estimator_spread(responses: Responses, logps: np.ndarray, ref_logps: np.ndar
     sums = {name: np.zeros_like(logps) for name in ESTIMATORS}
     before = np.zeros_like(logps), np.zeros_like(ref_logps)  # log-probs of the prefix so far, under each
     for length in range(1, responses.limit + 1):
-        prefix = np.unique(responses.sequences[:, :length], axis=0, return_inverse=True)[1].reshape(-1)
+        prefix = np.unique(responses.sequences[:, :length], axis=0, return_inverse=True)[1].ravel()
         after = _prefix_logps(probabilities, prefix), _prefix_logps(np.exp(ref_logps), prefix)
         k1 = (after[0] - before[0]) - (after[1] - before[1])  # of the token at this place
         negative = np.clip(-k1, -LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
@@ -35,18 +35,17 @@ def estimator_spread(responses: Responses, logps: np.ndarray, ref_logps: np.ndar
         sums["k3"] += np.where(inside, np.expm1(negative) - negative, 0.0)
         before = after
     weights = probabilities / probabilities.sum()
-    means = {name: float(np.where(weights > 0, weights * value, 0.0).sum()) for name, value in sums.items()}
-    return {
-        f"{name}_std": float(np.sqrt(np.where(weights > 0, weights * (value - means[name]) ** 2, 0.0).sum()))
-        for name, value in sums.items()
-    }
+    means = {name: float((weights * value).sum()) for name, value in sums.items()}
+    return {f"{name}_std": float(np.sqrt((weights * (value - means[name]) ** 2).sum())) for name, value in sums.items()}
 
 
 def _prefix_logps(probabilities: np.ndarray, prefix: np.ndarray) -> np.ndarray:
-    """[P, N] log-probs of each response's prefix: the responses that share it, together. `prefix` [N] numbers them."""
+    """[P, N] log-probs of each response's prefix: the responses that share it, together. `prefix` [N] numbers them.
+
+    They are finite: a probability of 0 counts as the least that there is.
+    """
     sums = np.stack([np.bincount(prefix, weights=row) for row in probabilities])
-    with np.errstate(divide="ignore"):
-        return np.log(np.maximum(sums, np.finfo(np.float64).tiny))[:, prefix]
+    return np.log(np.maximum(sums, np.finfo(np.float64).tiny))[:, prefix]
 
 
 def kl_agreement(

@@ -25,18 +25,13 @@ def best_of_n_logps(ref_logps: np.ndarray, scores: np.ndarray, n: int) -> np.nda
 
 def _best_of_n(ref_logps: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
     """[N] for one prompt."""
-    order = np.argsort(scores, kind="stable")
-    is_first = np.diff(scores[order], prepend=-np.inf) > 0  # of each run of equal scores
-    is_first[0] = True
-    run = np.empty(len(order), dtype=np.int64)
-    run[order] = np.cumsum(is_first) - 1
+    run = np.unique(scores, return_inverse=True)[1]  # equal scores have one number, and higher ones a higher
     masses = np.bincount(run, weights=np.exp(ref_logps))
     masses = masses / masses.sum()
     at_most = np.minimum(np.cumsum(masses), 1.0)
     with np.errstate(divide="ignore", invalid="ignore"):
         # (F^n - (F - m)^n) / m in logarithms: neither a small mass nor a large n loses digits
-        share = np.where(masses > 0, np.minimum(masses / at_most, 1.0), 0.0)
-        gained = n * np.log(at_most) + np.log(-np.expm1(n * np.log1p(-share))) - np.log(masses)
+        gained = n * np.log(at_most) + np.log(-np.expm1(n * np.log1p(-masses / at_most))) - np.log(masses)
     return ref_logps + np.where(masses > 0, gained, 0.0)[run]
 
 

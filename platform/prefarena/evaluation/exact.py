@@ -157,13 +157,13 @@ def _by_prompt(
         "forward_kl": _expected(ref_probabilities, -log_ratio),
         "entropy": -_expected(probabilities, logps),
         "best_probability": probabilities[np.arange(len(best)), best],
-        "response_length": probabilities @ lengths.astype(np.float64),
+        "response_length": probabilities @ lengths,
     }
 
 
 def _expected(probabilities: np.ndarray, values: np.ndarray) -> np.ndarray:
     """sum_y p v [P] with 0 log 0 = 0."""
-    return np.where(probabilities > 0, probabilities * np.where(probabilities > 0, values, 0.0), 0.0).sum(axis=1)
+    return (probabilities * np.where(probabilities > 0, values, 0.0)).sum(axis=1)
 
 
 class WinRates(NamedTuple):

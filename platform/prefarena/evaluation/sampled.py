@@ -63,7 +63,7 @@ def kl_estimates(logps: np.ndarray, ref_logps: np.ndarray, clusters: np.ndarray)
     and spreads less where the policies are close. Far from the reference k3 is heavy-tailed, and its standard error too
     small: rely on k1 there.
     """
-    ratio = np.asarray(logps, dtype=np.float64) - np.asarray(ref_logps, dtype=np.float64)
+    ratio = np.subtract(logps, ref_logps, dtype=np.float64)
     return clustered(ratio, clusters), clustered(np.expm1(-ratio) + ratio, clusters)
 
 

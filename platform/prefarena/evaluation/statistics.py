@@ -58,12 +58,12 @@ def clustered(values: ArrayLike, clusters: ArrayLike) -> Estimate:
     mean, number = float(array.mean()), int(index.max()) + 1
     if number < 2:
         return Estimate(mean, float("nan"))
-    totals = np.bincount(index, weights=array - mean, minlength=number)
+    totals = np.bincount(index, weights=array - mean)
     return Estimate(mean, float(np.sqrt(number / (number - 1) * (totals**2).sum()) / len(array)))
 
 
 def _vector(values: ArrayLike) -> np.ndarray:
-    array = np.asarray(values, dtype=np.float64).reshape(-1)
+    array = np.asarray(values, dtype=np.float64).ravel()
     if not len(array):
         raise ValueError("no values to average")
     return array

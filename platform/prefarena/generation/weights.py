@@ -60,7 +60,7 @@ def checksum(tensor: Tensor) -> int:
     bits = (tensor.detach().contiguous().reshape(-1) + 0.0).view(_BITS[tensor.dtype])
     total = 0
     for start in range(0, bits.numel(), _BLOCK):
-        block = bits[start : start + _BLOCK].to(torch.int64)
+        block = bits[start : start + _BLOCK]
         place = torch.arange(start + 1, start + 1 + len(block), device=block.device, dtype=torch.int64).mul_(_MIX)
         place ^= place >> 29
         total += int((block * (place | 1)).sum().item())
