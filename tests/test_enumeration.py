@@ -27,12 +27,12 @@ PREFIXES = [1, 5, 25]
 WINDOW = 3
 
 
-def tiny(kind: type[PreTrainedModel]) -> PreTrainedModel:
-    """Its attention window is shorter than the sequences."""
+def tiny(kind: type[PreTrainedModel], window: int | None = WINDOW) -> PreTrainedModel:
+    """Its attention window is shorter than the sequences, where it has one."""
     torch.manual_seed(0)
     config = MistralConfig(
         vocab_size=VOCAB_SIZE, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1,
-        intermediate_size=48, sliding_window=WINDOW, pad_token_id=0,
+        intermediate_size=48, sliding_window=window, pad_token_id=0,
     )  # fmt: skip
     config.num_labels = 1
     return kind(config).eval()
@@ -75,6 +75,17 @@ def test_the_cache_holds_no_more_than_the_widest_pass_and_the_window(
     layer: Any = cache.layers[0]
     rows, _, num_positions, _ = layer.keys.shape
     assert rows == len(PROMPTS) * PREFIXES[-1] and num_positions <= WINDOW
+
+
+def test_a_walk_stays_on_the_devices_of_its_model() -> None:
+    """Where new tensors go elsewhere by default, as they do beside a model on a GPU."""
+    tokens = torch.tensor(PROMPTS)
+    policy, judge = tiny(MistralForCausalLM, None), tiny(MistralForSequenceClassification, None)
+    with torch.no_grad(), torch.device("meta"):
+        logps = enumeration._tree_logps(policy, tokens, RESPONSES, EOS)
+        values = enumeration._tree_scores(judge, tokens, RESPONSES, EOS, max_rows=8192)
+    np.testing.assert_array_equal(logps, enumerate_responses(policy, PROMPTS, LIMIT, EOS).logps)
+    np.testing.assert_array_equal(values, enumerate_scores(judge, PROMPTS, LIMIT, EOS))
 
 
 def test_exactly_as_many_responses_as_allowed_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:

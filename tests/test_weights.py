@@ -43,6 +43,14 @@ def test_a_checksum_does_not_depend_on_the_size_of_its_blocks(monkeypatch: pytes
     assert checksum(tensor) == whole
 
 
+def test_a_checksum_is_computed_where_the_tensor_is() -> None:
+    """Where new tensors go elsewhere by default, as they do beside a model on a GPU."""
+    tensor = torch.randn(9, generator=torch.Generator().manual_seed(0))
+    with torch.device("meta"):
+        found = checksum(tensor)
+    assert found == checksum(tensor)
+
+
 def in_python(patterns: list[int]) -> int:
     """The checksum of bit patterns (signed), in whole numbers without torch."""
     total = 0

@@ -74,7 +74,8 @@ class Responses:
         return rows
 
     def _codes(self, sequences: np.ndarray) -> np.ndarray:
-        return (sequences + 1) @ (self.vocab_size + 1) ** np.arange(sequences.shape[1])
+        """A number for each row: its places are digits from -1 (behind the response) to the last token."""
+        return sequences @ (self.vocab_size + 1) ** np.arange(sequences.shape[1])
 
 
 @dataclass(frozen=True)
@@ -174,11 +175,11 @@ def _evaluating(model: PreTrainedModel) -> Iterator[None]:
 def _tree_logps(model: PreTrainedModel, tokens: torch.Tensor, responses: Responses, eos_id: int) -> np.ndarray:
     """[B, N] log-probs in the order of `Responses` for B prompts [B, T] of one length."""
     cache, blocks, num_prompts = DynamicCache(config=model.config), [], len(tokens)
-    others = torch.from_numpy(_other_tokens(responses.vocab_size, eos_id)).to(model.device)
-    totals = torch.zeros(num_prompts, 1, dtype=torch.float64, device=model.device)  # [B, prefixes]
+    others = torch.tensor(_other_tokens(responses.vocab_size, eos_id), device=model.device)
+    totals = torch.zeros(num_prompts, 1, device=model.device)  # [B, prefixes], float64 from the first token on
     for level in range(responses.limit):
         logits = model(input_ids=tokens, past_key_values=cache, use_cache=True).logits[:, -1]
-        following = logits.double().log_softmax(dim=-1).view(num_prompts, -1, logits.shape[-1]) + totals[..., None]
+        following = logits.double().log_softmax(dim=-1).unflatten(0, (num_prompts, -1)) + totals[..., None]
         blocks.append(following[..., eos_id])
         totals = following[..., others].flatten(1)
         if level + 1 < responses.limit:
@@ -192,7 +193,7 @@ def _tree_scores(
 ) -> np.ndarray:
     """[B, N] normalised scores in the order of `Responses` for B prompts [B, T] of one length."""
     cache, blocks, num_prompts = DynamicCache(config=model.config), [], len(tokens)
-    others = torch.from_numpy(_other_tokens(responses.vocab_size, eos_id)).to(model.device)
+    others = torch.tensor(_other_tokens(responses.vocab_size, eos_id), device=model.device)
     eos = torch.tensor([eos_id], device=model.device)
     for level in range(responses.limit):
         model.base_model(input_ids=tokens, past_key_values=cache, use_cache=True)
