@@ -8,13 +8,16 @@ entries need.
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from rich.console import Console
+from transformers import PreTrainedModel
 
 from pipelines.annotate import ExactReference
 from pipelines.claims import settle
@@ -26,6 +29,7 @@ from pipelines.exact import (
     float_column,
     start_scoring,
 )
+from pipelines.kept_rollouts import KeptValues, training_of
 from pipelines.plan import SeedPlan, Trained, judge_spec, model_of, policy_of, response_limit, unique
 from pipelines.progress import fail, stage_line
 from pipelines.reference import scoring_options
@@ -38,7 +42,7 @@ from prefarena.errors import EntryError, JudgeError, UserError, WaitTimeoutError
 from prefarena.evaluation.best_of_n import kl_bound, pick_best
 from prefarena.evaluation.exact import win_rates
 from prefarena.evaluation.preferences import preference_accuracy
-from prefarena.evaluation.sampled import prompt_clusters, response_logps, rollout_logps, sampled_metrics, win_rate
+from prefarena.evaluation.sampled import prompt_clusters, response_logps, sampled_metrics, win_rate
 from prefarena.generation.interface import Sampling
 from prefarena.judges.spec import JudgeSpec, load_judge, may_be_silent, usage_of
 from prefarena.judges.usage import Usage, total_costs
@@ -125,6 +129,7 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
     with Sampler(config, waiting[0][1], console) as sampler:
         for stage, plan, trained in waiting:
             job = sampled_job(config, plan, trained, stage.begin())
+            job = replace(job, kept=sampler.folder_of(stage.key))
             prompts = held_out_prompts(plan, settings) * settings.samples_per_prompt
             prompts = [prompt for prompt in prompts for _ in range(job.best_of)]
             sampling = Sampling(response_limit(plan.task), settings.temperature, settings.seed)
@@ -157,7 +162,7 @@ class SampledJob:
 
     judge: none where the policy is compared with the reference rather than scored (pipelines/wins.py); its responses
     are kept then. best_of: samples of which the one that `reward` scores highest is kept; 1 for a policy, which keeps
-    them all. device: of the models that score.
+    them all. device: of the models that score. kept: where log-probs and scores are kept until it has ended.
     """
 
     policy: str
@@ -168,6 +173,7 @@ class SampledJob:
     best_of: int = 1
     reward: JudgeSpec | None = None
     device: str = "cpu"
+    kept: Path | None = None
 
 
 def sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, folder: Path) -> SampledJob:
@@ -188,12 +194,12 @@ def score_samples(rollouts: list[Rollout], job: SampledJob, settings: Evaluation
     workspace(job.folder)
     num_tokens, usages = sum(len(rollout.response_ids) for rollout in rollouts), list[Usage | None]()
     if job.reward is not None:
-        ranking, used = _judged(job.reward, rollouts, settings, job.device)
+        ranking, used = _judged(job.reward, rollouts, settings, job)
         usages.append(used)
         rollouts = [rollouts[index] for index in pick_best(ranking, job.best_of)]
     scores = None
     if job.judge is not None:
-        scores, used = _judged(job.judge, rollouts, settings, job.device)
+        scores, used = _judged(job.judge, rollouts, settings, job)
         usages.append(used)
         np.savez(job.folder / "scores.npz", scores=scores, clusters=prompt_clusters(rollouts))
     else:
@@ -218,11 +224,20 @@ def _write_samples(job: SampledJob, rollouts: list[Rollout], scores: np.ndarray 
 
 
 def _judged(
-    spec: JudgeSpec, rollouts: list[Rollout], settings: Evaluation, device: str
+    spec: JudgeSpec, rollouts: list[Rollout], settings: Evaluation, job: SampledJob
 ) -> tuple[np.ndarray, Usage | None]:
-    """A judge's scores [N] of rollouts, nan where it is silent, and what it was asked for them."""
-    judge = load_judge(spec, settings.batch_size, device)
-    scores = judge.score([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
+    """A judge's scores [N] of rollouts, nan where it is silent, and what it was asked for them.
+
+    Those of a model are kept in parts. An endpoint keeps its answers itself, and a function sees all rows at once.
+    """
+    judge = load_judge(spec, settings.batch_size, job.device)
+    responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
+    if spec.settings.kind in ("learned", "classifier"):
+        training = training_of(spec.path) if spec.path else None
+        given_by = ["scores", spec.settings.model_dump(mode="json"), training, settings.batch_size, job.device]
+        scores = KeptValues(job.kept).complete(given_by, *responses, judge.score)
+    else:
+        scores = judge.score(*responses)
     if not may_be_silent(judge) and not np.isfinite(scores).all():
         num_bad = int((~np.isfinite(scores)).sum())
         raise JudgeError(
@@ -235,26 +250,47 @@ def _judged(
 def _policy_row(
     rollouts: list[Rollout], scores: np.ndarray | None, job: SampledJob, settings: Evaluation
 ) -> dict[str, float]:
-    """What needs the policy's own log-probs, and the rest."""
-    pad_id = load_tokenizer(job.policy).pad_token_id
-    policy = load_policy(job.policy)
-    torch.nn.Module.to(policy, job.device)
-    own = rollout_logps(policy, rollouts, pad_id, settings.batch_size, settings.temperature)
+    """What needs the policy's own log-probs, and the rest. Policy and reference are never held at the same time."""
+    sampled = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
     test = read_rows(job.logps / "test_pairs")
-    prompts = test["prompt_ids"].to_pylist()
-    chosen, rejected = (
-        response_logps(policy, prompts, test[f"{side}_ids"].to_pylist(), pad_id, settings.batch_size)
-        for side in ("chosen", "rejected")
-    )
-    del policy  # it and the reference are never held at the same time
-    reference = load_policy(job.reference)
-    torch.nn.Module.to(reference, job.device)
-    ref = rollout_logps(reference, rollouts, pad_id, settings.batch_size, settings.temperature)
+    pairs = {side: (test["prompt_ids"].to_pylist(), test[f"{side}_ids"].to_pylist()) for side in ("chosen", "rejected")}
+    with _Scorer(job, job.policy, settings) as score:
+        own = score(*sampled, settings.temperature)
+        chosen, rejected = (score(*pairs[side], 1.0) for side in ("chosen", "rejected"))
+    with _Scorer(job, job.reference, settings) as score:
+        ref = score(*sampled, settings.temperature)
     row = sampled_metrics(rollouts, own, ref, scores)
     ref_chosen, ref_rejected = (float_column(test, f"ref_{side}_logp") for side in ("chosen", "rejected"))
     row |= preference_accuracy(chosen, rejected, ref_chosen, ref_rejected)
     gap = [sum(rollout.token_logps) for rollout in rollouts] - own
     return row | {"logp_gap/max": float(np.abs(gap).max())}
+
+
+class _Scorer:
+    """A policy's log-probs of responses, kept in parts; its weights are read for the first part that is missing."""
+
+    def __init__(self, job: SampledJob, policy: str, settings: Evaluation) -> None:
+        self._job, self._policy, self._settings = job, policy, settings
+        self._model: PreTrainedModel | None = None
+
+    def __enter__(self) -> Callable[[list[list[int]], list[list[int]], float], np.ndarray]:
+        return self._score
+
+    def __exit__(self, *_: object) -> None:
+        self._model = None
+
+    def _score(self, prompts: list[list[int]], responses: list[list[int]], temperature: float) -> np.ndarray:
+        """log pi(y|x) [N], nats."""
+        given_by = ["logps", training_of(self._policy), temperature, self._settings.batch_size, self._job.device]
+        compute = partial(self._compute, temperature)
+        return KeptValues(self._job.kept).complete(given_by, prompts, responses, compute)
+
+    def _compute(self, temperature: float, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
+        if self._model is None:
+            self._model = load_policy(self._policy)
+            torch.nn.Module.to(self._model, self._job.device)
+        pad_id = load_tokenizer(self._policy).pad_token_id
+        return response_logps(self._model, prompts, responses, pad_id, self._settings.batch_size, temperature)
 
 
 # ------------------------------------------------------------------------------------------- win rates

@@ -1,7 +1,8 @@
-"""Samples of an evaluation, kept in parts until it has ended: a run that stops goes on with the parts that are missing.
+"""What an evaluation has done, kept in parts until it has ended: a run that stops goes on with the missing parts.
 
-A part is a file whose name is a hash of everything that its samples depend on: the policy that was trained, the
-prompts, the settings of the sampler, the place of the part among the samples.
+A part is a file whose name is a hash of everything that it depends on. Of samples: the policy that was trained, the
+prompts, the settings of the sampler, the place of the part among the samples. Of log-probs and scores: the model that
+gives them, how it computes, the prompts and responses.
 """
 
 from __future__ import annotations
@@ -13,14 +14,19 @@ import shutil
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from prefarena.generation.interface import Sampling
 from prefarena.mirror import bring, push, remove_file
 from prefarena.records import Rollout, content_id
-from prefarena.stages import read_manifest
+from prefarena.stages import is_finished, read_manifest
 
 PART_ROLLOUTS = 256
 Draw = Callable[[list[list[int]], Sampling], list[Rollout]]
+#: Prompts and responses in, a number for each response out.
+Compute = Callable[[list[list[int]], list[list[int]]], np.ndarray]
 
 
 class KeptRollouts:
@@ -37,12 +43,12 @@ class KeptRollouts:
         policy: its folder, in that of a finished stage. version: what its weights are called, and the parts' folder. A
         part's samples do not depend on which of the others were there already.
         """
-        made_by = read_manifest(Path(policy).parent)  # tells one training from another of the same settings
+        made_by = training_of(policy)
         rollouts: list[Rollout] = []
         for start in range(0, len(prompts), PART_ROLLOUTS):
             part = prompts[start : start + PART_ROLLOUTS]
             own = replace(sampling, first_index=sampling.first_index + start)
-            path = self._folder / version / f"{content_id(made_by, part, asdict(own))}.json.gz"
+            path = self.folder_of(version) / f"{content_id(made_by, part, asdict(own))}.json.gz"
             found = _read(path)
             if found is None:
                 found = draw(part, own)
@@ -50,13 +56,68 @@ class KeptRollouts:
             rollouts += found
         return rollouts
 
+    def folder_of(self, version: str) -> Path:
+        """Where the parts of the evaluation of these weights lie."""
+        return self._folder / version
+
     def forget(self, version: str) -> None:
-        """Remove the parts of an evaluation that has ended."""
-        folder = self._folder / version
-        for path in sorted(folder.glob("*.json.gz")):
+        """Remove the parts of an evaluation that has ended, of its log-probs and scores too."""
+        folder = self.folder_of(version)
+        for path in sorted([*folder.glob("*.json.gz"), *folder.glob("*.npy")]):
             remove_file(path)
         if folder.is_dir():
             shutil.rmtree(folder)
+
+
+class KeptValues:
+    """Log-probs or scores of responses, kept in parts; without a folder nothing is kept."""
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+
+    def complete(
+        self, given_by: Any, prompts: list[list[int]], responses: list[list[int]], compute: Compute
+    ) -> np.ndarray:
+        """The values [N] of N responses: those that are kept, and of the parts that are missing what `compute` gives.
+
+        given_by: everything that the values depend on beside prompts and responses (JSON-able). Parts are computed
+        apart, whether they are kept or not, so that a stop changes no bit.
+        """
+        parts = []
+        for start in range(0, len(prompts), PART_ROLLOUTS):
+            own = [rows[start : start + PART_ROLLOUTS] for rows in (prompts, responses)]
+            path = self._folder / f"{content_id(given_by, *own)}.npy" if self._folder is not None else None
+            found = None if path is None else _read_values(path)
+            if found is None:
+                found = compute(*own)
+                if path is not None:
+                    _write_values(path, found)
+            parts.append(found)
+        return np.concatenate(parts) if parts else np.zeros(0)
+
+
+def training_of(policy: str) -> Any:
+    """What tells one training from another of the same settings: the manifest of the stage whose model this is.
+
+    None of a model that no stage made.
+    """
+    stage = Path(policy).parent
+    return read_manifest(stage) if is_finished(stage) else None
+
+
+def _read_values(path: Path) -> np.ndarray | None:
+    bring(path)
+    return np.load(path) if path.exists() else None
+
+
+def _write_values(path: Path, values: np.ndarray) -> None:
+    """A reader sees the whole file or none."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{os.getpid()}-{path.name}")
+    with temporary.open("wb") as file:
+        np.save(file, values)
+    os.replace(temporary, path)
+    push(path)
 
 
 def _read(path: Path) -> list[Rollout] | None:

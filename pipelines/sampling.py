@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from pathlib import Path
 from types import TracebackType
 
 from rich.console import Console
@@ -40,6 +41,10 @@ class Sampler:
         They are kept in parts until `forget`; no actor is started where all are there. Raises what `_draw` raises.
         """
         return self._kept.complete(policy, version, prompts, sampling, partial(self._draw, policy, version))
+
+    def folder_of(self, version: str) -> Path:
+        """Where the parts of an evaluation under way are kept."""
+        return self._kept.folder_of(version)
 
     def forget(self, version: str) -> None:
         """Remove the samples that are kept of an evaluation that has ended."""

@@ -22,7 +22,6 @@ from prefarena.evaluation.sampled import (
     kl_estimates,
     prompt_clusters,
     response_logps,
-    rollout_logps,
     sampled_metrics,
     win_matrix,
     win_rate,
@@ -78,7 +77,8 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
 
 def test_response_logps_agree_with_the_enumeration(arena: Arena) -> None:
     rollouts, rows = arena.sample(arena.exact[1], 8, seed=0)
-    found = rollout_logps(arena.models[1], rollouts, PAD_ID, batch_size=7)
+    prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
+    found = response_logps(arena.models[1], prompts, responses, PAD_ID, batch_size=7)
     np.testing.assert_allclose(found, arena.exact[1].logps[prompt_clusters(rollouts), rows], atol=1e-5)
 
 

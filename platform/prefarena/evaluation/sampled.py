@@ -48,14 +48,6 @@ def response_logps(
     return logps
 
 
-def rollout_logps(
-    model: PreTrainedModel, rollouts: list[Rollout], pad_id: int, batch_size: int, temperature: float = 1.0
-) -> np.ndarray:
-    """log pi(y|x) [N] of each rollout under `model` at the sampling temperature."""
-    prompts, responses = [rollout.prompt_ids for rollout in rollouts], [rollout.response_ids for rollout in rollouts]
-    return response_logps(model, prompts, responses, pad_id, batch_size, temperature)
-
-
 def kl_estimates(logps: np.ndarray, ref_logps: np.ndarray, clusters: np.ndarray) -> tuple[Estimate, Estimate]:
     """KL(pi || pi_ref) from samples of pi: the k1 and the k3 estimator, both unbiased.
 
