@@ -7,7 +7,7 @@ import os
 import sys
 from typing import Any
 
-from prefarena.errors import ClusterLostError, UserError
+from prefarena.errors import ClusterLostError, UserError, WaitTimeoutError
 
 _EPILOG = """\
 what is written where (under `output`, by default ./runs):
@@ -131,7 +131,7 @@ def main(argv: list[str] | None = None) -> int:
     except UserError as error:
         print(f"prefarena: {error}", file=sys.stderr)
         return 2
-    except ClusterLostError as error:
+    except (ClusterLostError, WaitTimeoutError) as error:  # no bug of ours: the message names what did not answer
         print(f"prefarena: {error}", file=sys.stderr)
         return 1
 

@@ -9,6 +9,7 @@ import pytest
 import ray
 
 from pipelines.cli import build_parser, main
+from prefarena.errors import ClusterLostError, WaitTimeoutError
 
 
 def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
@@ -76,6 +77,19 @@ def test_too_few_resources(ray_session: None, capsys: pytest.CaptureFixture[str]
     error = refused(capsys, "compare", *arguments)
     assert f"the cluster has {cpus} CPUs, but 65 are asked for" in error
     assert "resources.num_workers x cpus_per_worker" in error and "generation.num_actors x cpus" in error
+
+
+@pytest.mark.parametrize("kind", [WaitTimeoutError, ClusterLostError])
+def test_what_does_not_answer_is_one_sentence_and_status_1(
+    kind: type[Exception], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def silent(*_: object, **__: object) -> None:
+        raise kind("generator-0 has not started after 600 s (generation.start_timeout_s)")
+
+    monkeypatch.setattr("pipelines.compare.compare", silent)
+    assert main(["compare", "--set", f"output={tmp_path}"]) == 1
+    said = capsys.readouterr().err
+    assert said == "prefarena: generator-0 has not started after 600 s (generation.start_timeout_s)\n"
 
 
 def test_methods_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None:

@@ -204,7 +204,8 @@ def test_rollout_logps_of_a_model_whose_rows_are_padded() -> None:
     torch.manual_seed(0)
     config = MistralConfig(vocab_size=6, initializer_range=0.4, sliding_window=3, num_key_value_heads=1, **SIZES)
     model, rollouts = MistralForCausalLM(config).eval(), rollouts_of([1, 3, 2], [True] * 3)
-    found = rollout_logps(model, rollouts, PAD_ID, batch_size=3, temperature=0.5)
+    sampled = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
+    found = response_logps(model, *sampled, PAD_ID, batch_size=3, temperature=0.5)
     for rollout, logp in zip(rollouts, found, strict=True):
         with torch.no_grad():
             logits = model(input_ids=torch.tensor([rollout.prompt_ids + rollout.response_ids])).logits[0, 1:-1]
