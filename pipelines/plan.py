@@ -132,7 +132,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     if isinstance(task, LanguageTask):
         pairs = samples = Stage.at(root, "pairs", task.kind, [reference.key, task.model_dump(mode="json")])
     elif learns_a_reward(config):
-        drawn = [config.evaluation.num_reference_samples, config.evaluation.seed, config.generation.dtype]
+        drawn = [config.evaluation.num_reference_samples, config.evaluation.seed, *_engine(config)]
         samples = Stage.at(root, "reference_samples", task.kind, [data.key, reference.key, drawn])
         if learns_judge(config):
             inputs = [pairs.key, reference.key, samples.key, _dump(config.judge), _layout(config)]
@@ -146,6 +146,8 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     if isinstance(config.judge, PairwiseJudge) and isinstance(task, TextTask):
         judged_by = "pairwise"  # which has a stage of its own: responses do not depend on the judge
     evaluate = [logps.key, judged_by, _dump(config.evaluation)]
+    if isinstance(task, TextTask) and _engine(config) != ["float32"]:
+        evaluate.append(_engine(config))
     trained = tuple(_trained(config, entry, seed, root, scored, samples, judge, evaluate) for entry in config.entries)
     evaluation = Stage.at(root, "evaluation", "reference", [reference.key, evaluate])
     if judged_by == "pairwise":
@@ -175,7 +177,7 @@ def _trained(
             inputs.append(reward_model.key)
         elif isinstance(method.reward, FunctionJudge):
             inputs.append(_judge_inputs(method.reward))
-        inputs += [config.generation.dtype, judge.key if judge else None]
+        inputs += [*_engine(config), judge.key if judge else None]
         if isinstance(config.task, LanguageTask) and not isinstance(method.reward, GoldJudge | EndpointJudge):
             scored_by = reward_model.key if reward_model else _judge_inputs(method.reward)
             scores = Stage.at(root, "scores", f"{method.reward.kind}-s{seed}", [logps.key, scored_by])
@@ -229,6 +231,11 @@ def _arithmetics(config: Comparison) -> list[Arithmetic]:
 
 def _other_than_float32(arithmetic: Arithmetic) -> list[str]:
     return [] if arithmetic == "float32" else [arithmetic]
+
+
+def _engine(config: Comparison) -> list[str]:
+    """What samples depend on beside the policy, the prompts and the sampler."""
+    return [config.generation.dtype, *(["batch_invariant"] if config.generation.batch_invariant else [])]
 
 
 def _layout(config: Comparison) -> list[Any]:

@@ -16,6 +16,7 @@ from pipelines.evaluate import SampledJob, sampled_job, score_samples
 from pipelines.plan import make_plan
 from pipelines.reference import scoring_options
 from prefarena.config import Comparison, Evaluation, FunctionJudge, parse_config
+from prefarena.generation.actor import _environment
 from prefarena.judges.spec import JudgeSpec
 from prefarena.records import Rollout
 
@@ -61,3 +62,16 @@ def test_an_evaluation_without_gpus_leaves_alone_the_one_that_it_sees(
     score_samples(rollouts, job, Evaluation(), 0.0)
     row = json.loads((tmp_path / "evaluation" / "row.json").read_text(encoding="utf-8"))
     assert row["kl"] == 0.0 and math.isfinite(row["judge_score"])
+
+
+def test_samples_of_another_engine_are_drawn_again(tmp_path: Path) -> None:
+    """Their stages are of the engine's kind of numbers, and of whether what shares a batch changes them."""
+    asked = config(tmp_path, use_gpu=True)
+    keys = []
+    for changed in ({}, {"dtype": "bfloat16"}, {"batch_invariant": True}):
+        generation = asked.generation.model_copy(update=changed)
+        (plan,) = make_plan(asked.model_copy(update={"generation": generation}))
+        keys.append([plan.evaluation.key, *(trained.evaluation.key for trained in plan.trained)])
+    assert all(len(set(same)) == 3 for same in zip(*keys, strict=True))
+    assert _environment(generation)["VLLM_BATCH_INVARIANT"] == "1"
+    assert _environment(asked.generation)["VLLM_BATCH_INVARIANT"] == "0"

@@ -172,6 +172,17 @@ def test_a_row_laid_out_for_a_gpu_gives_the_same_log_probs_and_gradients(
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-10 if family in LAYER_NORM else 1e-5)
 
 
+def test_sums_over_responses_that_keep_their_order_on_a_gpu_are_the_same_sums() -> None:
+    batch = pack(PROMPTS, [[*answers, []] for answers in RESPONSES])  # an empty answer at the end of each
+    values = torch.randn(len(batch.targets), generator=torch.Generator().manual_seed(3)).double().requires_grad_()
+    factors = torch.linspace(-1, 1, len(batch.lengths)).double()
+    for sums in (batch.sums(values), batch._row_sums(values)):
+        expected = torch.stack([values[batch.response_of == index].sum() for index in range(len(batch.lengths))])
+        torch.testing.assert_close(sums, expected, rtol=0, atol=1e-12)
+        (gradient,) = torch.autograd.grad((sums * factors).sum(), values, retain_graph=True)
+        torch.testing.assert_close(gradient, factors[batch.response_of], rtol=0, atol=0)
+
+
 # -------------------------------------------------------------------------------------- the chunked head
 
 

@@ -47,6 +47,11 @@ class Generation(Section):
     )
     labels: Labels = Field((), description="Labels of the nodes that hold generation actors, e.g. {role: generate}.")
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    batch_invariant: bool = Field(
+        False,
+        description="Engines on GPUs compute a sequence in the same way whatever shares its batch (vLLM's "
+        "VLLM_BATCH_INVARIANT), so that the same seed gives the same samples; it is slower.",
+    )
     kv_cache_gib: int = Field(1, ge=1, description="KV cache on CPU, whole GiB.")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     max_num_seqs: int = Field(256, ge=1)
@@ -209,9 +214,13 @@ class Comparison(Section):
             )
 
     def _check_gpus(self) -> None:
-        """Refuse processes that talk over NCCL and may be given one GPU, which NCCL takes once in a group."""
+        """Refuse what needs GPUs without them, and processes that talk over NCCL and may be given one GPU, which NCCL
+        takes once in a group.
+        """
         resources, generation = self.resources, self.generation
         if not resources.use_gpu:
+            if generation.batch_invariant:
+                raise ValueError("generation.batch_invariant is of engines on GPUs; it needs resources.use_gpu: true")
             return
         if resources.num_workers > 1 and 2 * resources.gpus_per_worker <= 1:
             raise ValueError(

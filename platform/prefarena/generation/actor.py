@@ -182,6 +182,7 @@ def _environment(generation: Generation) -> dict[str, str]:
         "OMP_NUM_THREADS": str(max(1, int(generation.cpus))),
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_BATCH_INVARIANT": str(int(generation.batch_invariant)),
         "TORCH_CPP_LOG_LEVEL": "ERROR",
         "TQDM_DISABLE": "1",
         "PYTHONWARNINGS": "ignore::FutureWarning",

@@ -32,7 +32,8 @@ class PackedBatch:
 
     input_ids: [rows, T]; position_ids: [1, T] in a packed row, else None. sources: [M], the position (in the flattened
     rows) whose output scores each response token; targets: [M], those tokens; response_of: [M], which response each
-    belongs to; last: [R], the position of each response's last token; lengths: [R], tokens of each response.
+    belongs to; last: [R], the position of each response's last token; lengths: [R], tokens of each response; longest:
+    the largest of them, on the host.
     """
 
     input_ids: Tensor
@@ -43,10 +44,22 @@ class PackedBatch:
     response_of: Tensor
     last: Tensor
     lengths: Tensor
+    longest: int
 
     def sums(self, token_values: Tensor) -> Tensor:
-        """[M] to [R]: the sum over each response's tokens."""
+        """[M] to [R]: the sum over each response's tokens, the same bits every time.
+
+        On a GPU index_add adds in whatever order its threads come; there each response's tokens get a row of their own.
+        """
+        if token_values.is_cuda:
+            return self._row_sums(token_values)
         return token_values.new_zeros(len(self.lengths)).index_add(0, self.response_of, token_values)
+
+    def _row_sums(self, token_values: Tensor) -> Tensor:
+        place = torch.arange(len(token_values), device=token_values.device)
+        offset = place - (self.lengths.cumsum(0) - self.lengths)[self.response_of]
+        rows = token_values.new_zeros(len(self.lengths), self.longest)
+        return rows.index_put((self.response_of, offset), token_values).sum(1)
 
 
 def pack(
@@ -152,4 +165,4 @@ def _on(
         tensors = iter(moved([*arrays.values(), *blocks], device))
     named: dict[str, Any] = {"position_ids": None} | {name: next(tensors) for name in arrays}
     trees = Trees((), mask_of(list(tensors))) if isinstance(layout, list) else layout
-    return PackedBatch(trees=trees, **named)
+    return PackedBatch(trees=trees, longest=int(arrays["lengths"].max()), **named)
