@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast
 
 SPECIAL = [
@@ -63,10 +63,11 @@ TEXTS = ["What is a river? It is large.", "user assistant model yes no think Ans
 
 
 def tokenizer(kind: str, template: str | None = None) -> PreTrainedTokenizerFast:
-    """`bytes`: a byte-level BPE; `prefix`: BPE with byte fallback behind a normaliser that prepends a space (Llama-2);
-    `metaspace`: the same by a pre-tokenizer; `unigram`: SentencePiece's other model."""
+    """`bytes`: a byte-level BPE; `trimmed`: the same with offsets that leave out white space (GPT-2's); `prefix`: BPE
+    with byte fallback behind a normaliser that prepends a space (Llama-2); `metaspace`: the same by a pre-tokenizer;
+    `unigram`: SentencePiece's other model."""
     settings = {"special_tokens": SPECIAL, "show_progress": False}
-    if kind == "bytes":
+    if kind in ("bytes", "trimmed"):
         fast = Tokenizer(models.BPE())
         fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         fast.decoder = decoders.ByteLevel()
@@ -75,6 +76,8 @@ def tokenizer(kind: str, template: str | None = None) -> PreTrainedTokenizerFast
             TEXTS,
             trainers.BpeTrainer(vocab_size=330, initial_alphabet=alphabet, **settings),  # type: ignore[arg-type]
         )
+        if kind == "trimmed":
+            fast.post_processor = processors.ByteLevel(trim_offsets=True)
     elif kind == "unigram":
         fast = Tokenizer(models.Unigram())
         fast.pre_tokenizer = pre_tokenizers.Metaspace()

@@ -69,6 +69,41 @@ def test_streaks_are_counted_across_a_checkpoint() -> None:
     assert guards[1].longest_streak() == 0
 
 
+class Three(Worker):
+    """One of three workers to all of whom the same happens."""
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        return 3 * tensor
+
+
+def test_a_step_that_is_bad_on_several_workers_is_one_step() -> None:
+    guard = GuardedOptimizer(torch.optim.AdamW(nn.Linear(2, 1).parameters()), Three("/tmp"))
+    good, bad = torch.tensor(1.0), torch.tensor(float("nan"))
+    assert [bool(guard.step(loss, good)) for loss in (bad, good, bad, bad)] == [True, False, True, True]
+    assert guard.num_skipped == 3 and guard.longest_streak() == 2
+
+
+class OnDevice(torch.optim.SGD):
+    """An optimizer that says that it is fused, and notes the flags that a fused one heeds."""
+
+    def __init__(self, parameters: Iterable[Tensor]) -> None:
+        super().__init__(parameters)
+        self.param_groups[0]["fused"] = True
+        self.flags: list[torch.device] = []
+
+    def step(self, closure: object = None) -> None:  # type: ignore[override]
+        self.flags.append(self.found_inf.device)  # type: ignore[attr-defined]
+
+
+def test_a_fused_step_is_decided_on_the_device() -> None:
+    """On the meta device, from which nothing can be copied to the host."""
+    optimizer = OnDevice(nn.Linear(2, 1, device="meta").parameters())
+    guard = GuardedOptimizer(optimizer, Worker("/tmp", device="meta"))
+    assert {value.device.type for value in (guard._skipped, guard._streak, guard._longest)} == {"meta"}
+    skipped = guard.step(torch.ones((), device="meta"), torch.ones((), device="meta"))
+    assert skipped.device.type == "meta" and [device.type for device in optimizer.flags] == ["meta"]
+
+
 class PoisonedTerm(PreferenceTerm):
     """Losses that are not numbers, at calls that are listed."""
 

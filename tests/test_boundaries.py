@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from real_model import smollm2
 from templates import (
@@ -22,10 +22,13 @@ from templates import (
     ZEPHYR,
     tokenizer,
 )  # fmt: skip
-from transformers import PreTrainedTokenizerBase
+from tokenizers import AddedToken, models, processors
+from tokenizers import Tokenizer as Backend
+from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prefarena.config import TextTask
 from prefarena.data import rejections
+from prefarena.data.boundary import Encoder
 from prefarena.data.conversations import Texts
 from prefarena.data.formats import normalise
 from prefarena.data.rejections import Unusable
@@ -34,7 +37,7 @@ from prefarena.modeling.load import load_tokenizer
 
 KINDS = ["bytes", "prefix", "metaspace", "unigram"]
 TASK = TextTask(data="x", max_prompt_tokens=400, max_response_tokens=400)
-TOKENIZERS = {kind: tokenizer(kind) for kind in KINDS}
+TOKENIZERS = {kind: tokenizer(kind) for kind in [*KINDS, "trimmed"]}
 
 
 def chat(chosen: str, rejected: str = "no", question: str = "What is a river?") -> dict[str, Any]:
@@ -106,10 +109,11 @@ def test_prompt_and_answer_are_the_whole_text_wherever_tokens_meet(kind: str, te
 
 @settings(max_examples=200, deadline=None)
 @given(
-    kind=st.sampled_from(KINDS),
+    kind=st.sampled_from([*KINDS, "trimmed"]),
     texts=st.lists(st.text(st.sampled_from("ab \nsi?é4🙂́") | st.characters(codec="utf-8"), min_size=1, max_size=8),
                    min_size=3, max_size=3),
 )  # fmt: skip
+@example(kind="trimmed", texts=["a  ", "b", "c"])  # a token without characters stands at the cut
 def test_whole_texts_settle_what_the_prompt_by_itself_would(kind: str, texts: list[str]) -> None:
     """The shortcut, which never encodes the prompt alone, gives what the long way gives."""
     made = Tokenizer(TOKENIZERS[kind], TASK)
@@ -138,6 +142,117 @@ def test_no_answer_gets_a_space_of_the_tokenizers(kind: str, prompt: str, answer
 def test_answers_that_tokens_join_to_the_prompt_are_apart_and_counted() -> None:
     found = tokens_of(TOKENIZERS["prefix"], {"prompt": "Say: ", "chosen": "yes", "rejected": "no"})
     assert found.num_responses_apart == 2
+
+
+# ---------------------------------------------------------------------------------- the encoder by itself
+
+
+def divided(encoder: Encoder, left: str, right: str) -> tuple[list[int], list[int]] | None:
+    """The long way, which looks at the left text's own tokens."""
+    whole_ids, left_ids = encoder.encode([left + right, left])
+    return encoder.cut(left + right, len(left), whole_ids, left_ids)
+
+
+def test_no_special_tokens_of_the_tokenizers_own_are_written() -> None:
+    """One that would put bos and eos around every text, cut it and pad it gives the same as one that would not."""
+    made = tokenizer("bytes")
+    made.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<s> $A </s>", special_tokens=[("<s>", 1), ("</s>", 2)]
+    )
+    made.backend_tokenizer.enable_truncation(3)
+    made.backend_tokenizer.enable_padding(length=40)
+    plain, encoder = Encoder(TOKENIZERS["bytes"]), Encoder(made)
+    texts = ["What is a river?", "It is large.", "é"]
+    assert encoder.encode(texts) == plain.encode(texts)
+    assert encoder.divided([("What is a river?", 4)]) == plain.divided([("What is a river?", 4)])
+    made.add_tokens([AddedToken("tree", single_word=True, normalized=False)])
+    assert divided(encoder, "tree", "b") == divided(plain, "tree", "b")  # the offsets, for one
+
+
+def test_the_whole_texts_tokens_count_where_the_left_text_by_itself_has_others() -> None:
+    """A word is a token where it stands alone, as it does in the prompt and not in the whole text."""
+    made = tokenizer("bytes")
+    made.add_tokens([AddedToken("tree", single_word=True, normalized=False)])
+    encoder = Encoder(made)
+    assert encoder.encode(["tree"]) == [[made.convert_tokens_to_ids("tree")]]
+    letters = made.convert_tokens_to_ids(list("treeb"))
+    assert divided(encoder, "tree", "b") == (letters[:4], letters[4:])
+    assert divided(encoder, "tree", "s") is None  # the whole text has a token "es", after "tre"
+
+
+@pytest.mark.parametrize(
+    ("left", "right", "number"),
+    [
+        ("a ", " b", 2),  # the space is a token by itself: the left text's own
+        ("Say: ", "yes", None),  # the space begins the token of " yes", whose offsets hide it
+        ("Say:", " yes", 4),
+        ("", "yes", 0),
+    ],
+)
+def test_offsets_without_white_space_make_no_cuts(left: str, right: str, number: int | None) -> None:
+    encoder = Encoder(TOKENIZERS["trimmed"])
+    ids = encoder.encode([left + right])[0]
+    assert divided(encoder, left, right) == (None if number is None else (ids[:number], ids[number:]))
+
+
+def test_an_unknown_token_is_cut_where_it_ends_and_not_inside() -> None:
+    encoder = Encoder(TOKENIZERS["unigram"])  # fuses characters that it does not know
+    for left, right, num_left in (("a🙂", "🙂b", None), ("a🙂", "a", 3), ("a🙂", "", 3)):
+        ids = encoder.encode([left + right])[0]
+        found = divided(encoder, left, right)
+        assert found == (None if num_left is None else (ids[:num_left], ids[num_left:]))
+
+
+def small_fast(tokens: list[str], merges: list[tuple[str, str]]) -> PreTrainedTokenizerFast:
+    """A BPE of these tokens alone; what it does not know becomes one unknown token."""
+    vocabulary = {token: number for number, token in enumerate(["<unk>", *tokens])}
+    model = models.BPE(vocabulary, merges, unk_token="<unk>", fuse_unk=True)
+    return PreTrainedTokenizerFast(tokenizer_object=Backend(model), unk_token="<unk>")
+
+
+def test_an_answer_apart_begins_behind_an_anchor_that_does_not_join_it() -> None:
+    encoder = Encoder(small_fast(["a", "b", "x", "xa"], [("x", "a")]))
+    assert encoder.apart("ab") == [1, 2]  # the first anchor is unknown, and ends where the answer begins
+    assert encoder.apart("🙂b") == [0, 2]  # the first anchor and the answer are one unknown token; the second is not
+    encoder = Encoder(small_fast(["a", "b", "x", "xa", "\n", "\na"], [("x", "a"), ("\n", "a")]))
+    assert encoder.apart("ab") == [1, 2]  # both anchors would join it
+
+
+class TestWithoutFastBackend:
+    """A tokenizer in Python, of bytes, which ends every text with its eos unless it is told not to."""
+
+    @pytest.fixture
+    def made(self) -> ByT5Tokenizer:
+        made = ByT5Tokenizer()
+        made.add_tokens(["ab", "\na", "xa"])  # so that tokens can reach over a cut
+        return made
+
+    def test_texts_are_their_tokens_without_an_end(self, made: ByT5Tokenizer) -> None:
+        assert made("c")["input_ids"][-1] == made.eos_token_id
+        joined = made.convert_tokens_to_ids("ab")
+        assert Encoder(made).encode(["dc", "cab"]) == [[ord("d") + 3, ord("c") + 3], [ord("c") + 3, joined]]
+        assert Encoder(made).encode([]) == Encoder(made).divided([]) == []
+
+    def test_where_a_text_is_divided_is_left_to_the_longer_way(self, made: ByT5Tokenizer) -> None:
+        encoder = Encoder(made)
+        assert encoder.divided([("dc", 1), ("cab", 2)]) == [(ids, None) for ids in encoder.encode(["dc", "cab"])]
+
+    def test_it_is_cut_where_the_left_text_has_the_same_tokens(self, made: ByT5Tokenizer) -> None:
+        encoder = Encoder(made)
+        for left, right in (("dc", "d"), ("c", "ab"), ("", "dc"), ("d<unk>", "c")):
+            assert divided(encoder, left, right) == tuple(encoder.encode([left]) + encoder.encode([right]))
+        assert divided(encoder, "ca", "b") is None
+
+    def test_an_answer_that_both_anchors_would_join_is_its_own_tokens(self, made: ByT5Tokenizer) -> None:
+        encoder = Encoder(made)
+        assert encoder.apart("ac") == [ord("a") + 3, ord("c") + 3]
+        assert encoder.apart("dc") == [ord("d") + 3, ord("c") + 3]
+
+    def test_a_long_text_causes_no_warning(self, made: ByT5Tokenizer) -> None:
+        """It is cut to the task's limit later on, and would be warned of as too long for the model."""
+        made.model_max_length = 3
+        Encoder(made).encode(["dcdcdc"])
+        assert not made.deprecation_warnings
 
 
 # ------------------------------------------------------------------------------------------ templates

@@ -390,7 +390,8 @@ def test_a_trained_reward_model_has_mean_zero_and_unit_variance_under_the_refere
 def test_calibration_by_hand() -> None:
     margins = np.array([np.log(3), np.log(3), -np.log(3), 0.0])  # P = 3/4, 3/4, 1/4, 1/2
     found = calibration(margins, num_bins=2)
-    assert found["accuracy"] == pytest.approx(2.5 / 4)
+    assert found["accuracy"] == pytest.approx(2.5 / 4) and found["num_pairs"] == 4
+    assert found["accuracy_stderr"] == pytest.approx(np.sqrt(2.5 / 4 * 1.5 / 4 / 4))
     assert found["log_loss"] == pytest.approx(-np.mean(np.log([0.75, 0.75, 0.25, 0.5])))
     assert found["brier"] == pytest.approx(np.mean([1 / 16, 1 / 16, 9 / 16, 1 / 4]))
     low, high = found["reliability"]  # confidences 1/2 and 3/4 (right), then 3/4 (right) and 3/4 (wrong)
@@ -410,3 +411,15 @@ def test_true_probabilities_are_calibrated_and_doubled_margins_are_not() -> None
         assert abs(row["predicted"] - row["observed"]) < 4 * row["observed_stderr"]
     assert honest["ece"] < 0.02 < 0.08 < boastful["ece"]
     assert honest["accuracy"] == boastful["accuracy"] and honest["log_loss"] < boastful["log_loss"]
+
+
+def test_margins_of_any_type_are_reckoned_with_in_float64() -> None:
+    margins = np.random.default_rng(0).normal(0, 3, 100).astype(np.float16)
+    assert calibration(margins) == calibration(margins.astype(np.float64))
+
+
+def test_pairs_of_equal_confidence_share_bins_in_the_order_that_they_come_in() -> None:
+    """So the table is the same wherever numpy's quicker sort, which is not stable, would order them otherwise."""
+    right = np.tile([2.0, 1.0], 100)
+    table = calibration(np.concatenate([right, -right]), num_bins=4)["reliability"]
+    assert [row["observed"] for row in table] == [1, 0, 1, 0]

@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 
 from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining, RLOOTraining
 from prefarena.modeling.logprobs import collate
 from prefarena.training.experience import Experience
-from prefarena.training.on_policy_batch import experience_metrics, learnable
+from prefarena.training.on_policy_batch import Batch, experience_metrics, learnable
 
 SIZES = {"rollouts_per_iteration": 4, "group_size": 2}
 METHODS: dict[str, OnPolicyTraining] = {
@@ -90,3 +91,155 @@ def test_a_score_that_is_not_a_number_is_no_silence() -> None:
     for settings in METHODS.values():
         targets = learnable(judged([2.0, math.nan, 1.0, 0.0], [True] * 4), settings, kl_coef=0.0)
         assert targets.batch.advantages.isnan().any()
+
+
+#: Of four rollouts with one, two, three and two tokens after a prompt of one; two groups of two.
+LENGTHS = [1, 2, 3, 2]
+#: log pi - log pi_ref of their tokens, and its sum; log pi - log pi_generator likewise.
+KL = [[0.5], [1.0, -0.25], [0.25, 0.25, 0.5], [-1.0, 0.0]]
+KL_SUMS = [0.5, 0.75, 1.0, -1.0]
+DRIFT = [[0.0], [math.log(2), -math.log(2)], [math.log(4), 0.0, 0.0], [math.log(1.5), math.log(2)]]
+
+
+def over_tokens(rows: list[list[float]]) -> Tensor:
+    """[4, 3], zero outside the responses."""
+    return torch.tensor([[*row, *[0.0] * (3 - len(row))] for row in rows])
+
+
+def ragged(scores: list[float]) -> Experience:
+    """Rollouts whose policy, reference and generator differ."""
+    sequences = collate([[1]] * 4, [[3, 4, 5][:length] for length in LENGTHS], 0)
+    old_logps = over_tokens([[-2.0] * length for length in LENGTHS])
+    return Experience(
+        sequences=sequences,
+        generator_logps=old_logps - over_tokens(DRIFT),
+        old_logps=old_logps,
+        reference_logps=old_logps - over_tokens(KL),
+        entropy=over_tokens([[0.5 * length] * length for length in LENGTHS]),
+        scores=torch.tensor(scores),
+        finished=torch.tensor([1.0, 1, 1, 0]),
+        staleness=torch.tensor([0.0, 1, 1, 2]),
+        values=over_tokens([[0.5], [1.0, 2.0], [0.0, 1.0, -1.0], [3.0, 4.0]]),
+    )
+
+
+def with_settings(method: str, **changed: object) -> OnPolicyTraining:
+    return METHODS[method].model_copy(update={"missing_eos_penalty": 0.0, **changed})
+
+
+def test_grpo_with_the_kl_in_the_loss_compares_scores_and_keeps_the_reference() -> None:
+    experience = ragged([3.0, 1.0, -1.0, 5.0])
+    targets = learnable(experience, with_settings("grpo", kl_in="loss", normalise_std=False), kl_coef=0.5)
+    assert targets.rewards.tolist() == [3, 1, -1, 5]
+    torch.testing.assert_close(targets.batch.advantages, over_tokens([[1], [-1, -1], [-3, -3, -3], [3, 3]]))
+    assert targets.batch.reference_logps is experience.reference_logps
+    assert targets.batch.sequences is experience.sequences
+    assert targets.batch.old_logps is experience.old_logps
+    torch.testing.assert_close(targets.batch.mask, experience.sequences.response_mask)
+
+
+def test_grpo_with_the_kl_in_the_reward_takes_it_from_the_scores() -> None:
+    settings = with_settings("grpo", kl_in="reward", normalise_std=False)
+    targets = learnable(ragged([3.0, 1.0, -1.0, 5.0]), settings, kl_coef=2.0)
+    assert targets.rewards.tolist() == [2, -0.5, -3, 7]
+    expected = over_tokens([[1.25], [-1.25] * 2, [-5] * 3, [5] * 2])
+    torch.testing.assert_close(targets.batch.advantages, expected)
+    assert targets.batch.reference_logps is None
+
+
+def test_grpo_divides_by_the_groups_deviation_where_it_is_told_to() -> None:
+    targets = learnable(ragged([3.0, 1.0, -1.0, 5.0]), with_settings("grpo", normalise_std=True), kl_coef=0.5)
+    expected = over_tokens([[1], [-1, -1], [-1, -1, -1], [1, 1]])
+    torch.testing.assert_close(targets.batch.advantages, expected, rtol=1e-5, atol=0)
+
+
+def test_rloo_compares_penalised_scores_with_the_others_of_the_group() -> None:
+    targets = learnable(ragged([3.0, 1.0, -1.0, 5.0]), with_settings("rloo"), kl_coef=2.0)
+    assert targets.rewards.tolist() == [2, -0.5, -3, 7]
+    torch.testing.assert_close(targets.batch.advantages, over_tokens([[2.5], [-2.5] * 2, [-10] * 3, [10] * 2]))
+    assert targets.batch.reference_logps is None and targets.batch.values is None
+
+
+def test_ppo_learns_whitened_advantages_and_keeps_what_the_critic_needs() -> None:
+    """Discount and lambda 1: a return is the sum of the rewards from its token on, an advantage that less the value."""
+    experience = ragged([3.0, 1.0, -1.0, 5.0])
+    targets = learnable(experience, with_settings("ppo", discount=1.0, gae_lambda=1.0), kl_coef=2.0)
+    assert targets.rewards.tolist() == [2, -0.5, -3, 7]
+    returns = over_tokens([[2], [-0.5, 1.5], [-3, -2.5, -2], [7, 5]])
+    assert targets.batch.returns is not None and targets.batch.values is not None
+    torch.testing.assert_close(targets.batch.values, experience.values)
+    torch.testing.assert_close(targets.batch.returns, returns)
+    inside = experience.sequences.response_mask
+    advantages = (returns - targets.batch.values)[inside].double()
+    white = (advantages - advantages.mean()) / advantages.std(correction=0)
+    torch.testing.assert_close(targets.batch.advantages[inside].double(), white, rtol=1e-5, atol=1e-6)
+    assert not targets.batch.advantages[~inside].any()
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_tokens_weight_is_its_truncated_ratio_to_the_generator(method: str) -> None:
+    """Ratios are 1; 2, 1/2; 4, 1, 1; 1.5, 2. There is none outside the responses."""
+    experience = ragged([3.0, 1.0, -1.0, 5.0])
+    expected: dict[float | None, list[list[float]]] = {
+        1.75: [[1], [1.75, 0.5], [1.75, 1, 1], [1.5, 1.75]],
+        9.0: [[1], [2, 0.5], [4, 1, 1], [1.5, 2]],
+        None: [[1], [1, 1], [1, 1, 1], [1, 1]],
+    }
+    for cap, rows in expected.items():
+        targets = learnable(experience, with_settings(method, importance_cap=cap), kl_coef=0.5)
+        torch.testing.assert_close(targets.batch.weights, over_tokens(rows))
+
+
+def test_a_loss_that_is_a_mean_over_sequences_divides_weights_by_their_lengths() -> None:
+    settings = with_settings("grpo", importance_cap=9.0, loss_mean="sequences")
+    weights = learnable(ragged([3.0, 1.0, -1.0, 5.0]), settings, kl_coef=0.5).batch.weights
+    torch.testing.assert_close(weights, over_tokens([[1], [1, 0.25], [4 / 3, 1 / 3, 1 / 3], [0.75, 1]]))
+
+
+def test_rollouts_of_a_batch_come_in_the_order_asked_for_without_padding_that_none_needs() -> None:
+    experience = ragged([3.0, 1.0, -1.0, 5.0])
+    for method in METHODS:
+        batch = learnable(experience, with_settings(method), kl_coef=0.5).batch
+        picked = batch.select(torch.tensor([3, 0]))
+        assert len(picked) == 2 and picked.sequences.input_ids.tolist() == [[1, 3, 4], [1, 3, 0]]
+        assert picked.sequences.response_lengths.tolist() == [2, 1]
+        for name in ("mask", "old_logps", "advantages", "weights", "reference_logps", "values", "returns"):
+            whole, part = getattr(batch, name), getattr(picked, name)
+            assert (part is None) == (whole is None)
+            if whole is not None:
+                assert part.tolist() == [whole[3, :2].tolist(), whole[0, :2].tolist()]
+        assert isinstance(picked, Batch) and picked.mask.tolist() == [[True, True], [True, False]]
+
+
+def test_metrics_of_a_rollout_batch_by_hand() -> None:
+    experience = replace(ragged([3.0, 1.0, -1.0, 5.0]), monitor_scores=torch.tensor([1.0, 2, 3, 6]))
+    targets = learnable(experience, with_settings("ppo", discount=1.0, gae_lambda=1.0), kl_coef=2.0)
+    row = experience_metrics(experience, targets, 1.0)
+    weights = [1.0, 1.0, 4.0, 3.0]  # of sequences: the products of their tokens' ratios
+    k3 = [math.expm1(-kl) + kl for tokens in KL for kl in tokens]
+    k3_sums = torch.tensor([k3[0], sum(k3[1:3]), sum(k3[3:6]), sum(k3[6:])], dtype=torch.float64)
+    k1_sums = torch.tensor(KL_SUMS, dtype=torch.float64)
+    returns = torch.tensor([2, -0.5, 1.5, -3, -2.5, -2, 7, 5], dtype=torch.float64)
+    values = torch.tensor([0.5, 1, 2, 0, 1, -1, 3, 4], dtype=torch.float64)
+    assert row == {
+        "reward/mean": 2.0,
+        "reward/penalised": pytest.approx(5.5 / 4),
+        "reward/judge": 3.0,
+        "entropy": pytest.approx((0.5 + 1 + 1 + 1.5 * 3 + 1 + 1) / 8),
+        "logp_gap/mean": pytest.approx((4 * math.log(2) + math.log(2) + math.log(1.5)) / 8),
+        "logp_gap/max": pytest.approx(math.log(4)),
+        "response_length": 2.0,
+        "truncation_rate": 0.25,
+        "staleness": 1.0,
+        "importance/ess": pytest.approx(sum(weights) ** 2 / (4 * sum(weight**2 for weight in weights))),
+        "importance/capped": pytest.approx(4 / 8),  # 2, 4, 1.5 and 2; those of 1 are at the cap and not above it
+        "kl/k1": pytest.approx(float(k1_sums.mean())),
+        "kl/k1_stderr": pytest.approx(float(k1_sums.std() / 2)),
+        "kl/k3": pytest.approx(float(k3_sums.mean()), rel=1e-5),
+        "kl/k3_stderr": pytest.approx(float(k3_sums.std() / 2), rel=1e-5),
+        "value/explained_variance": pytest.approx(
+            float(1 - (returns - values).var(correction=0) / returns.var(correction=0))
+        ),
+    }
+    uncapped = experience_metrics(experience, learnable(experience, with_settings("rloo"), kl_coef=0.0), None)
+    assert uncapped["importance/capped"] == 0 and "value/explained_variance" not in uncapped

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.typing import NDArray
 
 from prefarena.data.plan import BatchPlan, within_budget
 from prefarena.errors import UserError
@@ -71,11 +72,13 @@ def test_sizes_that_do_not_fit_are_refused() -> None:
 def test_a_forward_pass_stays_within_its_tokens_unless_one_row_is_longer(sizes: list[int], budget: int) -> None:
     rows = np.arange(len(sizes))[::-1]
     parts = within_budget(rows, np.array(sizes), budget)
+    assert all(len(part) for part in parts)
     np.testing.assert_array_equal(np.concatenate(parts), rows)
     totals = [sum(sizes[row] for row in part) for part in parts]
     assert all(total <= budget or len(part) == 1 for total, part in zip(totals, parts, strict=True))
     for total, following in zip(totals, parts[1:], strict=False):
         assert total + sizes[following[0]] > budget  # no pass could have taken one more row
+    assert within_budget(rows[:0], np.array(sizes), budget) == []
 
 
 @pytest.mark.parametrize(
@@ -115,3 +118,55 @@ def test_a_worker_with_fewer_passes_halves_its_longest() -> None:
     plan = BatchPlan(np.arange(4), sizes, 4, 100, 2, 0)  # one worker has 50 + 50, the other 60, 60
     shares = [plan.micro_batches(0, rank) for rank in range(2)]
     assert [[part.tolist() for part in share] for share in shares] == [[[0], [2]], [[1], [3]]]
+
+
+def test_the_longest_of_several_passes_is_halved_and_the_others_stay() -> None:
+    sizes = np.array([40, 90, 40, 90, 90, 90])
+    plan = BatchPlan(np.arange(6), sizes, 6, 100, 2, 0)  # one worker has 40 + 40, 90, the other 90, 90, 90
+    shares = [plan.micro_batches(0, rank) for rank in range(2)]
+    assert [[part.tolist() for part in share] for share in shares] == [[[0], [2], [4]], [[1], [3], [5]]]
+
+
+def test_rows_of_equal_length_keep_the_order_of_the_epochs_permutation() -> None:
+    """So the plan is the same wherever numpy's quicker sort, which is not stable, would order them otherwise."""
+    lengths = np.arange(512) % 2
+    plan = BatchPlan(lengths, lengths, 32, 99, 1, 7)  # sixteen batches are sorted together: the whole of the epoch
+    permutation = np.random.default_rng([7, 0]).permutation(512).tolist()
+    batches = [sorted(permutation, key=lambda row: row % 2)[start : start + 32] for start in range(0, 512, 32)]
+    assert sorted(plan.rows(step).tolist() for step in range(16)) == sorted(batches)
+
+
+def test_a_step_over_two_epochs_is_sorted_without_moving_rows_of_equal_length() -> None:
+    lengths = np.arange(300) % 3
+    plan = BatchPlan(lengths, lengths, 200, 99, 1, 7)
+    stream = np.concatenate([plan._epoch(0), plan._epoch(1)])[200:400].tolist()
+    assert plan.rows(1).tolist() == sorted(stream, key=lambda row: row % 3)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_largest_micro_batch_is_looked_for_in_every_one_of_many_steps(seed: int) -> None:
+    """Rows of few lengths, whose order decides who shares a pass; only one step has the largest."""
+    lengths = np.random.default_rng(seed).integers(1, 4, 6000)
+    sizes = np.random.default_rng(seed + 10).integers(5, 200, 6000)
+    plan = BatchPlan(lengths, sizes, 40, 1500, 2, seed)
+    parts = [part for step in range(150) for rank in range(2) for part in plan.micro_batches(step, rank)]
+    assert plan.largest_micro_batch().tolist() == max(parts, key=lambda part: int(sizes[part].sum())).tolist()
+
+
+@dataclass(frozen=True)
+class Counted(BatchPlan):
+    """A plan that notes which epochs it orders."""
+
+    ordered: list[int] = field(default_factory=list)
+
+    def _epoch(self, epoch: int) -> NDArray[np.int64]:
+        self.ordered.append(epoch)
+        return super()._epoch(epoch)
+
+
+@pytest.mark.parametrize(("step", "epochs"), [(0, [0]), (2, [1]), (1, [0, 1]), (999, [599]), (1000, [600])])
+def test_a_late_step_costs_no_more_than_an_early_one(step: int, epochs: list[int]) -> None:
+    """Ten rows in batches of six: only the epochs that a step takes rows of are put in order for it."""
+    plan = Counted(np.arange(10), np.arange(10), 6, 100, 1, 0)
+    plan.rows(step)
+    assert plan.ordered == epochs

@@ -103,6 +103,25 @@ def test_whitening_is_of_the_whole_batch_by_hand() -> None:
     torch.testing.assert_close(whiten(values, mask, mean, variance), expected, rtol=1e-8, atol=0)
 
 
+def test_equal_advantages_are_whitened_to_none_at_all() -> None:
+    values, mask = torch.full((2, 3), 0.7), torch.ones(2, 3, dtype=torch.bool)
+    white = whiten(values, mask, *masked_moments(values, mask))
+    torch.testing.assert_close(white, torch.zeros(2, 3), rtol=0, atol=0)  # in float32, as the values are
+
+
+def test_scores_of_another_type_leave_rewards_in_the_type_of_the_log_probs() -> None:
+    scores, mask = torch.tensor([2.0], dtype=torch.float64), torch.tensor([[True, True]])
+    rewards = penalised_rewards(scores, torch.tensor([[1.0, 3.0]]), mask, kl_coef=0.5)
+    torch.testing.assert_close(rewards, torch.tensor([[-0.5, 0.5]]), rtol=0, atol=0)
+
+
+def test_rewards_are_made_on_the_device_of_their_tokens() -> None:
+    """The meta device stands for any that is not the processor: tensors of both do not mix."""
+    scores, mask = torch.ones(2, device="meta"), torch.ones(2, 3, dtype=torch.bool, device="meta")
+    rewards = penalised_rewards(scores, torch.ones(2, 3, device="meta"), mask, kl_coef=0.5)
+    assert rewards.device.type == "meta" and rewards.shape == (2, 3)
+
+
 # The gradient is with respect to the log-prob: -A * ratio where the ratio is free, 0 where clipping decides.
 @pytest.mark.parametrize(
     ("advantage", "ratio", "loss", "gradient", "clips"),
@@ -172,6 +191,39 @@ def test_value_loss_by_hand(value: float, target: float, loss: float, gradient: 
     assert found.item() == pytest.approx(gradient, abs=1e-12)
 
 
+@pytest.mark.parametrize(("advantage", "loss"), [(1.0, -math.exp(-20)), (-1.0, 0.8)])
+def test_a_ratio_below_exp_is_held_at_the_limit(advantage: float, loss: float) -> None:
+    """The clip at 0.8 counts where the advantage is negative."""
+    logps = torch.full((1, 1), -500.0, dtype=torch.float64)
+    inside, advantages = torch.ones(1, 1, dtype=torch.bool), torch.full_like(logps, advantage)
+    output = policy_loss(logps, torch.zeros_like(logps), advantages, inside, clip=0.2)
+    assert output.loss.total.item() == pytest.approx(loss, rel=1e-12)
+
+
+def test_k3_and_importance_weights_are_held_where_exp_would_leave_its_range() -> None:
+    logps = torch.tensor([-500.0, 0.0, 500.0], dtype=torch.float64)
+    zeros = torch.zeros_like(logps)
+    expected = [math.exp(20) - 21, 0.0, math.exp(-20) + 19]  # exp(x) - 1 - x of the reverse ratios 20, 0, -20
+    assert k3(logps, zeros).tolist() == pytest.approx(expected, rel=1e-12)
+    expected = [math.exp(-20), 1.0, math.exp(20)]
+    assert importance_weights(logps, zeros, math.inf).tolist() == pytest.approx(expected, rel=1e-12)
+    assert importance_weights(logps, zeros, 3.0).tolist() == pytest.approx([math.exp(-20), 1, 3], rel=1e-12)
+
+
+def test_shares_of_clipped_tokens_are_of_all_tokens_inside() -> None:
+    """Of four tokens, three policy ratios and one value are clipped; a fifth is outside."""
+    inside = torch.tensor([[True, True, True, True, False]])
+    ones = torch.ones(1, 5, dtype=torch.float64)
+    ratios = torch.tensor([[1.5, 1.1, 2.0, 1.3, 9.0]], dtype=torch.float64)
+    policy = policy_loss(ratios.log(), 0 * ones, ones, inside, clip=0.2)
+    assert policy.metrics["policy/clip_fraction"].value.item() == 0.75
+    assert set(policy.metrics) == {"policy/loss", "policy/clip_fraction", "policy/update_kl"}
+    values = torch.tensor([[1.1, 1.5, 1.0, 0.9, 9.0]], dtype=torch.float64)
+    value = value_loss(values, ones, 3 * ones, inside, clip=0.2)
+    assert value.metrics["value/clip_fraction"].value.item() == 0.25
+    assert set(value.metrics) == {"value/loss", "value/clip_fraction"}
+
+
 def test_k3_of_a_small_update_is_exact_in_float32() -> None:
     log_ratios = normal(10_000, seed=0) * 1e-4
     found = k3(log_ratios.float(), torch.zeros(()))
@@ -216,6 +268,12 @@ def test_effective_sample_size_and_explained_variance_by_hand() -> None:
     assert explained_variance(returns + 5, returns, mask).item() == pytest.approx(1)
     # residuals 0 and 1 (variance 1/4) of returns 1 and 3 (variance 1)
     assert explained_variance(torch.tensor([[1.0, 2.0, 0.0]]), returns, mask).item() == pytest.approx(0.75)
+    # residuals 0 and 2 (variance 1) of returns 1 and 5 (variance 4)
+    returns = torch.tensor([[1.0, 5.0, 100.0]])
+    assert explained_variance(torch.tensor([[1.0, 3.0, 0.0]]), returns, mask).item() == pytest.approx(0.75)
+    # returns that do not vary have no variance to explain
+    assert explained_variance(torch.tensor([[1.0, 2.0, 0.0]]), torch.ones(1, 3), mask).item() == 0
+    assert explained_variance(torch.ones(1, 3), torch.ones(1, 3), mask).item() == 0
 
 
 def test_group_advantages_by_hand() -> None:
@@ -233,6 +291,12 @@ def test_equal_scores_have_no_advantage_at_all(group_size: int) -> None:
     for normalise_std in (False, True):
         advantages = group_advantages(scores, group_size, normalise_std)
         assert advantages.dtype == torch.float32 and not advantages.any()
+
+
+def test_both_parts_of_a_mean_have_the_type_of_its_values() -> None:
+    found, expected = mean_of(normal(5, 5, seed=0), MASK), torch.tensor(12.0, dtype=torch.float64)
+    torch.testing.assert_close(found.count, expected, rtol=0, atol=0)
+    assert found.total.dtype == torch.float64
 
 
 def test_sequence_mean_weights_turn_a_sum_over_tokens_into_one_of_means() -> None:

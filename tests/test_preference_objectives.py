@@ -121,6 +121,20 @@ def test_dpo_never_lets_go_of_a_deterministic_preference(beta: float) -> None:
     assert p > 0.98
 
 
+@pytest.mark.parametrize(("beta", "smoothing"), [(0.1, 0.0), (0.5, 0.2), (2.0, 0.4)])
+def test_dpo_with_soft_and_smoothed_labels_is_the_mean_of_both_orderings(beta: float, smoothing: float) -> None:
+    """Brute force: a label is kept with probability 1 - e and turned round with e, each pair by equation 7."""
+    policy, reference, labels, counts = random_pairs(9)
+    expected = 0.0
+    for i, label in enumerate(labels.tolist()):
+        h = beta * float(policy.minus(reference).margin[i])
+        for as_labelled, share in ((label, 1 - smoothing), (1 - label, smoothing)):
+            for wins, sign in ((as_labelled, 1), (1 - as_labelled, -1)):
+                expected += share * wins * math.log1p(math.exp(-sign * h)) / len(labels)
+    found = loss_of(preference.dpo(policy, reference, labels, counts, beta=beta, label_smoothing=smoothing))
+    assert float(found) == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
 def test_ipo_bandit_optimum(tau: float) -> None:
     """p = sigma(1 / (2 tau)), arXiv 2310.12036."""
@@ -168,6 +182,59 @@ def test_length_normalisation_divides_each_log_ratio_by_its_own_tokens() -> None
     ratio_l = (policy.rejected - reference.rejected) / counts.rejected
     found = loss_of(preference.ipo(policy, reference, ones, counts, tau=0.25, length_normalise=True))
     torch.testing.assert_close(found, ((ratio_w - ratio_l - 2.0) ** 2).mean())
+    h = 0.7 * (ratio_w - ratio_l)
+    found = loss_of(preference.dpo(policy, reference, ones, counts, beta=0.7, length_normalise=True))
+    torch.testing.assert_close(found, torch.log1p(torch.exp(-h)).mean())
+    found = loss_of(preference.mpo(policy, reference, ones, counts, beta=0.7, length_normalise=True))
+    torch.testing.assert_close(found, -(1 / (1 + torch.exp(-h))).mean())
+    h = 0.7 * (policy.chosen / counts.chosen - policy.rejected / counts.rejected)
+    found = loss_of(preference.mpo(policy, None, ones, counts, beta=0.7, length_normalise=True))
+    torch.testing.assert_close(found, -(1 / (1 + torch.exp(-h))).mean())
+
+
+def doubles(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def test_loss_and_metrics_of_demonstrations_by_hand() -> None:
+    """Two sequences of -2 and -7 nats with 1 and 4 tokens; both parts of each mean, and their types."""
+    logps, counts = doubles(-2, -7), torch.tensor([1, 4])
+    by_sequence = negative_log_likelihood(logps, counts)
+    for output, count in ((by_sequence, 2.0), (negative_log_likelihood(logps, counts, mean="tokens"), 5.0)):
+        torch.testing.assert_close([output.loss.total, output.loss.count], list(doubles(9, count)))
+        assert {name: float(mean.value) for name, mean in output.metrics.items()} == {
+            "demonstration/nll": 4.5,
+            "demonstration/nll_token": pytest.approx(9 / 5),
+        }
+    assert float(negative_log_likelihood(logps, counts, mean="sequences").loss.value) == 4.5
+
+
+def test_fine_tuning_on_the_chosen_responses_by_hand() -> None:
+    policy, labels = PairLogps(doubles(-2, -7), doubles(-3, -1)), doubles(1, 0)
+    output = preference.sft(policy, None, labels, ONES)
+    assert float(output.loss.value) == 4.5
+    assert {name: float(mean.value) for name, mean in output.metrics.items()} == {
+        "logps/chosen": -4.5,
+        "logps/rejected": -2.0,
+        "preference/margin": -2.5,  # of 1 and -6
+        "preference/saturated": 0.5,
+    }
+
+
+def test_metrics_of_preferences_by_hand() -> None:
+    """h is 2 (rho_w - rho_l): 4, 4.5, -6, 0 and 2 in turn; 4 itself is not saturated."""
+    policy = PairLogps(doubles(-1, -1, -4, -2, -2), doubles(-3, -3, -1, -2, -2))
+    reference = PairLogps(doubles(-1, -1, -1, -1, -1), doubles(-1, -0.75, -1, -1, 0))
+    output = preference.dpo(policy, reference, doubles(1, 0, 0.3, 1, 0.5), ONES, beta=2.0)
+    assert {name: float(mean.value) for name, mean in output.metrics.items()} == {
+        "logps/chosen": -2.0,
+        "logps/rejected": pytest.approx(-11 / 5),
+        "logratio/chosen": pytest.approx(-1.0),
+        "logratio/rejected": pytest.approx(-7.25 / 5),
+        "preference/margin": pytest.approx(4.5 / 5),
+        "preference/saturated": pytest.approx(2 / 5),
+        "preference/accuracy": pytest.approx((1 + 0 + 1 + 0.5 + 0.5) / 5),  # a tie, and a label without preference
+    }
 
 
 def test_metrics_mean_the_same_for_every_method() -> None:
@@ -206,3 +273,15 @@ def test_bradley_terry_matches_the_formula_and_centring_only_shifts() -> None:
     torch.testing.assert_close(found, expected)
     centred = loss_of(bradley_terry(chosen, rejected, labels, centre_weight=0.1))
     torch.testing.assert_close(centred - found, 0.1 * ((chosen + rejected) ** 2).mean())
+
+
+def test_metrics_of_a_reward_model_by_hand() -> None:
+    """Right, wrong, right (the second is preferred), a tie, and a label without a preference."""
+    chosen, rejected = doubles(3, 1, -1, 2, 5), doubles(1, 2, 3, 2, 1)
+    output = bradley_terry(chosen, rejected, doubles(1, 0.8, 0.2, 1, 0.5))
+    assert {name: float(mean.value) for name, mean in output.metrics.items()} == {
+        "reward_model/accuracy": pytest.approx((1 + 0 + 1 + 0.5 + 0.5) / 5),
+        "reward_model/margin": pytest.approx(1 / 5),
+        "reward_model/chosen": 2.0,
+        "reward_model/rejected": pytest.approx(9 / 5),
+    }

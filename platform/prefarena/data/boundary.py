@@ -17,8 +17,7 @@ class Encoder:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
-        own = getattr(type(tokenizer), "_encode_plus", None)
-        self._is_fast = own is PreTrainedTokenizerFast._encode_plus
+        self._is_fast = type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text."""
@@ -76,7 +75,7 @@ class Encoder:
         backend = self._tokenizer.backend_tokenizer  # type: ignore[attr-defined]
         backend.no_truncation()
         backend.no_padding()
-        backend.encode_special_tokens = getattr(self._tokenizer, "split_special_tokens", False)
+        backend.encode_special_tokens = self._tokenizer.split_special_tokens
         return backend
 
 

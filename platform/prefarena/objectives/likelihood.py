@@ -19,7 +19,7 @@ def negative_log_likelihood(
 ) -> ObjectiveOutput:
     """-E[log pi(y|x)] over sequences [B] (the formula), or over their tokens."""
     total = -logps.sum()
-    count = num_tokens.sum().to(logps.dtype) if mean == "tokens" else logps.new_tensor(logps.numel())
+    count = logps.new_tensor(logps.numel()) if mean == "sequences" else num_tokens.sum().to(logps.dtype)
     with torch.no_grad():
         metrics = {
             "demonstration/nll": mean_of(-logps),
