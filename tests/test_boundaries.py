@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from real_model import smollm2
 from templates import (
@@ -22,13 +22,13 @@ from templates import (
     ZEPHYR,
     tokenizer,
 )  # fmt: skip
-from tokenizers import AddedToken, models, processors
+from tokenizers import AddedToken, models, pre_tokenizers, processors
 from tokenizers import Tokenizer as Backend
 from transformers import ByT5Tokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from prefarena.config import TextTask
 from prefarena.data import rejections
-from prefarena.data.boundary import Encoder
+from prefarena.data.boundary import Encoder, _num_before
 from prefarena.data.conversations import Texts
 from prefarena.data.formats import normalise
 from prefarena.data.rejections import Unusable
@@ -113,7 +113,6 @@ def test_prompt_and_answer_are_the_whole_text_wherever_tokens_meet(kind: str, te
     texts=st.lists(st.text(st.sampled_from("ab \nsi?é4🙂́") | st.characters(codec="utf-8"), min_size=1, max_size=8),
                    min_size=3, max_size=3),
 )  # fmt: skip
-@example(kind="trimmed", texts=["a  ", "b", "c"])  # a token without characters stands at the cut
 def test_whole_texts_settle_what_the_prompt_by_itself_would(kind: str, texts: list[str]) -> None:
     """The shortcut, which never encodes the prompt alone, gives what the long way gives."""
     made = Tokenizer(TOKENIZERS[kind], TASK)
@@ -193,6 +192,26 @@ def test_offsets_without_white_space_make_no_cuts(left: str, right: str, number:
     encoder = Encoder(TOKENIZERS["trimmed"])
     ids = encoder.encode([left + right])[0]
     assert divided(encoder, left, right) == (None if number is None else (ids[:number], ids[number:]))
+
+
+def test_spaces_that_the_prompt_by_itself_joins_are_not_cut_where_offsets_hide_them() -> None:
+    """A token without characters stands at the cut, and the prompt that generation would make has another one there."""
+    vocabulary = {token: number for number, token in enumerate(["a", "b", "Ġ", "ĠĠ"])}
+    backend = Backend(models.BPE(vocabulary, [("Ġ", "Ġ")]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    encoder = Encoder(PreTrainedTokenizerFast(tokenizer_object=backend))
+    assert encoder.encode(["a  ", "a  b"]) == [[0, 3], [0, 2, 2, 1]]
+    assert encoder.divided([("a  b", 3)]) == [([0, 2, 2, 1], None)]
+    assert divided(encoder, "a  ", "b") is None
+
+
+def test_a_token_of_no_text_meets_no_other() -> None:
+    backend = TOKENIZERS["bytes"].backend_tokenizer
+    written = Backend.from_str(backend.to_str())
+    written.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    assert _num_before(written.encode("is", add_special_tokens=True), 0) is None
+    assert _num_before(written.encode("?is", add_special_tokens=True), 1) == 2
 
 
 def test_an_unknown_token_is_cut_where_it_ends_and_not_inside() -> None:

@@ -143,13 +143,15 @@ def test_a_step_over_two_epochs_is_sorted_without_moving_rows_of_equal_length() 
     assert plan.rows(1).tolist() == sorted(stream, key=lambda row: row % 3)
 
 
-@pytest.mark.parametrize("seed", range(3))
-def test_the_largest_micro_batch_is_looked_for_in_every_one_of_many_steps(seed: int) -> None:
-    """Rows of few lengths, whose order decides who shares a pass; only one step has the largest."""
-    lengths = np.random.default_rng(seed).integers(1, 4, 6000)
-    sizes = np.random.default_rng(seed + 10).integers(5, 200, 6000)
-    plan = BatchPlan(lengths, sizes, 40, 1500, 2, seed)
-    parts = [part for step in range(150) for rank in range(2) for part in plan.micro_batches(step, rank)]
+@pytest.mark.parametrize(("seed", "budget"), [(0, 1500), (1, 1500), *((seed, 99999) for seed in range(6))])
+def test_the_largest_micro_batch_is_looked_for_in_every_one_of_many_steps(seed: int, budget: int) -> None:
+    """Rows of few lengths, whose order decides who shares a pass; only one step has the largest, and many steps take
+    rows of two batches, since one of the epoch's is not full.
+    """
+    lengths = np.random.default_rng(seed).integers(1, 4, 6030)
+    sizes = np.random.default_rng(seed + 10).integers(5, 200, 6030)
+    plan = BatchPlan(lengths, sizes, 60, budget, 2, seed)
+    parts = [part for step in range(100) for rank in range(2) for part in plan.micro_batches(step, rank)]
     assert plan.largest_micro_batch().tolist() == max(parts, key=lambda part: int(sizes[part].sum())).tolist()
 
 
