@@ -81,6 +81,11 @@ def test_a_forward_pass_stays_within_its_tokens_unless_one_row_is_longer(sizes: 
     assert within_budget(rows[:0], np.array(sizes), budget) == []
 
 
+def test_rows_that_fill_a_pass_to_its_last_token_share_it() -> None:
+    parts = within_budget(np.arange(6), np.array([40, 60, 70, 30, 100, 1]), 100)
+    assert [part.tolist() for part in parts] == [[0, 1], [2, 3], [4], [5]]
+
+
 @pytest.mark.parametrize(
     ("num_rows", "batch", "epochs", "steps"),
     [(100, 10, 1, 10), (100, 10, 2.5, 25), (104, 10, 1, 10), (106, 10, 1, 11), (3, 10, 1, 1), (100, 10, 0.01, 1)],
