@@ -30,11 +30,11 @@ from pipelines.exact import (
     start_scoring,
 )
 from pipelines.kept_rollouts import KeptValues, training_of
-from pipelines.plan import SeedPlan, Trained, judge_spec, model_of, policy_of, response_limit, unique
+from pipelines.plan import SeedPlan, Trained, is_pairwise, judge_spec, model_of, policy_of, response_limit, unique
 from pipelines.progress import fail, stage_line
 from pipelines.reference import scoring_options
 from pipelines.sampling import Sampler
-from pipelines.wins import is_pairwise, judge_wins, write_responses
+from pipelines.wins import judge_wins, write_responses
 from prefarena.cluster.waiting import Failed, outcomes_within
 from prefarena.config import BestOfN, Comparison, Evaluation, LanguageTask
 from prefarena.data.tables import read_rows

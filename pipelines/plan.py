@@ -143,14 +143,14 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     }
     logps = next(iter(scored.values()))
     judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else _judge_inputs(config.judge)
-    if isinstance(config.judge, PairwiseJudge) and isinstance(task, TextTask):
+    if is_pairwise(config):
         judged_by = "pairwise"  # which has a stage of its own: responses do not depend on the judge
     evaluate = [logps.key, judged_by, _dump(config.evaluation)]
     if isinstance(task, TextTask) and _engine(config) != ["float32"]:
         evaluate.append(_engine(config))
     trained = tuple(_trained(config, entry, seed, root, scored, samples, judge, evaluate) for entry in config.entries)
     evaluation = Stage.at(root, "evaluation", "reference", [reference.key, evaluate])
-    if judged_by == "pairwise":
+    if is_pairwise(config):
         trained = tuple(_compared(one, root, evaluation, config.judge) for one in trained)
     return SeedPlan(seed, task, data, base, reference, pairs, scored, samples, judge, evaluation, trained)
 
@@ -195,6 +195,11 @@ def _compared(trained: Trained, root: Path, reference: Stage, judge: EvaluationJ
 
 def _dump(settings: BaseModel) -> dict[str, Any]:
     return settings.model_dump(mode="json")
+
+
+def is_pairwise(config: Comparison) -> bool:
+    """Whether policies are compared rather than scored."""
+    return isinstance(config.task, TextTask) and isinstance(config.judge, PairwiseJudge)
 
 
 def learns_judge(config: Comparison) -> bool:

@@ -16,7 +16,7 @@ from pipelines.evaluate import pairwise_wins
 from pipelines.exact import exact_frontier, exact_optimum, read_trajectory
 from pipelines.judge_notes import judge_notes
 from pipelines.plan import SeedPlan, Trained
-from pipelines.wins import reference_column, wins_row
+from pipelines.wins import reference_column
 from prefarena.config import BestOfN, Comparison, LanguageTask, OnPolicyMethod, dump_config
 from prefarena.evaluation.agreement import kl_agreement
 from prefarena.evaluation.best_of_n import kl_bound
@@ -156,7 +156,7 @@ def _entry_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
     row = _row(trained.evaluation)
     if not isinstance(plan.task, LanguageTask):  # sampled policies meet here for the first time
         if trained.wins is not None:
-            return row | wins_row(trained.wins) | _reward_model_row(trained)
+            return row | _row(trained.wins) | _reward_model_row(trained)
         rates, errors = pairwise_wins(plan, [trained.evaluation, plan.evaluation])
         row |= {"win_rate": float(rates[0, 1]), "win_rate_stderr": float(errors[0, 1])}
     return row | _reward_model_row(trained)
@@ -199,7 +199,7 @@ def _seed_wins(plan: SeedPlan, kept: list[Trained]) -> tuple[np.ndarray, np.ndar
     """Win rates and errors [K + 1, K + 1] of the reference and the entries of one seed."""
     wins = [trained.wins for trained in kept if trained.wins is not None]
     if wins:
-        return reference_column([wins_row(stage) for stage in wins])
+        return reference_column([_row(stage) for stage in wins])
     return pairwise_wins(plan, [plan.evaluation, *(trained.evaluation for trained in kept)])
 
 

@@ -9,7 +9,6 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -19,8 +18,9 @@ from pipelines.exact import finish_evaluation
 from pipelines.plan import SeedPlan, Trained, judge_spec
 from pipelines.progress import fail, stage_line
 from prefarena.cluster.waiting import Failed, outcomes_within
-from prefarena.config import Comparison, PairwiseJudge
+from prefarena.config import Comparison
 from prefarena.evaluation.pairwise import pairwise_metrics
+from prefarena.evaluation.sampled import clusters_of
 from prefarena.judges.spec import JudgeSpec, load_comparer
 from prefarena.judges.usage import total_costs
 from prefarena.mirror import bring, workspace
@@ -84,8 +84,7 @@ def compare_pairs(job: WinsJob) -> None:
         raise ValueError("win rates are paired by prompt, and the two policies answered different prompts")
     comparer = load_comparer(job.judge)
     games = comparer.compare(prompts, [response for _, response in own], [response for _, response in other])
-    order: dict[tuple[int, ...], int] = {}
-    clusters = np.array([order.setdefault(tuple(prompt), len(order)) for prompt in prompts])
+    clusters = clusters_of(prompts)
     np.savez(job.folder / "games.npz", first=games.first, second=games.second, asked=games.asked, clusters=clusters)
     row = pairwise_metrics(games.first, games.second, games.asked, clusters)
     finish_evaluation(job.folder, row, started, **total_costs([comparer.usage]))
@@ -117,14 +116,3 @@ def reference_column(rows: list[dict[str, float]]) -> tuple[np.ndarray, np.ndarr
         rates[0, place] = 1 - rates[place, 0]
         errors[place, 0] = errors[0, place] = row.get("win_rate_stderr", np.nan)
     return rates, errors
-
-
-def wins_row(stage: Stage) -> dict[str, Any]:
-    """The measures of a finished stage of wins."""
-    bring(stage.folder / "row.json")
-    return dict(json.loads((stage.folder / "row.json").read_text(encoding="utf-8")))
-
-
-def is_pairwise(config: Comparison) -> bool:
-    """Whether policies are compared rather than scored."""
-    return config.task.kind == "text" and isinstance(config.judge, PairwiseJudge)

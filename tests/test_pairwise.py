@@ -21,7 +21,6 @@ from pipelines.wins import (
     read_responses,
     reference_column,
     wins_job,
-    wins_row,
     write_responses,
 )
 from prefarena.config import Comparison, FunctionJudge, PairwiseJudge
@@ -137,7 +136,7 @@ def test_a_stage_of_wins_pays_once(server: Server, policy: str, tmp_path: Path) 
         compare_pairs(WinsJob(spec, own, reference, stage.begin()))
         costs = read_manifest(stage.folder)["costs"]
         assert (costs["num_judge_calls"], costs["num_judge_calls_reused"]) == (paid, 6 - paid)
-        row = wins_row(stage)
+        row = _row(stage)
         assert row["win_rate"] == pytest.approx((0.5 + 1 + 0.5) / 3) and row["position_bias"] == 0
         json.dumps(row, allow_nan=False)
     write_responses(reference, [Rollout([1, 9], [6, EOS], [], True, "0")])

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -25,10 +24,9 @@ from prefarena.config import BestOfN, Comparison, OffPolicyMethod, OnPolicyMetho
 from prefarena.data.plan import LARGEST_PASS
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.layers import recompute_layers
-from prefarena.modeling.logprobs import LogProbs, can_pack, sequence_logps
+from prefarena.modeling.logprobs import LogProbs
 from prefarena.modeling.lora import add_adapters
-from prefarena.modeling.memory import on_shapes, size_of, training_memory
-from prefarena.modeling.packing import pack
+from prefarena.modeling.memory import on_shapes, size_of, sum_of_pass, training_memory
 from prefarena.modeling.room import LARGEST_MICRO_BATCH, SMALLEST_PASS
 
 _FLOAT = 4  # bytes; master weights are float32
@@ -152,9 +150,11 @@ def _memory(config: Comparison, settings: PretrainedConfig, lengths: Lengths, pa
     module = on_shapes(partial(_module, settings, lengths, training, passes.scores))
     if training.activation_checkpointing:
         recompute_layers(module)
+    sizes = [lengths.response] * passes.responses
+    loss = partial(sum_of_pass, prompt=lengths.prompt, responses=sizes, number=passes.number)
     need = training_memory(
         module,
-        [partial(_loss, lengths, passes)],
+        [loss],
         bfloat16=training.precision == "bfloat16",
         num_shards=config.resources.num_workers if config.resources.sharding == "fsdp" and not passes.copies else 1,
     )
@@ -170,14 +170,6 @@ def _module(settings: PretrainedConfig, lengths: Lengths, training: Optimisation
     if training.lora is not None:
         add_adapters(model, training.lora, seed=0)
     return wrap(model, lengths.total)
-
-
-def _loss(lengths: Lengths, passes: _Passes, module: nn.Module) -> Tensor:
-    prompts = [np.zeros(lengths.prompt, dtype=np.int32)] * passes.number
-    responses = [[np.zeros(lengths.response, dtype=np.int32)] * passes.responses] * passes.number
-    if passes.scores:
-        return module(pack(prompts, responses, shared=can_pack(module))).sum()
-    return sequence_logps(module, prompts, responses)[0].sum()
 
 
 def disk_needed(config: Comparison, num_parameters: int, data_bytes: int) -> int:

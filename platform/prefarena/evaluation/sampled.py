@@ -16,10 +16,15 @@ from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import Rollout
 
 
-def prompt_clusters(rollouts: list[Rollout]) -> np.ndarray:
-    """The index [N] of each rollout's prompt among the different prompts, in order of first appearance."""
+def clusters_of(prompts: list[list[int]]) -> np.ndarray:
+    """The index [N] of each of N prompts among the different ones, in order of first appearance."""
     order: dict[tuple[int, ...], int] = {}
-    return np.array([order.setdefault(tuple(rollout.prompt_ids), len(order)) for rollout in rollouts], dtype=np.int64)
+    return np.array([order.setdefault(tuple(prompt), len(order)) for prompt in prompts], dtype=np.int64)
+
+
+def prompt_clusters(rollouts: list[Rollout]) -> np.ndarray:
+    """The index [N] of each rollout's prompt among the different prompts."""
+    return clusters_of([rollout.prompt_ids for rollout in rollouts])
 
 
 @torch.no_grad()

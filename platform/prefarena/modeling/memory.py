@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import (
@@ -26,6 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from prefarena.modeling.layers import decoder_layers
+from prefarena.modeling.logprobs import LogProbs, can_pack, sequence_logps
+from prefarena.modeling.packing import pack
 
 _Module = TypeVar("_Module", bound=nn.Module)
 #: The forward pass of a micro-batch, to its loss [].
@@ -73,6 +76,18 @@ def training_memory(
     gradients = trained if accumulates else trained // num_shards
     beyond = passes if accumulates else max(passes - trained, 0)
     return MemoryNeed(weights // num_shards + gathered, gradients, _MOMENTS * trained // num_shards, beyond + gathered)
+
+
+def sum_of_pass(module: nn.Module, prompt: int, responses: Sequence[int], number: int) -> Tensor:
+    """The sum of what a module gives, [], in one pass of `number` prompts of `prompt` tokens, each with its responses.
+
+    responses: tokens of each. The module is a `LogProbs`, or one of the heads, which give a number for each response.
+    """
+    prompts = [np.zeros(prompt, dtype=np.int32)] * number
+    answers = [[np.zeros(size, dtype=np.int32) for size in responses]] * number
+    if isinstance(module, LogProbs):
+        return sequence_logps(module, prompts, answers)[0].sum()
+    return module(pack(prompts, answers, shared=can_pack(module))).sum()
 
 
 def on_shapes(make: Callable[[], _Module]) -> _Module:

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 from functools import partial
 
-from torch import Tensor, nn
+from torch import nn
 
 from prefarena.config import ClassifierJudge, RewardModel
 from prefarena.judges.spec import JudgeSpec
-from prefarena.modeling.heads import ValueHead
-from prefarena.modeling.logprobs import can_pack, sequence_logps
-from prefarena.modeling.memory import MemoryNeed, size_of, training_memory
-from prefarena.modeling.packing import pack
+from prefarena.modeling.memory import MemoryNeed, size_of, sum_of_pass, training_memory
 from prefarena.modeling.room import LARGEST_MICRO_BATCH
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.prediction import fits, parts_of, write_prediction
@@ -60,15 +57,8 @@ def _need(job: OnPolicyJob, learned: dict[str, nn.Module], longest_prompt: int, 
 
 
 def _pass(job: OnPolicyJob, module: nn.Module, longest_prompt: int, size: int) -> MemoryNeed | None:
-    loss = partial(_loss, longest_prompt, job.response_limit, size)
+    loss = partial(sum_of_pass, prompt=longest_prompt, responses=[job.response_limit], number=size)
     return training_memory(module, [loss], bfloat16=job.training.precision == "bfloat16")
-
-
-def _loss(prompt: int, response: int, size: int, module: nn.Module) -> Tensor:
-    prompts, responses = [[0] * prompt] * size, [[[0] * response]] * size
-    if isinstance(module, ValueHead):
-        return module(pack(prompts, responses, shared=can_pack(module))).sum()
-    return sequence_logps(module, prompts, responses)[0].sum()
 
 
 def _is_model(spec: JudgeSpec) -> bool:
