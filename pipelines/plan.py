@@ -240,7 +240,8 @@ def _other_than_float32(arithmetic: Arithmetic) -> list[str]:
 
 def _engine(config: Comparison) -> list[str]:
     """What samples depend on beside the policy, the prompts and the sampler."""
-    return [config.generation.dtype, *(["batch_invariant"] if config.generation.batch_invariant else [])]
+    dtype = config.generation.dtype_on(config.resources.use_gpu)
+    return [dtype, *(["batch_invariant"] if config.generation.batch_invariant else [])]
 
 
 def _layout(config: Comparison) -> list[Any]:

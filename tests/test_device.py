@@ -68,10 +68,14 @@ def test_samples_of_another_engine_are_drawn_again(tmp_path: Path) -> None:
     """Their stages are of the engine's kind of numbers, and of whether what shares a batch changes them."""
     asked = config(tmp_path, use_gpu=True)
     keys = []
-    for changed in ({}, {"dtype": "bfloat16"}, {"batch_invariant": True}):
+    for changed in ({}, {"dtype": "float32"}, {"batch_invariant": True}):
         generation = asked.generation.model_copy(update=changed)
         (plan,) = make_plan(asked.model_copy(update={"generation": generation}))
         keys.append([plan.evaluation.key, *(trained.evaluation.key for trained in plan.trained)])
     assert all(len(set(same)) == 3 for same in zip(*keys, strict=True))
+    same = asked.generation.model_copy(update={"dtype": "bfloat16"})  # what auto is on a GPU
+    (plan,) = make_plan(asked.model_copy(update={"generation": same}))
+    assert plan.evaluation.key == keys[0][0]
+    assert [asked.generation.dtype_on(use_gpu) for use_gpu in (False, True)] == ["float32", "bfloat16"]
     assert _environment(generation)["VLLM_BATCH_INVARIANT"] == "1"
     assert _environment(asked.generation)["VLLM_BATCH_INVARIANT"] == "0"

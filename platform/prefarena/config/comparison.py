@@ -46,7 +46,11 @@ class Generation(Section):
         description="GPUs of the actor, when use_gpu is true; a share where trainer and engine share one.",
     )
     labels: Labels = Field((), description="Labels of the nodes that hold generation actors, e.g. {role: generate}.")
-    dtype: Literal["float32", "bfloat16", "auto"] = "float32"
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Of the engines' weights and products. auto: bfloat16 on GPUs, float32 on CPUs; on-policy methods "
+        "weigh tokens for the difference to the trainer's log-probs (importance_cap).",
+    )
     batch_invariant: bool = Field(
         False,
         description="Engines on GPUs compute a sequence in the same way whatever shares its batch (vLLM's "
@@ -64,6 +68,12 @@ class Generation(Section):
     start_timeout_s: float = Field(300, gt=0)
     generate_timeout_s: float = Field(600, gt=0)
     sync_timeout_s: float = Field(120, gt=0)
+
+    def dtype_on(self, use_gpu: bool) -> Literal["float32", "bfloat16"]:
+        """What `dtype` says of engines on GPUs, or on CPUs."""
+        if self.dtype == "auto":
+            return "bfloat16" if use_gpu else "float32"
+        return self.dtype
 
 
 class Scoring(Section):

@@ -82,7 +82,7 @@ class Engine:
             model=model_path,
             skip_tokenizer_init=True,
             generation_config="vllm",
-            dtype=generation.dtype,
+            dtype=generation.dtype_on(use_gpu),
             seed=seed,
             max_model_len=max_model_len,
             max_num_seqs=generation.max_num_seqs,
