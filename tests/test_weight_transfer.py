@@ -9,6 +9,7 @@ from __future__ import annotations
 import queue
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
@@ -18,6 +19,7 @@ import ray
 import torch
 from ray import cloudpickle
 from test_generation import PROMPTS, logp_gap, perturbed
+from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
 from prefarena.errors import WaitTimeoutError
 from prefarena.generation.fleet import Generators, TransferClient, within
@@ -122,7 +124,8 @@ def transfer(
         with carried_by(backend):
             llm.collective_rpc(exchange_transfer_engine, args=(backend,))
             client = Loopback(actor, {}, "")
-            sender = DeviceSender(backend, client, num_engines=3, dtype=torch.float32, address="10.0.0.1")
+            sizes = [tensor.numel() for tensor in weights[0].values()]
+            sender = DeviceSender(backend, client, 3, torch.float32, "10.0.0.1", sizes)
             for update, tensors in enumerate(weights):
                 client.sums, client.version = sums[update], f"{backend}@{update}"
                 sender.send(tensors.items())
@@ -163,6 +166,96 @@ def test_weights_go_through_both_sides_of_vllms_transfer(generator: Generators, 
     assert generator.versions() == {generator.names[0]: None}
     generator.sync(weights[0].items(), "host-again")  # the host's way works as before
     assert logp_gap(policies[0], generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), "host-again"), 1.0) < 1e-4
+
+
+#: Models with embeddings of more than a GiB. Two layers: the others are like them.
+LARGE: dict[str, tuple[Any, torch.dtype]] = {
+    "Qwen2.5-7B": (
+        Qwen2Config(
+            vocab_size=152064, hidden_size=3584, intermediate_size=18944, num_hidden_layers=2, num_attention_heads=28,
+            num_key_value_heads=4,
+        ),
+        torch.bfloat16,
+    ),
+    "Gemma-2-9B": (
+        Gemma2Config(
+            vocab_size=256000, hidden_size=3584, intermediate_size=14336, num_hidden_layers=2, num_attention_heads=16,
+            num_key_value_heads=8, head_dim=256,
+        ),
+        torch.bfloat16,
+    ),
+    "Llama-3.2-3B": (
+        LlamaConfig(
+            vocab_size=128256, hidden_size=3072, intermediate_size=8192, num_hidden_layers=2, num_attention_heads=24,
+            num_key_value_heads=8, head_dim=128, tie_word_embeddings=True,
+        ),
+        torch.float32,
+    ),
+}  # fmt: skip
+
+
+def chunks_of(actor: Any, config: Any, dtype: torch.dtype, folder: str) -> tuple[int, int, list[tuple[int, list[str]]]]:
+    """The IPC transfer of a model of shapes alone, with the buffer that our sender asks of vLLM.
+
+    Returns the bytes of that buffer, those of all weights, and of each chunk the bytes and the names.
+    """
+    from transformers import AutoModelForCausalLM
+    from vllm.distributed.weight_transfer import packed_tensor
+
+    from prefarena.generation.engine import DeviceSender
+    from prefarena.generation.layout import ModelLayout
+
+    config.save_pretrained(folder)
+    with torch.device("meta"), actor._engine.model_building():
+        weights = AutoModelForCausalLM.from_config(config).state_dict()
+    with actor._engine.model_building():
+        layout = ModelLayout(folder)
+    told: list[dict[str, Any]] = []
+    client = SimpleNamespace(
+        init_weight_transfer_engine=lambda info: None,
+        start_weight_update=lambda: None,
+        update_weights=told.append,
+        finish_weight_update=lambda: None,
+    )
+    buffers, empty = [], torch.empty
+
+    def buffer(size: int, **_: Any) -> torch.Tensor:
+        buffers.append(size)
+        return empty(size, dtype=torch.uint8, device="meta")
+
+    stream = SimpleNamespace(synchronize=lambda: None)
+    module = "vllm.distributed.weight_transfer"
+    with (
+        patch("torch.accelerator.current_device_index", lambda: 0),
+        patch("torch.cuda.get_device_properties", lambda index: SimpleNamespace(uuid="gpu")),
+        patch("torch.cuda.ipc_collect", lambda: None),
+        patch("torch.cuda.current_stream", lambda: stream),
+        patch(f"{module}.packed_tensor.torch.empty", buffer),
+        patch(f"{module}.packed_tensor.reduce_tensor", lambda tensor: (None, ())),
+    ):
+        assert packed_tensor.DEFAULT_PACKED_BUFFER_SIZE_BYTES == 2**30
+        DeviceSender("ipc", client, 1, dtype, "", layout.sent_sizes(())).send(layout.to_send(weights, ()).items())
+    [size] = buffers
+    total = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
+    return size, total, [(sum(info["tensor_sizes"]), info["names"]) for info in told]
+
+
+@pytest.mark.parametrize("name", LARGE)
+def test_ipc_carries_embeddings_of_more_than_a_gib(generator: Generators, name: str, tmp_path: Path) -> None:
+    config, dtype = LARGE[name]
+    size, total, chunks = inside(generator, chunks_of, config, dtype, str(tmp_path))
+    embedding = config.vocab_size * config.hidden_size * dtype.itemsize
+    assert size == embedding > 2**30  # and no larger
+    assert sum(carried for carried, _ in chunks) == total
+    assert any("model.embed_tokens.weight" in names for _, names in chunks)
+
+
+def test_ipc_takes_no_larger_a_buffer_than_a_small_model_fills(generator: Generators, tmp_path: Path) -> None:
+    config = LlamaConfig(
+        vocab_size=64, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2
+    )
+    size, total, chunks = inside(generator, chunks_of, config, torch.float32, str(tmp_path))
+    assert size == total == chunks[0][0] and len(chunks) == 1
 
 
 def test_our_client_has_what_vllms_trainer_side_calls(generator: Generators) -> None:

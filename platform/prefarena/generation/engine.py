@@ -29,6 +29,7 @@ from vllm.distributed.weight_transfer.base import (
 )
 from vllm.distributed.weight_transfer.ipc_engine import IPCTrainerInitInfo
 from vllm.distributed.weight_transfer.nccl_engine import NCCLTrainerInitInfo
+from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER_SIZE_BYTES
 from vllm.inputs import TokensPrompt
 from vllm.model_executor.layers.fused_moe.routed_experts import RoutedExperts
 from vllm.model_executor.layers.linear import LinearBase
@@ -336,10 +337,17 @@ class DeviceSender:
     """
 
     def __init__(
-        self, backend: str, client: VLLMWeightSyncClient, num_engines: int, dtype: torch.dtype, address: str
+        self,
+        backend: str,
+        client: VLLMWeightSyncClient,
+        num_engines: int,
+        dtype: torch.dtype,
+        address: str,
+        sizes: Sequence[int],
     ) -> None:
+        """sizes: elements of each tensor that an update holds."""
         self._source = StateDictSource(dtype)
-        info = _trainer_init_info(backend, num_engines, address)
+        info = _trainer_init_info(backend, num_engines, address, [size * dtype.itemsize for size in sizes])
         self._transfer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
 
     def send(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
@@ -352,9 +360,15 @@ class DeviceSender:
         self._transfer.shutdown()
 
 
-def _trainer_init_info(backend: str, num_engines: int, address: str) -> NCCLTrainerInitInfo | IPCTrainerInitInfo:
+def _trainer_init_info(
+    backend: str, num_engines: int, address: str, sizes: Sequence[int]
+) -> NCCLTrainerInitInfo | IPCTrainerInitInfo:
+    """sizes: of the tensors, in bytes."""
     if backend == "ipc":
-        return IPCTrainerInitInfo(rank=0, packed=True)
+        # vLLM refuses a tensor that is larger than the buffer, as embeddings of 7B models are than its default; NCCL's
+        # buffers grow. A small model needs no more than its own size.
+        buffer = max(*sizes, min(sum(sizes), DEFAULT_PACKED_BUFFER_SIZE_BYTES))
+        return IPCTrainerInitInfo(rank=0, packed=True, packed_buffer_size_bytes=buffer)
     with socket.socket() as probe:
         probe.bind(("", 0))
         port = probe.getsockname()[1]

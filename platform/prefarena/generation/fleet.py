@@ -238,11 +238,13 @@ class TransferClient:
         return [call.result() for call in calls]
 
 
-def join_transfer(backend: str, client: TransferClient, num_actors: int, dtype: torch.dtype) -> Any:
+def join_transfer(
+    backend: str, client: TransferClient, num_actors: int, dtype: torch.dtype, sizes: Sequence[int]
+) -> Any:
     """This process's side of a transfer, an engine.DeviceSender; returns when all actors have joined."""
     from prefarena.generation.engine import DeviceSender
 
-    return DeviceSender(backend, client, num_actors, dtype, ray.util.get_node_ip_address())
+    return DeviceSender(backend, client, num_actors, dtype, ray.util.get_node_ip_address(), sizes)
 
 
 class DeviceTransfer:
@@ -256,11 +258,12 @@ class DeviceTransfer:
         self._settings, self._client = settings, TransferClient(members)
         model = members[0].call("model", "to tell its model", "sync_timeout_s").result()
         self._layout, self._without = ModelLayout(model.path), model.merged_heads
+        sizes = self._layout.sent_sizes(self._without)
         what = "generators to join the weight transfer"
         self._sender = within(
             settings.sync_timeout_s,
             what,
-            lambda: join_transfer(settings.weight_sync, self._client, len(members), dtype),
+            lambda: join_transfer(settings.weight_sync, self._client, len(members), dtype, sizes),
         )
 
     def send(self, tensors: Mapping[str, Tensor], sums: dict[str, int] | None, version: str) -> list[Verified | None]:

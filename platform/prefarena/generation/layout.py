@@ -80,6 +80,10 @@ class ModelLayout:
         check_complete({name: tuple(tensor.shape) for name, tensor in tensors.items()}, self.shapes)
         return {name: tensor for name, tensor in self.as_checkpoint(tensors).items() if name not in merged_heads}
 
+    def sent_sizes(self, merged_heads: Collection[str]) -> list[int]:
+        """Elements of each tensor that `to_send` gives."""
+        return [tensor.numel() for tensor in self.to_send(self._model.state_dict(), merged_heads).values()]
+
     @property
     def tied(self) -> frozenset[str]:
         """Tied heads, by their names in a checkpoint."""
