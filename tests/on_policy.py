@@ -22,6 +22,7 @@ from prefarena.modeling.endings import load_ends
 from prefarena.modeling.load import load_policy, load_tokenizer, new_reward_model, save_policy
 from prefarena.records import PROMPTS, Rollout
 from prefarena.training.jobs import OnPolicyJob
+from prefarena.training.worker import Worker
 
 LIKED = 5
 
@@ -83,6 +84,35 @@ class LocalGenerator:
             Rollout(prompt, response, logp, response[-1] in self.ends.tolist(), version)
             for prompt, response, logp in zip(prompts, responses, logps, strict=True)
         ]
+
+
+class SharedGenerator(LocalGenerator):
+    """A generator that workers in several processes share: its weights are in a file of `folder`.
+
+    `syncs` tells which worker gave it which weights.
+    """
+
+    def __init__(self, policy: str, folder: Path, worker: Worker) -> None:
+        super().__init__(policy)
+        self.folder, self.worker = folder, worker
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+        with (self.folder / "syncs").open("a") as file:
+            file.write(f"{self.worker.rank} {version}\n")
+        partial = self.folder / f"weights-{self.worker.rank}"
+        torch.save((version, dict(named_tensors)), partial)
+        partial.replace(self.folder / "weights")
+
+    def _sample(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
+        self.version, weights = torch.load(self.folder / "weights")
+        self.model.load_state_dict(weights)
+        return super()._sample(prompts, sampling, version)
+
+
+def syncs(folder: Path) -> list[tuple[int, str]]:
+    """Which worker gave a `SharedGenerator` which weights, in order."""
+    lines = (folder / "syncs").read_text().splitlines()
+    return [(int(rank), version) for rank, version in map(str.split, lines)]
 
 
 class LikedCount:

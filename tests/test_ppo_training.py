@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from on_policy import LikedCount, LocalGenerator, make_job, metric_rows, timeless
+from on_policy import LikedCount, LocalGenerator, SharedGenerator, make_job, metric_rows, syncs, timeless
 from torch import Tensor
 
 from prefarena.config import PPOTraining
 from prefarena.errors import UserError
-from prefarena.generation.interface import Sampling
+from prefarena.generation.interface import Sampling, StaleWeightsError
 from prefarena.modeling.load import load_policy
 from prefarena.records import Rollout
 from prefarena.training.jobs import OnPolicyJob
@@ -21,14 +21,15 @@ from prefarena.training.on_policy import train_on_policy
 from prefarena.training.rollouts import minibatches, prompt_indices, share
 from prefarena.training.worker import Worker
 
+SETTINGS = PPOTraining(
+    num_iterations=8, rollouts_per_iteration=48, num_minibatches=3, micro_batch_size=10, kl_coef=0.05,
+    target_kl=0.5, kl_horizon=200, checkpoint_every=2,
+)  # fmt: skip
+
 
 @pytest.fixture
 def job(tmp_path: Path, tiny_policy: str) -> OnPolicyJob:
-    settings = PPOTraining(
-        num_iterations=8, rollouts_per_iteration=48, num_minibatches=3, micro_batch_size=10, kl_coef=0.05,
-        target_kl=0.5, kl_horizon=200, checkpoint_every=2,
-    )  # fmt: skip
-    return make_job(tmp_path, tiny_policy, settings)
+    return make_job(tmp_path, tiny_policy, SETTINGS)
 
 
 def test_the_reward_rises_and_every_metric_is_there(job: OnPolicyJob) -> None:
@@ -87,33 +88,94 @@ class GlooWorker(Worker):
         super().__init__(stage_dir)
 
 
-def run_as_one_of_two(rank: int, job: OnPolicyJob, rendezvous: str) -> None:
+class Forgetful(SharedGenerator):
+    """Has lost its weights when `forgets` of the workers first ask for rollouts of a version."""
+
+    def __init__(self, policy: str, folder: Path, worker: Worker, version: str, forgets: tuple[int, ...]) -> None:
+        super().__init__(policy, folder, worker)
+        self.forgotten = version if worker.rank in forgets else None
+
+    def _sample(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
+        if version == self.forgotten:
+            self.forgotten = None
+            raise StaleWeightsError("it was restarted")
+        return super()._sample(prompts, sampling, version)
+
+
+#: Jobs that two workers do: the mode, and which of them find that the generator has lost the weights of iteration 1.
+TOGETHER: dict[str, tuple[str, tuple[int, ...]]] = {
+    "undisturbed": ("synchronous", ()),
+    "one": ("synchronous", (1,)),
+    "both": ("synchronous", (0, 1)),
+    "one ahead": ("asynchronous", (1,)),
+    "both ahead": ("asynchronous", (0, 1)),
+}
+
+
+def job_in(folder: Path, policy: str, mode: str = "synchronous") -> OnPolicyJob:
+    num_iterations = 2 if mode == "synchronous" else 3  # after two, rounding shows in the fourth digit
+    changes = {"num_iterations": num_iterations, "rollouts_per_iteration": 51, "mode": mode}
+    return make_job(folder, policy, SETTINGS.model_copy(update=changes))
+
+
+def run_as_one_of_two(rank: int, jobs: dict[str, OnPolicyJob], root: Path) -> None:
     torch.set_num_threads(1)
-    torch.distributed.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=2)
-    train_on_policy(job, GlooWorker(job.stage_dir, rank), LocalGenerator(job.policy), reward=LikedCount())
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2)
+    for name, job in jobs.items():
+        worker = GlooWorker(job.stage_dir, rank)
+        source = Forgetful(job.policy, root / name, worker, "rlhf@1", TOGETHER[name][1])
+        train_on_policy(job, worker, source, reward=LikedCount())
     torch.distributed.destroy_process_group()
 
 
-def test_two_workers_do_what_one_does(job: OnPolicyJob, tmp_path: Path) -> None:
-    job = replace(job, training=job.training.model_copy(update={"num_iterations": 2, "rollouts_per_iteration": 51}))
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory, tiny_policy: str) -> dict[str, OnPolicyJob]:
+    """The jobs of `TOGETHER`, done by two workers that share a generator."""
+    root = tmp_path_factory.mktemp("together")
+    jobs = {name: job_in(root / name, tiny_policy, mode) for name, (mode, _) in TOGETHER.items()}
+    torch.multiprocessing.spawn(run_as_one_of_two, args=(jobs, root), nprocs=2)
+    return jobs
+
+
+def test_two_workers_do_what_one_does(together: dict[str, OnPolicyJob], tiny_policy: str, tmp_path: Path) -> None:
+    job = job_in(tmp_path, tiny_policy)
     train_on_policy(job, Worker(job.stage_dir), LocalGenerator(job.policy), reward=LikedCount())
-    shared = replace(job, stage_dir=str(tmp_path / "shared"))
-    torch.multiprocessing.spawn(run_as_one_of_two, args=(shared, str(tmp_path / "rendezvous")), nprocs=2)
-    for alone, together in zip(timeless(job), timeless(shared), strict=True):
-        assert alone.keys() == together.keys()
+    for alone, shared in zip(timeless(job), timeless(together["undisturbed"]), strict=True):
+        assert alone.keys() == shared.keys()
         for name in alone:
-            assert together[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
+            assert shared[name] == pytest.approx(alone[name], rel=1e-4, abs=1e-5), name
+
+
+@pytest.mark.parametrize("name", TOGETHER)
+def test_one_worker_alone_gives_restarted_generators_their_weights(together: dict[str, OnPolicyJob], name: str) -> None:
+    # Ahead, the rollouts of weights 1 are missed when the policy is that of iteration 2 already.
+    given = [(0, f"rlhf@{iteration}") for iteration in range(together[name].training.num_iterations)]
+    given += given[-1:] if name != "undisturbed" else []
+    assert syncs(Path(together[name].stage_dir).parent) == given
+    if "ahead" not in name:
+        assert timeless(together[name]) == timeless(together["undisturbed"])
+
+
+def test_generators_that_lose_their_weights_again_and_again_end_the_job(job: OnPolicyJob) -> None:
+    class Hopeless(LocalGenerator):
+        def _sample(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
+            raise StaleWeightsError("it was restarted")
+
+    source = Hopeless(job.policy)
+    with pytest.raises(StaleWeightsError, match="lost the weights 'rlhf@0' 4 times"):
+        train_on_policy(job, Worker(job.stage_dir), source, reward=LikedCount())
+    assert source.num_syncs == 4
 
 
 def test_a_generator_that_lost_its_weights_is_given_them_again(job: OnPolicyJob) -> None:
-    class Forgetful(LocalGenerator):
+    class Restarted(LocalGenerator):
         def _sample(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
             if version == "rlhf@1" and self.num_syncs == 2:
                 self.version = None
             return super()._sample(prompts, sampling, version)
 
     job = replace(job, training=job.training.model_copy(update={"num_iterations": 2}))
-    source = Forgetful(job.policy)
+    source = Restarted(job.policy)
     train_on_policy(job, Worker(job.stage_dir), source, reward=LikedCount())
     assert source.num_syncs == 3 and source.version == "rlhf@1"
 

@@ -155,13 +155,26 @@ class RolloutStream:
         return self.source.submit(prompts, sampling, self.version(weights_of))
 
     def _wait(self, pending: Pending, iteration: int) -> list[Rollout]:
-        for _ in range(_MAX_RESTARTS):
-            try:
-                return pending.result()
-            except StaleWeightsError:  # a restarted generator holds no weights; every worker has the same ones
-                self.source.sync(self._weights(), self.version(iteration))
+        """This worker's rollouts; where a generator was restarted, after it was given the weights again.
+
+        Every worker takes part in every round, whether it has its rollouts or not: so nobody still waits for rollouts
+        of older weights when new ones are given, and rank 0 alone gives them. Workers that did so each for itself would
+        each begin a transfer with the same actors.
+        """
+        rollouts: list[Rollout] | None = None
+        for restart in range(_MAX_RESTARTS + 1):
+            if restart:
+                self.push(iteration)
+            if restart and rollouts is None:
                 pending = self._submit(iteration, iteration)
-        return pending.result()
+            try:
+                rollouts = pending.result() if rollouts is None else rollouts
+            except StaleWeightsError:
+                rollouts = None
+            someone_has_none = self._worker.on_any(rollouts is None)
+            if rollouts is not None and not someone_has_none:
+                return rollouts
+        raise StaleWeightsError(f"generators lost the weights {self.version(iteration)!r} {_MAX_RESTARTS + 1} times")
 
     def _barrier(self) -> None:
         self._worker.sum(torch.zeros((), device=self._worker.device))

@@ -99,6 +99,10 @@ class Worker:
         dist.all_gather_object(values, value)
         return values
 
+    def on_any(self, flag: bool) -> bool:
+        """Whether it holds on some worker; the same on all of them."""
+        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
+
     # ------------------------------------------------------------------------------------------- rows
 
     def log(self, row: dict[str, Any]) -> None:
@@ -213,7 +217,7 @@ class Worker:
                 checkpoint = folder.read(step)
             except DamagedCheckpointError as error:
                 problem = str(error)
-            if not self._any(checkpoint is None):
+            if not self.on_any(checkpoint is None):
                 return checkpoint
             message = f"the checkpoint of step {step} is damaged and the one before it is used: {problem}"
             self.note_fault("damaged_checkpoint", message, step=step)
@@ -225,10 +229,6 @@ class Worker:
         """Remove them: the job's stage is finished."""
         if self.rank == 0:
             self._checkpoints.remove_all()
-
-    def _any(self, flag: bool) -> bool:
-        """Whether it holds on some worker."""
-        return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
     # ------------------------------------------------------------------------------------------- costs
 
