@@ -41,26 +41,31 @@ def run_job(job: Job, worker: Worker) -> None:
     GeneratorLostError, and leaves the stage as it is, where new generation actors may help.
     """
     with full_disk_named(job.name, worker.stage_dir):
-        try:
-            contents = _contents(job, worker)
-        except TrainingDivergedError as error:  # all workers meet it in the same step
-            worker.flush()
-            if worker.rank == 0:
-                _fail(job, worker, str(error))
-            return
-        except Exception as error:
-            reason = None if isinstance(error, GeneratorLostError) else reason_of(error)
-            if reason is None:
-                raise
-            worker.flush()
-            _fail(job, worker, reason)
-            if worker.world_size > 1:  # the others wait for this worker; a new group goes on with the next job
-                raise
-            return
+        _run(job, worker)
+    worker.drop_garbage()
+
+
+def _run(job: Job, worker: Worker) -> None:
+    try:
+        contents = _contents(job, worker)
+    except TrainingDivergedError as error:  # all workers meet it in the same step
         worker.flush()
         if worker.rank == 0:
-            write_manifest(job.stage_dir, {"label": job.name, "seed": job.seed, **contents, "faults": worker.faults()})
-        worker.drop_checkpoints()
+            _fail(job, worker, str(error))
+        return
+    except Exception as error:
+        reason = None if isinstance(error, GeneratorLostError) else reason_of(error)
+        if reason is None:
+            raise
+        worker.flush()
+        _fail(job, worker, reason)
+        if worker.world_size > 1:  # the others wait for this worker; a new group goes on with the next job
+            raise
+        return
+    worker.flush()
+    if worker.rank == 0:
+        write_manifest(job.stage_dir, {"label": job.name, "seed": job.seed, **contents, "faults": worker.faults()})
+    worker.drop_checkpoints()
 
 
 def _fail(job: Job, worker: Worker, reason: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import logging
 import secrets
@@ -254,6 +255,18 @@ class Worker:
         """Until the next job begins memory counts for more than speed, where the two are at odds."""
         if self.device.type == "cpu":
             process_memory.return_tensors(at_once=True)
+
+    def drop_garbage(self) -> None:
+        """Give back what a job has held that is of no use any more: the next one of the group needs the room.
+
+        A model that ends in a reference cycle (FSDP's hooks and recomputed layers' forward methods refer to their
+        modules, which refer to them) is freed by a garbage collection alone, which Python runs when many small objects
+        were made, however large a few tensors are. What the GPU's allocator keeps of it would not be of use to another
+        process, such as an engine on the same GPU.
+        """
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def memory_share_mib(self) -> float:
         """This worker's share of the memory that its machine, container or GPU has in all, whatever is free now."""
