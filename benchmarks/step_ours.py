@@ -30,7 +30,7 @@ from prefarena.objectives.preference import PairLogps
 from prefarena.records import REFERENCED_PAIRS
 from prefarena.training.guard import GuardedOptimizer
 from prefarena.training.off_policy import Window, optimizer_step
-from prefarena.training.terms import Pairs, PreferenceTerm, Rows, Shares, preference_objective
+from prefarena.training.terms import Pairs, PreferenceTerm, Rows, Shares
 from prefarena.training.worker import Worker
 
 
@@ -105,7 +105,7 @@ class RepeatedPrompts(PreferenceTerm):
             pairs.numbers("ref_chosen_logp", rows, device), pairs.numbers("ref_rejected_logp", rows, device)
         )
         policy, num_tokens = (PairLogps(values[0::2], values[1::2]) for values in (logps, lengths))
-        return preference_objective(self.method, policy, reference, pairs.numbers("label", rows, device), num_tokens)
+        return self.method.objective(policy, reference, pairs.numbers("label", rows, device), num_tokens)
 
 
 def write_reference(spec: dict[str, Any], tokens_at_once: int = 8192) -> float:

@@ -24,9 +24,10 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "platform"))
 
+from prefarena.config import DPO
 from prefarena.data.plan import within_budget
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
-from prefarena.objectives.preference import PairLogps, dpo
+from prefarena.objectives.preference import PairLogps
 
 
 class PackedStep:
@@ -56,12 +57,11 @@ class PackedStep:
         for part in within_budget(rows[np.argsort(self._sizes[rows], kind="stable")], self._sizes, self._tokens):
             policy = self._logps(part)
             reference = self._reference[torch.from_numpy(part).to(self._device)]
-            output = dpo(
+            output = DPO(beta=self._spec["beta"]).objective(
                 PairLogps(policy[0::2], policy[1::2]),
                 PairLogps(reference[:, 0], reference[:, 1]),
                 torch.ones(len(part), device=self._device),
                 PairLogps(*torch.ones(2, len(part), device=self._device)),
-                beta=self._spec["beta"],
             )
             share = output.loss.total / len(rows)
             share.backward()

@@ -120,7 +120,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         if arguments.command == "methods":
-            return _methods()
+            from pipelines.methods import list_methods
+
+            print(list_methods())
+            return 0
         if arguments.command == "doctor":
             return _doctor(arguments.config, arguments.set)
         if arguments.command in _STEPS:
@@ -163,39 +166,3 @@ def _doctor(path: str | None, overrides: list[str]) -> int:
     from prefarena.config import load_config
 
     return doctor(load_config(path, overrides) if path or overrides else None)
-
-
-def _methods() -> int:
-    """The settings of every method, from the types that check them."""
-    from prefarena.config import DPO, GRPO, IPO, MPO, RLHF, RLOO, SFT, BestOfN
-
-    for kind in (MPO, DPO, IPO, SFT, RLHF, GRPO, RLOO, BestOfN):
-        print(f"{kind.model_fields['kind'].default}: {(kind.__doc__ or '').strip()}")
-        for name, default, text in _settings(kind, ""):
-            print(f"    {name} = {default}" + (f"    # {text}" if text else ""))
-        print()
-    return 0
-
-
-def _settings(kind: Any, prefix: str) -> list[tuple[str, Any, str]]:
-    """(dotted name, default, description) of every setting of a config type."""
-    from pydantic import BaseModel
-
-    found: list[tuple[str, Any, str]] = []
-    for name, field in kind.model_fields.items():
-        if name == "kind":
-            continue
-        default = field.get_default(call_default_factory=True)
-        if isinstance(default, BaseModel):
-            values = default.model_dump()
-            inner = _settings(type(default), f"{prefix}{name}.")
-            found += [(key, _at(values, key.removeprefix(f"{prefix}{name}.")), text) for key, _, text in inner]
-        else:
-            found.append((prefix + name, default, field.description or ""))
-    return found
-
-
-def _at(tree: Any, key: str) -> Any:
-    for part in key.split("."):
-        tree = tree[part]
-    return tree

@@ -97,7 +97,8 @@ def test_methods_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     text = capsys.readouterr().out
     for line in ("mpo: Maximum Preference Optimization", "beta = 0.1", "tau = 0.1", "training.gae_lambda = 0.95"):
         assert line in text
-    for kind in ("sft", "dpo", "ipo", "rlhf", "grpo", "rloo", "best_of_n"):
+    assert text.startswith("dpo: ")
+    for kind in ("sft", "mpo", "ipo", "rlhf", "grpo", "rloo", "best_of_n"):
         assert f"\n{kind}: " in text
 
 

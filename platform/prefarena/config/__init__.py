@@ -10,6 +10,7 @@ from prefarena.config.comparison import (
     Evaluation,
     Generation,
     Method,
+    OffPolicyMethod,
     Reference,
     Resources,
 )
@@ -26,7 +27,6 @@ from prefarena.config.judges import (
 )
 from prefarena.config.loading import DEFAULT_CONFIG, dump_config, load_config, parse_config
 from prefarena.config.models import Model, PretrainedModel, ScratchModel
-from prefarena.config.off_policy import DPO, IPO, MPO, SFT, LoRA, OffPolicy, OffPolicyMethod, Optimisation
 from prefarena.config.on_policy import (
     GRPO,
     RLHF,
@@ -40,8 +40,14 @@ from prefarena.config.on_policy import (
     PPOTraining,
     RLOOTraining,
 )
-from prefarena.config.section import Section
 from prefarena.config.tasks import LanguageTask, Task, TextTask
+from prefarena.methods.dpo import DPO
+from prefarena.methods.ipo import IPO
+from prefarena.methods.mpo import MPO
+from prefarena.methods.sft import SFT
+from prefarena.settings.off_policy import OffPolicy
+from prefarena.settings.optimisation import LoRA, Optimisation
+from prefarena.settings.section import Section
 
 __all__ = [
     "DEFAULT_CONFIG",

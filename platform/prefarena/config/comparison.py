@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import Field, model_validator
 
 from prefarena.config.judges import EvaluationJudge, RewardModel
 from prefarena.config.labels import Labels, kept_apart
 from prefarena.config.models import Model, ScratchModel
-from prefarena.config.off_policy import DPO, IPO, MPO, SFT, Optimisation
 from prefarena.config.on_policy import GRPO, RLHF, RLOO, BestOfN
-from prefarena.config.section import Section
 from prefarena.config.tasks import LanguageTask, Task
+from prefarena.methods import discover
+from prefarena.settings.off_policy import OffPolicy
+from prefarena.settings.optimisation import Optimisation
+from prefarena.settings.section import Section
 
-Method = Annotated[MPO | DPO | IPO | SFT | RLHF | GRPO | RLOO | BestOfN, Field(discriminator="kind")]
+#: Every method, the off-policy ones as their files are found.
+METHODS: tuple[type[Section], ...] = (*discover().values(), RLHF, GRPO, RLOO, BestOfN)
+OffPolicyMethod = OffPolicy
+if TYPE_CHECKING:  # a union that is made of what is found means nothing to a type checker
+    Method = OffPolicy | RLHF | GRPO | RLOO | BestOfN
+else:
+    Method = Annotated[Union[METHODS], Field(discriminator="kind")]  # noqa: UP007
 
 
 class Reference(Section):

@@ -7,8 +7,8 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from prefarena.config.off_policy import Optimisation
-from prefarena.config.section import Section
+from prefarena.settings.optimisation import Optimisation
+from prefarena.settings.section import Section
 
 
 class RewardModel(Section):

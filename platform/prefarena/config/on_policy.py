@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from prefarena.config.judges import JudgeSettings, RewardModel
-from prefarena.config.section import Betas, Section
+from prefarena.settings.section import Betas, Section
 
 
 class OnPolicyTraining(Section):

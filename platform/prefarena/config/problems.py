@@ -8,9 +8,9 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from pydantic import BaseModel
 
-from prefarena.config import section
 from prefarena.config.comparison import Comparison
 from prefarena.config.hints import key_meant, value_meant
+from prefarena.settings import section
 
 
 def explain(problem: Any, source: str) -> str:

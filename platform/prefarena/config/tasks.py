@@ -6,7 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from prefarena.config.section import Section
+from prefarena.settings.section import Section
 
 
 class LanguageTask(Section):

@@ -16,12 +16,11 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prefarena.config import DPO, IPO, MPO, SFT, OffPolicyMethod, Optimisation
+from prefarena.config import OffPolicyMethod, Optimisation
 from prefarena.data.plan import LARGEST_PASS, BatchPlan
 from prefarena.data.tables import TokenColumn, read_rows
 from prefarena.modeling.logprobs import can_pack, sequence_logps
 from prefarena.modeling.packing import pack
-from prefarena.objectives import preference
 from prefarena.objectives.likelihood import negative_log_likelihood
 from prefarena.objectives.output import ObjectiveOutput
 from prefarena.objectives.preference import PairLogps
@@ -115,7 +114,7 @@ class PreferenceTerm(Term):
             pairs.numbers("ref_chosen_logp", rows, device), pairs.numbers("ref_rejected_logp", rows, device)
         )
         labels = pairs.numbers("label", rows, device)
-        return preference_objective(self.method, _pairs(logps), reference, labels, _pairs(batch.lengths.float()))
+        return self.method.objective(_pairs(logps), reference, labels, _pairs(batch.lengths.float()))
 
 
 class LikelihoodTerm(Term):
@@ -185,31 +184,6 @@ class RewardModelTerm(Term):
         scores = pair_scores(module, self.pairs, rows, device, self.pad_id)
         labels = self.pairs.numbers("label", rows, device)
         return bradley_terry(scores.chosen, scores.rejected, labels, centre_weight=self.centre_weight)
-
-
-def preference_objective(
-    method: OffPolicyMethod, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
-) -> ObjectiveOutput:
-    """The method's objective with its settings."""
-    match method:
-        case MPO(beta=beta, length_normalise=normalise):
-            return preference.mpo(
-                policy,
-                reference,
-                labels,
-                num_tokens,
-                beta=beta,
-                length_normalise=normalise,
-                reference_free=method.reference == "none",
-            )
-        case DPO(beta=beta, label_smoothing=smoothing, length_normalise=normalise):
-            return preference.dpo(
-                policy, reference, labels, num_tokens, beta=beta, label_smoothing=smoothing, length_normalise=normalise
-            )
-        case IPO(tau=tau, length_normalise=normalise):
-            return preference.ipo(policy, reference, labels, num_tokens, tau=tau, length_normalise=normalise)
-        case SFT():
-            return preference.sft(policy, reference, labels, num_tokens)
 
 
 def pair_scores(head: nn.Module, pairs: Pairs, rows: Rows, device: torch.device, pad_id: int) -> PairLogps:

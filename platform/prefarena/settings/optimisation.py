@@ -1,4 +1,4 @@
-"""Supervised training and the off-policy methods."""
+"""One training run's optimisation, and adapters."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from prefarena.config.section import Betas, Section
+from prefarena.settings.section import Betas, Section
 
 
 class LoRA(Section):
@@ -58,54 +58,3 @@ class Optimisation(Section):
     )
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(10, ge=1, description="Steps between metric rows.")
-
-
-class OffPolicy(Section):
-    """Settings that every off-policy method shares."""
-
-    demonstration_weight: float = Field(
-        0.0, ge=0, description="eta: weight of -E[log pi(y|x)] on demonstrations, the off-policy forward-KL term."
-    )
-    demonstration_mean: Literal["sequences", "tokens"] = Field(
-        "sequences", description="Mean of the demonstration term over sequences (the formula) or over tokens."
-    )
-    pretraining_weight: float = Field(0.0, ge=0, description="gamma: weight of -E[log pi(x)] on pretraining text.")
-    training: Optimisation = Optimisation()
-
-
-class MPO(OffPolicy):
-    """Maximum Preference Optimization with importance sampling (arXiv 2312.16430)."""
-
-    kind: Literal["mpo"] = "mpo"
-    beta: float = Field(1.0, gt=0)
-    reference: Literal["none", "precomputed"] = Field(
-        "precomputed", description="`none` is the paper's final form; `precomputed` starts every pair at h = 0."
-    )
-    length_normalise: bool = False
-    demonstration_weight: float = Field(0.05, ge=0, description="eta: weight of the off-policy forward-KL term.")
-
-
-class DPO(OffPolicy):
-    """Direct Preference Optimization (arXiv 2305.18290); label_smoothing > 0 is cDPO."""
-
-    kind: Literal["dpo"] = "dpo"
-    beta: float = Field(0.1, gt=0)
-    label_smoothing: float = Field(0.0, ge=0, lt=0.5)
-    length_normalise: bool = False
-
-
-class IPO(OffPolicy):
-    """Identity Preference Optimization (arXiv 2310.12036); sums over tokens, as the paper does."""
-
-    kind: Literal["ipo"] = "ipo"
-    tau: float = Field(0.1, gt=0)
-    length_normalise: bool = Field(False, description="True averages log-ratios over tokens, as TRL does.")
-
-
-class SFT(OffPolicy):
-    """Supervised fine-tuning on the chosen responses."""
-
-    kind: Literal["sft"] = "sft"
-
-
-OffPolicyMethod = MPO | DPO | IPO | SFT

@@ -1,0 +1,32 @@
+"""IPO: Identity Preference Optimization."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from prefarena.objectives.output import ObjectiveOutput
+from prefarena.objectives.preference import PairLogps, preference_output, scaled
+from prefarena.settings.off_policy import OffPolicy
+
+
+class IPO(OffPolicy):
+    """Identity Preference Optimization (arXiv 2310.12036); sums over tokens, as the paper does.
+
+    Equation 17: E[(h - (2p - 1) / (2 tau))^2], h = rho_w - rho_l, rho = log pi - log pi_ref; `length_normalise`
+    averages over tokens, as TRL does. With a soft label p the two orderings' losses average to this form plus a
+    constant.
+    """
+
+    kind: Literal["ipo"] = "ipo"
+    tau: float = Field(0.1, gt=0)
+    length_normalise: bool = Field(False, description="True averages log-ratios over tokens, as TRL does.")
+
+    def objective(
+        self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
+    ) -> ObjectiveOutput:
+        h = scaled(policy.minus(reference), num_tokens, self.length_normalise).margin
+        losses = (h - (2 * labels - 1) / (2 * self.tau)) ** 2
+        return preference_output(losses, h, policy, reference, labels)

@@ -1,0 +1,54 @@
+"""What every off-policy method is: settings, some of them shared, and an objective on pairs."""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+from pydantic import Field
+from torch import Tensor
+
+from prefarena.objectives.output import ObjectiveOutput
+from prefarena.objectives.preference import PairLogps
+from prefarena.settings.optimisation import Optimisation
+from prefarena.settings.section import Section
+
+
+class OffPolicy(Section):
+    """A method that learns from pairs: its settings are fields, its formula is `objective`.
+
+    `prefarena.methods` has one file for each; docs/architecture.md says how one is added.
+    """
+
+    #: What of a pair the loss depends on: which response won, or the chosen one alone, whatever the label.
+    learns_from: ClassVar[Literal["labelled pairs", "chosen responses"]] = "labelled pairs"
+
+    if TYPE_CHECKING:
+
+        @property
+        def kind(self) -> str:
+            """The method's name in a configuration: a field that each method declares, as a literal."""
+
+    demonstration_weight: float = Field(
+        0.0, ge=0, description="eta: weight of -E[log pi(y|x)] on demonstrations, the off-policy forward-KL term."
+    )
+    demonstration_mean: Literal["sequences", "tokens"] = Field(
+        "sequences", description="Mean of the demonstration term over sequences (the formula) or over tokens."
+    )
+    pretraining_weight: float = Field(0.0, ge=0, description="gamma: weight of -E[log pi(x)] on pretraining text.")
+    training: Optimisation = Optimisation()
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss depends on the reference's log-probs, with these settings. Metrics show them in any case."""
+        return True
+
+    @abstractmethod
+    def objective(
+        self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
+    ) -> ObjectiveOutput:
+        """The mean loss over pairs and the metrics, from what `objectives/preference.py` describes.
+
+        policy, reference: log-probs of both responses, nats a sequence. labels: P(chosen > rejected), [B]. num_tokens:
+        of both responses.
+        """
