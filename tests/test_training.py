@@ -59,7 +59,7 @@ def test_packed_pairs_train_as_padded_sequences_do(
 ) -> None:
     method = method.model_copy(update={"training": QUICK.model_copy(update={"num_steps": 30})})
     run_job(off_policy_job(inputs, tmp_path / "packed", method), Worker(str(tmp_path / "packed")))
-    monkeypatch.setattr(logprobs, "why_not_packed", lambda model, max_length: "it is not wanted here")
+    monkeypatch.setattr(logprobs, "why_not_packed", lambda *_: "it is not wanted here")
     run_job(off_policy_job(inputs, tmp_path / "padded", method), Worker(str(tmp_path / "padded")))
     packed, padded = metric_rows(tmp_path / "packed"), metric_rows(tmp_path / "padded")
     for key in ("loss", "grad_norm", "preference/margin", "logps/chosen"):
