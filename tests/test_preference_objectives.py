@@ -134,7 +134,7 @@ def test_dpo_with_soft_and_smoothed_labels_is_the_mean_of_both_orderings(beta: f
         for as_labelled, share in ((label, 1 - smoothing), (1 - label, smoothing)):
             for wins, sign in ((as_labelled, 1), (1 - as_labelled, -1)):
                 expected += share * wins * math.log1p(math.exp(-sign * h)) / len(labels)
-    found = loss_of(preference.dpo(policy, reference, labels, counts, beta=beta, label_smoothing=smoothing))
+    found = loss_of(DPO(beta=beta, label_smoothing=smoothing).objective(policy, reference, labels, counts))
     assert float(found) == pytest.approx(expected, rel=1e-12)
 
 
@@ -186,12 +186,12 @@ def test_length_normalisation_divides_each_log_ratio_by_its_own_tokens() -> None
     found = loss_of(IPO(tau=0.25, length_normalise=True).objective(policy, reference, ones, counts))
     torch.testing.assert_close(found, ((ratio_w - ratio_l - 2.0) ** 2).mean())
     h = 0.7 * (ratio_w - ratio_l)
-    found = loss_of(preference.dpo(policy, reference, ones, counts, beta=0.7, length_normalise=True))
+    found = loss_of(DPO(beta=0.7, length_normalise=True).objective(policy, reference, ones, counts))
     torch.testing.assert_close(found, torch.log1p(torch.exp(-h)).mean())
-    found = loss_of(preference.mpo(policy, reference, ones, counts, beta=0.7, length_normalise=True))
+    found = loss_of(MPO(beta=0.7, length_normalise=True).objective(policy, reference, ones, counts))
     torch.testing.assert_close(found, -(1 / (1 + torch.exp(-h))).mean())
     h = 0.7 * (policy.chosen / counts.chosen - policy.rejected / counts.rejected)
-    found = loss_of(preference.mpo(policy, None, ones, counts, beta=0.7, length_normalise=True))
+    found = loss_of(MPO(beta=0.7, length_normalise=True, reference="none").objective(policy, reference, ones, counts))
     torch.testing.assert_close(found, -(1 / (1 + torch.exp(-h))).mean())
 
 
@@ -214,13 +214,17 @@ def test_loss_and_metrics_of_demonstrations_by_hand() -> None:
 
 def test_fine_tuning_on_the_chosen_responses_by_hand() -> None:
     policy, labels = PairLogps(doubles(-2, -7), doubles(-3, -1)), doubles(1, 0)
-    output = preference.sft(policy, None, labels, ONES)
+    reference = PairLogps(doubles(-2, -4), doubles(-3, -3))  # for the metrics alone: ratios 0 and -3, 0 and 2
+    output = SFT().objective(policy, reference, labels, ONES)
     assert float(output.loss.value) == 4.5
     assert {name: float(mean.value) for name, mean in output.metrics.items()} == {
         "logps/chosen": -4.5,
         "logps/rejected": -2.0,
         "preference/margin": -2.5,  # of 1 and -6
         "preference/saturated": 0.5,
+        "logratio/chosen": -1.5,
+        "logratio/rejected": 1.0,
+        "preference/accuracy": 0.75,  # a tie, and a rejected response that became likelier, as its label has it
     }
 
 
@@ -228,7 +232,7 @@ def test_metrics_of_preferences_by_hand() -> None:
     """h is 2 (rho_w - rho_l): 4, 4.5, -6, 0 and 2 in turn; 4 itself is not saturated."""
     policy = PairLogps(doubles(-1, -1, -4, -2, -2), doubles(-3, -3, -1, -2, -2))
     reference = PairLogps(doubles(-1, -1, -1, -1, -1), doubles(-1, -0.75, -1, -1, 0))
-    output = preference.dpo(policy, reference, doubles(1, 0, 0.3, 1, 0.5), ONES, beta=2.0)
+    output = DPO(beta=2.0).objective(policy, reference, doubles(1, 0, 0.3, 1, 0.5), ONES)
     assert {name: float(mean.value) for name, mean in output.metrics.items()} == {
         "logps/chosen": -2.0,
         "logps/rejected": pytest.approx(-11 / 5),
