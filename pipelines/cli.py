@@ -56,7 +56,8 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is here, what a comparison needs, and what of it will not fit")
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="none: only what is here")
     _add_overrides(doctor)
-    commands.add_parser("methods", help="the methods and their settings with defaults")
+    methods = commands.add_parser("methods", help="the methods and their settings with defaults")
+    methods.add_argument("--table", action="store_true", help="the off-policy ones, as the table in docs/methods.md")
     _add_cluster_commands(commands)
     return parser
 
@@ -120,9 +121,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         if arguments.command == "methods":
-            from pipelines.methods import list_methods
+            from pipelines.methods import list_methods, table
 
-            print(list_methods())
+            print(table() if arguments.table else list_methods())
             return 0
         if arguments.command == "doctor":
             return _doctor(arguments.config, arguments.set)

@@ -1,4 +1,7 @@
-"""What `prefarena methods` prints: every method and its settings, from the types that check them."""
+"""What `prefarena methods` prints: every method and its settings, from the types that check them.
+
+`--table` prints the off-policy ones as a table in Markdown, which docs/methods.md holds.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +12,7 @@ from pydantic import BaseModel
 
 from prefarena.config import OffPolicy
 from prefarena.config.comparison import METHODS
+from prefarena.methods import discover
 
 
 def list_methods() -> str:
@@ -16,12 +20,41 @@ def list_methods() -> str:
     return "\n".join([line for method in METHODS for line in (*_lines(method), "")] + list(_shared()))
 
 
+def table() -> str:
+    """The off-policy methods as a table in Markdown; docs/methods.md explains the notation of its formulas."""
+    lines = [
+        "| `kind` | what it is | loss of a pair | needs the reference | its own settings |",
+        "|---|---|---|---|---|",
+    ]
+    for kind, method in discover().items():
+        formula = f"$`{method.formula}`$" if method.formula else ""
+        settings = ", ".join(f"`{name}` {default}" for name, default, _ in _own_settings(method))
+        cells = [f"`{kind}`", _what(method), formula, "yes" if method().needs_reference else "no", settings or "none"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _what(method: type[BaseModel]) -> str:
+    """The first line of its description."""
+    return (method.__doc__ or "").strip().splitlines()[0]
+
+
+def _reads(method: type[OffPolicy]) -> str:
+    """What the loss depends on, with the defaults."""
+    return f"{method.learns_from}, {'with' if method().needs_reference else 'without'} the reference's log-probs"
+
+
+def _own_settings(method: type[OffPolicy]) -> list[tuple[str, Any, str]]:
+    """Those that not every off-policy method has, or not with this default."""
+    shared = [setting[:2] for setting in _settings(OffPolicy)]
+    return [setting for setting in _settings(method) if setting[:2] not in shared]
+
+
 def _lines(method: type[BaseModel]) -> Iterator[str]:
-    yield f"{method.model_fields['kind'].default}: {(method.__doc__ or '').strip().splitlines()[0]}"
+    yield f"{method.model_fields['kind'].default}: {_what(method)}"
     if issubclass(method, OffPolicy):
-        reference = "with" if method().needs_reference else "without"
-        yield f"    (learns from {method.learns_from}, {reference} the reference's log-probs)"
-        yield from (_line(*setting) for setting in _settings(method) if not _is_shared(setting))
+        yield f"    (learns from {_reads(method)})"
+        yield from (_line(*setting) for setting in _own_settings(method))
     else:
         yield from (_line(*setting) for setting in _settings(method))
 
@@ -29,10 +62,6 @@ def _lines(method: type[BaseModel]) -> Iterator[str]:
 def _shared() -> Iterator[str]:
     yield "all off-policy methods (those that say what they learn from) also have:"
     yield from (_line(*setting) for setting in _settings(OffPolicy))
-
-
-def _is_shared(setting: tuple[str, Any, str]) -> bool:
-    return any(setting[:2] == shared[:2] for shared in _settings(OffPolicy))
 
 
 def _line(name: str, default: Any, text: str) -> str:

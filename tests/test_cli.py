@@ -97,9 +97,16 @@ def test_methods_lists_every_setting(capsys: pytest.CaptureFixture[str]) -> None
     text = capsys.readouterr().out
     for line in ("mpo: Maximum Preference Optimization", "beta = 0.1", "tau = 0.1", "training.gae_lambda = 0.95"):
         assert line in text
-    assert text.startswith("dpo: ")
-    for kind in ("sft", "mpo", "ipo", "rlhf", "grpo", "rloo", "best_of_n"):
+    assert text.startswith("apo_down: ")
+    for kind in ("sft", "mpo", "dpo", "simpo", "ipo", "rlhf", "grpo", "rloo", "best_of_n"):
         assert f"\n{kind}: " in text
+
+
+def test_the_table_of_methods_has_a_row_for_each(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["methods", "--table"]) == 0
+    rows = capsys.readouterr().out.splitlines()
+    assert rows[0].startswith("| `kind` |") and rows[-1].startswith("| `sppo_hard` | Self-Play")
+    assert [row for row in rows if row.startswith("| `dpo` |") and "yes | `beta` 0.1, `label_smoothing` 0.0" in row]
 
 
 def test_help_says_what_is_written_where() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.methods import table
 from prefarena import methods
 from prefarena.config import DPO, IPO, MPO, SFT, Entry, OffPolicyMethod, parse_config
 from prefarena.methods import discover
@@ -56,6 +58,15 @@ def test_methods_are_found_by_their_files_in_order_and_survive_the_way_to_a_work
 def test_what_all_methods_share_is_no_method() -> None:
     with pytest.raises(TypeError, match="abstract"):
         OffPolicyMethod()  # type: ignore[abstract]
+
+
+def test_descriptions_name_their_papers_and_the_documents_have_the_table() -> None:
+    for method in discover().values():
+        first = str(method.__doc__).splitlines()[0]
+        assert re.search(r"\(arXiv \d{4}\.\d{5}\)", first) or method.learns_from == "chosen responses", first
+    page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
+    held = page.split("<!-- table of methods -->\n")[1].split("\n<!-- end of the table -->")[0]
+    assert held == table(), "prefarena methods --table prints what docs/methods.md must hold"
 
 
 TOY = '''
@@ -127,7 +138,7 @@ def test_a_method_is_one_file(tmp_path: Path) -> None:
     assert found["settings"] == {**SHARED, "training": training, "kind": "toy", "strength": 3.0}
     unknown_key, unknown_kind, out_of_range = found["said"]
     assert unknown_key.endswith("unknown key 'entries.0.method.strenght'; did you mean 'strength'?")
-    assert "'toi' is not one of dpo, " in unknown_kind and unknown_kind.endswith("did you mean 'toy'?")
+    assert "'toi' is not one of apo_down, " in unknown_kind and unknown_kind.endswith("did you mean 'toy'?")
     assert "entries.0.method.strength: input should be greater than 0" in out_of_range
     (row,) = found["rows"]  # at the reference every margin is 0
     assert row["step"] == 1 and abs(row["loss"]) < 1e-4 and row["grad_norm"] > 0 and found["model"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch.nn.functional as F
 from pydantic import Field
@@ -20,6 +20,7 @@ class DPO(OffPolicy):
     rho = log pi - log pi_ref, and p moved towards its opposite by `label_smoothing`.
     """
 
+    formula: ClassVar[str] = r"-(1-\varepsilon)\log\sigma(h)-\varepsilon\log\sigma(-h)"
     kind: Literal["dpo"] = "dpo"
     beta: float = Field(0.1, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)

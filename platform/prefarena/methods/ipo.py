@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
@@ -20,6 +20,7 @@ class IPO(OffPolicy):
     constant.
     """
 
+    formula: ClassVar[str] = r"(h-\tfrac1{2\tau})^2,\;h=\rho_w-\rho_l"
     kind: Literal["ipo"] = "ipo"
     tau: float = Field(0.1, gt=0)
     length_normalise: bool = Field(False, description="True averages log-ratios over tokens, as TRL does.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from pydantic import Field
@@ -23,6 +23,7 @@ class MPO(OffPolicy):
     objectives/likelihood.py.
     """
 
+    formula: ClassVar[str] = r"-\sigma(h),\;h=\beta(s_w-s_l)"
     kind: Literal["mpo"] = "mpo"
     beta: float = Field(1.0, gt=0)
     reference: Literal["none", "precomputed"] = Field(

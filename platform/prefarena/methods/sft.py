@@ -18,7 +18,7 @@ class SFT(OffPolicy):
     """
 
     learns_from: ClassVar[Literal["labelled pairs", "chosen responses"]] = "chosen responses"
-
+    formula: ClassVar[str] = r"-\ell_w"
     kind: Literal["sft"] = "sft"
 
     @property

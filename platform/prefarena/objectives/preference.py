@@ -37,6 +37,11 @@ class PairLogps:
         return PairLogps(self.chosen / num_tokens.chosen, self.rejected / num_tokens.rejected)
 
     @property
+    def swapped(self) -> PairLogps:
+        """The same pairs with the other response as the chosen one."""
+        return PairLogps(self.rejected, self.chosen)
+
+    @property
     def margin(self) -> Tensor:
         """chosen - rejected, [B]."""
         return self.chosen - self.rejected

@@ -9,7 +9,7 @@ from pydantic import Field
 from torch import Tensor
 
 from prefarena.objectives.output import ObjectiveOutput
-from prefarena.objectives.preference import PairLogps
+from prefarena.objectives.preference import PairLogps, preference_output
 from prefarena.settings.optimisation import Optimisation
 from prefarena.settings.section import Section
 
@@ -22,6 +22,9 @@ class OffPolicy(Section):
 
     #: What of a pair the loss depends on: which response won, or the chosen one alone, whatever the label.
     learns_from: ClassVar[Literal["labelled pairs", "chosen responses"]] = "labelled pairs"
+
+    #: The loss of a pair whose chosen response has won, in TeX, in the notation of docs/methods.md, for its table.
+    formula: ClassVar[str] = ""
 
     if TYPE_CHECKING:
 
@@ -52,3 +55,18 @@ class OffPolicy(Section):
         policy, reference: log-probs of both responses, nats a sequence. labels: P(chosen > rejected), [B]. num_tokens:
         of both responses.
         """
+
+
+class OrderedLoss(OffPolicy):
+    """A method whose paper gives the loss of an ordering. A soft label weighs both: p l(w, l) + (1 - p) l(l, w)."""
+
+    @abstractmethod
+    def losses(self, policy: PairLogps, reference: PairLogps, num_tokens: PairLogps) -> tuple[Tensor, Tensor]:
+        """(losses, h), both [B], where the chosen response has won; h is what the metrics call the margin."""
+
+    def objective(
+        self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
+    ) -> ObjectiveOutput:
+        as_given, h = self.losses(policy, reference, num_tokens)
+        turned_round, _ = self.losses(policy.swapped, reference.swapped, num_tokens.swapped)
+        return preference_output(labels * as_given + (1 - labels) * turned_round, h, policy, reference, labels)
