@@ -10,7 +10,7 @@ from transformers import PretrainedConfig
 
 from pipelines.checks import check_input
 from pipelines.plan import longest, max_length
-from prefarena.cluster.attention import Heads, ask_gpu_nodes
+from prefarena.cluster.attention import ask_gpu_nodes
 from prefarena.cluster.capacity import check_side_by_side, cluster_nodes, describe, generates
 from prefarena.cluster.doctor import (
     Finding,
@@ -27,6 +27,7 @@ from prefarena.cluster.probe import ask_nodes, token_file
 from prefarena.cluster.session import check_resources, ray_session
 from prefarena.config import Comparison, PretrainedModel, TextTask
 from prefarena.errors import UserError
+from prefarena.modeling.attention_trial import Heads
 from prefarena.modeling.inspection import inspect_policy
 from prefarena.modeling.load import new_settings
 from prefarena.stores import fingerprint, is_url

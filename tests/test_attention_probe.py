@@ -9,6 +9,7 @@ import sysconfig
 import textwrap
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +17,12 @@ from transformers import LlamaConfig, MambaConfig
 
 from pipelines.doctor import attention_heads
 from prefarena.cluster import attention
-from prefarena.cluster.attention import Heads, Toolchain, attend, lacking, toolchain, why_not
+from prefarena.cluster.attention import Toolchain, lacking, toolchain, why_not
 from prefarena.cluster.doctor import judge_attention
 from prefarena.cluster.needs import precisions
 from prefarena.config import parse_config
+from prefarena.modeling import attention_trial
+from prefarena.modeling.attention_trial import Heads, attend, difference
 
 HEADS = Heads(32, 4, 2)
 WHOLE = Toolchain("/usr/bin/gcc", True, "580.105.08", "13.0")
@@ -79,6 +82,12 @@ def test_attention_is_tried_forward_and_backward_in_both_precisions() -> None:
     assert all(bool((grad != 0).any()) for grad in gradients)
 
 
+@pytest.mark.parametrize("in_blocks", [False, True], ids=["tree by tree", "FlexAttention"])
+def test_both_ways_of_attending_are_held_against_float64(in_blocks: bool) -> None:
+    assert difference(HEADS, torch.float32, "cpu", exact=True, in_blocks=in_blocks) < 1e-5
+    assert 1e-4 < difference(HEADS, torch.bfloat16, "cpu", exact=True, in_blocks=in_blocks) < 5e-2
+
+
 def test_a_call_that_fails_is_explained_by_what_is_missing_or_else_by_its_error(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -90,7 +99,10 @@ def test_a_call_that_fails_is_explained_by_what_is_missing_or_else_by_its_error(
 
 @pytest.mark.parametrize("value", [1.1, float("nan")])
 def test_other_values_than_a_cpus_are_no_success(monkeypatch: pytest.MonkeyPatch, value: float) -> None:
-    monkeypatch.setattr(attention, "attend", lambda *given: [torch.tensor([1.0, value if given[2] == "cuda" else 1.0])])
+    def attend(heads: Heads, dtype: torch.dtype, device: str, **_: Any) -> list[torch.Tensor]:
+        return [torch.tensor([1.0, value if device == "cuda" else 1.0])]
+
+    monkeypatch.setattr(attention_trial, "attend", attend)
     told = why_not(HEADS, ["bfloat16"])
     assert told is not None and told.startswith("in bfloat16 its values are others than on a CPU, by ")
 
@@ -122,6 +134,8 @@ def test_the_doctor_tries_it_on_nodes_with_gpus_alone(tmp_path: Path) -> None:
         import ray
         from pipelines.doctor import doctor
         from prefarena.config import parse_config
+from prefarena.modeling import attention_trial
+from prefarena.modeling.attention_trial import Heads, attend, difference
         ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, labels={{"role": "train"}})
         entries = [{{"name": "dpo", "method": {{"kind": "dpo"}}}}]
         for role in ("train", "none"):

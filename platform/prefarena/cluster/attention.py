@@ -12,29 +12,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from prefarena.cluster.capacity import has_labels, labels_of
 from prefarena.cluster.probe import driver_version
 from prefarena.cluster.waiting import failure_of_task
 from prefarena.failures import in_one_line
-from prefarena.modeling.packing import pack
-from prefarena.modeling.tree_attention import tree_attention
+from prefarena.modeling.attention_trial import TOLERANCE, Heads, difference
 
 #: The oldest driver of each major version of CUDA.
 _DRIVERS = {11: 450, 12: 525, 13: 580}
-#: Largest difference from the CPU's values, relative to the largest of them.
-_TOLERANCE = {torch.float32: 1e-2, torch.bfloat16: 5e-2}  # float32 products may be rounded to TF32
 _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
-
-
-@dataclass(frozen=True)
-class Heads:
-    """A model's attention heads, which decide what is compiled: how wide they are, and how many of each kind."""
-
-    size: int
-    queries: int
-    keys: int
 
 
 @dataclass(frozen=True)
@@ -86,35 +73,9 @@ def why_not(heads: Heads, dtypes: Sequence[str], device: str = "cuda") -> str | 
             differs = difference(heads, getattr(torch, name), device)
         except Exception as error:  # whatever a compiler, a driver or a card raises is what was asked for
             return lacking(toolchain()) or f"{type(error).__name__}: {in_one_line(error)}"
-        if not differs <= _TOLERANCE[getattr(torch, name)]:
+        if not differs <= TOLERANCE[getattr(torch, name)]:
             return f"in {name} its values are others than on a CPU, by {differs:.2g} of the largest"
     return None
-
-
-def difference(heads: Heads, dtype: torch.dtype, device: str) -> float:
-    """The largest difference between what attention gives on `device` and on the CPU, gradients included; relative."""
-    ours, theirs = (attend(heads, dtype, where) for where in (device, "cpu"))
-    return max(float((one - other).abs().max() / other.abs().max()) for one, other in zip(ours, theirs, strict=True))
-
-
-def attend(heads: Heads, dtype: torch.dtype, device: str) -> list[Tensor]:
-    """Attention in a packed row, as training computes it: its output and the gradients of its inputs, on the CPU.
-
-    A tree of two responses that is longer than a block of FlexAttention, and a short one.
-    """
-    batch = pack([[1] * 100, [1] * 3], [[[1] * 60, [1] * 40], [[1] * 5]], device=device)
-    size, length = 208, batch.input_ids.shape[1]  # on a GPU rows are padded
-    generator = torch.Generator().manual_seed(0)
-    inputs = []
-    for count in (heads.queries, heads.keys, heads.keys):
-        values = torch.zeros(1, count, length, heads.size)
-        values[:, :, :size] = torch.randn(1, count, size, heads.size, generator=generator)
-        inputs.append(values.to(device, dtype).requires_grad_())
-    query, key, value = inputs
-    out, _ = tree_attention(torch.nn.Identity(), query, key, value, None, scaling=heads.size**-0.5, trees=batch.trees)
-    out[:, :size].float().square().sum().backward()
-    gradients = [values.grad[:, :, :size] for values in inputs if values.grad is not None]
-    return [values.detach().float().cpu() for values in (out[:, :size], *gradients)]
 
 
 def ask_gpu_nodes(
