@@ -6,7 +6,14 @@
 Needs torch >= 2.11 and transformers (with NumPy and tokenizers, which they bring), nothing else of Prefarena's. Weights
 are random and so are tokens; lengths are HH-RLHF's. Master weights in float32, computation in bfloat16 (autocast), on
 every side. First all sides must agree in float32: losses and gradient norms of a few steps. Then each side, alone in a
-fresh process, runs one block that is not counted and `--repeats` more; a block is one pass over the same pairs.
+fresh process, runs one block that is not counted and `--repeats` more; a block is one pass over the same pairs. The
+result is written after each of them. A side whose memory runs out is a result, and the others go on.
+
+Each side cuts its batch into passes of a size of its own. The defaults are for 80 GB at llama-1b, by what a pass was
+counted to hold with shapes in place of numbers (`prefarena.modeling.memory`), at the longest shuffled batch, 753 tokens
+a sequence: weights, gradients, Adam's moments and reference take 23 GiB, and plain PyTorch, which keeps logits of every
+position, 5.3 GiB a pair beside them: 109 GiB for 16 pairs at once, 67 for 8, 46 for 4, which is the default, since
+allocators waste some. TRL takes about 3.1 GiB a pair (73 for 16 were counted): 48 GiB for 8, its own default.
 
 FLOPs are those that a step needs: of policy and, online, reference; no padding, no recomputation, the head at response
 positions alone. `mfu` counts the prompt once where a side shares it, `mfu_unshared` twice on every side.
@@ -18,21 +25,34 @@ import argparse
 import importlib.util
 import json
 import math
+import os
 import statistics
 import sys
 import tempfile
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from random_pairs import MAX_PROMPT, MAX_RESPONSE, TokenPairs, hh_lengths, random_pairs, word_tokenizer
-from sides import HERE, Side, machine, versions
+from sides import HERE, Side, SideEndedError, machine, versions, write_result
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel, Qwen2Config, Qwen2ForCausalLM
 
-#: Dense bfloat16 TFLOP/s by the vendor's data sheet.
-PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "A100": 312.0, "L40S": 362.0}
+#: Dense bfloat16 TFLOP/s by the vendor's data sheets, by what is in a device's name; the first that is counts. Cards of
+#: one name differ by their form: an H100 without another word is the SXM one ("NVIDIA H100 80GB HBM3").
+PEAK_TFLOPS = {
+    "H200 NVL": 835.0,
+    "H200": 989.0,
+    "H100 PCIe": 756.0,
+    "H100 NVL": 835.0,
+    "H100": 989.0,
+    "A100": 312.0,
+    "L40S": 362.0,
+}
 TOLERANCE = 1e-4
 
 
@@ -87,21 +107,33 @@ class Contender:
         return self.script == "step_packed.py"
 
 
-def contenders(batch_size: int, tokens: int) -> dict[str, Contender]:
+@dataclass(frozen=True)
+class Passes:
+    """What goes through a model at once. tokens: of ours, at most; plain, trl: pairs of plain PyTorch and TRL."""
+
+    tokens: int = 8192
+    plain: int = 4
+    trl: int = 8
+
+
+def contenders(batch_size: int, passes: Passes) -> dict[str, Contender]:
     """All sides, by name; TRL's only where it is installed."""
+    tokens, plain = passes.tokens, min(passes.plain, batch_size)
     found = {
         "ours": Contender("step_packed.py", False, {"order": "bucketed", "micro_batch_tokens": tokens}),
         "ours, shuffled": Contender("step_packed.py", False, {"order": "shuffled", "micro_batch_tokens": tokens}),
-        "plain PyTorch": Contender("step_plain.py", True, {"order": "shuffled"}),
+        "plain PyTorch": Contender("step_plain.py", True, {"order": "shuffled", "micro_batch": plain}),
     }
     if importlib.util.find_spec("trl") is None:
         return found
-    trl = {"micro_batch": batch_size, "fused": True, "attention": "sdpa", "order": "shuffled", "precompute": False}
+    size = min(passes.trl, batch_size)
+    trl = {"micro_batch": size, "fused": True, "attention": "sdpa", "order": "shuffled", "precompute": False}
+    recomputed = trl | {"checkpointing": True, "micro_batch": batch_size}  # a layer's input is all that it keeps
     return found | {
         "TRL online": Contender("trl_dpo.py", True, trl),
         "TRL precomputed": Contender("trl_dpo.py", False, trl | {"precompute": True}),
         "TRL precomputed, bucketed": Contender("trl_dpo.py", False, trl | {"precompute": True, "order": "bucketed"}),
-        "TRL online, checkpointing": Contender("trl_dpo.py", True, trl | {"checkpointing": True}),
+        "TRL online, checkpointing": Contender("trl_dpo.py", True, recomputed),
     }
 
 
@@ -113,7 +145,7 @@ def write_spec(shape: Shape, device: str, num_steps: int, batch_size: int, folde
     sizes = [2 * len(prompt) + len(chosen) + len(rejected) for prompt, chosen, rejected in pairs]
     batches = np.argsort(sizes, kind="stable").reshape(num_steps, batch_size)
     return {
-        "policy": str(folder / "policy"), "output": str(folder / "output"), "device": device, "pairs": pairs,
+        "policy": str(folder / "policy"), "device": device, "pairs": pairs,
         "orders": {
             "shuffled": list(range(len(pairs))),
             "bucketed": np.random.default_rng(2).permutation(batches).reshape(-1).tolist(),
@@ -125,9 +157,10 @@ def write_spec(shape: Shape, device: str, num_steps: int, batch_size: int, folde
 
 
 def run(contender: Contender, spec: dict[str, Any], folder: Path, num_blocks: int, **changed: Any) -> Any:
-    """The blocks of one side in a process of its own."""
+    """The blocks of one side in a process of its own, which writes in `folder`. Raises SideEndedError."""
+    folder.mkdir(exist_ok=True)
     path = folder / "spec.json"
-    path.write_text(json.dumps(spec), encoding="utf-8")
+    path.write_text(json.dumps(spec | {"output": str(folder / "output")}), encoding="utf-8")
     switches = {"num_steps": spec["num_steps"], "log": False} | contender.switches | changed
     side = Side([sys.executable, str(HERE / contender.script), str(path), json.dumps(switches)], folder / "log", 1)
     try:
@@ -136,22 +169,43 @@ def run(contender: Contender, spec: dict[str, Any], folder: Path, num_blocks: in
         side.end()
 
 
+def tried(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What `work` returns; of a side that ended early why, as `out_of_memory` or `error`."""
+    try:
+        return work()
+    except SideEndedError as error:
+        return {"out_of_memory" if error.out_of_memory else "error": error.reason}
+
+
 def parity(sides: dict[str, Contender], spec: dict[str, Any], folder: Path, num_steps: int) -> dict[str, Any]:
-    """Largest relative differences from the plain side over the first steps, in float32."""
+    """Largest relative differences from the plain side over the first steps, in float32.
+
+    Of a side that ended early why it did; where that is the plain one, the first that did not takes its place.
+    """
     exact = spec | {"bf16": False}
-    traces = {
-        name: run(side, exact, folder, 1, num_steps=num_steps, order="bucketed", log=True)[0]
-        for name, side in sides.items()
-    }
-    base = traces["plain PyTorch"]
+
+    def trace(name: str) -> dict[str, Any]:
+        own = folder / f"parity-{list(sides).index(name)}"
+        switches = {"num_steps": num_steps, "order": "bucketed", "log": True}
+        return tried(lambda: run(sides[name], exact, own, 1, **switches)[0])
+
+    # On a GPU one has its memory; on a CPU each has a core, and no times are taken.
+    with ThreadPoolExecutor(1 if spec["device"] == "cuda" else len(os.sched_getaffinity(0))) as pool:
+        traces = dict(zip(sides, pool.map(trace, sides), strict=True))
+    ran = {name: found for name, found in traces.items() if "losses" in found}
+    ended = {name: found for name, found in traces.items() if name not in ran}
+    if not ran:
+        return {"steps": num_steps, "relative": {}, "ended": ended, "same": False}
+    base = ran.get("plain PyTorch") or next(iter(ran.values()))
 
     def largest(trace: dict[str, Any], key: str) -> float:
         return max(abs(a - b) / abs(b) for a, b in zip(trace[key], base[key], strict=True))
 
-    found = {name: {key: largest(trace, key) for key in ("losses", "norms")} for name, trace in traces.items()}
-    starts = max(abs(trace["losses"][0] - math.log(2)) for trace in traces.values())
+    found = {name: {key: largest(trace, key) for key in ("losses", "norms")} for name, trace in ran.items()}
+    starts = max(abs(trace["losses"][0] - math.log(2)) for trace in ran.values())
     worst = max(starts, *(value for of_side in found.values() for value in of_side.values()))
-    return {"steps": num_steps, "first_loss_from_log_2": starts, "relative": found, "same": worst <= TOLERANCE}
+    same = worst <= TOLERANCE
+    return {"steps": num_steps, "first_loss_from_log_2": starts, "relative": found, "ended": ended, "same": same}
 
 
 def needed_flops(shape: Shape, pairs: TokenPairs, *, shared: bool, online: bool) -> float:
@@ -171,10 +225,10 @@ def needed_flops(shape: Shape, pairs: TokenPairs, *, shared: bool, online: bool)
     return total * (4 / 3 if online else 1)
 
 
-def peak_tflops(device: str, given: float | None) -> float | None:
-    if given is not None or device == "cpu":
-        return given
-    name = torch.cuda.get_device_name()
+def peak_tflops(name: str) -> float | None:
+    """Of the device of this name; None where it is not known, or is a part of a card (MIG)."""
+    if "MIG" in name:
+        return None
     return next((peak for known, peak in PEAK_TFLOPS.items() if known in name), None)
 
 
@@ -199,46 +253,92 @@ def measured(
     return found | {name: value / seconds / (peak * 1e12) for name, value in flops.items()}
 
 
-def main() -> None:
+def compare(
+    sides: dict[str, Contender],
+    spec: dict[str, Any],
+    shape: Shape,
+    folder: Path,
+    repeats: int,
+    result: dict[str, Any],
+    save: Callable[[], None],
+) -> bool:
+    """Parity, then the time of each side, into `result`, which is saved after each. Whether nothing went wrong.
+
+    That memory runs out is nothing wrong.
+    """  # fmt: skip
+    result["parity"] = parity(sides, spec, folder, min(3, spec["num_steps"]))
+    save()
+    print(json.dumps(result, indent=2), flush=True)
+    if not result["parity"]["same"]:
+        print(
+            f"the sides differ by more than {TOLERANCE:g}, or do not start at log 2: nothing is timed", file=sys.stderr
+        )
+        return False
+    result["sides"] = {}
+    halved = spec | {"bf16": True}
+    for place, (title, side) in enumerate(sides.items()):
+
+        def work(side: Contender = side, place: int = place) -> dict[str, Any]:
+            blocks = run(side, halved, folder / f"time-{place}", 1 + repeats)[1:]
+            return measured(side, spec, shape, blocks, result["peak_tflops"])
+
+        result["sides"][title] = tried(work)
+        save()
+        print(f"{title:28}{json.dumps(result['sides'][title])}", flush=True)
+    return not any("error" in found for found in [*result["parity"]["ended"].values(), *result["sides"].values()])
+
+
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default="llama-1b")
     parser.add_argument("--tiny", action="store_true", help="the tiny model on the CPU")
-    parser.add_argument("--batch-size", type=int, default=16, help="pairs a step; all at once, but for ours")
-    parser.add_argument("--tokens", type=int, default=8192, help="most tokens of our forward passes")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs a step")
+    parser.add_argument("--tokens", type=int, default=Passes.tokens, help="most tokens of our passes")
+    parser.add_argument("--plain-micro-batch", type=int, default=Passes.plain, help="pairs of plain PyTorch's passes")
+    parser.add_argument(
+        "--trl-micro-batch", type=int, default=Passes.trl, help="pairs of TRL's passes, but with checkpointing"
+    )
     parser.add_argument("--steps", type=int, default=16, help="steps of a block")
     parser.add_argument("--repeats", type=int, default=3, help="blocks that are counted")
+    parser.add_argument("--sides", nargs="+", metavar="SIDE", help="only these, such as ours and 'plain PyTorch'")
     parser.add_argument("--peak-tflops", type=float, help="of the device in bfloat16, where it is not a known one")
     parser.add_argument("--out", type=Path, default=HERE / "results" / "gpu.json")
     arguments = parser.parse_args()
+    for name in ("plain", "trl"):
+        size = min(getattr(arguments, f"{name}_micro_batch"), arguments.batch_size)
+        if size < 1 or arguments.batch_size % size:
+            parser.error(f"--{name}-micro-batch {size} does not divide a batch of {arguments.batch_size} pairs")
     if not arguments.tiny and not torch.cuda.is_available():
-        sys.exit("torch finds no GPU here; give --tiny to try this on the CPU")
+        parser.error("torch finds no GPU here; give --tiny to try this on the CPU")
+    return arguments
+
+
+def main() -> None:
+    arguments = read_arguments()
     device = "cpu" if arguments.tiny else "cuda"
     name = "tiny" if arguments.tiny else arguments.model
-    shape, sides = SHAPES[name], contenders(arguments.batch_size, arguments.tokens)
-    peak = peak_tflops(device, arguments.peak_tflops)
+    passes = Passes(arguments.tokens, arguments.plain_micro_batch, arguments.trl_micro_batch)
+    shape, sides = SHAPES[name], contenders(arguments.batch_size, passes)
+    if unknown := sorted(set(arguments.sides or ()) - sides.keys()):
+        sys.exit(f"there is no side {', '.join(unknown)} here; there are {', '.join(sides)}")
+    sides = {title: side for title, side in sides.items() if arguments.sides is None or title in arguments.sides}
+    card = "cpu" if device == "cpu" else torch.cuda.get_device_name()
     result: dict[str, Any] = {
         "machine": machine(),
-        "device": "cpu" if device == "cpu" else torch.cuda.get_device_name(),
+        "device": card,
         "versions": versions("torch", "transformers", *(["trl"] if "TRL online" in sides else [])),
         "model": {"name": name, **asdict(shape)},
         "batch_size": arguments.batch_size,
+        "passes": {title: side.switches for title, side in sides.items()},
         "steps": arguments.steps,
-        "peak_tflops": peak,
+        "peak_tflops": arguments.peak_tflops or peak_tflops(card),
     }
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         spec = write_spec(shape, device, arguments.steps, arguments.batch_size, folder)
-        result["parity"] = parity(sides, spec, folder, min(3, arguments.steps))
-        print(json.dumps(result, indent=2), flush=True)
-        if not result["parity"]["same"]:
-            sys.exit(f"the sides differ by more than {TOLERANCE:g}, or do not start at log 2: nothing is timed")
-        result["sides"] = {}
-        for title, side in sides.items():
-            blocks = run(side, spec | {"bf16": True}, folder, 1 + arguments.repeats)[1:]
-            result["sides"][title] = measured(side, spec, shape, blocks, peak)
-            print(f"{title:28}{json.dumps(result['sides'][title])}", flush=True)
-    arguments.out.parent.mkdir(parents=True, exist_ok=True)
-    arguments.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        save = partial(write_result, arguments.out, result)
+        fine = compare(sides, spec, shape, folder, arguments.repeats, result, save)
+    sys.exit(0 if fine else 1)
 
 
 if __name__ == "__main__":

@@ -5,11 +5,14 @@ Standard library alone, because TRL's side imports it too, in an environment wit
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import platform
+import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -42,42 +45,76 @@ def environment_python(environment: Path, requirements: Path) -> str:
     return str(python)
 
 
-class Side:
-    """A process that runs a block of work for each line that it is given, and waits in between."""
+class SideEndedError(RuntimeError):
+    """A side's process ended before it answered. reason: its last error, in one line."""
 
-    def __init__(self, command: list[str], log: Path, threads: int) -> None:
-        self._log = log
+    def __init__(self, log: str, status: int) -> None:
+        super().__init__(f"a side ended early, with status {status}:\n{log[-3000:]}")
+        self.reason = last_error(log) or f"it ended with status {status} and no error"
+        self.out_of_memory = re.search(r"^(torch\.|torch\.cuda\.)?OutOfMemoryError\b", log, re.MULTILINE) is not None
+
+
+def last_error(log: str) -> str | None:
+    """The last line of a log that names an exception, as the end of a traceback does."""
+    found = re.findall(r"^[\w.]+(?:Error|Exception|Interrupt|Exit)\b.*$", log, re.MULTILINE)
+    return found[-1].strip() if found else None
+
+
+class Side:
+    """A process that runs a block of work for each line that it is given, and waits in between.
+
+    apart: in a session of its own, so that `kill` ends what it has started, too.
+    """
+
+    def __init__(self, command: list[str], log: Path, threads: int, *, apart: bool = False) -> None:
+        self._log, self._apart = log, apart
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
         with log.open("w") as errors:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                env=environment,
+                start_new_session=apart,
             )
 
     def block(self, line: str = "") -> Any:
-        """The answer to one line; raises RuntimeError with the end of the process's log where it died."""
+        """The answer to one line; raises SideEndedError with the end of the process's log where it died."""
         self.ask(line)
         return self.result()
 
     def ask(self, line: str = "") -> None:
         """Give it one line, and go on; `result` waits for the answer."""
         assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(BrokenPipeError):  # it has died: `result` says of what
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
 
     def result(self) -> Any:
         assert self._process.stdout is not None
         for printed in self._process.stdout:
             if printed.startswith(ANSWER):
                 return json.loads(printed.removeprefix(ANSWER))
-        raise RuntimeError(f"a side ended early:\n{self._log.read_text()[-3000:]}")
+        raise SideEndedError(self._log.read_text(encoding="utf-8", errors="replace"), self._process.wait())
 
     def end(self) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with contextlib.suppress(BrokenPipeError):  # it may have died with a line unread
+            self._process.stdin.close()
         try:
             self._process.wait(60)
         except subprocess.TimeoutExpired:
+            self.kill()
+
+    def kill(self) -> None:
+        """At once, with all that it has started where it is apart."""
+        if not self._apart:
             self._process.kill()
+            return
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self._process.pid, signal.SIGKILL)
 
 
 def serve(work: Callable[[], Any]) -> None:
@@ -96,6 +133,14 @@ def memory_mib(field: str) -> float:
         if line.startswith(f"{field}:"):
             return int(line.split()[1]) / 1024
     raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def write_result(path: Path, value: Any) -> None:
+    """As JSON; whoever reads it meanwhile sees the file as it was before or as it is then, and no part of it."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = path.with_name(f"{path.name}.new")
+    new.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+    new.replace(path)
 
 
 def versions_in(python: str, *names: str) -> str:

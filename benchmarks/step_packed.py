@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from sides import memory_mib, serve
 from step_plain import peak_mib, wait_for
@@ -24,10 +25,9 @@ from transformers import AutoModelForCausalLM
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "platform"))
 
-from prefarena.config import DPO
 from prefarena.data.plan import within_budget
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
-from prefarena.objectives.preference import PairLogps
+from prefarena.objectives.preference import PairLogps, preference_output
 
 
 class PackedStep:
@@ -39,7 +39,10 @@ class PackedStep:
         self._responses = [[np.array(pair[1]), np.array(pair[2])] for pair in spec["pairs"]]
         self._sizes = np.array([sum(map(len, pair)) for pair in spec["pairs"]])
         model: Any = AutoModelForCausalLM.from_pretrained(spec["policy"], dtype=torch.float32)
-        self._module = LogProbs(model.to(self._device).eval(), spec["max_length"])
+        attends_in = torch.bfloat16 if spec["bf16"] else torch.float32
+        self._module = LogProbs(model.to(self._device).eval(), spec["max_length"], attends_in=attends_in)
+        if not self._module.packed:
+            raise RuntimeError("; ".join(self._module.notes))
         self._optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=spec["learning_rate"],
@@ -55,14 +58,13 @@ class PackedStep:
         self._optimizer.zero_grad(set_to_none=True)
         loss = torch.zeros((), device=self._device)
         for part in within_budget(rows[np.argsort(self._sizes[rows], kind="stable")], self._sizes, self._tokens):
-            policy = self._logps(part)
-            reference = self._reference[torch.from_numpy(part).to(self._device)]
-            output = DPO(beta=self._spec["beta"]).objective(
-                PairLogps(policy[0::2], policy[1::2]),
-                PairLogps(reference[:, 0], reference[:, 1]),
-                torch.ones(len(part), device=self._device),
-                PairLogps(*torch.ones(2, len(part), device=self._device)),
-            )
+            logps = self._logps(part)
+            scores = self._reference[torch.from_numpy(part).to(self._device)]
+            policy, reference = PairLogps(logps[0::2], logps[1::2]), PairLogps(scores[:, 0], scores[:, 1])
+            # The formula of prefarena.methods.dpo, whose settings need pydantic.
+            h = self._spec["beta"] * policy.minus(reference).margin
+            labels = torch.ones(len(part), device=self._device)
+            output = preference_output(-F.logsigmoid(h), h, policy, reference, labels)
             share = output.loss.total / len(rows)
             share.backward()
             loss += share.detach()

@@ -54,19 +54,28 @@ def wait_for(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def step(policy: Any, reference: Any, optimizer: torch.optim.Optimizer, batch: Any, spec: Any) -> tuple[Tensor, Tensor]:
-    """One update on a batch; returns its loss and the gradient's norm before clipping."""
+def step(
+    policy: Any, reference: Any, optimizer: torch.optim.Optimizer, passes: list[Any], spec: Any
+) -> tuple[Tensor, Tensor]:
+    """One update on a batch that is cut into passes; returns its loss and the gradient's norm before clipping."""
+    optimizer.zero_grad()
+    losses = [share_of_loss(policy, reference, padded(pairs, spec["pad"]), spec) for pairs in passes]
+    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), spec["max_grad_norm"])
+    optimizer.step()
+    return torch.stack(losses).sum(), norm
+
+
+def share_of_loss(policy: Any, reference: Any, batch: Any, spec: Any) -> Tensor:
+    """What a pass adds to the mean loss of its batch; its gradients are added to the policy's."""
     batch = [part.to(spec["device"]) for part in batch]
     with torch.autocast(spec["device"], torch.bfloat16, enabled=spec["bf16"]):
         chosen, rejected = logps(policy, *batch)
         with torch.no_grad():
             reference_chosen, reference_rejected = logps(reference, *batch)
-    loss = -F.logsigmoid(spec["beta"] * ((chosen - rejected) - (reference_chosen - reference_rejected))).mean()
-    optimizer.zero_grad()
-    loss.backward()
-    norm = torch.nn.utils.clip_grad_norm_(policy.parameters(), spec["max_grad_norm"])
-    optimizer.step()
-    return loss.detach(), norm
+    losses = -F.logsigmoid(spec["beta"] * ((chosen - rejected) - (reference_chosen - reference_rejected)))
+    share = losses.sum() / spec["batch_size"]
+    share.backward()
+    return share.detach()
 
 
 def main() -> None:
@@ -82,13 +91,14 @@ def main() -> None:
     optimizer = torch.optim.AdamW(
         policy.parameters(), lr=spec["learning_rate"], betas=spec["betas"], eps=spec["epsilon"], weight_decay=0.0
     )
-    order, size = spec["orders"][side["order"]], spec["batch_size"]
+    pairs, size = [spec["pairs"][row] for row in spec["orders"][side["order"]]], spec["batch_size"]
+    micro_batch = side.get("micro_batch", size)  # pairs of a pass
 
     def block() -> dict[str, Any]:
         began, rows = time.perf_counter(), []
-        for i in range(side["num_steps"]):
-            batch = padded([spec["pairs"][row] for row in order[i * size : (i + 1) * size]], spec["pad"])
-            rows.append(step(policy, reference, optimizer, batch, spec))
+        for first in range(0, side["num_steps"] * size, size):
+            passes = [pairs[at : at + micro_batch] for at in range(first, first + size, micro_batch)]
+            rows.append(step(policy, reference, optimizer, passes, spec))
         wait_for(spec["device"])
         seconds = time.perf_counter() - began
         losses, norms = ([float(value) for value in values] for values in zip(*rows, strict=True))
