@@ -93,6 +93,12 @@ class Disturbed:
             kill.seconds = time.monotonic() - since
         assert not todo, f"ended before it was disturbed by {todo}"
 
+    def stop(self) -> None:
+        """End the command, where it still runs."""
+        if self._process is not None and self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
+
     def log(self) -> str:
         return (self.config.parent / "log.txt").read_text(encoding="utf-8", errors="replace")
 
