@@ -96,4 +96,4 @@ def test_no_module_asks_the_machine_for_a_gpu(path: Path) -> None:
         node.attr for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.Attribute)
     }
     # Weights that go from GPU to GPU are sent by a thread, which is to be on its process's own.
-    assert not found & asks or path == PACKAGE / "generation" / "fleet.py"
+    assert not found & asks or path == PACKAGE / "generation" / "transfer.py"

@@ -17,11 +17,12 @@ from pipelines.cli import main
 from pipelines.plan import make_plan
 from prefarena.config import Comparison, parse_config
 from prefarena.errors import UserError
-from prefarena.generation import fleet
+from prefarena.generation import transfer as transfer_module
 from prefarena.generation.actor import ServedModel, last_error
-from prefarena.generation.fleet import DeviceTransfer, Generators
+from prefarena.generation.fleet import Generators
 from prefarena.generation.interface import GeneratorLostError, WeightMismatchError, WeightUpdateError
 from prefarena.generation.layout import ModelLayout
+from prefarena.generation.transfer import DeviceTransfer
 from prefarena.generation.trial import change, change_back, check_served, token_logps, trial_prompts
 from prefarena.modeling.load import load_policy
 from prefarena.stages import write_failure
@@ -195,7 +196,7 @@ def test_trainers_send_what_a_checkpoint_holds(tmp_path: Path, monkeypatch: pyte
         call=lambda method, *_: SimpleNamespace(result=lambda: {"model": ServedModel(path, merged)}[method])
     )
     sender = SimpleNamespace(send=sent.update)
-    monkeypatch.setattr(fleet, "join_transfer", lambda *_: sender)
+    monkeypatch.setattr(transfer_module, "join_transfer", lambda *_: sender)
     settings: Any = SimpleNamespace(weight_sync="nccl", sync_timeout_s=30)
     transfer = DeviceTransfer([member], settings, torch.float32)
     transfer.send(state, None, "new")

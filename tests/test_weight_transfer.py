@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import queue
 import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import Future
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -22,8 +24,9 @@ from test_generation import PROMPTS, logp_gap, perturbed
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
 from prefarena.errors import WaitTimeoutError
-from prefarena.generation.fleet import Generators, TransferClient, within
+from prefarena.generation.fleet import Generators
 from prefarena.generation.interface import Sampling, TransferLostError, UpdateInfo, WeightMismatchError
+from prefarena.generation.transfer import TransferClient, within
 from prefarena.generation.weights import checksums
 from prefarena.modeling.load import load_policy
 
@@ -262,7 +265,7 @@ def test_our_client_has_what_vllms_trainer_side_calls(generator: Generators) -> 
     def is_client(actor: Any) -> bool:
         from vllm.distributed.weight_transfer.base import VLLMWeightSyncClient
 
-        return isinstance(TransferClient([]), VLLMWeightSyncClient)
+        return isinstance(TransferClient([], 1), VLLMWeightSyncClient)
 
     assert inside(generator, is_client)
 
@@ -273,19 +276,19 @@ class Recorder:
     def __init__(self, name: str, error: Exception | None = None) -> None:
         self.name, self.error, self.calls = name, error, []  # type: ignore[var-annotated]
 
-    def call(self, method: str, what: str, limit: str, *args: Any) -> Any:
+    def call_step(self, method: str, what: str, *args: Any) -> Any:
         self.calls.append((method, args))
 
-        def result() -> None:
+        def result(deadline: float) -> None:
             if self.error:
                 raise self.error
 
-        return SimpleNamespace(result=result)
+        return SimpleNamespace(answer=ray.put(None), result=result)
 
 
-def test_every_actor_joins_nccl_with_a_rank_of_its_own() -> None:
+def test_every_actor_joins_nccl_with_a_rank_of_its_own(ray_session: None) -> None:
     members: list[Any] = [Recorder("a"), Recorder("b"), Recorder("c")]
-    client = TransferClient(members)
+    client = TransferClient(members, 30)
     client.init_weight_transfer_engine({"rank_offset": 1, "world_size": 4})
     ranks = [member.calls[0][1][0]["rank_offset"] for member in members]
     assert ranks == [1, 2, 3] and all(member.calls[0][0] == "connect" for member in members)
@@ -293,20 +296,31 @@ def test_every_actor_joins_nccl_with_a_rank_of_its_own() -> None:
     assert members[2].calls[1] == ("connect", ({"packed": True},))
 
 
-def test_the_version_and_checksums_travel_with_the_end_of_an_update() -> None:
+def test_the_version_and_checksums_travel_with_the_end_of_an_update(ray_session: None) -> None:
     member: Any = Recorder("a")
-    client = TransferClient([member])
-    client.sums, client.version = {"x": 1}, "run@7"
+    client = TransferClient([member], 30)
+    client.begin({"x": 1}, "run@7")
     client.start_weight_update()
     client.update_weights({"names": []})
     client.finish_weight_update()
-    assert member.calls == [("start_update", ()), ("update", ({"names": []},)), ("finish_update", ({"x": 1}, "run@7"))]
+    assert member.calls == [
+        ("check_joined", ()),
+        ("start_update", ()),
+        ("update", ({"names": []},)),
+        ("finish_update", ({"x": 1}, "run@7")),
+    ]
 
 
-def test_what_one_actor_raises_ends_the_update() -> None:
-    client = TransferClient([Recorder("a"), Recorder("b", TransferLostError("restarted"))])  # type: ignore[list-item]
+def test_an_actor_that_was_restarted_ends_the_update_before_another_begins_it(ray_session: None) -> None:
+    members: list[Any] = [Recorder("a"), Recorder("b", TransferLostError("restarted"))]
+    client = TransferClient(members, 30)
     with pytest.raises(TransferLostError):
         client.start_weight_update()
+    assert members[0].calls == [("check_joined", ())]
+    with pytest.raises(TransferLostError):
+        client.failed.result(0)
+    client.begin(None, "again")
+    assert not client.failed.done()
 
 
 def test_an_actor_that_was_restarted_asks_to_be_met_again(generator: Generators, tiny_policy: str) -> None:
@@ -320,3 +334,62 @@ def test_a_transfer_that_never_ends_is_left_with_an_error_that_names_it() -> Non
     assert within(5, "a sum", lambda: 1 + 1) == 2
     with pytest.raises(ZeroDivisionError):
         within(5, "a fraction", lambda: 1 // 0)
+
+
+def test_a_transfer_ends_with_what_a_step_raised_though_its_broadcast_does_not() -> None:
+    failed: Future[None] = Future()
+    threading.Timer(0.05, failed.set_exception, [TransferLostError("an engine died")]).start()
+    with pytest.raises(TransferLostError, match="an engine died"):
+        within(30, "a broadcast", queue.Queue().get, failed)
+    assert within(5, "a sum", lambda: 1 + 1, Future()) == 2
+
+
+def broken_off(actor: Any, weights: dict[str, torch.Tensor]) -> tuple[bool, bool, str]:
+    """vLLM's sending side over NCCL with an engine that is lost when it should receive.
+
+    Returns whether the broadcast goes on then, whether `close` ends it, and what sending raises in the end.
+    """
+    from prefarena.generation.engine import DeviceSender
+
+    aborted, under_way, outcome = threading.Event(), threading.Event(), queue.Queue[BaseException]()
+
+    def broadcast(**_: Any) -> None:
+        under_way.set()
+        aborted.wait(30)
+
+    def update(info: Any) -> None:
+        under_way.wait(30)
+        raise TransferLostError("an engine died")
+
+    client = SimpleNamespace(
+        init_weight_transfer_engine=lambda info: None, start_weight_update=lambda: None, update_weights=update,
+        finish_weight_update=lambda: outcome.put(AssertionError("an update that nobody received was finished")),
+    )  # fmt: skip
+    module = "vllm.distributed.weight_transfer.nccl_engine"
+    with (
+        patch(f"{module}.packed_nccl_broadcast_producer", broadcast),
+        patch(f"{module}.open_trainer_endpoint", lambda info: SimpleNamespace(destroy=aborted.set)),
+    ):
+        sizes = [tensor.numel() for tensor in weights.values()]
+        sender = DeviceSender("nccl", client, 1, torch.float32, "10.0.0.1", sizes)
+
+        def send() -> None:
+            try:
+                sender.send(weights.items())
+            except BaseException as error:
+                outcome.put(error)
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        thread.join(0.2)
+        goes_on = thread.is_alive()
+        sender.close()
+        thread.join(30)
+        return goes_on, not thread.is_alive(), type(outcome.get(timeout=1)).__name__
+
+
+def test_closing_a_transfer_aborts_the_broadcast_that_a_lost_engine_left_alone(
+    generator: Generators, tiny_policy: str
+) -> None:
+    weights = load_policy(tiny_policy).state_dict()
+    assert inside(generator, broken_off, weights) == (True, True, "TransferLostError")

@@ -7,10 +7,11 @@ stale weights. `fleet.Generators` is what the rest of the package uses.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +38,8 @@ from prefarena.records import Rollout
 _MAX_RESTARTS = 3
 _RETRY_SECONDS = 1.0
 
+_logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -57,6 +60,7 @@ class GenerationActor:
         self._path, self._max_model_len = model_path, max_model_len
         self._version: str | None = None
         self._connected = False
+        self._updating = False  # between the first and the last step of an update between devices
         self._layout = ModelLayout(model_path)
         self._engine = Engine(
             model_path,
@@ -129,28 +133,54 @@ class GenerationActor:
         self._engine.receive({"tensors": sent})
         return self._finish(sums, version)
 
-    # The four steps of a transfer between devices, driven by vLLM's trainer side (fleet.TransferClient).
+    # The steps of a transfer between devices, driven by vLLM's trainer side (transfer.TransferClient).
+
+    def leave(self) -> None:
+        """Be in no transfer any more.
+
+        In the middle of an update that is not possible: vLLM refuses to let go of the trainer, and has layers of which
+        a part was replaced. The process ends then, and Ray starts it again.
+        """
+        if self._updating:
+            _logger.warning("an update of the weights was begun and never finished: the process ends, to be restarted")
+            os._exit(1)
+        if self._connected:
+            self._connected = False
+            self._engine.disconnect()
 
     def connect(self, init_info: dict[str, Any]) -> None:
-        if self._connected:
-            self._engine.disconnect()
+        self.leave()
         self._engine.connect(init_info)
         self._connected = True
 
-    def start_update(self) -> None:
+    def check_joined(self) -> None:
+        """Raise TransferLostError unless an update can begin."""
         if not self._connected:
             raise TransferLostError("the generation actor has no connection to the trainer: it was restarted")
+        if self._updating:
+            raise TransferLostError("the generation actor is in the middle of an update that was not finished")
+
+    def start_update(self) -> None:
+        self.check_joined()
         self._version = None
+        self._updating = True
         self._engine.start_update()
 
     def update(self, update_info: UpdateInfo) -> None:
+        self._check_updating()
         self._engine.receive(update_info)
 
     def finish_update(self, sums: dict[str, int] | None, version: str) -> Verified | None:
+        self._check_updating()
         return self._finish(sums, version)
+
+    def _check_updating(self) -> None:
+        if not self._updating:
+            raise TransferLostError("the generation actor was restarted in the middle of an update")
 
     def _finish(self, sums: dict[str, int] | None, version: str) -> Verified | None:
         self._engine.finish_update()
+        self._updating = False
         verified = None
         if sums is not None:
             held = self._engine.held_checksums(self._layout.tensors)
@@ -203,16 +233,21 @@ def last_error(traceback: str) -> str:
 
 @dataclass
 class Call:
-    """A method call that is on its way to an actor. `limit` is the setting of `Generation` that bounds the wait."""
+    """A method call that is on its way to an actor.
+
+    limit: the setting of `Generation` that bounds the wait. step: whether it is a step of a transfer, in which an actor
+    that was restarted has no part.
+    """
 
     generator: Generator
     method: str
     what: str
     limit: str
     args: tuple[Any, ...]
+    step: bool = False
 
     def __post_init__(self) -> None:
-        self._answer = self._send()
+        self.answer = self._send()
 
     def _send(self) -> Any:
         return getattr(self.generator.actor, self.method).remote(*self.args)
@@ -220,7 +255,8 @@ class Call:
     def result(self, deadline: float | None = None) -> Any:
         """What the method returns. Waits until `deadline` (by default the limit from now), restarts included.
 
-        While Ray restarts a lost actor the call is sent again: every method may be.
+        While Ray restarts a lost actor the call is sent again, as every method may be but a step of a transfer, which
+        raises TransferLostError.
         """
         seconds = getattr(self.generator.settings, self.limit)
         deadline = deadline_after(seconds) if deadline is None else deadline
@@ -228,14 +264,16 @@ class Call:
         too_late = f"waited {seconds:g} s for generator {name!r} {self.what}; generation.{self.limit} sets the limit"
         while True:
             try:
-                return ray.get(self._answer, timeout=max(0.0, deadline - time.monotonic()))
+                return ray.get(self.answer, timeout=max(0.0, deadline - time.monotonic()))
             except GetTimeoutError:
                 raise WaitTimeoutError(too_late) from None
             except ActorUnavailableError:
+                if self.step:
+                    raise TransferLostError(f"generator {name!r} was lost, while waiting {self.what}") from None
                 if time.monotonic() + _RETRY_SECONDS >= deadline:
                     raise WaitTimeoutError(f"{too_late} (it was being restarted)") from None
                 time.sleep(_RETRY_SECONDS)
-                self._answer = self._send()
+                self.answer = self._send()
             except RayActorError as error:
                 reason = f"the engine raised {last_error(str(error))}" if error.actor_init_failed else error
                 raise GeneratorLostError(f"generator {name!r} is gone, while waiting {self.what}: {reason}") from error
@@ -243,6 +281,16 @@ class Call:
                 if isinstance(error.cause, EntryError):  # its sentence, without the actor's traceback
                     raise error.cause from None
                 raise
+
+
+def all_of(calls: Sequence[Call], deadline: float) -> list[Any]:
+    """What each of them returns. Raises what the first to fail raises, however long the others would take."""
+    waiting = {call.answer: call for call in calls}
+    while waiting:
+        ended, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+        for answer in ended or list(waiting):  # none has ended in time: the first says so
+            waiting.pop(answer).result(deadline)
+    return [call.result(deadline) for call in calls]
 
 
 class Generator:
@@ -282,6 +330,10 @@ class Generator:
         """Call a method of the actor; returns at once."""
         return Call(self, method, what, limit, args)
 
+    def call_step(self, method: str, what: str, *args: Any) -> Call:
+        """Call a step of a transfer between devices; returns at once."""
+        return Call(self, method, what, "sync_timeout_s", args, step=True)
+
     def call_dtype(self) -> Call:
         """Answers with the engine's dtype when it is up."""
         placed = f"to be placed ({self._needs}) and to start" if self._needs else "to start"
@@ -294,6 +346,10 @@ class Generator:
     def version(self) -> str | None:
         """The version of the weights that the actor holds."""
         return self.call("version", "to tell its weight version", "sync_timeout_s").result()
+
+    def restart(self) -> None:
+        """End the actor's process, whatever it is at, to be started again by Ray as after a death."""
+        ray.kill(self.actor, no_restart=False)
 
     def stop(self) -> None:
         """End the actor and its engine; harmless when it is gone already."""

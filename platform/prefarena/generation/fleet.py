@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-import threading
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,13 +15,15 @@ from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from prefarena.config import Generation
-from prefarena.errors import WaitTimeoutError
 from prefarena.failures import in_one_line
 from prefarena.generation.actor import Call, Generator, deadline_after
-from prefarena.generation.interface import EngineError, Sampling, TransferLostError, UpdateInfo
-from prefarena.generation.layout import ModelLayout
+from prefarena.generation.interface import EngineError, GeneratorLostError, Sampling, TransferLostError
+from prefarena.generation.transfer import DeviceTransfer, free
 from prefarena.generation.weights import Verified, as_arrays, checksums
 from prefarena.records import Rollout
+
+#: One update is sent over so many transfers at most: each time an actor was lost in it, and Ray restarts it thrice.
+_MAX_TRANSFERS = 4
 
 _logger = logging.getLogger(__name__)
 
@@ -113,19 +114,40 @@ class Generators:
         holds something else (`generation.verify_weights`); the actor it is about holds no version afterwards.
         """
         tensors = dict(named_tensors)
-        sums = checksums(tensors, self.dtype) if self._settings.verify_weights else None
-        if self._settings.weight_sync == "host":
-            stored = ray.put(as_arrays(tensors))  # once, however many actors read it
-            what = f"to take weights {version!r}"
-            calls = [member.call("load", what, "sync_timeout_s", stored, sums, version) for member in self._members]
-            self._note(self._wait(calls, self._settings.sync_timeout_s))
+        if self._settings.weight_sync != "host":
+            self._note(self._send(tensors, version))
             return
-        try:
-            verified = self._device_transfer().send(tensors, sums, version)
-        except TransferLostError:  # an actor was restarted; it has to be met again
+        stored = ray.put(as_arrays(tensors))  # once, however many actors read it
+        what, sums = f"to take weights {version!r}", self._sums(tensors)
+        calls = [member.call("load", what, "sync_timeout_s", stored, sums, version) for member in self._members]
+        self._note(self._wait(calls, self._settings.sync_timeout_s))
+
+    def _sums(self, tensors: Mapping[str, Tensor]) -> dict[str, int] | None:
+        return checksums(tensors, self.dtype) if self._settings.verify_weights else None
+
+    def _send(self, tensors: Mapping[str, Tensor], version: str) -> list[Verified | None]:
+        """Over a transfer between devices; where an actor is lost before the update ends, over another one."""
+        for _ in range(_MAX_TRANSFERS):
+            try:
+                if self._transfer is None:
+                    free(self._members, self._settings)
+                    self._transfer = DeviceTransfer(self._members, self._settings, self.dtype)
+                return self._transfer.send(tensors, self._sums(tensors), version)
+            except TransferLostError as error:
+                lost = error
+                _logger.warning("weights %r are sent again: %s", version, error)
+                self.leave()
+            except BaseException:  # whatever became of the update, the next one begins with a new connection
+                self.leave()
+                raise
+        told = f"weights {version!r} did not arrive in {_MAX_TRANSFERS} attempts, the last time because {lost}"
+        raise GeneratorLostError(told) from lost
+
+    def leave(self) -> None:
+        """End this process's transfer, where it has one; actors are told when another begins."""
+        if self._transfer is not None:
+            self._transfer.close()
             self._transfer = None
-            verified = self._device_transfer().send(tensors, sums, version)
-        self._note(verified)
 
     def _note(self, told: list[Verified | None]) -> None:
         """Keep what the actors verified, and say it the first time."""
@@ -133,10 +155,6 @@ class Generators:
         self.verified = min((each for each in told if each is not None), key=lambda each: each.share, default=None)
         if first and self.verified is not None:
             _logger.log(logging.WARNING if self.verified.skipped else logging.INFO, "%s", self.verified)
-
-    def _device_transfer(self) -> DeviceTransfer:
-        self._transfer = self._transfer or DeviceTransfer(self._members, self._settings, self.dtype)
-        return self._transfer
 
     def load_checkpoint(self, path: str, version: str) -> None:
         """Replace all weights by those of a transformers folder that the actors' nodes can read."""
@@ -194,109 +212,3 @@ class Generators:
     def _wait(self, calls: list[Call], seconds: float) -> list[Any]:
         deadline = deadline_after(seconds)
         return [call.result(deadline) for call in calls]
-
-
-class TransferClient:
-    """What vLLM's trainer side asks of the engines (its VLLMWeightSyncClient protocol), asked of all actors.
-
-    Unlike vLLM's own client for Ray it has time limits, and gives every actor a rank of its own.
-    """
-
-    def __init__(self, members: Sequence[Generator]) -> None:
-        self._members = members
-        self.sums: dict[str, int] | None = None
-        self.version = ""
-        self.verified: list[Verified | None] = []
-
-    def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Have every actor join. Ranks from `rank_offset` on, where the backend counts ranks."""
-        first = init_info.get("rank_offset")
-        infos = [
-            init_info if first is None else init_info | {"rank_offset": first + place}
-            for place in range(len(self._members))
-        ]
-        self._all("connect", "to join the weight transfer", [(info,) for info in infos])
-
-    def start_weight_update(self) -> None:
-        self._all("start_update", "to begin an update")
-
-    def update_weights(self, update_info: UpdateInfo) -> None:
-        self._all("update", "to receive weights", [(update_info,)] * len(self._members))
-
-    def finish_weight_update(self, weight_version: str | None = None) -> None:
-        what = f"to put weights {self.version!r} to use"
-        self.verified = self._all(
-            "finish_update", what, [(self.sums, weight_version or self.version)] * len(self._members)
-        )
-
-    def _all(self, method: str, what: str, arguments: Sequence[tuple[Any, ...]] | None = None) -> list[Any]:
-        arguments = arguments or [()] * len(self._members)
-        calls = [
-            member.call(method, what, "sync_timeout_s", *given)
-            for member, given in zip(self._members, arguments, strict=True)
-        ]
-        return [call.result() for call in calls]
-
-
-def join_transfer(
-    backend: str, client: TransferClient, num_actors: int, dtype: torch.dtype, sizes: Sequence[int]
-) -> Any:
-    """This process's side of a transfer, an engine.DeviceSender; returns when all actors have joined."""
-    from prefarena.generation.engine import DeviceSender
-
-    return DeviceSender(backend, client, num_actors, dtype, ray.util.get_node_ip_address(), sizes)
-
-
-class DeviceTransfer:
-    """Updates from this process's GPU, through vLLM's NCCL or IPC weight transfer, with a time limit on each.
-
-    A broadcast that a lost engine never joins cannot be interrupted, so each runs in a thread of its own, which is
-    left behind: the error ends this process, and with it the thread.
-    """
-
-    def __init__(self, members: Sequence[Generator], settings: Generation, dtype: torch.dtype) -> None:
-        self._settings, self._client = settings, TransferClient(members)
-        model = members[0].call("model", "to tell its model", "sync_timeout_s").result()
-        self._layout, self._without = ModelLayout(model.path), model.merged_heads
-        sizes = self._layout.sent_sizes(self._without)
-        what = "generators to join the weight transfer"
-        self._sender = within(
-            settings.sync_timeout_s,
-            what,
-            lambda: join_transfer(settings.weight_sync, self._client, len(members), dtype, sizes),
-        )
-
-    def send(self, tensors: Mapping[str, Tensor], sums: dict[str, int] | None, version: str) -> list[Verified | None]:
-        """One update of all actors, and what they verified.
-
-        `tensors` is a whole state dict; the engines get what a checkpoint would hold. Errors are those of
-        `Generators.sync`, and TransferLostError after a restart.
-        """
-        self._client.sums, self._client.version = sums, version
-        sent = self._layout.to_send(tensors, self._without)
-        what = f"generators to take weights {version!r} over {self._settings.weight_sync}"
-        within(self._settings.sync_timeout_s, what, lambda: self._sender.send(sent.items()))
-        return self._client.verified
-
-
-def within(seconds: float, what: str, call: Callable[[], Any]) -> Any:
-    """What `call` returns or raises, on this process's current GPU. Raises WaitTimeoutError when it takes longer."""
-    device = torch.cuda.current_device() if torch.cuda.is_available() else None
-    outcome: dict[str, Any] = {}
-
-    def run() -> None:
-        try:
-            if device is not None:
-                torch.cuda.set_device(device)
-            outcome["value"] = call()
-        except BaseException as error:
-            outcome["error"] = error
-
-    thread = threading.Thread(target=run, daemon=True, name=what)
-    thread.start()
-    thread.join(seconds)
-    if thread.is_alive():
-        raise WaitTimeoutError(f"waited {seconds:g} s for {what}; generation.sync_timeout_s sets the limit")
-    if "error" in outcome:
-        raise outcome["error"]
-    return outcome["value"]

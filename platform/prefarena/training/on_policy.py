@@ -61,7 +61,15 @@ def train_on_policy(
     `max_bad_iterations` in a row had no step whose loss and gradient are numbers, StalenessError when a rollout is
     older than the mode allows, and what generator and judge raise.
     """
-    trainer = OnPolicyTrainer(job, worker, source or _connect(job), reward, monitor)
+    source = source or _connect(job)
+    try:
+        return _train(OnPolicyTrainer(job, worker, source, reward, monitor))
+    finally:
+        _leave(source)
+
+
+def _train(trainer: OnPolicyTrainer) -> dict[str, Any]:
+    job, worker = trainer.job, trainer.worker
     trainer.restore()
     num_iterations = job.training.num_iterations
     snapshots = snapshot_iterations(num_iterations, job.training.num_snapshots)
@@ -82,6 +90,14 @@ def train_on_policy(
         costs["predicted_memory_mib"] = trainer.predicted_mib
     costs["device_seconds"] += costs["wall_seconds"] * len(job.generators)  # their devices are held all the while
     return {"costs": costs} | _verified(trainer.stream.source)
+
+
+def _leave(source: RolloutSource) -> None:
+    """Give back what a connection to the engines' devices holds; the next job makes its own."""
+    from prefarena.generation.fleet import Generators
+
+    if isinstance(source, Generators):
+        source.leave()
 
 
 def _verified(source: RolloutSource) -> dict[str, Any]:
