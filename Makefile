@@ -42,7 +42,8 @@ mutation: install
 	rm -rf build/mutation/src build/mutation/tests
 	cp -r platform build/mutation/src
 	cp -r tests pyproject.toml build/mutation/
-	cd build/mutation && OMP_NUM_THREADS=1 ../../$(BIN)/python -m mutmut run --max-children 2
+	# A mutant may ask for all memory that there is: each process may have 16 GB of addresses.
+	cd build/mutation && ulimit -v 16000000 && OMP_NUM_THREADS=1 ../../$(BIN)/python -m mutmut run --max-children 2
 	$(BIN)/python benchmarks/mutation_scores.py
 
 clean:

@@ -25,6 +25,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import PreTrainedModel
 
 from prefarena.modeling.layers import decoder_layers
 from prefarena.modeling.logprobs import LogProbs, can_pack, sequence_logps
@@ -118,6 +119,7 @@ def _peak_of_pass(module: nn.Module, loss: Loss, bfloat16: bool, accumulates: bo
     else:
         with FakeCopyMode(fake):
             twin = copy.deepcopy(module)
+    _experts_one_by_one(twin)
     with fake:
         if accumulates:
             for parameter in twin.parameters():
@@ -129,6 +131,13 @@ def _peak_of_pass(module: nn.Module, loss: Loss, bfloat16: bool, accumulates: bo
                 total = loss(twin)
             total.backward()
     return count.peak
+
+
+def _experts_one_by_one(module: nn.Module) -> None:
+    """Have experts run in turn: torch's grouped product refuses float32 where there are shapes alone."""
+    for part in module.modules():
+        if isinstance(part, PreTrainedModel) and part.config._experts_implementation == "grouped_mm":
+            part.set_experts_implementation("eager")
 
 
 class _Living(TorchDispatchMode):
