@@ -134,8 +134,6 @@ def test_the_doctor_tries_it_on_nodes_with_gpus_alone(tmp_path: Path) -> None:
         import ray
         from pipelines.doctor import doctor
         from prefarena.config import parse_config
-from prefarena.modeling import attention_trial
-from prefarena.modeling.attention_trial import Heads, attend, difference
         ray.init(num_cpus=2, num_gpus=2, include_dashboard=False, log_to_driver=False, labels={{"role": "train"}})
         entries = [{{"name": "dpo", "method": {{"kind": "dpo"}}}}]
         for role in ("train", "none"):
