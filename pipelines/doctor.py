@@ -27,7 +27,7 @@ from prefarena.cluster.probe import ask_nodes, token_file
 from prefarena.cluster.session import check_resources, ray_session
 from prefarena.config import Comparison, PretrainedModel, TextTask
 from prefarena.errors import UserError
-from prefarena.modeling.attention_trial import Heads
+from prefarena.modeling.attention_trial import attention_heads
 from prefarena.modeling.inspection import inspect_policy
 from prefarena.modeling.load import new_settings
 from prefarena.stores import fingerprint, is_url
@@ -101,16 +101,6 @@ def _try_attention(config: Comparison, settings: PretrainedConfig) -> Iterator[F
         return
     answers, silent = ask_gpu_nodes(heads, dtypes, resources.gpus_per_worker, resources.labels, _ATTENTION_LIMIT_S)
     yield from judge_attention(answers, silent, f"attention with heads of {heads.size} in {' and '.join(dtypes)}")
-
-
-def attention_heads(settings: PretrainedConfig) -> Heads | None:
-    """Of a model, from its configuration; None where it has none."""
-    text = settings.get_text_config()
-    queries = getattr(text, "num_attention_heads", None)
-    if queries is None:
-        return None
-    size = getattr(text, "head_dim", None) or text.hidden_size // queries
-    return Heads(size, queries, getattr(text, "num_key_value_heads", None) or queries)
 
 
 def _places(config: Comparison) -> dict[str, str]:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PretrainedConfig
 
 from prefarena.modeling.packing import pack
 from prefarena.modeling.tree_attention import tree_attention
@@ -21,6 +22,16 @@ class Heads:
     size: int
     queries: int
     keys: int
+
+
+def attention_heads(settings: PretrainedConfig) -> Heads | None:
+    """Of a model, from its configuration; None where it has none."""
+    text = settings.get_text_config()
+    queries = getattr(text, "num_attention_heads", None)
+    if queries is None:
+        return None
+    size = getattr(text, "head_dim", None) or text.hidden_size // queries
+    return Heads(size, queries, getattr(text, "num_key_value_heads", None) or queries)
 
 
 def difference(

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefarena.modeling import flex_trees, tree_attention
+from prefarena.modeling.attention_trial import attention_heads
 from prefarena.modeling.packing import PackedBatch, pack
 
 #: Largest difference, relative to the largest value, that rounding alone makes.
@@ -96,11 +97,10 @@ def _kernel_missing(model: PreTrainedModel, device: torch.device, attends_in: to
     """Why a GPU cannot attend in trees; None where it can. On a CPU no kernel has to be made."""
     if device.type != "cuda":
         return None
-    config = model.config.get_text_config()
-    num_heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // num_heads
-    num_key_value_heads = getattr(config, "num_key_value_heads", None) or num_heads
-    reason = flex_trees.why_not(device, attends_in, num_heads, num_key_value_heads, head_dim)
+    heads = attention_heads(model.config)
+    if heads is None:
+        return None
+    reason = flex_trees.why_not(device, attends_in, heads.queries, heads.keys, heads.size)
     return f"its attention kernel cannot be made for {device} ({reason})" if reason else None
 
 
