@@ -105,7 +105,7 @@ class RepeatedPrompts(PreferenceTerm):
             pairs.numbers("ref_chosen_logp", rows, device), pairs.numbers("ref_rejected_logp", rows, device)
         )
         policy, num_tokens = (PairLogps(values[0::2], values[1::2]) for values in (logps, lengths))
-        return self.method.objective(policy, reference, pairs.numbers("label", rows, device), num_tokens)
+        return self.method.pair_loss(policy, reference, pairs.numbers("label", rows, device), num_tokens)
 
 
 def write_reference(spec: dict[str, Any], tokens_at_once: int = 8192) -> float:

@@ -5,7 +5,16 @@ from __future__ import annotations
 from pipelines.plan import max_length
 from pipelines.preferences import check_text_task
 from prefarena.cluster.capacity import generates
-from prefarena.config import BestOfN, Comparison, EndpointJudge, OnPolicyMethod, PretrainedModel, RewardModel, TextTask
+from prefarena.config import (
+    BestOfN,
+    Comparison,
+    EndpointJudge,
+    OffPolicy,
+    OnPolicyMethod,
+    PretrainedModel,
+    RewardModel,
+    TextTask,
+)
 from prefarena.errors import UserError
 from prefarena.judges.spec import check_judge
 from prefarena.modeling.inspection import check_context, check_head_size, inspect_policy
@@ -31,6 +40,9 @@ def check_input(config: Comparison) -> None:
     rewards = [entry.method.reward for entry in config.entries if isinstance(entry.method, OnPolicyMethod | BestOfN)]
     for settings in [*rewards, *([config.judge] if isinstance(config.task, TextTask) else [])]:
         check_judge(settings)
+    for entry in config.entries:
+        if isinstance(entry.method, OffPolicy):
+            entry.method.check()
     workers = config.resources.num_workers
     for name, training in _optimisations(config):
         if training % workers:

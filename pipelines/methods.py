@@ -27,9 +27,10 @@ def table() -> str:
         "|---|---|---|---|---|",
     ]
     for kind, method in discover().items():
-        formula = f"$`{method.formula}`$" if method.formula else ""
+        formula = f"$`{method.formula}`$" if method.formula else "yours"
         settings = ", ".join(f"`{name}` {default}" for name, default, _ in _own_settings(method))
-        cells = [f"`{kind}`", _what(method), formula, "yes" if method().needs_reference else "no", settings or "none"]
+        needs = "yes" if _with_defaults(method).needs_reference else "no"
+        cells = [f"`{kind}`", _what(method), formula, needs, settings or "none"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -41,7 +42,13 @@ def _what(method: type[BaseModel]) -> str:
 
 def _reads(method: type[OffPolicy]) -> str:
     """What the loss depends on, with the defaults."""
-    return f"{method.learns_from}, {'with' if method().needs_reference else 'without'} the reference's log-probs"
+    needed = _with_defaults(method).needs_reference
+    return f"{method.learns_from}, {'with' if needed else 'without'} the reference's log-probs"
+
+
+def _with_defaults(method: type[OffPolicy]) -> OffPolicy:
+    """Also of a method with a setting that has none."""
+    return method.model_construct()
 
 
 def _own_settings(method: type[OffPolicy]) -> list[tuple[str, Any, str]]:
@@ -74,7 +81,7 @@ def _settings(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, Any, s
     for name, field in kind.model_fields.items():
         if name == "kind":
             continue
-        default = field.get_default(call_default_factory=True)
+        default = "(required)" if field.is_required() else field.get_default(call_default_factory=True)
         if isinstance(default, BaseModel):
             values = default.model_dump()
             inner = _settings(type(default), f"{prefix}{name}.")

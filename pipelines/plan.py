@@ -34,7 +34,7 @@ from prefarena.config import (
     TextTask,
 )
 from prefarena.data.sources import version_of
-from prefarena.judges.function import source_digest
+from prefarena.functions import source_digest
 from prefarena.judges.spec import JudgeSpec
 from prefarena.mirror import root_of
 from prefarena.modeling.arithmetic import Arithmetic
@@ -170,6 +170,8 @@ def _trained(
     if isinstance(method, OffPolicyMethod):
         logps = scored[arithmetic_of(config, method)]
     inputs: list[Any] = [logps.key, _dump(method), seed, _layout(config)]
+    if isinstance(method, OffPolicyMethod) and (source := method.source()) is not None:
+        inputs.append(source)
     if isinstance(method, OnPolicyMethod | BestOfN):
         if isinstance(method.reward, RewardModel):
             rm_inputs = [logps.key, samples.key if samples else None, _dump(method.reward), seed, _layout(config)]

@@ -11,8 +11,9 @@ import pyarrow as pa
 import torch
 from transformers import AutoModelForCausalLM
 
-from prefarena.config import LanguageTask, OffPolicyMethod, ScratchModel
+from prefarena.config import LanguageTask, OffPolicy, OffPolicyMethod, ScratchModel
 from prefarena.data.tables import write_rows
+from prefarena.methods.custom import Custom
 from prefarena.modeling.load import load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import DEMONSTRATIONS, REFERENCED_PAIRS
@@ -45,6 +46,12 @@ def write_inputs(folder: Path) -> Path:
         )  # fmt: skip
     write_rows(pa.Table.from_pylist(rows, REFERENCED_PAIRS), folder / "pairs" / "part.parquet", REFERENCED_PAIRS)
     return folder
+
+
+def example(method: type[OffPolicy], **settings: Any) -> OffPolicy:
+    """The method with its defaults, and with something where it has none."""
+    required = {"objective": "losses:logistic"} if method is Custom else {}
+    return method(**required, **settings)
 
 
 def _response(rng: np.random.Generator) -> list[int]:

@@ -8,9 +8,11 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import aiohttp
 import pytest
+import torch
 import yaml
 from head import TOKEN, Head, running_head, wait_for_line
 from ray.job_submission import JobDetails, JobStatus, JobType
@@ -20,10 +22,12 @@ from pipelines.cli import main
 from prefarena.cluster.jobs import JobClient, UnreachableError, exit_status, follow, head_address, read_token
 from prefarena.cluster.package import write_package
 from prefarena.errors import ClusterLostError, UserError
+from prefarena.modeling.load import load_policy
 
 ROOT = Path(__file__).parents[1]
+LOSSES = Path(__file__).with_name("losses.py")
 QUICK = {"num_steps": 4, "batch_size": 16}
-TINY = {
+TINY: dict[str, Any] = {
     "name": "tiny",
     "task": {
         "kind": "language", "num_letters": 4, "num_prompts": 6, "prompt_letters": 2, "response_limit": 3,
@@ -202,8 +206,14 @@ def client(head: Head) -> JobClient:
 def test_a_comparison_runs_as_a_job_and_its_log_arrives(
     capsys: pytest.CaptureFixture[str], head: Head, outside: Path, with_token: None
 ) -> None:
+    """One of its entries has a loss of the user's, DPO again, which is shipped with the job."""
+    (outside / "shipped_losses.py").write_text(LOSSES.read_text(encoding="utf-8"), encoding="utf-8")
+    mine = {"kind": "custom", "objective": "shipped_losses:logistic", "training": QUICK}
+    two = {**TINY, "entries": [*TINY["entries"], {"name": "mine", "method": mine}]}
+    (outside / "tiny.yaml").write_text(yaml.safe_dump(two), encoding="utf-8")
     output = str(outside / "shared")
     arguments = ["submit", "tiny.yaml", "--address", head.address, "--name", "whole", "--set", f"output={output}"]
+    arguments += ["--include", "shipped_losses.py"]
     assert main([*arguments, "--follow"]) == 0
     text = capsys.readouterr().out
     assert f"job whole is submitted to {head.address}; it writes to {output}" in text
@@ -211,6 +221,9 @@ def test_a_comparison_runs_as_a_job_and_its_log_arrives(
     assert text.count("stages are under") == 1  # nothing is shown twice
     assert text.rstrip().endswith("job whole: SUCCEEDED, exit status 0")
     assert list((outside / "shared").glob("tiny-*/report.md"))
+    models = [next((outside / "shared" / "stages").glob(f"{kind}-*/model")) for kind in ("dpo", "custom")]
+    ours, expected = (load_policy(model).state_dict() for model in models)
+    assert all(torch.equal(ours[name], value) for name, value in expected.items())  # bit for bit
     assert "has a job of this name already" in refused(capsys, *arguments)
     assert main(["status", "--address", head.address]) == 0
     assert "whole: SUCCEEDED" in capsys.readouterr().out

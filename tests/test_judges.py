@@ -28,8 +28,8 @@ from prefarena.config import (
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import JudgeError, UserError
 from prefarena.evaluation.enumeration import enumerate_responses, enumerate_scores
+from prefarena.functions import source_digest
 from prefarena.judges.calibration import calibration
-from prefarena.judges.function import source_digest
 from prefarena.judges.models import RewardModelJudge
 from prefarena.judges.spec import Judge, JudgeSpec, check_judge, load_judge, usage_of
 from prefarena.modeling.heads import ScalarHead, scores

@@ -10,7 +10,7 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "platform" / "prefarena"
-BOTTOM = {"records", "config", "settings", "errors", "failures", "stages", "stores", "mirror"}
+BOTTOM = {"records", "config", "settings", "errors", "failures", "functions", "stages", "stores", "mirror"}
 #: What each part may import of the package, beside itself and the bottom.
 ALLOWED: dict[str, set[str]] = {
     "config": {"methods"},
@@ -28,7 +28,7 @@ ALLOWED: dict[str, set[str]] = {
 BELOW_CONFIG = {
     "objectives": {"objectives"},
     "settings": {"settings", "objectives"},
-    "methods": {"methods", "settings", "objectives"},
+    "methods": {"methods", "settings", "objectives", "errors", "functions"},
 }
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from off_policy import example
 
 from pipelines.methods import table
 from prefarena import methods
@@ -50,7 +51,7 @@ def test_methods_are_found_by_their_files_in_order_and_survive_the_way_to_a_work
     files = sorted(path.stem for path in Path(methods.__file__).parent.glob("*.py") if path.stem != "__init__")
     assert list(discover()) == files and {"dpo", "ipo", "mpo", "sft"} <= set(files)
     for kind, method in discover().items():
-        sent = method(pretraining_weight=0.5)
+        sent = example(method, pretraining_weight=0.5)
         found = pickle.loads(pickle.dumps(sent))
         assert found == sent and type(found) is method and isinstance(found, OffPolicyMethod) and found.kind == kind
 
@@ -63,7 +64,11 @@ def test_what_all_methods_share_is_no_method() -> None:
 def test_descriptions_name_their_papers_and_the_documents_have_the_table() -> None:
     for method in discover().values():
         first = str(method.__doc__).splitlines()[0]
-        assert re.search(r"\(arXiv \d{4}\.\d{5}\)", first) or method.learns_from == "chosen responses", first
+        assert (
+            re.search(r"\(arXiv \d{4}\.\d{5}\)", first)
+            or method.learns_from == "chosen responses"
+            or not method.formula
+        ), first
     page = (Path(__file__).parents[1] / "docs" / "methods.md").read_text(encoding="utf-8")
     held = page.split("<!-- table of methods -->\n")[1].split("\n<!-- end of the table -->")[0]
     assert held == table(), "prefarena methods --table prints what docs/methods.md must hold"
@@ -84,7 +89,7 @@ class Toy(OffPolicy):
     kind: Literal["toy"] = "toy"
     strength: float = Field(2.0, gt=0, description="How much it is loved.")
 
-    def objective(self, policy, reference, labels, num_tokens):
+    def pair_loss(self, policy, reference, labels, num_tokens):
         h = self.strength * policy.minus(reference).margin
         return preference_output((1 - 2 * labels) * h, h, policy, reference, labels)
 '''
@@ -153,7 +158,7 @@ HEAD = "from prefarena.config import DPO\nfrom typing import Literal\n"
 @pytest.mark.parametrize(
     ("name", "text", "says"),
     [
-        ("nothing", HEAD, "one class that is an OffPolicy and has an objective is wanted"),
+        ("nothing", HEAD, "one class that is an OffPolicy and has a loss is wanted"),
         ("other", HEAD + "class Other(DPO):\n    'Other.'\n", r"Other needs `kind: Literal\['other'\] = 'other'`"),
         (
             "silent",

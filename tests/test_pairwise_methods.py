@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from off_policy import metric_rows, off_policy_job, write_inputs
+from off_policy import example, metric_rows, off_policy_job, write_inputs
 from torch import Tensor
 
 from prefarena.config import IPO, OffPolicy, Optimisation
@@ -33,9 +33,9 @@ from prefarena.training.run_job import run_job
 from prefarena.training.worker import Worker
 
 #: Each method with its defaults, and those that have another form with it.
-EVERY: list[OffPolicy] = [method() for method in discover().values()]
+EVERY: list[OffPolicy] = [example(method) for method in discover().values()]
 EVERY += [
-    method(**{name: value})
+    example(method, **{name: value})
     for method in discover().values()
     for name, value in (("length_normalise", True), ("reference", "none"))
     if name in method.model_fields
@@ -64,7 +64,7 @@ class Batch:
 
     def output(self, method: OffPolicy, labels: Tensor | None = None) -> ObjectiveOutput:
         labels = self.labels if labels is None else labels
-        return method.objective(self.policy, self.reference, labels, self.num_tokens)
+        return method.pair_loss(self.policy, self.reference, labels, self.num_tokens)
 
     def loss(self, method: OffPolicy, labels: Tensor | None = None) -> Tensor:
         mean = self.output(method, labels).loss
@@ -133,7 +133,7 @@ def test_float32_and_far_log_probs_give_numbers(method: OffPolicy) -> None:
     policy = PairLogps(far.clone().requires_grad_(), far.flip(0).clone().requires_grad_())
     reference, counts = PairLogps(far.roll(1), far.roll(2)), PairLogps(torch.ones(7), torch.full((7,), 30.0))
     for label in (0.0, 0.5, 1.0):
-        loss = method.objective(policy, reference, torch.full((7,), label), counts).loss.total
+        loss = method.pair_loss(policy, reference, torch.full((7,), label), counts).loss.total
         leaves = [policy.chosen, policy.rejected]
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         assert all(bool(torch.isfinite(values).all()) for values in (loss, *gradients)), label
@@ -235,7 +235,7 @@ def test_loss_and_gradient_are_the_papers_formula(method: OffPolicy, formula: Fo
 def test_the_margin_in_the_metrics_is_the_one_in_the_loss(method: OffPolicy, h: float) -> None:
     """log pi is -1 and -3, of 2 and 4 tokens; log pi_ref -2 and 0."""
     pair = [PairLogps(torch.tensor([a]).double(), torch.tensor([b]).double()) for a, b in ((-1, -3), (-2, 0), (2, 4))]
-    output = method.objective(pair[0], pair[1], torch.ones(1).double(), pair[2])
+    output = method.pair_loss(pair[0], pair[1], torch.ones(1).double(), pair[2])
     assert float(output.metrics["preference/margin"].value) == pytest.approx(h, rel=1e-12)
 
 
@@ -244,7 +244,7 @@ def slope_at_the_reference(method: OffPolicy) -> float:
     chosen, rejected = torch.zeros(1).double().requires_grad_(), torch.zeros(1).double()
     one = torch.ones(1).double()
     zero = PairLogps(rejected, rejected)
-    loss = method.objective(PairLogps(chosen, rejected), zero, one, PairLogps(one, one)).loss.total
+    loss = method.pair_loss(PairLogps(chosen, rejected), zero, one, PairLogps(one, one)).loss.total
     return float(torch.autograd.grad(loss, chosen)[0])
 
 
@@ -257,7 +257,7 @@ def test_what_the_documents_say_of_the_methods() -> None:
         assert slope_at_the_reference(method) < 0, method.kind
     far = PairLogps(torch.tensor([1e5]).double(), torch.zeros(1).double())
     zero, one = PairLogps(far.rejected, far.rejected), torch.ones(1).double()
-    assert float(RobustDPO().objective(far, zero, one, PairLogps(one, one)).loss.total) < -1000
+    assert float(RobustDPO().pair_loss(far, zero, one, PairLogps(one, one)).loss.total) < -1000
 
 
 def test_discopop_is_a_number_where_the_product_of_its_parts_is_none() -> None:
@@ -265,7 +265,7 @@ def test_discopop_is_a_number_where_the_product_of_its_parts_is_none() -> None:
     h = torch.tensor([-100.0])
     assert torch.isnan(torch.sigmoid(h / 0.05) * torch.exp(-h))
     zeros, ones = torch.zeros(1), torch.ones(1)
-    output = DiscoPOP(beta=1.0).objective(PairLogps(h, zeros), PairLogps(zeros, zeros), ones, PairLogps(ones, ones))
+    output = DiscoPOP(beta=1.0).pair_loss(PairLogps(h, zeros), PairLogps(zeros, zeros), ones, PairLogps(ones, ones))
     assert float(output.loss.value) == pytest.approx(100.0)
 
 
@@ -277,7 +277,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", list(discover()))
 def test_training_lowers_the_loss(inputs: Path, tmp_path: Path, kind: str) -> None:
     training = Optimisation(num_steps=12, batch_size=48, log_every=1, warmup_steps=0)
-    method = discover()[kind](training=training, demonstration_weight=0.0)
+    method = example(discover()[kind], training=training, demonstration_weight=0.0)
     run_job(off_policy_job(inputs, tmp_path / kind, method), Worker(str(tmp_path / kind)))
     rows = metric_rows(tmp_path / kind)
     assert len(rows) == 12 and rows[-1]["loss"] < rows[0]["loss"]

@@ -7,6 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
+from prefarena.functions import NAME
 from prefarena.settings.optimisation import Optimisation
 from prefarena.settings.section import Section
 
@@ -31,7 +32,7 @@ class FunctionJudge(Section):
     """A Python function: rows {prompt, response, prompt_ids, response_ids} in, one number for each out."""
 
     kind: Literal["function"] = "function"
-    function: str = Field(pattern=r"^[\w.]+:[\w.]+$", description="`module:function`, importable where workers run.")
+    function: str = Field(pattern=NAME, description="`module:function`, importable where workers run.")
 
 
 class Endpoint(Section):

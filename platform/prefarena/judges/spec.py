@@ -100,9 +100,9 @@ def check_judge(settings: EvaluationJudge) -> None:
     """What can be found wrong with a judge before any work. Raises UserError."""
     match settings:
         case FunctionJudge():
-            from prefarena.judges.function import load_function
+            from prefarena.judges.function import load_scorer
 
-            load_function(settings.function)
+            load_scorer(settings.function)
         case EndpointJudge():
             from prefarena.judges.endpoint import check_endpoint
 

@@ -24,7 +24,7 @@ def _method(name: str, module: ModuleType) -> type[OffPolicy]:
     """The method that a file holds."""
     found = [kind for kind in vars(module).values() if _is_method(kind) and kind.__module__ == module.__name__]
     if len(found) != 1:
-        raise TypeError(f"{module.__file__}: one class that is an OffPolicy and has an objective is wanted")
+        raise TypeError(f"{module.__file__}: one class that is an OffPolicy and has a loss is wanted")
     method: type[OffPolicy] = found[0]
     field = method.model_fields.get("kind")
     if field is None or field.default != name:

@@ -26,7 +26,7 @@ class DPO(OffPolicy):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     length_normalise: bool = False
 
-    def objective(
+    def pair_loss(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
     ) -> ObjectiveOutput:
         h = self.beta * scaled(policy.minus(reference), num_tokens, self.length_normalise).margin

@@ -25,7 +25,7 @@ class IPO(OffPolicy):
     tau: float = Field(0.1, gt=0)
     length_normalise: bool = Field(False, description="True averages log-ratios over tokens, as TRL does.")
 
-    def objective(
+    def pair_loss(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
     ) -> ObjectiveOutput:
         h = scaled(policy.minus(reference), num_tokens, self.length_normalise).margin

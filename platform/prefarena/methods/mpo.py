@@ -36,7 +36,7 @@ class MPO(OffPolicy):
     def needs_reference(self) -> bool:
         return self.reference == "precomputed"
 
-    def objective(
+    def pair_loss(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
     ) -> ObjectiveOutput:
         scores = policy.minus(reference) if self.needs_reference else policy

@@ -25,7 +25,7 @@ class SFT(OffPolicy):
     def needs_reference(self) -> bool:
         return False
 
-    def objective(
+    def pair_loss(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
     ) -> ObjectiveOutput:
         return preference_output(-policy.chosen, policy.margin, policy, reference, labels)

@@ -1,4 +1,4 @@
-"""What every off-policy method is: settings, some of them shared, and an objective on pairs."""
+"""What every off-policy method is: settings, some of them shared, and a loss of pairs."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from prefarena.settings.section import Section
 
 
 class OffPolicy(Section):
-    """A method that learns from pairs: its settings are fields, its formula is `objective`.
+    """A method that learns from pairs: its settings are fields, its formula is `pair_loss`.
 
     `prefarena.methods` has one file for each; docs/architecture.md says how one is added.
     """
@@ -46,8 +46,15 @@ class OffPolicy(Section):
         """Whether the loss depends on the reference's log-probs, with these settings. Metrics show them in any case."""
         return True
 
+    def source(self) -> str | None:
+        """A hash of code outside the package that the loss is computed by, for the address of stages; None: none is."""
+        return None
+
+    def check(self) -> None:
+        """Raise UserError for what no single setting shows to be wrong, and that can be found without any work."""
+
     @abstractmethod
-    def objective(
+    def pair_loss(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
     ) -> ObjectiveOutput:
         """The mean loss over pairs and the metrics, from what `objectives/preference.py` describes.
@@ -64,7 +71,7 @@ class OrderedLoss(OffPolicy):
     def losses(self, policy: PairLogps, reference: PairLogps, num_tokens: PairLogps) -> tuple[Tensor, Tensor]:
         """(losses, h), both [B], where the chosen response has won; h is what the metrics call the margin."""
 
-    def objective(
+    def pair_loss(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
     ) -> ObjectiveOutput:
         as_given, h = self.losses(policy, reference, num_tokens)

@@ -114,7 +114,7 @@ class PreferenceTerm(Term):
             pairs.numbers("ref_chosen_logp", rows, device), pairs.numbers("ref_rejected_logp", rows, device)
         )
         labels = pairs.numbers("label", rows, device)
-        return self.method.objective(_pairs(logps), reference, labels, _pairs(batch.lengths.float()))
+        return self.method.pair_loss(_pairs(logps), reference, labels, _pairs(batch.lengths.float()))
 
 
 class LikelihoodTerm(Term):
