@@ -154,14 +154,14 @@ def _compare_update(trainer: OnPolicyTrainer, batch: Batch, frozen: Frozen, spec
     """Losses and gradients of the whole batch at the perturbed weights; on our side in micro-batches."""
     found = []
     rows = torch.arange(len(batch))
-    parts, count = trainer.parts(batch, rows), trainer.count(batch, rows)
+    count = trainer.count(batch, rows)
     for learner, term in trainer.terms(spec["kl_coef"]):
         kind = "policy" if learner.name == "policy" else "value"
         module = learner.module.get_submodule("model")
         path = spec["perturbed_policy" if kind == "policy" else "perturbed_critic"]
         module.load_state_dict(load_file(f"{path}/model.safetensors"))
-        metrics = learner.accumulate(parts, term, count, trainer.autocast)
-        loss = sum(float(row[f"{kind}/loss"].total) for row in metrics) / float(count)
+        outputs = learner.accumulate(trainer.passes(batch, rows, term))
+        loss = sum(float(output.metrics[f"{kind}/loss"].total) for output in outputs) / float(count)
         theirs = frozen.at_responses(f"{kind}_losses").double() * (1.0 if kind == "policy" else 0.5)
         size = float(theirs.abs().mean())
         found.append(difference(f"{kind} loss", loss, float(theirs.mean()), size))

@@ -28,9 +28,10 @@ from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.objectives.output import ObjectiveOutput
 from prefarena.objectives.preference import PairLogps
 from prefarena.records import REFERENCED_PAIRS
-from prefarena.training.guard import GuardedOptimizer
-from prefarena.training.off_policy import Window, optimizer_step
+from prefarena.training.learner import Learner
+from prefarena.training.off_policy import optimizer_step
 from prefarena.training.terms import Pairs, PreferenceTerm, Rows, Shares
+from prefarena.training.window import Window
 from prefarena.training.worker import Worker
 
 
@@ -77,16 +78,13 @@ class Step:
         if side["order"] == "shuffled":  # a plan that knows no lengths
             plan = self._term.plan
             self._term.plan = replace(plan, lengths=np.ones_like(plan.lengths))
-        self._module = worker.distribute(module.eval(), self._training.precision)
-        optimizer = torch.optim.AdamW(
-            module.parameters(), lr=spec["learning_rate"], betas=spec["betas"], weight_decay=0.0, fused=side["fused"]
-        )
-        self._guard = GuardedOptimizer(optimizer, worker)
+        self._learner = Learner("model", module.eval(), self._training, worker, fused=side["fused"])
         self.window = Window()
 
     def __call__(self, step: int) -> Tensor:
         """One update; returns the gradient's norm before clipping, []."""
-        return optimizer_step(self._module, [self._term], step, self._guard, self._training, self._worker, self.window)
+        rate = self._training.learning_rate
+        return optimizer_step(self._learner, [self._term], step, rate, self._worker, self.window)
 
     def loss(self) -> float:
         """The mean loss of the steps since the last call."""

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from prefarena.stages import Stage, is_finished, is_settled, write_failure
 from prefarena.training.jobs import Job
 from prefarena.training.prediction import FILE as MEMORY_FILE
-from prefarena.training.worker import ATTEMPT
+from prefarena.training.stage_log import ATTEMPT
 
 _PLAIN_INTERVAL_S = 15.0  # seconds between lines where the output is not a terminal
 _PATIENCE_S = 5.0  # of silence, before the first line that says what is being waited for

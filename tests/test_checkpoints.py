@@ -23,8 +23,9 @@ from prefarena.training import checkpoints
 from prefarena.training.checkpoints import CheckpointFolder, DamagedCheckpointError
 from prefarena.training.launch import run_jobs
 from prefarena.training.run_job import run_job
+from prefarena.training.stage_log import SupersededError
 from prefarena.training.storage import retried
-from prefarena.training.worker import SupersededError, Worker
+from prefarena.training.worker import Worker
 
 __all__ = ["inputs"]  # a fixture
 TENSORS = {"weights.a": torch.arange(6.0).view(2, 3), "optimizer.0.step": torch.tensor(3.0)}

@@ -101,7 +101,7 @@ def test_a_checkpoint_is_found_from_a_node_that_has_nothing(fs: Any, tmp_path: P
     assert (
         found is not None and found.step == 3 and found.state == {"n": 3} and found.tensors["w"].tolist() == [3.0] * 3
     )
-    second.forget_rows_after(3)
+    second.stage_log.forget_rows_after(3)
     rows = (second.stage_dir / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(row)["step"] for row in rows] == [1, 2, 3]
     with pytest.raises(RuntimeError, match="another attempt"):

@@ -97,8 +97,7 @@ def gradients(job: OnPolicyJob, worker: Worker) -> dict[str, Tensor]:
     rows = minibatches(24, 2, seed=0, iteration=0, epoch=0)[0]
     found = {}
     for learner, term in trainer.terms(kl_coef=0.3):
-        parts = trainer.parts(targets.batch, rows)
-        learner.accumulate(parts, term, trainer.count(targets.batch, rows), trainer.autocast)
+        learner.accumulate(trainer.passes(targets.batch, rows, term))
         flat = [p.grad.flatten() for p in learner.module.parameters() if p.grad is not None]
         found[learner.name] = torch.cat(flat)
     return found

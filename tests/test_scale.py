@@ -158,7 +158,7 @@ def test_checkpoints_of_adapters_hold_nothing_else(inputs: Path, tmp_path: Path)
         run_job(job, DyingWorker(job.stage_dir, 0, 1, "none"))
     checkpoint = Worker(job.stage_dir).restore()
     assert checkpoint is not None
-    kept = {name for name in checkpoint.tensors if name.startswith("weights.")}
+    kept = {name for name in checkpoint.tensors if name.startswith("model.")}
     assert kept and all("lora_" in name for name in kept)
     assert len(checkpoint.tensors) == 4 * len(kept)  # AdamW's two moments and its step
 

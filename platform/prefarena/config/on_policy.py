@@ -7,10 +7,11 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from prefarena.config.judges import JudgeSettings, RewardModel
-from prefarena.settings.section import Betas, Section
+from prefarena.settings.optimisation import LearnerSettings
+from prefarena.settings.section import Section
 
 
-class OnPolicyTraining(Section):
+class OnPolicyTraining(LearnerSettings):
     """The loop that every on-policy method shares; docs/methods.md says what is done exactly."""
 
     num_iterations: int = Field(40, ge=1, description="Rollout batches.")
@@ -22,12 +23,9 @@ class OnPolicyTraining(Section):
         description="Rollouts per forward pass of one worker. auto: 64, or the largest half, quarter and so on, that "
         "is predicted to fit the worker's share of memory.",
     )
-    learning_rate: float = Field(1e-3, gt=0)
-    betas: Betas = (0.9, 0.999)
-    max_grad_norm: float = Field(1.0, gt=0)
     warmup_iterations: int = Field(2, ge=0, description="Linear learning-rate warm-up.")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="Of the learning rate after the warm-up, down to zero unless constant."
+        "constant", description=LearnerSettings.model_fields["schedule"].description
     )
     kl_coef: float = Field(0.2, ge=0)
     target_kl: float | None = Field(
@@ -48,7 +46,6 @@ class OnPolicyTraining(Section):
         description="`asynchronous`: the next batch is generated, by weights one step old, while this one is learned "
         "from; needs importance_cap.",
     )
-    precision: Literal["float32", "bfloat16"] = "float32"
     max_bad_iterations: int = Field(
         2,
         ge=0,

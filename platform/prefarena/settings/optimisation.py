@@ -1,4 +1,4 @@
-"""One training run's optimisation, and adapters."""
+"""How a model is trained, whatever it learns from: the optimizer, precision, adapters; and from a fixed table."""
 
 from __future__ import annotations
 
@@ -26,10 +26,28 @@ class LoRA(Section):
         return targets
 
 
-class Optimisation(Section):
-    """One training run: AdamW, linear warm-up, then the schedule. Batch sizes are global (all workers)."""
+class LearnerSettings(Section):
+    """What every training asks of its learner (`training/learner.py`): AdamW, a linear warm-up, then the schedule."""
 
     learning_rate: float = Field(1e-3, gt=0)
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="Of the learning rate after the warm-up, down to zero unless constant."
+    )
+    weight_decay: float = Field(0.0, ge=0)
+    betas: Betas = (0.9, 0.999)
+    max_grad_norm: float = Field(1.0, gt=0)
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="bfloat16: autocast, float32 master weights."
+    )
+    lora: LoRA | None = Field(None, description="Train adapters of the model; none: all of its weights.")
+    activation_checkpointing: bool = Field(
+        False, description="Compute each layer once more in the backward pass: less memory, about a third more time."
+    )
+
+
+class Optimisation(LearnerSettings):
+    """A training on a fixed table. Batch sizes are global (all workers)."""
+
     batch_size: int = Field(64, ge=1, description="Sequences or pairs per optimizer step, over all workers.")
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
@@ -39,22 +57,11 @@ class Optimisation(Section):
     num_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_epochs.")
     num_epochs: float = Field(1.0, gt=0)
     warmup_steps: int = Field(10, ge=0)
-    schedule: Literal["constant", "linear", "cosine"] = "cosine"
-    weight_decay: float = Field(0.0, ge=0)
-    betas: Betas = (0.9, 0.999)
-    max_grad_norm: float = Field(1.0, gt=0)
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: autocast, float32 master weights."
-    )
     max_bad_steps: int = Field(
         5,
         ge=0,
         description="Steps in a row that may be skipped, as their loss or gradient is not a number; one more, and the "
         "method has failed.",
-    )
-    lora: LoRA | None = Field(None, description="Train adapters of the model; none: all of its weights.")
-    activation_checkpointing: bool = Field(
-        False, description="Compute each layer once more in the backward pass: less memory, about a third more time."
     )
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(10, ge=1, description="Steps between metric rows.")

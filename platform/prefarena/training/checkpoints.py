@@ -31,7 +31,7 @@ from prefarena.stages import write_json
 from prefarena.training.storage import errno_of, full_disk_named, retried
 
 #: Of a checkpoint's files; raise it when they change.
-FORMAT = 1
+FORMAT = 2
 #: One that is whole, and one before it for the case that it is not.
 NUM_KEPT = 2
 MANIFEST = "manifest.json"

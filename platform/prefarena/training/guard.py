@@ -61,3 +61,12 @@ class GuardedOptimizer:
         self._skipped = torch.full_like(self._skipped, state["steps_skipped"])
         self._streak = torch.full_like(self._streak, state["skipped_in_a_row"])
         self._longest = self._streak
+
+
+def stop_if_diverged(in_a_row: int, limit: int, what: str) -> None:
+    """Raise TrainingDivergedError where more than `limit` of `what` in a row came to nothing."""
+    if in_a_row > limit:
+        raise TrainingDivergedError(
+            f"the loss or the gradient was not a number in {in_a_row} {what} in a row, more than the {limit} that are "
+            "allowed; a lower learning rate may help"
+        )

@@ -1,82 +1,121 @@
-"""A trained model with its optimizer: one optimizer step, and the state that a checkpoint holds."""
+"""The one engine of every training: a module with its optimizer, spread over the workers.
+
+Off-policy methods, the reference, the reward model, an on-policy policy and its critic are all moved by a `Learner`. It
+distributes the module, adds up the gradients of a step's micro-batches, reduces them over the workers once, clips them,
+leaves out a step whose loss or gradient is not a number, and knows what of it belongs in a checkpoint.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from prefarena.modeling.layers import recompute_layers
 from prefarena.objectives.output import Mean, ObjectiveOutput
+from prefarena.settings.optimisation import LearnerSettings
 from prefarena.training.guard import GuardedOptimizer
-from prefarena.training.on_policy_batch import Batch
+from prefarena.training.sharding import is_sharded, own_part, whole
 from prefarena.training.worker import Worker, load_optimizer_tensors, optimizer_tensors
 
-#: A micro-batch to a sum of losses.
-Term = Callable[[Batch], ObjectiveOutput]
-#: Of each micro-batch, by name.
-Metrics = list[dict[str, Mean]]
+
+@dataclass(frozen=True)
+class Pass:
+    """One micro-batch of a step.
+
+    compute: from the module in training (DDP's wrapper where there is one) to a sum of losses and metrics. scale: what
+    the sum is multiplied with, so that all passes of all workers add up to the step's loss.
+    """
+
+    compute: Callable[[nn.Module], ObjectiveOutput]
+    scale: float | Tensor
+
+
+def prepare(module: nn.Module, settings: LearnerSettings, worker: Worker) -> None:
+    """Switch dropout off, and have layers recomputed where that is asked for; before memory is predicted.
+
+    Without dropout policy and reference agree at the start, and runs repeat.
+    """
+    module.eval()
+    if settings.activation_checkpointing:
+        recompute_layers(module)
+        worker.spare_memory()
 
 
 class Learner:
-    """A module, its AdamW and its largest gradient norm. `wrapped` runs forward in training (DDP where shared)."""
+    """A module, its AdamW over the parameters that require a gradient, and its largest gradient norm.
+
+    `module` holds its parameters in float32 (master weights). `precision: bfloat16` computes under autocast; a sharded
+    module makes halved copies itself. name: prefixes its tensors in a checkpoint.
+    """
 
     def __init__(
-        self,
-        name: str,
-        norm_name: str,
-        module: nn.Module,
-        worker: Worker,
-        *,
-        betas: tuple[float, float],
-        max_grad_norm: float,
+        self, name: str, module: nn.Module, settings: LearnerSettings, worker: Worker, *, fused: bool = True
     ) -> None:
-        self.name = name
-        self.norm_name = norm_name  # of the metric
-        self.module = module
-        self.wrapped = worker.wrap(module)
-        self._worker = worker
-        self._max_grad_norm = max_grad_norm
-        # One fused pass: on small models the time of a step is that of its many small operations.
-        self._optimizer = torch.optim.AdamW(module.parameters(), betas=betas, weight_decay=0.0, fused=True)
+        """fused: one pass of the optimizer over all parameters; off, for a benchmark of what it is worth."""
+        self.name, self.module = name, module
+        self._worker, self._settings = worker, settings
+        self._wrapped = worker.distribute(module, settings.precision)
+        self._optimizer = torch.optim.AdamW(
+            [parameter for _, parameter in self._trained()],
+            lr=settings.learning_rate,
+            betas=settings.betas,
+            weight_decay=settings.weight_decay,
+            fused=fused,  # on small models the time of a step is that of its many small operations
+        )
         self.guard = GuardedOptimizer(self._optimizer, worker)
         self._loss = torch.zeros((), device=worker.device)
 
-    def accumulate(self, parts: list[Batch], term: Term, count: Tensor, autocast: Callable[[], Any]) -> Metrics:
-        """Set the gradient to that of the summed losses of all workers' `parts`, divided by `count` [].
+    def accumulate(self, passes: Iterable[Pass]) -> list[ObjectiveOutput]:
+        """Set the gradient to that of the scaled losses of all workers' passes. Returns each pass's output, detached.
 
-        Returns the metrics of each part. `count` is that of the whole optimizer step, so neither the number of parts
-        nor that of workers changes the gradient.
+        Scales are those of the whole step, so neither the number of passes nor that of workers changes the gradient.
         """
         self._optimizer.zero_grad(set_to_none=True)
-        metrics: Metrics = []
         self._loss = torch.zeros_like(self._loss)
-        for position, part in enumerate(parts):
-            with self._worker.no_sync(self.wrapped, enabled=position < len(parts) - 1):
-                with autocast():
-                    output = term(part)
-                # DDP averages gradients over workers; the step's loss is their sum.
-                (output.loss.total * (self._worker.world_size / count)).backward()
-            self._loss = self._loss + output.loss.total.detach()
-            metrics.append(output.metrics)
-        return metrics
+        outputs: list[ObjectiveOutput] = []
+        work = list(passes)
+        for position, one in enumerate(work):
+            with self._worker.no_sync(self._wrapped, enabled=position < len(work) - 1):
+                with self.autocast():
+                    output = one.compute(self._wrapped)
+                # DDP and FSDP average gradients over workers; the step's loss is their sum.
+                (output.loss.total * (one.scale * self._worker.world_size)).backward()
+            loss = Mean(output.loss.total.detach(), output.loss.count.detach())
+            self._loss = self._loss + loss.total * one.scale
+            outputs.append(ObjectiveOutput(loss, output.metrics))
+        return outputs
 
     def apply(self, learning_rate: float) -> tuple[Tensor, Tensor]:
         """Clip the gradient and move along it. Returns its norm [] before clipping, and whether it was skipped []."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = nn.utils.clip_grad_norm_(self.module.parameters(), self._max_grad_norm)
+        norm = whole(nn.utils.clip_grad_norm_(self.module.parameters(), self._settings.max_grad_norm))
         return norm, self.guard.step(self._loss, norm)
 
+    def autocast(self) -> torch.autocast:
+        """The context in which the module computes."""
+        halved = self._settings.precision == "bfloat16" and not self.sharded
+        return torch.autocast(self._worker.device.type, torch.bfloat16, enabled=halved)
+
+    @property
+    def sharded(self) -> bool:
+        """Whether each worker holds a part of the module."""
+        return is_sharded(self.module)
+
     def tensors(self) -> dict[str, Tensor]:
-        """Weights and optimizer state, by name."""
-        weights = {f"{self.name}.{name}": value for name, value in self.module.named_parameters()}
+        """This worker's part of what is trained and of the optimizer's state, by name."""
+        weights = {f"{self.name}.{name}": own_part(parameter) for name, parameter in self._trained()}
         return weights | optimizer_tensors(self._optimizer, f"{self.name}_optimizer")
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `tensors`."""
-        for name, parameter in self.module.named_parameters():
-            parameter.copy_(tensors[f"{self.name}.{name}"])
+        for name, parameter in self._trained():
+            own_part(parameter).copy_(tensors[f"{self.name}.{name}"])
         load_optimizer_tensors(self._optimizer, tensors, f"{self.name}_optimizer")
+
+    def _trained(self) -> list[tuple[str, nn.Parameter]]:
+        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]

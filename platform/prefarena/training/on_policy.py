@@ -11,7 +11,7 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -34,15 +34,20 @@ from prefarena.objectives.kl import KLController
 from prefarena.objectives.output import Mean, ObjectiveOutput
 from prefarena.objectives.ppo import kl_loss, policy_loss, value_loss
 from prefarena.training.experience import Experience, Scorers, by_length, gather
+from prefarena.training.guard import stop_if_diverged
 from prefarena.training.jobs import OnPolicyJob
-from prefarena.training.learner import Learner, Term
-from prefarena.training.off_policy import Window, only_numbers, stop_if_diverged
+from prefarena.training.learner import Learner, Pass, prepare
 from prefarena.training.on_policy_batch import Batch, experience_metrics, learnable
 from prefarena.training.on_policy_memory import fitting_micro_batch
 from prefarena.training.rollouts import RolloutStream, minibatches, share, snapshot_iterations
 from prefarena.training.schedule import warmed_up
+from prefarena.training.window import Window
 from prefarena.training.worker import Worker
 
+#: Of each learner's gradient, among the metrics.
+_NORM_NAMES = {"policy": "grad_norm", "critic": "critic_grad_norm"}
+#: A micro-batch and the module in training, to a sum of losses.
+Term = Callable[[Batch, nn.Module], ObjectiveOutput]
 #: Passes without gradients keep no activations, so more sequences fit into one.
 _FORWARD_SIZE = 4
 
@@ -74,7 +79,7 @@ def _train(trainer: OnPolicyTrainer) -> dict[str, Any]:
     num_iterations = job.training.num_iterations
     snapshots = snapshot_iterations(num_iterations, job.training.num_snapshots)
     for iteration in range(trainer.iteration, num_iterations):
-        worker.log(only_numbers(trainer.run(iteration)))
+        worker.log(trainer.run(iteration))
         stop_if_diverged(
             trainer.bad_iterations, job.training.max_bad_iterations, f"iterations up to iteration {iteration + 1}"
         )
@@ -156,20 +161,17 @@ class OnPolicyTrainer:
         learned: dict[str, nn.Module] = {"policy": self.log_probs}
         if self.critic is not None:
             learned["critic"] = self.critic
+        for module in learned.values():
+            prepare(module, self.settings, worker)
         self.micro_batch_size, self.predicted_mib = fitting_micro_batch(
             job, learned, self.stream.longest_prompt, worker
         )
-        norms = {"policy": "grad_norm", "critic": "critic_grad_norm"}
-        self.learners = {name: self._learner(name, norms[name], module) for name, module in learned.items()}
+        self.learners = {name: Learner(name, module, self.settings, worker) for name, module in learned.items()}
         self.scorers = self._make_scorers(reward, monitor)
         self.controller = KLController(job.training.kl_coef, job.training.target_kl, job.training.kl_horizon)
         self.counts = {"num_tokens_generated": 0, "num_tokens_trained": 0}
         self.iteration = 0
         self.bad_iterations = 0  # in a row, up to now
-
-    def _learner(self, name: str, norm_name: str, module: nn.Module) -> Learner:
-        betas, max_grad_norm = self.settings.betas, self.settings.max_grad_norm
-        return Learner(name, norm_name, module, self.worker, betas=betas, max_grad_norm=max_grad_norm)
 
     def _make_scorers(self, reward: Judge | None, monitor: Judge | None) -> Scorers:
         job, worker = self.job, self.worker
@@ -188,7 +190,7 @@ class OnPolicyTrainer:
             monitor=monitor,
             temperature=self.settings.temperature,
             batch_size=batch_size,
-            autocast=self.autocast,
+            autocast=self.learners["policy"].autocast,
             pad_id=self.tokenizer.pad_token_id,
             device=worker.device,
         )
@@ -200,9 +202,6 @@ class OnPolicyTrainer:
             return {}
         sums = self.worker.sum(torch.tensor(list(own.values()), dtype=torch.float64, device=self.worker.device))
         return {name: int(number) for name, number in zip(own, sums, strict=True)}
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast(self.worker.device.type, torch.bfloat16, enabled=self.settings.precision == "bfloat16")
 
     # --------------------------------------------------------------------------------- checkpoints, snapshots
 
@@ -224,7 +223,7 @@ class OnPolicyTrainer:
     def restore(self) -> None:
         """Load the job's last checkpoint, if there is one."""
         checkpoint = self.worker.restore()
-        self.worker.forget_rows_after(checkpoint.step if checkpoint else 0)
+        self.worker.stage_log.forget_rows_after(checkpoint.step if checkpoint else 0)
         if checkpoint is None:
             return
         state, settings = checkpoint.state, self.settings
@@ -304,13 +303,12 @@ class OnPolicyTrainer:
         before = {learner.name: learner.guard.num_skipped for learner, _ in terms}
         for epoch in range(settings.num_epochs):
             for rows in minibatches(len(batch), settings.num_minibatches, self.job.seed, self.iteration, epoch):
-                parts, count = self.parts(batch, rows), self.count(batch, rows)
                 for learner, term in terms:
-                    for metrics in learner.accumulate(parts, term, count, self.autocast):
-                        for name, mean in metrics.items():
+                    for output in learner.accumulate(self.passes(batch, rows, term)):
+                        for name, mean in output.metrics.items():
                             window.add(name, mean)
                     norm, skipped = learner.apply(rates[learner.name])
-                    window.add(learner.norm_name, Mean(norm, one))
+                    window.add(_NORM_NAMES[learner.name], Mean(norm, one))
                     window.close(skipped)
         lost = {learner.name: learner.guard.num_skipped - before[learner.name] for learner, _ in terms}
         self.bad_iterations = self.bad_iterations + 1 if num_steps in lost.values() else 0
@@ -326,10 +324,12 @@ class OnPolicyTrainer:
             terms.append((self.learners["critic"], self._value_term))
         return terms
 
-    def parts(self, batch: Batch, rows: Tensor) -> list[Batch]:
-        """This worker's micro-batches of a minibatch."""
+    def passes(self, batch: Batch, rows: Tensor, term: Term) -> list[Pass]:
+        """This worker's micro-batches of a minibatch, whose rows are shared out to the workers."""
         mine = rows[share(len(rows), self.worker.rank, self.worker.world_size)].to(batch.mask.device)
-        return [batch.select(part) for part in by_length(batch.sequences, mine, self.micro_batch_size)]
+        scale = 1 / self.count(batch, rows)
+        parts = by_length(batch.sequences, mine, self.micro_batch_size)
+        return [Pass(partial(term, batch.select(part)), scale) for part in parts]
 
     def count(self, batch: Batch, rows: Tensor) -> Tensor:
         """What a loss's sum over a minibatch, on all workers, is divided by: its tokens, or its sequences."""
@@ -337,9 +337,9 @@ class OnPolicyTrainer:
         by_sequence = isinstance(self.settings, GRPOTraining) and self.settings.loss_mean == "sequences"
         return mask.any(1).sum() if by_sequence else mask.sum()
 
-    def _policy_term(self, batch: Batch, kl_coef: float) -> ObjectiveOutput:
+    def _policy_term(self, batch: Batch, module: nn.Module, *, kl_coef: float) -> ObjectiveOutput:
         """Sum of the clipped losses of a micro-batch, with GRPO's KL penalty where it is part of the loss."""
-        logps = token_logps(self.learners["policy"].wrapped, batch.sequences, self.settings.temperature)
+        logps = token_logps(module, batch.sequences, self.settings.temperature)
         output = policy_loss(
             logps, batch.old_logps, batch.advantages, batch.mask, clip=self.settings.clip, weights=batch.weights
         )
@@ -351,11 +351,11 @@ class OnPolicyTrainer:
         total = output.loss.total + kl_coef * penalty.loss.total
         return ObjectiveOutput(Mean(total, output.loss.count), output.metrics)
 
-    def _value_term(self, batch: Batch) -> ObjectiveOutput:
+    def _value_term(self, batch: Batch, module: nn.Module) -> ObjectiveOutput:
         """Sum of the clipped squared errors of a micro-batch, and its metrics."""
         if not isinstance(self.settings, PPOTraining) or batch.values is None or batch.returns is None:
             raise TypeError("there is no critic")
-        values = token_values(self.learners["critic"].wrapped, batch.sequences)
+        values = token_values(module, batch.sequences)
         return value_loss(values, batch.values, batch.returns, batch.mask, clip=self.settings.value_clip)
 
 

@@ -64,12 +64,14 @@ def _run(job: Job, worker: Worker) -> None:
         return
     worker.flush()
     if worker.rank == 0:
-        write_manifest(job.stage_dir, {"label": job.name, "seed": job.seed, **contents, "faults": worker.faults()})
+        write_manifest(
+            job.stage_dir, {"label": job.name, "seed": job.seed, **contents, "faults": worker.stage_log.faults()}
+        )
     worker.drop_checkpoints()
 
 
 def _fail(job: Job, worker: Worker, reason: str) -> None:
-    write_failure(job.stage_dir, reason, label=job.name, seed=job.seed, faults=worker.faults())
+    write_failure(job.stage_dir, reason, label=job.name, seed=job.seed, faults=worker.stage_log.faults())
 
 
 def _contents(job: Job, worker: Worker) -> dict[str, Any]:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
-import logging
 import secrets
 import time
 from contextlib import nullcontext
@@ -17,25 +15,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from prefarena.mirror import CHECKPOINTS, mirror_of, pull, push, read_text
+from prefarena.mirror import CHECKPOINTS, mirror_of, pull, push
 from prefarena.modeling import room
-from prefarena.stages import write_json, write_text
 from prefarena.training import process_memory
 from prefarena.training.checkpoints import Checkpoint, CheckpointFolder, DamagedCheckpointError
 from prefarena.training.remote_checkpoints import RemoteCheckpointFolder
 from prefarena.training.sharding import is_sharded, like, own_part, reduce_after_backward, shard
-from prefarena.training.storage import full_disk_named, retried
+from prefarena.training.stage_log import StageLog
 
 _STORAGE_RETRY_S = 120.0
-_METRICS, _FAULTS = "metrics.jsonl", "faults.jsonl"
-#: In the job's folder from the moment its workers have loaded the model and look for a checkpoint.
-ATTEMPT = "attempt.json"
-
-_logger = logging.getLogger(__name__)
-
-
-class SupersededError(RuntimeError):
-    """Another attempt at the job has begun: this worker is left over from a run whose node or driver died."""
 
 
 class Worker:
@@ -54,7 +42,6 @@ class Worker:
         self.stage_dir = Path(stage_dir)
         self.device = torch.device(device)
         self._storage_retry_s = storage_retry_s
-        self._restored = False
         self.stage_dir.mkdir(parents=True, exist_ok=True)
         self._started = time.perf_counter()
         self._measure_from_here()
@@ -104,55 +91,21 @@ class Worker:
         """Whether it holds on some worker; the same on all of them."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
-    # ------------------------------------------------------------------------------------------- rows
+    # ------------------------------------------------------------------------------------------- what it says
+
+    @cached_property
+    def stage_log(self) -> StageLog:
+        """Of the job's stage."""
+        return StageLog(self.stage_dir, self.rank, lambda: self._attempt, self._storage_retry_s)
 
     def log(self, row: dict[str, Any]) -> None:
-        """Append a row of metrics. Rank 0 alone writes."""
-        self._append(_METRICS, row)
-
-    def note_fault(self, kind: str, message: str, **details: Any) -> None:
-        """Keep a record of what went wrong and was mended, for the report. Rank 0 alone writes."""
-        if self.rank == 0:
-            _logger.warning("%s: %s", self.stage_dir.name, message)
-            self._append(_FAULTS, {"kind": kind, "message": message, "time": time.time(), **details})
+        """Append a row of metrics."""
+        self.stage_log.row(row)
 
     def note_padding(self, notes: list[str]) -> None:
         """Keep a record of why a model's rows are padded on a GPU: whoever prepared the model may not have had one."""
         if notes and self.device.type == "cuda":
-            self.note_fault("padded", "; ".join(notes))
-
-    def faults(self) -> list[dict[str, Any]]:
-        """The records of all attempts at this job."""
-        return _rows(self.stage_dir / _FAULTS)
-
-    def _append(self, name: str, row: dict[str, Any]) -> None:
-        if self.rank != 0:
-            return
-        self._check_current()
-        path, line = self.stage_dir / name, json.dumps(row) + "\n"
-
-        def append() -> None:
-            with path.open("a", encoding="utf-8") as file:
-                file.write(line)
-
-        with full_disk_named(f"{self.stage_dir.name}: {name}", self.stage_dir):
-            retried(append, self._storage_retry_s, str(path))
-
-    def forget_rows_after(self, step: int) -> None:
-        """Drop metric rows that an interrupted attempt logged beyond the checkpoint, and one that it half wrote."""
-        path = self.stage_dir / _METRICS
-        if self.rank != 0 or not path.exists():
-            return
-        rows = _rows(path)
-        kept = [row for row in rows if row["step"] <= step]
-        write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
-        last = max((row["step"] for row in rows), default=0)
-        self.note_fault(
-            "resumed",
-            f"an earlier attempt was interrupted after step {last} or later; went on from step {step}",
-            step=step,
-            steps_lost=max(0, last - step),
-        )
+            self.stage_log.fault("padded", "; ".join(notes))
 
     # ------------------------------------------------------------------------------------------- checkpoints
 
@@ -160,12 +113,6 @@ class Worker:
     def _attempt(self) -> str:
         """A word that this attempt's workers share, and no other attempt's."""
         return self.share(secrets.token_hex(4))
-
-    def _check_current(self) -> None:
-        """Raise SupersededError where another attempt restored the job after this one did. For rank 0."""
-        path = self.stage_dir / ATTEMPT
-        if self._restored and json.loads(read_text(path))["attempt"] != self._attempt:
-            raise SupersededError(f"{self.stage_dir.name}: another attempt at this job has begun")
 
     @cached_property
     def _checkpoints(self) -> CheckpointFolder:
@@ -193,7 +140,7 @@ class Worker:
         Rank 0's tensors are kept; with `sharded` every worker's, each its own part.
         """
         if self.rank == 0:
-            self._check_current()
+            self.stage_log.check_current()
         self._checkpoints.save(step, tensors, state, sharded=sharded)
 
     def flush(self) -> None:
@@ -208,9 +155,7 @@ class Worker:
         folder = self._checkpoints
         if self.rank == 0:
             pull(self.stage_dir)
-            write_json(self.stage_dir / ATTEMPT, {"attempt": self._attempt})
-            push(self.stage_dir / ATTEMPT)
-            self._restored = True
+            self.stage_log.begin_attempt()
             folder.remove_unfinished()
         for step in self.share(folder.steps()):
             checkpoint, problem = None, ""
@@ -221,7 +166,7 @@ class Worker:
             if not self.on_any(checkpoint is None):
                 return checkpoint
             message = f"the checkpoint of step {step} is damaged and the one before it is used: {problem}"
-            self.note_fault("damaged_checkpoint", message, step=step)
+            self.stage_log.fault("damaged_checkpoint", message, step=step)
             if self.rank == 0:
                 folder.remove(step)
         return None
@@ -310,19 +255,6 @@ class RayTrainWorker(Worker):
         self.num_side_by_side = context.get_local_world_size() * max(1, num_groups)
         self.share_of_device = share_of_device
         super().__init__(stage_dir, ray.train.torch.get_device(), storage_retry_s)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a file of JSON lines; one that a killed process half wrote is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer, prefix: str) -> dict[str, Tensor]:
