@@ -19,7 +19,7 @@ import torch
 from sides import memory_mib, serve
 from torch import Tensor, nn
 
-from prefarena.config import DPO, MPO, OffPolicyMethod, Optimisation
+from prefarena.config import DPO, MPO, Optimisation
 from prefarena.data.plan import within_budget
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.modeling.layers import decoder_layers
@@ -28,6 +28,7 @@ from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.objectives.output import ObjectiveOutput
 from prefarena.objectives.preference import PairLogps
 from prefarena.records import REFERENCED_PAIRS
+from prefarena.settings.off_policy import Pairwise
 from prefarena.training.learner import Learner
 from prefarena.training.off_policy import optimizer_step
 from prefarena.training.terms import Pairs, PreferenceTerm, Rows, Shares
@@ -35,7 +36,7 @@ from prefarena.training.window import Window
 from prefarena.training.worker import Worker
 
 
-def make_method(spec: dict[str, Any], side: dict[str, Any]) -> OffPolicyMethod:
+def make_method(spec: dict[str, Any], side: dict[str, Any]) -> Pairwise:
     training = Optimisation(
         learning_rate=spec["learning_rate"],
         batch_size=spec["batch_size"],
@@ -103,7 +104,7 @@ class RepeatedPrompts(PreferenceTerm):
             pairs.numbers("ref_chosen_logp", rows, device), pairs.numbers("ref_rejected_logp", rows, device)
         )
         policy, num_tokens = (PairLogps(values[0::2], values[1::2]) for values in (logps, lengths))
-        return self.method.pair_loss(policy, reference, pairs.numbers("label", rows, device), num_tokens)
+        return self.method.mean_loss(policy, reference, pairs.numbers("label", rows, device), num_tokens)
 
 
 def write_reference(spec: dict[str, Any], tokens_at_once: int = 8192) -> float:

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from prefarena.config import OffPolicy
 from prefarena.config.comparison import METHODS
 from prefarena.methods import discover
+from prefarena.settings.off_policy import Pairwise
 
 
 def list_methods() -> str:
@@ -53,7 +54,7 @@ def _with_defaults(method: type[OffPolicy]) -> OffPolicy:
 
 def _own_settings(method: type[OffPolicy]) -> list[tuple[str, Any, str]]:
     """Those that not every off-policy method has, or not with this default."""
-    shared = [setting[:2] for setting in _settings(OffPolicy)]
+    shared = [setting[:2] for setting in _settings(Pairwise)]
     return [setting for setting in _settings(method) if setting[:2] not in shared]
 
 
@@ -67,8 +68,11 @@ def _lines(method: type[BaseModel]) -> Iterator[str]:
 
 
 def _shared() -> Iterator[str]:
+    shared = _settings(OffPolicy)
     yield "all off-policy methods (those that say what they learn from) also have:"
-    yield from (_line(*setting) for setting in _settings(OffPolicy))
+    yield from (_line(*setting) for setting in shared)
+    yield "and of them those that learn from pairs:"
+    yield from (_line(*setting) for setting in _settings(Pairwise) if setting not in shared)
 
 
 def _line(name: str, default: Any, text: str) -> str:

@@ -169,9 +169,8 @@ def _trained(
     logps = next(iter(scored.values()))
     if isinstance(method, OffPolicyMethod):
         logps = scored[arithmetic_of(config, method)]
-    inputs: list[Any] = [logps.key, _dump(method), seed, _layout(config)]
-    if isinstance(method, OffPolicyMethod) and (source := method.source()) is not None:
-        inputs.append(source)
+    settings = method.address() if isinstance(method, OffPolicyMethod) else _dump(method)
+    inputs: list[Any] = [logps.key, settings, seed, _layout(config)]
     if isinstance(method, OnPolicyMethod | BestOfN):
         if isinstance(method.reward, RewardModel):
             rm_inputs = [logps.key, samples.key if samples else None, _dump(method.reward), seed, _layout(config)]

@@ -39,7 +39,7 @@ def test_mpo_gradient_is_the_importance_sampled_policy_gradient(seed: int, beta:
     policy, reference, _, counts = random_pairs(seed)
     labels = torch.ones_like(policy.chosen)
     leaves = [policy.chosen.clone().requires_grad_(), policy.rejected.clone().requires_grad_()]
-    output = MPO(beta=beta).pair_loss(PairLogps(*leaves), reference, labels, counts)
+    output = MPO(beta=beta).mean_loss(PairLogps(*leaves), reference, labels, counts)
     ours = torch.autograd.grad(output.loss.total, leaves)
 
     again = [leaf.detach().clone().requires_grad_() for leaf in leaves]
@@ -55,13 +55,13 @@ def test_mpo_with_a_soft_label_is_the_mean_of_both_orderings() -> None:
     policy, reference, labels, counts = random_pairs(1)
     swapped = PairLogps(policy.rejected, policy.chosen), PairLogps(reference.rejected, reference.chosen)
     swapped_counts = PairLogps(counts.rejected, counts.chosen)
-    soft = loss_of(MPO(beta=0.7).pair_loss(policy, reference, labels, counts))
+    soft = loss_of(MPO(beta=0.7).mean_loss(policy, reference, labels, counts))
     ones = torch.ones_like(labels[:1])
     parts = []
     for i, label in enumerate(labels):
         one = lambda pair, i=i: PairLogps(pair.chosen[i : i + 1], pair.rejected[i : i + 1])  # noqa: E731
-        forward = loss_of(MPO(beta=0.7).pair_loss(one(policy), one(reference), ones, one(counts)))
-        backward = loss_of(MPO(beta=0.7).pair_loss(one(swapped[0]), one(swapped[1]), ones, one(swapped_counts)))
+        forward = loss_of(MPO(beta=0.7).mean_loss(one(policy), one(reference), ones, one(counts)))
+        backward = loss_of(MPO(beta=0.7).mean_loss(one(swapped[0]), one(swapped[1]), ones, one(swapped_counts)))
         parts.append(label * forward + (1 - label) * backward)
     torch.testing.assert_close(soft, torch.stack(parts).mean())
 
@@ -69,7 +69,7 @@ def test_mpo_with_a_soft_label_is_the_mean_of_both_orderings() -> None:
 def test_mpo_without_reference_ignores_it_in_the_loss_and_keeps_it_in_the_metrics() -> None:
     policy, reference, labels, counts = random_pairs(2)
     other = PairLogps(reference.rejected, reference.chosen - 1)
-    free, moved = (MPO(reference="none").pair_loss(policy, given, labels, counts) for given in (reference, other))
+    free, moved = (MPO(reference="none").mean_loss(policy, given, labels, counts) for given in (reference, other))
     torch.testing.assert_close(free.loss.total, moved.loss.total, rtol=0, atol=0)
     assert float(free.metrics["logratio/chosen"].value) != float(moved.metrics["logratio/chosen"].value)
     h = policy.chosen - policy.rejected
@@ -109,7 +109,7 @@ def test_mpo_bandit_stationary_point(eta: float) -> None:
 
     def loss(logps: Tensor) -> Tensor:
         demonstrations = negative_log_likelihood(logps, torch.ones(2, dtype=torch.float64))
-        preferred = MPO(beta=1.0).pair_loss(arms(logps), UNIFORM, CERTAIN, ONES)
+        preferred = MPO(beta=1.0).mean_loss(arms(logps), UNIFORM, CERTAIN, ONES)
         return loss_of(preferred) + eta * loss_of(demonstrations)
 
     p = bandit_optimum(loss)
@@ -120,7 +120,7 @@ def test_mpo_bandit_stationary_point(eta: float) -> None:
 
 @pytest.mark.parametrize("beta", [0.1, 1.0, 5.0])
 def test_dpo_never_lets_go_of_a_deterministic_preference(beta: float) -> None:
-    p = bandit_optimum(lambda logps: loss_of(DPO(beta=beta).pair_loss(arms(logps), UNIFORM, CERTAIN, ONES)))
+    p = bandit_optimum(lambda logps: loss_of(DPO(beta=beta).mean_loss(arms(logps), UNIFORM, CERTAIN, ONES)))
     assert p > 0.98
 
 
@@ -134,14 +134,14 @@ def test_dpo_with_soft_and_smoothed_labels_is_the_mean_of_both_orderings(beta: f
         for as_labelled, share in ((label, 1 - smoothing), (1 - label, smoothing)):
             for wins, sign in ((as_labelled, 1), (1 - as_labelled, -1)):
                 expected += share * wins * math.log1p(math.exp(-sign * h)) / len(labels)
-    found = loss_of(DPO(beta=beta, label_smoothing=smoothing).pair_loss(policy, reference, labels, counts))
+    found = loss_of(DPO(beta=beta, label_smoothing=smoothing).mean_loss(policy, reference, labels, counts))
     assert float(found) == pytest.approx(expected, rel=1e-12)
 
 
 @pytest.mark.parametrize("tau", [0.1, 0.5, 2.0])
 def test_ipo_bandit_optimum(tau: float) -> None:
     """p = sigma(1 / (2 tau)), arXiv 2310.12036."""
-    p = bandit_optimum(lambda logps: loss_of(IPO(tau=tau).pair_loss(arms(logps), UNIFORM, CERTAIN, ONES)))
+    p = bandit_optimum(lambda logps: loss_of(IPO(tau=tau).mean_loss(arms(logps), UNIFORM, CERTAIN, ONES)))
     assert p == pytest.approx(1 / (1 + math.exp(-1 / (2 * tau))), rel=1e-6)
 
 
@@ -158,7 +158,7 @@ def test_ipo_with_a_soft_label_is_the_mean_of_both_orderings_up_to_a_constant(ta
         references = (reference.chosen, reference.rejected)[::sign]
         squares.append(((winner - references[0]) - (loser - references[1]) - 1 / (2 * tau)) ** 2)
     both = (labels * squares[0] + (1 - labels) * squares[1]).mean()
-    soft = loss_of(IPO(tau=tau).pair_loss(PairLogps(chosen, rejected), reference, labels, counts))
+    soft = loss_of(IPO(tau=tau).mean_loss(PairLogps(chosen, rejected), reference, labels, counts))
     constant = (4 * labels * (1 - labels)).mean() / (2 * tau) ** 2
     torch.testing.assert_close(soft + constant, both)
     for found, wanted in zip(
@@ -170,10 +170,10 @@ def test_ipo_with_a_soft_label_is_the_mean_of_both_orderings_up_to_a_constant(ta
 def test_dpo_starts_at_ln_2_and_matches_the_formula() -> None:
     policy, reference, _, counts = random_pairs(3)
     ones = torch.ones_like(policy.chosen)
-    start = loss_of(DPO(beta=0.1).pair_loss(reference, reference, ones, counts))
+    start = loss_of(DPO(beta=0.1).mean_loss(reference, reference, ones, counts))
     assert float(start) == pytest.approx(math.log(2))
     h = 0.3 * ((policy.chosen - reference.chosen) - (policy.rejected - reference.rejected))
-    smoothed = loss_of(DPO(beta=0.3, label_smoothing=0.1).pair_loss(policy, reference, ones, counts))
+    smoothed = loss_of(DPO(beta=0.3, label_smoothing=0.1).mean_loss(policy, reference, ones, counts))
     expected = (0.9 * torch.log1p(torch.exp(-h)) + 0.1 * torch.log1p(torch.exp(h))).mean()
     torch.testing.assert_close(smoothed, expected)
 
@@ -183,15 +183,15 @@ def test_length_normalisation_divides_each_log_ratio_by_its_own_tokens() -> None
     ones = torch.ones_like(policy.chosen)
     ratio_w = (policy.chosen - reference.chosen) / counts.chosen
     ratio_l = (policy.rejected - reference.rejected) / counts.rejected
-    found = loss_of(IPO(tau=0.25, length_normalise=True).pair_loss(policy, reference, ones, counts))
+    found = loss_of(IPO(tau=0.25, length_normalise=True).mean_loss(policy, reference, ones, counts))
     torch.testing.assert_close(found, ((ratio_w - ratio_l - 2.0) ** 2).mean())
     h = 0.7 * (ratio_w - ratio_l)
-    found = loss_of(DPO(beta=0.7, length_normalise=True).pair_loss(policy, reference, ones, counts))
+    found = loss_of(DPO(beta=0.7, length_normalise=True).mean_loss(policy, reference, ones, counts))
     torch.testing.assert_close(found, torch.log1p(torch.exp(-h)).mean())
-    found = loss_of(MPO(beta=0.7, length_normalise=True).pair_loss(policy, reference, ones, counts))
+    found = loss_of(MPO(beta=0.7, length_normalise=True).mean_loss(policy, reference, ones, counts))
     torch.testing.assert_close(found, -(1 / (1 + torch.exp(-h))).mean())
     h = 0.7 * (policy.chosen / counts.chosen - policy.rejected / counts.rejected)
-    found = loss_of(MPO(beta=0.7, length_normalise=True, reference="none").pair_loss(policy, reference, ones, counts))
+    found = loss_of(MPO(beta=0.7, length_normalise=True, reference="none").mean_loss(policy, reference, ones, counts))
     torch.testing.assert_close(found, -(1 / (1 + torch.exp(-h))).mean())
 
 
@@ -215,7 +215,7 @@ def test_loss_and_metrics_of_demonstrations_by_hand() -> None:
 def test_fine_tuning_on_the_chosen_responses_by_hand() -> None:
     policy, labels = PairLogps(doubles(-2, -7), doubles(-3, -1)), doubles(1, 0)
     reference = PairLogps(doubles(-2, -4), doubles(-3, -3))  # for the metrics alone: ratios 0 and -3, 0 and 2
-    output = SFT().pair_loss(policy, reference, labels, ONES)
+    output = SFT().mean_loss(policy, reference, labels, ONES)
     assert float(output.loss.value) == 4.5
     assert {name: float(mean.value) for name, mean in output.metrics.items()} == {
         "logps/chosen": -4.5,
@@ -232,7 +232,7 @@ def test_metrics_of_preferences_by_hand() -> None:
     """h is 2 (rho_w - rho_l): 4, 4.5, -6, 0 and 2 in turn; 4 itself is not saturated."""
     policy = PairLogps(doubles(-1, -1, -4, -2, -2), doubles(-3, -3, -1, -2, -2))
     reference = PairLogps(doubles(-1, -1, -1, -1, -1), doubles(-1, -0.75, -1, -1, 0))
-    output = DPO(beta=2.0).pair_loss(policy, reference, doubles(1, 0, 0.3, 1, 0.5), ONES)
+    output = DPO(beta=2.0).mean_loss(policy, reference, doubles(1, 0, 0.3, 1, 0.5), ONES)
     assert {name: float(mean.value) for name, mean in output.metrics.items()} == {
         "logps/chosen": -2.0,
         "logps/rejected": pytest.approx(-11 / 5),
@@ -247,10 +247,10 @@ def test_metrics_of_preferences_by_hand() -> None:
 def test_metrics_mean_the_same_for_every_method() -> None:
     policy, reference, labels, counts = random_pairs(5)
     outputs = [
-        MPO(beta=1.0).pair_loss(policy, reference, labels, counts),
-        DPO(beta=0.1).pair_loss(policy, reference, labels, counts),
-        IPO(tau=0.1).pair_loss(policy, reference, labels, counts),
-        SFT().pair_loss(policy, reference, labels, counts),
+        MPO(beta=1.0).mean_loss(policy, reference, labels, counts),
+        DPO(beta=0.1).mean_loss(policy, reference, labels, counts),
+        IPO(tau=0.1).mean_loss(policy, reference, labels, counts),
+        SFT().mean_loss(policy, reference, labels, counts),
     ]
     shared = {"logps/chosen", "logps/rejected", "logratio/chosen", "logratio/rejected", "preference/accuracy"}
     for name in shared:
@@ -263,11 +263,11 @@ def test_metrics_mean_the_same_for_every_method() -> None:
 
 def test_means_add_up_over_micro_batches() -> None:
     policy, reference, labels, counts = random_pairs(6, size=8)
-    whole = DPO(beta=0.5).pair_loss(policy, reference, labels, counts)
+    whole = DPO(beta=0.5).mean_loss(policy, reference, labels, counts)
     parts = []
     for rows in (slice(0, 3), slice(3, 8)):
         cut = [PairLogps(p.chosen[rows], p.rejected[rows]) for p in (policy, reference, counts)]
-        parts.append(DPO(beta=0.5).pair_loss(cut[0], cut[1], labels[rows], cut[2]))
+        parts.append(DPO(beta=0.5).mean_loss(cut[0], cut[1], labels[rows], cut[2]))
     torch.testing.assert_close((parts[0].loss + parts[1].loss).value, whole.loss.value)
 
 

@@ -16,16 +16,15 @@ from torch._subclasses.fake_tensor import (
 
 from prefarena.errors import EntryError, UserError
 from prefarena.functions import NAME, load_function, own_traceback, source_digest
-from prefarena.objectives.output import ObjectiveOutput
-from prefarena.objectives.preference import PairLogps, preference_output
-from prefarena.settings.off_policy import OffPolicy
+from prefarena.objectives.preference import PairLogps
+from prefarena.settings.off_policy import Pairwise
 
 _ARGUMENTS = ("policy", "reference", "labels", "num_tokens")
 #: What the prediction of memory asks of torch, and does without where shapes depend on numbers: no fault of a function.
 _CANNOT_BE_PREDICTED = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 
 
-class Custom(OffPolicy):
+class Custom(Pairwise):
     """A loss of yours on pairs: a Python function by its name.
 
     `objective(policy, reference, labels, num_tokens, **settings)` returns (losses, h), both [B], one number a pair: the
@@ -42,15 +41,15 @@ class Custom(OffPolicy):
     #: Not in a table of formulas: it is the user's.
     formula: ClassVar[str] = ""
 
-    def source(self) -> str | None:
-        return source_digest(self.objective)
+    def address(self) -> dict[str, Any]:
+        return super().address() | {"source": source_digest(self.objective)}
 
     def check(self) -> None:
         _try(self)
 
-    def pair_loss(
+    def pair_losses(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
-    ) -> ObjectiveOutput:
+    ) -> tuple[Tensor, Tensor]:
         try:
             function = self.load()
         except UserError as error:  # it was there before any work was done; another node may not have it
@@ -65,7 +64,7 @@ class Custom(OffPolicy):
         if problem is not None:
             raise EntryError(f"objective {self.objective}: {problem}")
         losses, h = found
-        return preference_output(losses, h, policy, reference, labels)
+        return losses, h
 
     def load(self) -> Any:
         """The function. Raises UserError where it is not there, or cannot be called with these settings."""

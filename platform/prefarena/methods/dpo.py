@@ -8,12 +8,11 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from prefarena.objectives.output import ObjectiveOutput
-from prefarena.objectives.preference import PairLogps, preference_output, scaled
-from prefarena.settings.off_policy import OffPolicy
+from prefarena.objectives.preference import PairLogps, scaled
+from prefarena.settings.off_policy import Pairwise
 
 
-class DPO(OffPolicy):
+class DPO(Pairwise):
     """Direct Preference Optimization (arXiv 2305.18290); label_smoothing > 0 is cDPO.
 
     Equation 7 with soft labels: -E[p log sigma(h) + (1 - p) log sigma(-h)], h = beta (rho_w - rho_l),
@@ -26,10 +25,10 @@ class DPO(OffPolicy):
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)
     length_normalise: bool = False
 
-    def pair_loss(
+    def pair_losses(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
-    ) -> ObjectiveOutput:
+    ) -> tuple[Tensor, Tensor]:
         h = self.beta * scaled(policy.minus(reference), num_tokens, self.length_normalise).margin
         p = labels * (1 - self.label_smoothing) + (1 - labels) * self.label_smoothing
         losses = -(p * F.logsigmoid(h) + (1 - p) * F.logsigmoid(-h))
-        return preference_output(losses, h, policy, reference, labels)
+        return losses, h

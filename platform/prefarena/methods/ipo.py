@@ -7,12 +7,11 @@ from typing import ClassVar, Literal
 from pydantic import Field
 from torch import Tensor
 
-from prefarena.objectives.output import ObjectiveOutput
-from prefarena.objectives.preference import PairLogps, preference_output, scaled
-from prefarena.settings.off_policy import OffPolicy
+from prefarena.objectives.preference import PairLogps, scaled
+from prefarena.settings.off_policy import Pairwise
 
 
-class IPO(OffPolicy):
+class IPO(Pairwise):
     """Identity Preference Optimization (arXiv 2310.12036); sums over tokens, as the paper does.
 
     Equation 17: E[(h - (2p - 1) / (2 tau))^2], h = rho_w - rho_l, rho = log pi - log pi_ref; `length_normalise`
@@ -25,9 +24,9 @@ class IPO(OffPolicy):
     tau: float = Field(0.1, gt=0)
     length_normalise: bool = Field(False, description="True averages log-ratios over tokens, as TRL does.")
 
-    def pair_loss(
+    def pair_losses(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
-    ) -> ObjectiveOutput:
+    ) -> tuple[Tensor, Tensor]:
         h = scaled(policy.minus(reference), num_tokens, self.length_normalise).margin
         losses = (h - (2 * labels - 1) / (2 * self.tau)) ** 2
-        return preference_output(losses, h, policy, reference, labels)
+        return losses, h

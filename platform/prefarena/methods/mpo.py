@@ -8,12 +8,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from prefarena.objectives.output import ObjectiveOutput
-from prefarena.objectives.preference import PairLogps, preference_output, scaled
-from prefarena.settings.off_policy import OffPolicy
+from prefarena.objectives.preference import PairLogps, scaled
+from prefarena.settings.off_policy import Pairwise
 
 
-class MPO(OffPolicy):
+class MPO(Pairwise):
     """Maximum Preference Optimization with importance sampling (arXiv 2312.16430).
 
     -E[p sigma(h) + (1 - p) sigma(-h)]: the importance-sampled expected reward of the preference policy
@@ -36,10 +35,10 @@ class MPO(OffPolicy):
     def needs_reference(self) -> bool:
         return self.reference == "precomputed"
 
-    def pair_loss(
+    def pair_losses(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
-    ) -> ObjectiveOutput:
+    ) -> tuple[Tensor, Tensor]:
         scores = policy.minus(reference) if self.needs_reference else policy
         h = self.beta * scaled(scores, num_tokens, self.length_normalise).margin
         losses = -(labels * torch.sigmoid(h) + (1 - labels) * torch.sigmoid(-h))
-        return preference_output(losses, h, policy, reference, labels)
+        return losses, h

@@ -6,12 +6,11 @@ from typing import ClassVar, Literal
 
 from torch import Tensor
 
-from prefarena.objectives.output import ObjectiveOutput
-from prefarena.objectives.preference import PairLogps, preference_output
-from prefarena.settings.off_policy import OffPolicy
+from prefarena.objectives.preference import PairLogps
+from prefarena.settings.off_policy import Pairwise
 
 
-class SFT(OffPolicy):
+class SFT(Pairwise):
     """Supervised fine-tuning on the chosen responses.
 
     -E[log pi(y_w|x)], a mean over sequences.
@@ -25,7 +24,7 @@ class SFT(OffPolicy):
     def needs_reference(self) -> bool:
         return False
 
-    def pair_loss(
+    def pair_losses(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
-    ) -> ObjectiveOutput:
-        return preference_output(-policy.chosen, policy.margin, policy, reference, labels)
+    ) -> tuple[Tensor, Tensor]:
+        return -policy.chosen, policy.margin

@@ -9,6 +9,7 @@ same thing for every method:
     preference/accuracy                   share of pairs whose log-ratio to the reference orders them as labelled
     preference/margin                     h, the quantity that the method's loss is a function of
     preference/saturated                  share of pairs with |h| > 4 (for MPO: no gradient is left there)
+    preference/weight                     what each pair's loss is multiplied by, where `pair_weight` is set
 """
 
 from __future__ import annotations
@@ -50,6 +51,21 @@ class PairLogps:
 def scaled(scores: PairLogps, num_tokens: PairLogps, length_normalise: bool) -> PairLogps:
     """The scores of a sequence, or those of a token of it."""
     return scores.per_token(num_tokens) if length_normalise else scores
+
+
+def likelihood_weights(policy: PairLogps, num_tokens: PairLogps) -> Tensor:
+    """WPO's weights [B] (arXiv 2406.11827): how likely a token of each response is, multiplied. No gradient."""
+    logps = policy.per_token(num_tokens)
+    return torch.exp((logps.chosen + logps.rejected).detach())
+
+
+def ratio_weights(policy: PairLogps, reference: PairLogps, max_log_ratio: float) -> Tensor:
+    """Importance weights [B] of both responses, if they were drawn from the reference (arXiv 2506.08681). No gradient.
+
+    Of what the policy would never say so little is learned; a ratio above `max_log_ratio` nats is clipped to it.
+    """
+    ratio = policy.minus(reference)
+    return torch.exp((ratio.chosen + ratio.rejected).detach().clamp(max=max_log_ratio))
 
 
 def preference_output(

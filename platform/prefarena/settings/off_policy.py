@@ -1,21 +1,21 @@
-"""What every off-policy method is: settings, some of them shared, and a loss of pairs."""
+"""What every off-policy method is, settings and a loss, and what those that learn from pairs have in common."""
 
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from pydantic import Field
 from torch import Tensor
 
-from prefarena.objectives.output import ObjectiveOutput
-from prefarena.objectives.preference import PairLogps, preference_output
+from prefarena.objectives.output import ObjectiveOutput, mean_of
+from prefarena.objectives.preference import PairLogps, likelihood_weights, preference_output, ratio_weights
 from prefarena.settings.optimisation import Optimisation
 from prefarena.settings.section import Section
 
 
 class OffPolicy(Section):
-    """A method that learns from pairs: its settings are fields, its formula is `pair_loss`.
+    """A method that learns from a fixed table: its settings are fields, its formula is a method of its base below.
 
     `prefarena.methods` has one file for each; docs/architecture.md says how one is added.
     """
@@ -25,6 +25,9 @@ class OffPolicy(Section):
 
     #: The loss of a pair whose chosen response has won, in TeX, in the notation of docs/methods.md, for its table.
     formula: ClassVar[str] = ""
+
+    #: Settings that are not in a stage's address while they have their defaults: it is older than they are.
+    _added: ClassVar[frozenset[str]] = frozenset()
 
     if TYPE_CHECKING:
 
@@ -42,38 +45,76 @@ class OffPolicy(Section):
     training: Optimisation = Optimisation()
 
     @property
+    @abstractmethod
     def needs_reference(self) -> bool:
-        """Whether the loss depends on the reference's log-probs, with these settings. Metrics show them in any case."""
-        return True
+        """Whether the loss of a pair, before any weight, depends on the reference's log-probs, with these settings.
 
-    def source(self) -> str | None:
-        """A hash of code outside the package that the loss is computed by, for the address of stages; None: none is."""
-        return None
+        Metrics show them in any case.
+        """
+
+    def address(self) -> dict[str, Any]:
+        """What results depend on, for the address of stages: settings, and code outside the package."""
+        fields = type(self).model_fields
+        as_ever = {name for name in self._added if getattr(self, name) == fields[name].default}
+        return self.model_dump(mode="json", exclude=as_ever)
 
     def check(self) -> None:
         """Raise UserError for what no single setting shows to be wrong, and that can be found without any work."""
 
+
+class Pairwise(OffPolicy):
+    """A method whose loss is a mean over pairs, each pair's a function of its own log-probs."""
+
+    pair_weight: Literal["none", "likelihood", "ratio"] = Field(
+        "none",
+        description="What each pair's loss is multiplied by: how likely the policy would say both responses, a token "
+        "(likelihood, WPO, arXiv 2406.11827), or the ratio of policy and reference (arXiv 2506.08681).",
+    )
+    max_log_ratio: float = Field(
+        2.0, gt=0, description="With pair_weight: ratio; nats of both responses together, beyond which it is clipped."
+    )
+
+    _added: ClassVar[frozenset[str]] = frozenset({"pair_weight", "max_log_ratio"})
+
+    @property
+    def needs_reference(self) -> bool:
+        return True
+
     @abstractmethod
-    def pair_loss(
+    def pair_losses(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
-    ) -> ObjectiveOutput:
-        """The mean loss over pairs and the metrics, from what `objectives/preference.py` describes.
+    ) -> tuple[Tensor, Tensor]:
+        """(losses, h), both [B], from what `objectives/preference.py` describes; h is what metrics call the margin.
 
         policy, reference: log-probs of both responses, nats a sequence. labels: P(chosen > rejected), [B]. num_tokens:
         of both responses.
         """
 
+    def mean_loss(
+        self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
+    ) -> ObjectiveOutput:
+        """The mean over pairs, weighted where `pair_weight` says so, and the metrics."""
+        losses, h = self.pair_losses(policy, reference, labels, num_tokens)
+        if self.pair_weight == "none":
+            return preference_output(losses, h, policy, reference, labels)
+        if self.pair_weight == "likelihood":
+            weights = likelihood_weights(policy, num_tokens)
+        else:
+            weights = ratio_weights(policy, reference, self.max_log_ratio)
+        output = preference_output(weights * losses, h, policy, reference, labels)
+        return ObjectiveOutput(output.loss, output.metrics | {"preference/weight": mean_of(weights)})
 
-class OrderedLoss(OffPolicy):
+
+class OrderedLoss(Pairwise):
     """A method whose paper gives the loss of an ordering. A soft label weighs both: p l(w, l) + (1 - p) l(l, w)."""
 
     @abstractmethod
     def losses(self, policy: PairLogps, reference: PairLogps, num_tokens: PairLogps) -> tuple[Tensor, Tensor]:
         """(losses, h), both [B], where the chosen response has won; h is what the metrics call the margin."""
 
-    def pair_loss(
+    def pair_losses(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
-    ) -> ObjectiveOutput:
+    ) -> tuple[Tensor, Tensor]:
         as_given, h = self.losses(policy, reference, num_tokens)
         turned_round, _ = self.losses(policy.swapped, reference.swapped, num_tokens.swapped)
-        return preference_output(labels * as_given + (1 - labels) * turned_round, h, policy, reference, labels)
+        return labels * as_given + (1 - labels) * turned_round, h

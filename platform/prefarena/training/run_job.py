@@ -17,6 +17,7 @@ from prefarena.modeling.arithmetic import attends_in
 from prefarena.modeling.load import load_policy, load_tokenizer, save_policy
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.modeling.lora import add_adapters, merge_adapters, save_adapter
+from prefarena.settings.off_policy import Pairwise
 from prefarena.stages import write_failure, write_manifest
 from prefarena.training.guard import TrainingDivergedError
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
@@ -117,6 +118,8 @@ def _terms(job: ReferenceJob | OffPolicyJob, worker: Worker, pad_id: int, packed
         shares = Shares(job.training, worker.world_size, job.seed, packed)
         return [LikelihoodTerm(job.demonstrations, shares, pad_id, loss_on=job.loss_on)]
     method = job.method
+    if not isinstance(method, Pairwise):
+        raise TypeError(f"{method.kind} is no method on pairs")
     shares = Shares(method.training, worker.world_size, job.seed, packed)
     terms: list[Term] = [PreferenceTerm(job.pairs, method, shares, pad_id)]
     if job.demonstrations is not None and method.demonstration_weight > 0:

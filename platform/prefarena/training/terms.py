@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from prefarena.config import OffPolicyMethod, Optimisation
+from prefarena.config import Optimisation
 from prefarena.data.plan import LARGEST_PASS, BatchPlan
 from prefarena.data.tables import TokenColumn, read_rows
 from prefarena.modeling.logprobs import can_pack, sequence_logps
@@ -25,6 +25,7 @@ from prefarena.objectives.likelihood import negative_log_likelihood
 from prefarena.objectives.output import ObjectiveOutput
 from prefarena.objectives.preference import PairLogps
 from prefarena.objectives.reward_model import bradley_terry
+from prefarena.settings.off_policy import Pairwise
 
 Rows = NDArray[np.int64]
 
@@ -100,7 +101,7 @@ class PreferenceTerm(Term):
 
     name = "preference"
 
-    def __init__(self, path: str, method: OffPolicyMethod, shares: Shares, pad_id: int) -> None:
+    def __init__(self, path: str, method: Pairwise, shares: Shares, pad_id: int) -> None:
         self.pairs = Pairs(path)
         super().__init__(self.pairs.plan(shares), 1.0, pad_id)
         self.method = method
@@ -114,7 +115,7 @@ class PreferenceTerm(Term):
             pairs.numbers("ref_chosen_logp", rows, device), pairs.numbers("ref_rejected_logp", rows, device)
         )
         labels = pairs.numbers("label", rows, device)
-        return self.method.pair_loss(_pairs(logps), reference, labels, _pairs(batch.lengths.float()))
+        return self.method.mean_loss(_pairs(logps), reference, labels, _pairs(batch.lengths.float()))
 
 
 class LikelihoodTerm(Term):
