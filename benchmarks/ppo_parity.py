@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -27,7 +28,7 @@ from torch import Tensor, nn
 from prefarena.generation.interface import Sampling
 from prefarena.records import Rollout
 from prefarena.training.experience import Experience
-from prefarena.training.learner import Learner
+from prefarena.training.learner import Learner, Pass
 from prefarena.training.on_policy import OnPolicyTrainer, Phases
 from prefarena.training.on_policy_batch import Batch, learnable
 from prefarena.training.worker import Worker
@@ -154,13 +155,13 @@ def _compare_update(trainer: OnPolicyTrainer, batch: Batch, frozen: Frozen, spec
     """Losses and gradients of the whole batch at the perturbed weights; on our side in micro-batches."""
     found = []
     rows = torch.arange(len(batch))
-    count = trainer.count(batch, rows)
+    parts, count = trainer.parts(batch, rows), trainer.count(batch, rows)
     for learner, term in trainer.terms(spec["kl_coef"]):
         kind = "policy" if learner.name == "policy" else "value"
         module = learner.module.get_submodule("model")
         path = spec["perturbed_policy" if kind == "policy" else "perturbed_critic"]
         module.load_state_dict(load_file(f"{path}/model.safetensors"))
-        outputs = learner.accumulate(trainer.passes(batch, rows, term))
+        outputs = learner.accumulate(Pass(partial(term, part), 1 / count) for part in parts)
         loss = sum(float(output.metrics[f"{kind}/loss"].total) for output in outputs) / float(count)
         theirs = frozen.at_responses(f"{kind}_losses").double() * (1.0 if kind == "policy" else 0.5)
         size = float(theirs.abs().mean())

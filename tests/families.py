@@ -26,7 +26,7 @@ from prefarena.generation.actor import GenerationActor, _environment
 from prefarena.generation.interface import Sampling, WeightMismatchError
 from prefarena.generation.weights import Verified, as_arrays, checksums
 from prefarena.modeling.load import load_policy
-from prefarena.modeling.logprobs import LogProbs, collate, token_logps
+from prefarena.modeling.logprobs import LogProbs, Sequences, token_logps
 from prefarena.modeling.support import why_not_packed
 from prefarena.records import Rollout
 from tests.models import random_model, save_model
@@ -122,7 +122,7 @@ def given_logps(rollouts: list[Rollout]) -> torch.Tensor:
 
 def expected_logps(policy: PreTrainedModel, rollouts: list[Rollout]) -> torch.Tensor:
     """Those of transformers, [N]."""
-    sequences = collate([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], pad_id=0)
+    sequences = Sequences.of([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
     with torch.no_grad():
         return token_logps(LogProbs(policy), sequences, 1.0)[sequences.response_mask]
 

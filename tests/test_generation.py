@@ -30,7 +30,7 @@ from prefarena.generation.interface import (
 )
 from prefarena.modeling.endings import load_ends
 from prefarena.modeling.load import load_policy, load_tokenizer
-from prefarena.modeling.logprobs import LogProbs, collate, token_logps
+from prefarena.modeling.logprobs import LogProbs, Sequences, token_logps
 from prefarena.records import Rollout
 
 PROMPTS = [[BOS, FIRST_LETTER + i % 13, FIRST_LETTER + (3 * i + i // 13) % 13] for i in range(64)]
@@ -53,7 +53,7 @@ def perturbed(policy: PreTrainedModel, seed: int, size: float = 0.1) -> PreTrain
 
 def logp_gap(policy: PreTrainedModel, rollouts: list[Rollout], temperature: float) -> float:
     """The largest difference (nats) between the generator's token log-probs and those of transformers."""
-    sequences = collate([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts], pad_id=0)
+    sequences = Sequences.of([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
     with torch.no_grad():
         expected = token_logps(LogProbs(policy), sequences, temperature)[sequences.response_mask]
     return (expected - torch.tensor([logp for r in rollouts for logp in r.token_logps])).abs().max().item()

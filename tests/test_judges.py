@@ -34,7 +34,7 @@ from prefarena.judges.models import RewardModelJudge
 from prefarena.judges.spec import Judge, JudgeSpec, check_judge, load_judge, usage_of
 from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, new_policy, save_policy
-from prefarena.modeling.logprobs import Sequences, collate
+from prefarena.modeling.logprobs import Sequences
 from prefarena.records import DEMONSTRATIONS, PAIRS
 from prefarena.stages import read_manifest
 from prefarena.tasks.gold import GoldReward
@@ -326,15 +326,14 @@ def test_a_score_is_of_the_true_last_token_whatever_the_batch_and_padding(
     path = save_classifier(tmp_path / "c", policy, pad_is_eos=pad_id == EOS, template=False)
     model = load_reward_model(path).double()
     model.config.reward_mean, model.config.reward_scale = 0.25, 2.0
-    batch = collate(PROMPTS, RESPONSES, pad_id)
-    wide = torch.full((4, 20), pad_id)
-    wide[:, : batch.input_ids.shape[1]] = batch.input_ids
-    padded = Sequences(wide, (wide != -1).long(), batch.prompt_lengths, batch.response_lengths)
+    batch = Sequences.of(PROMPTS, RESPONSES)
+    wide = Sequences.of([*PROMPTS, PROMPTS[0]], [*RESPONSES, RESPONSES[0] * 5])
     with torch.no_grad():
-        head = ScalarHead(model)
-        together, further = scores(head, batch), scores(head, padded)
+        head, padding = ScalarHead(model), ScalarHead(model)
+        padding.packed = False
+        together, further = scores(head, batch), scores(padding, wide)
         for row in range(4):
-            alone = scores(head, collate(PROMPTS[row : row + 1], RESPONSES[row : row + 1], pad_id))
+            alone = scores(head, Sequences.of(PROMPTS[row : row + 1], RESPONSES[row : row + 1]))
             ids = torch.tensor([PROMPTS[row] + RESPONSES[row]])
             by_hand = (
                 model.get_submodule("score")(model.get_submodule("model")(input_ids=ids).last_hidden_state[0, -1])[0]

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining, RLOOTraining
-from prefarena.modeling.logprobs import collate
+from prefarena.modeling.logprobs import Sequences
 from prefarena.training.experience import Experience
 from prefarena.training.on_policy_batch import Batch, experience_metrics, learnable
 
@@ -24,7 +24,7 @@ METHODS: dict[str, OnPolicyTraining] = {
 
 def judged(scores: list[float], finished: list[bool]) -> Experience:
     """One prompt token and two response tokens a row; policy, reference and generator agree."""
-    sequences = collate([[1]] * len(scores), [[3, 4]] * len(scores), 0)
+    sequences = Sequences.of([[1]] * len(scores), [[3, 4]] * len(scores))
     logps = torch.full((len(scores), 2), -1.0)
     return Experience(
         sequences=sequences,
@@ -108,7 +108,7 @@ def over_tokens(rows: list[list[float]]) -> Tensor:
 
 def ragged(scores: list[float]) -> Experience:
     """Rollouts whose policy, reference and generator differ."""
-    sequences = collate([[1]] * 4, [[3, 4, 5][:length] for length in LENGTHS], 0)
+    sequences = Sequences.of([[1]] * 4, [[3, 4, 5][:length] for length in LENGTHS])
     old_logps = over_tokens([[-2.0] * length for length in LENGTHS])
     return Experience(
         sequences=sequences,
@@ -201,7 +201,7 @@ def test_rollouts_of_a_batch_come_in_the_order_asked_for_without_padding_that_no
     for method in METHODS:
         batch = learnable(experience, with_settings(method), kl_coef=0.5).batch
         picked = batch.select(torch.tensor([3, 0]))
-        assert len(picked) == 2 and picked.sequences.input_ids.tolist() == [[1, 3, 4], [1, 3, 0]]
+        assert len(picked) == 2 and [ids.tolist() for ids in picked.sequences.responses] == [[3, 4], [3]]
         assert picked.sequences.response_lengths.tolist() == [2, 1]
         for name in ("mask", "old_logps", "advantages", "weights", "reference_logps", "values", "returns"):
             whole, part = getattr(batch, name), getattr(picked, name)

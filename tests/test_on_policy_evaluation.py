@@ -35,7 +35,7 @@ from prefarena.evaluation.exact import exact_metrics
 from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_policy, new_policy, new_reward_model, save_policy
-from prefarena.modeling.logprobs import collate
+from prefarena.modeling.logprobs import Sequences
 from prefarena.records import REFERENCED_PAIRS
 from prefarena.tasks.language import Language
 from prefarena.training.jobs import OnPolicyJob
@@ -74,7 +74,7 @@ def test_enumerated_scores_are_those_of_each_sequence(kind: str, max_rows: int) 
     responses = [[int(token) for token in row if token >= 0] for row in RESPONSES.sequences]
     for row, prompt in zip(found, PROMPTS, strict=True):
         with torch.no_grad():
-            expected = scores(ScalarHead(model.eval()), collate([prompt] * len(responses), responses, 0)).numpy()
+            expected = scores(ScalarHead(model.eval()), Sequences.of([prompt] * len(responses), responses)).numpy()
         assert np.ptp(expected) > 1
         np.testing.assert_allclose(row, expected, atol=2e-5)
 

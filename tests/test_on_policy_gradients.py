@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pyarrow as pa
@@ -16,9 +17,10 @@ from prefarena.config import GRPOTraining, PPOTraining, RLOOTraining
 from prefarena.data.tables import write_rows
 from prefarena.generation.interface import Sampling
 from prefarena.modeling.load import load_policy
-from prefarena.modeling.logprobs import LogProbs, collate, token_logps
+from prefarena.modeling.logprobs import LogProbs, Sequences, token_logps
 from prefarena.records import PROMPTS, Rollout
 from prefarena.training.jobs import OnPolicyJob
+from prefarena.training.learner import Pass
 from prefarena.training.on_policy import OnPolicyTrainer, Phases
 from prefarena.training.on_policy_batch import learnable
 from prefarena.training.rollouts import minibatches
@@ -65,7 +67,7 @@ class Recorded:
         response = torch.randint(FIRST_LETTER, len(VOCABULARY), (length,), generator=random).tolist()
         finished = row % 3 > 0
         response = [*response[:-1], EOS] if finished else response
-        sequences = collate([prompt], [response], pad_id=0)
+        sequences = Sequences.of([prompt], [response])
         with torch.no_grad():
             logps = token_logps(LogProbs(self._policy), sequences)[sequences.response_mask]
         noise = torch.rand(length, generator=random) * 2 - 1
@@ -97,7 +99,8 @@ def gradients(job: OnPolicyJob, worker: Worker) -> dict[str, Tensor]:
     rows = minibatches(24, 2, seed=0, iteration=0, epoch=0)[0]
     found = {}
     for learner, term in trainer.terms(kl_coef=0.3):
-        learner.accumulate(trainer.passes(targets.batch, rows, term))
+        parts, scale = trainer.parts(targets.batch, rows), 1 / trainer.count(targets.batch, rows)
+        learner.accumulate(Pass(partial(term, part), scale) for part in parts)
         flat = [p.grad.flatten() for p in learner.module.parameters() if p.grad is not None]
         found[learner.name] = torch.cat(flat)
     return found
@@ -147,8 +150,8 @@ def test_padding_changes_neither_log_probs_nor_values(job: OnPolicyJob) -> None:
     alone = OnPolicyTrainer(with_method(job, "ppo", 1), Worker(job.stage_dir), Recorded(job.policy), LikedCount())
     alone.scorers = replace(alone.scorers, batch_size=1)  # no row sees any padding
     padded, bare = together.make_experience(Phases()), alone.make_experience(Phases())
-    lengths = padded.sequences.prompt_lengths + padded.sequences.response_lengths
-    assert int(lengths.min()) < int(lengths.max()) - 5
+    lengths = padded.sequences.lengths
+    assert lengths.min() < lengths.max() - 5
     for name in ("old_logps", "reference_logps", "entropy", "values"):
         assert getattr(padded, name).abs().max() > 0.1
         assert torch.allclose(getattr(padded, name), getattr(bare, name), rtol=0, atol=2e-6)

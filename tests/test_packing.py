@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefarena.modeling import chunked_head
 from prefarena.modeling.chunked_head import chunked_logps
-from prefarena.modeling.logprobs import LogProbs, collate, sequence_logps, token_logps, token_logps_and_entropy
+from prefarena.modeling.logprobs import LogProbs, Sequences, sequence_logps, token_logps, token_logps_and_entropy
 from prefarena.modeling.packing import pack
 
 VOCABULARY = 97
@@ -140,7 +140,7 @@ def test_a_packed_model_generates_and_saves_as_ever(tmp_path: Any) -> None:
 @pytest.mark.parametrize("family", ["llama", "gemma2"])  # a plain head, and one that is not
 def test_temperature_and_entropy(family: str) -> None:
     module = LogProbs(make(*PACKED[family]), MAX_LENGTH)
-    sequences = collate(PROMPTS, [answers[0] for answers in RESPONSES], pad_id=0)
+    sequences = Sequences.of(PROMPTS, [answers[0] for answers in RESPONSES])
     logps, entropy = token_logps_and_entropy(module, sequences, temperature=0.7)
     torch.testing.assert_close(token_logps(module, sequences, 0.7), logps, rtol=0, atol=1e-12)
     for row, prompt in enumerate(PROMPTS):

@@ -29,7 +29,7 @@ from prefarena.evaluation.sampled import (
 from prefarena.judges.models import GoldRewardJudge, RewardModelJudge
 from prefarena.judges.spec import Judge
 from prefarena.modeling.heads import ScalarHead, scores
-from prefarena.modeling.logprobs import collate
+from prefarena.modeling.logprobs import Sequences
 from prefarena.records import Rollout
 from prefarena.tasks.gold import GoldReward
 from prefarena.tasks.language import EOS_ID, PAD_ID, Language, unpadded
@@ -222,7 +222,7 @@ def test_reward_model_judge_scores_as_the_model_does(arena: Arena, tmp_path: Pat
     responses = [[3, 2], [4, 0, 2], [2], [5, 5, 5]]
     head = ScalarHead(model)
     with torch.no_grad():
-        expected = [float(scores(head, collate([x], [y], 0))) for x, y in zip(prompts, responses, strict=True)]
+        expected = [float(scores(head, Sequences.of([x], [y]))) for x, y in zip(prompts, responses, strict=True)]
     judge: Judge = RewardModelJudge(tmp_path, batch_size=3)
     found = judge.score(prompts, responses)
     assert found.dtype == np.float64 and np.std(found) > 1e-3

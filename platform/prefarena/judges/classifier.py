@@ -15,6 +15,7 @@ from prefarena.errors import UserError
 from prefarena.judges.texts import JudgeRow, judge_rows
 from prefarena.modeling.inspection import inspect_classifier
 from prefarena.modeling.load import load_checked, load_tokenizer, read_tokenizer
+from prefarena.modeling.transfer import moved
 from prefarena.modeling.vocabulary import check_tokens
 
 
@@ -51,14 +52,18 @@ class ClassifierScorer:
         same_length: dict[int, list[int]] = defaultdict(list)
         for index, ids in enumerate(encoded):
             same_length[len(ids)].append(index)
-        values = np.empty(len(encoded))
+        order = list[int]()
+        found = torch.empty(len(encoded), dtype=torch.float64, device=self._model.device)
         for length in sorted(same_length):
             rows = same_length[length]
             for start in range(0, len(rows), self._batch_size):
                 batch = rows[start : start + self._batch_size]
-                inputs = torch.tensor([encoded[index] for index in batch], device=self._model.device)
+                (inputs,) = moved([np.array([encoded[index] for index in batch], np.int64)], self._model.device)
                 logits = self._model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
-                values[batch] = logits[:, 0].double().cpu().numpy()
+                found[len(order) : len(order) + len(batch)] = logits[:, 0]
+                order += batch
+        values = np.empty(len(encoded))
+        values[order] = found.cpu().numpy()  # once: every copy to the host waits for all that came before
         return values
 
     def _encode(self, row: JudgeRow) -> list[int]:

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_reward_model
-from prefarena.modeling.logprobs import collate
+from prefarena.modeling.logprobs import Sequences
 from prefarena.tasks.gold import GoldReward
 
 
@@ -44,12 +44,13 @@ class RewardModelJudge:
     @torch.no_grad()
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
         """Normalised scores float64 [N]; sequences of similar length share a batch."""
-        values = np.empty(len(prompts))
+        device = self._head.model.device
+        found = torch.empty(len(prompts), dtype=torch.float64, device=device)
         order = np.argsort([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], kind="stable")
-        model = self._head.model
-        pad_id = model.config.pad_token_id
         for start in range(0, len(order), self._batch_size):
             rows = order[start : start + self._batch_size]
-            batch = collate([prompts[i] for i in rows], [responses[i] for i in rows], 0 if pad_id is None else pad_id)
-            values[rows] = scores(self._head, batch.to(model.device)).double().cpu().numpy()
+            batch = Sequences.of([prompts[i] for i in rows], [responses[i] for i in rows], device)
+            found[start : start + len(rows)] = scores(self._head, batch)
+        values = np.empty(len(prompts))
+        values[order] = found.cpu().numpy()  # once: every copy to the host waits for all that came before
         return values

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefarena.modeling.logprobs import PackedModel, Sequences, at_least_float32, at_responses, can_pack, pack_sequences
+from prefarena.modeling.logprobs import PackedModel, Sequences, at_least_float32, at_responses, can_pack
 from prefarena.modeling.packing import PackedBatch
 from prefarena.modeling.support import body_output
 
@@ -39,7 +39,7 @@ class ValueHead(ScalarHead):
 @torch.no_grad()
 def scores(head: ScalarHead, sequences: Sequences) -> Tensor:
     """Normalised rewards [B] of whole sequences."""
-    return normalised(head.model, head(pack_sequences(sequences, head.packed)))
+    return normalised(head.model, head(sequences.layout(head.packed)))
 
 
 def normalised(model: PreTrainedModel, raw: Tensor) -> Tensor:
@@ -49,4 +49,5 @@ def normalised(model: PreTrainedModel, raw: Tensor) -> Tensor:
 
 def token_values(module: nn.Module, sequences: Sequences) -> Tensor:
     """Critic values [B, T-1]: at t, of the state before token t+1; zero outside the response. module: a `ValueHead`."""
-    return at_responses(module(pack_sequences(sequences, can_pack(module))), sequences)
+    batch = sequences.layout(can_pack(module))
+    return at_responses(module(batch), batch, sequences.width)

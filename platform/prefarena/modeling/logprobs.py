@@ -2,67 +2,84 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from itertools import chain
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefarena.modeling.chunked_head import chunked_logps
 from prefarena.modeling.packing import Ids, PackedBatch, pack
 from prefarena.modeling.support import body_keywords, body_output, has_plain_head, why_not_packed
+from prefarena.modeling.transfer import moved
 
 
 @dataclass(frozen=True)
 class Sequences:
-    """A right-padded batch of prompt + response.
+    """B prompts, each with its response: token ids on the host, and the device on which passes over them run.
 
-    input_ids, attention_mask: [B, T]; prompt_lengths, response_lengths: [B], in tokens.
+    The host lays every pass out from the ids (see packing.py), so they never have to be read back from a device.
+    prompts, responses: B arrays of ids. [B, T-1] below: T is the longest sequence's number of tokens.
     """
 
-    input_ids: Tensor
-    attention_mask: Tensor
-    prompt_lengths: Tensor
-    response_lengths: Tensor
+    prompts: list[NDArray[np.int64]]
+    responses: list[NDArray[np.int64]]
+    device: torch.device
+    _layouts: dict[bool, PackedBatch] = field(init=False, repr=False, compare=False, default_factory=dict)
 
-    def to(self, device: torch.device | str) -> Sequences:
-        fields = {name: getattr(self, name).to(device) for name in self.__dataclass_fields__}
-        return replace(self, **fields)
+    @classmethod
+    def of(cls, prompts: Sequence[Ids], responses: Sequence[Ids], device: torch.device | str = "cpu") -> Sequences:
+        """From one list of token ids for each prompt, and for each response."""
+        if len(prompts) != len(responses):
+            raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses")
+        own, answers = ([np.asarray(ids, np.int64) for ids in side] for side in (prompts, responses))
+        return cls(own, answers, torch.device(device))
+
+    @property
+    def prompt_lengths(self) -> NDArray[np.int64]:
+        """[B], in tokens."""
+        return np.array([len(ids) for ids in self.prompts], np.int64)
+
+    @property
+    def response_lengths(self) -> NDArray[np.int64]:
+        """[B], in tokens."""
+        return np.array([len(ids) for ids in self.responses], np.int64)
+
+    @property
+    def lengths(self) -> NDArray[np.int64]:
+        """[B], tokens of a prompt and its response."""
+        return self.prompt_lengths + self.response_lengths
+
+    @property
+    def width(self) -> int:
+        """T-1."""
+        return int(self.lengths.max()) - 1
 
     @property
     def response_mask(self) -> Tensor:
-        """[B, T-1] bool: true at t where token t+1 belongs to the response, so that logits[t] score it."""
-        position = torch.arange(self.input_ids.shape[1] - 1, device=self.input_ids.device)[None, :] + 1
-        start = self.prompt_lengths[:, None]
-        return (position >= start) & (position < start + self.response_lengths[:, None])
+        """[B, T-1] bool, on the device: true at t where token t+1 is the response's, so that logits[t] score it."""
+        starts, stops = moved([self.prompt_lengths - 1, self.lengths - 1], self.device)
+        position = torch.arange(self.width, device=self.device)[None, :]
+        return (position >= starts[:, None]) & (position < stops[:, None])
 
-    def ids(self) -> tuple[list[list[int]], list[list[int]]]:
-        """The prompts and the responses, as lists of token ids."""
-        prompts, responses = [], []
-        lengths = zip(self.prompt_lengths.tolist(), self.response_lengths.tolist(), strict=True)
-        for row, (start, length) in zip(self.input_ids.tolist(), lengths, strict=True):
-            prompts.append(row[:start])
-            responses.append(row[start : start + length])
-        return prompts, responses
+    def to(self, device: torch.device | str) -> Sequences:
+        return replace(self, device=torch.device(device))
 
-    @property
-    def last_positions(self) -> Tensor:
-        """[B]: the position of each sequence's last token."""
-        return self.prompt_lengths + self.response_lengths - 1
+    def select(self, rows: Iterable[int]) -> Sequences:
+        """Some rows, in the order asked for."""
+        rows = list(rows)
+        return replace(self, prompts=[self.prompts[i] for i in rows], responses=[self.responses[i] for i in rows])
 
-
-def collate(prompts: list[list[int]], responses: list[list[int]], pad_id: int) -> Sequences:
-    """Lists of token ids to a right-padded batch. Padding is told apart by lengths, never by the pad id."""
-    prompt_lengths = torch.tensor([len(prompt) for prompt in prompts])
-    response_lengths = torch.tensor([len(response) for response in responses])
-    lengths = prompt_lengths + response_lengths
-    attention_mask = torch.arange(int(lengths.max()))[None, :] < lengths[:, None]
-    input_ids = torch.full(attention_mask.shape, pad_id, dtype=torch.long)
-    tokens = chain.from_iterable(chain(*pair) for pair in zip(prompts, responses, strict=True))
-    input_ids[attention_mask] = torch.tensor(list(tokens), dtype=torch.long)
-    return Sequences(input_ids, attention_mask.long(), prompt_lengths, response_lengths)
+    def layout(self, packed: bool) -> PackedBatch:
+        """Each sequence as a prompt with one response, on the device; made and sent once, for all models and passes."""
+        if packed not in self._layouts:
+            self._layouts[packed] = pack(
+                self.prompts, [[ids] for ids in self.responses], shared=packed, device=self.device
+            )
+        return self._layouts[packed]
 
 
 class PackedModel(nn.Module):
@@ -137,16 +154,10 @@ def can_pack(module: nn.Module) -> bool:
     return bool(getattr(module, "module", module).packed)
 
 
-def pack_sequences(sequences: Sequences, packed: bool) -> PackedBatch:
-    """Each sequence as a prompt with one response, on the sequences' device."""
-    prompts, responses = sequences.ids()
-    return pack(prompts, [[ids] for ids in responses], shared=packed, device=sequences.input_ids.device)
-
-
 def token_logps(module: nn.Module, sequences: Sequences, temperature: float = 1.0) -> Tensor:
     """Response token log-probs [B, T-1], nats, float32; zero outside the response. module: a `LogProbs`."""
-    logps, _ = module(pack_sequences(sequences, can_pack(module)), temperature)
-    return at_responses(logps, sequences)
+    batch = sequences.layout(can_pack(module))
+    return at_responses(module(batch, temperature)[0], batch, sequences.width)
 
 
 def token_logps_and_entropy(module: nn.Module, sequences: Sequences, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
@@ -154,8 +165,9 @@ def token_logps_and_entropy(module: nn.Module, sequences: Sequences, temperature
 
     Zero outside the response.
     """
-    logps, entropy = module(pack_sequences(sequences, can_pack(module)), temperature, True)
-    return at_responses(logps, sequences), at_responses(entropy, sequences)
+    batch = sequences.layout(can_pack(module))
+    logps, entropy = (at_responses(values, batch, sequences.width) for values in module(batch, temperature, True))
+    return logps, entropy
 
 
 def sequence_logps(
@@ -180,7 +192,13 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 
-def at_responses(values: Tensor, sequences: Sequences) -> Tensor:
-    """Values [M] of response tokens as [B, T-1], zero outside the responses."""
-    mask = sequences.response_mask
-    return values.new_zeros(mask.shape).masked_scatter(mask, values)
+def at_responses(values: Tensor, batch: PackedBatch, width: int) -> Tensor:
+    """Values [M] of a batch's response tokens as [R, width], each at the position that scores its token; else zero.
+
+    Places are named one by one: a mask would have to be read back to count them, in the backward pass at least.
+    """
+    if batch.position_ids is not None:
+        position = batch.position_ids[0].index_select(0, batch.sources)
+    else:
+        position = batch.sources - batch.response_of * batch.input_ids.shape[1]
+    return values.new_zeros(len(batch.lengths), width).index_put((batch.response_of, position), values)

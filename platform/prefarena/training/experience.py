@@ -8,16 +8,19 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from itertools import chain
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prefarena.judges.spec import Judge, may_be_silent
 from prefarena.modeling.heads import ValueHead, token_values
-from prefarena.modeling.logprobs import LogProbs, Sequences, collate, token_logps, token_logps_and_entropy
+from prefarena.modeling.logprobs import LogProbs, Sequences, token_logps, token_logps_and_entropy
+from prefarena.modeling.transfer import rows_on
 from prefarena.records import Rollout
 from prefarena.training.rollouts import share
 from prefarena.training.worker import Worker
@@ -56,22 +59,19 @@ class Experience:
     @property
     def num_sequence_tokens(self) -> int:
         """Prompt and response tokens of the batch."""
-        return int((self.sequences.prompt_lengths + self.sequences.response_lengths).sum())
+        return int(self.sequences.lengths.sum())
+
+    @property
+    def num_response_tokens(self) -> int:
+        return int(self.sequences.response_lengths.sum())
 
     def __len__(self) -> int:
         return len(self.scores)
 
 
-def select(sequences: Sequences, rows: Tensor) -> Sequences:
-    """Some rows of a batch, padding that none of them needs cut off."""
-    picked = replace(sequences, **{name: getattr(sequences, name)[rows] for name in sequences.__dataclass_fields__})
-    longest = int((picked.prompt_lengths + picked.response_lengths).max())
-    return replace(picked, input_ids=picked.input_ids[:, :longest], attention_mask=picked.attention_mask[:, :longest])
-
-
 def by_length(sequences: Sequences, rows: Tensor, size: int) -> list[Tensor]:
-    """`rows` in parts of at most `size` whose sequences are of similar length, for little padding."""
-    lengths = (sequences.prompt_lengths + sequences.response_lengths)[rows]
+    """`rows`, on the host, in parts of at most `size` whose sequences are of similar length, for little padding."""
+    lengths = torch.from_numpy(sequences.lengths)[rows]
     return list(rows[lengths.argsort(stable=True)].split(size))
 
 
@@ -93,7 +93,6 @@ class Scorers:
     temperature: float
     batch_size: int
     autocast: Callable[[], Any]
-    pad_id: int
     device: torch.device
 
     @torch.no_grad()
@@ -110,8 +109,7 @@ class Scorers:
                 same = self.monitor is self.reward
                 monitored = scores if same else self._judged(self.monitor, prompts, responses)
         with phase("logprobs"):
-            local = collate(prompts, responses, self.pad_id)
-            sequences = local.to(self.device)
+            sequences = Sequences.of(prompts, responses, self.device)
             logps = self._in_parts(sequences, self._log_probs)
         values = None
         if self.critic is not None:
@@ -119,7 +117,7 @@ class Scorers:
                 values = self._in_parts(sequences, self._values)["values"]
         return Experience(
             sequences=sequences,
-            generator_logps=generator_logps(rollouts, local.response_mask).to(self.device),
+            generator_logps=generator_logps(rollouts, sequences.to("cpu").response_mask).to(self.device),
             scores=scores,
             finished=torch.tensor([rollout.finished for rollout in rollouts], device=self.device).float(),
             staleness=torch.tensor(staleness, device=self.device).float(),
@@ -144,11 +142,12 @@ class Scorers:
 
     def _in_parts(self, sequences: Sequences, compute: Callable[[Sequences], dict[str, Tensor]]) -> dict[str, Tensor]:
         """`compute` on parts of similar length, put together in the batch's order as [B, T-1]."""
-        shape = sequences.input_ids.shape[0], sequences.input_ids.shape[1] - 1
+        shape = len(sequences.prompts), sequences.width
         whole: dict[str, Tensor] = {}
-        for rows in by_length(sequences, torch.arange(shape[0], device=self.device), self.batch_size):
-            for name, value in compute(select(sequences, rows)).items():
-                whole.setdefault(name, value.new_zeros(shape))[rows, : value.shape[1]] = value
+        for rows in by_length(sequences, torch.arange(shape[0]), self.batch_size):
+            there = rows_on(self.device, rows)
+            for name, value in compute(sequences.select(rows.tolist())).items():
+                whole.setdefault(name, value.new_zeros(shape))[there, : value.shape[1]] = value
         return whole
 
 
@@ -157,8 +156,8 @@ def gather(local: Experience, num_rows: int, worker: Worker) -> Experience:
     if worker.world_size == 1:
         return local
     width = torch.zeros(worker.world_size, dtype=torch.long, device=worker.device)
-    width[worker.rank] = local.sequences.input_ids.shape[1]
-    longest = int(worker.sum(width).max())
+    width[worker.rank] = local.sequences.width
+    widest = int(worker.sum(width).max())
     rows = share(num_rows, worker.rank, worker.world_size)
 
     def everywhere(tensor: Tensor, columns: int) -> Tensor:
@@ -167,11 +166,27 @@ def gather(local: Experience, num_rows: int, worker: Worker) -> Experience:
         full[rows] = tensor if tensor.dim() == 1 else nn.functional.pad(tensor, (0, columns - tensor.shape[1]))
         return worker.sum(full)
 
-    sequences = {field.name: everywhere(getattr(local.sequences, field.name), longest) for field in fields(Sequences)}
     present = {
         field.name: getattr(local, field.name)
         for field in fields(Experience)
         if field.name != "sequences" and getattr(local, field.name) is not None
     }
-    gathered = {name: everywhere(tensor, longest - 1) for name, tensor in present.items()}
-    return Experience(sequences=Sequences(**sequences), **gathered)
+    gathered = {name: everywhere(tensor, widest) for name, tensor in present.items()}
+    # NCCL sends what is on a GPU alone, so token ids go there and come back: once for a whole rollout batch.
+    table = everywhere(_as_table(local.sequences).to(worker.device), widest + 3).cpu().numpy()
+    return Experience(sequences=_from_table(table, local.sequences.device), **gathered)
+
+
+def _as_table(sequences: Sequences) -> Tensor:
+    """[b, 2 + T]: the lengths of prompt and response, their tokens, and zeros."""
+    table = np.zeros((len(sequences.prompts), sequences.width + 3), np.int64)
+    table[:, 0], table[:, 1] = sequences.prompt_lengths, sequences.response_lengths
+    for row, prompt, response in zip(table, sequences.prompts, sequences.responses, strict=True):
+        row[2 : 2 + len(prompt) + len(response)] = np.concatenate([prompt, response])
+    return torch.from_numpy(table)
+
+
+def _from_table(table: NDArray[np.int64], device: torch.device) -> Sequences:
+    """The inverse of `_as_table`; further zeros do no harm."""
+    rows = [(row[2 : 2 + row[0]], row[2 + row[0] : 2 + row[0] + row[1]]) for row in table]
+    return Sequences.of([prompt for prompt, _ in rows], [response for _, response in rows], device)

@@ -30,6 +30,7 @@ from prefarena.modeling.arithmetic import attends_in
 from prefarena.modeling.heads import ValueHead, token_values
 from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_policy
 from prefarena.modeling.logprobs import LogProbs, token_logps
+from prefarena.modeling.transfer import rows_on
 from prefarena.objectives.kl import KLController
 from prefarena.objectives.output import Mean, ObjectiveOutput
 from prefarena.objectives.ppo import kl_loss, policy_loss, value_loss
@@ -191,7 +192,6 @@ class OnPolicyTrainer:
             temperature=self.settings.temperature,
             batch_size=batch_size,
             autocast=self.learners["policy"].autocast,
-            pad_id=self.tokenizer.pad_token_id,
             device=worker.device,
         )
 
@@ -259,7 +259,7 @@ class OnPolicyTrainer:
             self.controller = self.controller.update(row["kl/k1"], len(experience))
         with phases("update"):
             row |= self._update(targets.batch, coef)
-        self.counts["num_tokens_generated"] += int(experience.sequences.response_mask.sum())
+        self.counts["num_tokens_generated"] += experience.num_response_tokens
         self.counts["num_tokens_trained"] += experience.num_sequence_tokens * self.settings.num_epochs
         self.iteration = iteration + 1
         row["tokens_per_second"] = phases.throughput(experience.num_sequence_tokens)
@@ -303,8 +303,9 @@ class OnPolicyTrainer:
         before = {learner.name: learner.guard.num_skipped for learner, _ in terms}
         for epoch in range(settings.num_epochs):
             for rows in minibatches(len(batch), settings.num_minibatches, self.job.seed, self.iteration, epoch):
+                parts, scale = self.parts(batch, rows), 1 / self.count(batch, rows)
                 for learner, term in terms:
-                    for output in learner.accumulate(self.passes(batch, rows, term)):
+                    for output in learner.accumulate(Pass(partial(term, part), scale) for part in parts):
                         for name, mean in output.metrics.items():
                             window.add(name, mean)
                     norm, skipped = learner.apply(rates[learner.name])
@@ -324,16 +325,14 @@ class OnPolicyTrainer:
             terms.append((self.learners["critic"], self._value_term))
         return terms
 
-    def passes(self, batch: Batch, rows: Tensor, term: Term) -> list[Pass]:
+    def parts(self, batch: Batch, rows: Tensor) -> list[Batch]:
         """This worker's micro-batches of a minibatch, whose rows are shared out to the workers."""
-        mine = rows[share(len(rows), self.worker.rank, self.worker.world_size)].to(batch.mask.device)
-        scale = 1 / self.count(batch, rows)
-        parts = by_length(batch.sequences, mine, self.micro_batch_size)
-        return [Pass(partial(term, batch.select(part)), scale) for part in parts]
+        mine = rows[share(len(rows), self.worker.rank, self.worker.world_size)]
+        return [batch.select(part) for part in by_length(batch.sequences, mine, self.micro_batch_size)]
 
     def count(self, batch: Batch, rows: Tensor) -> Tensor:
         """What a loss's sum over a minibatch, on all workers, is divided by: its tokens, or its sequences."""
-        mask = batch.mask[rows.to(batch.mask.device)]
+        mask = batch.mask[rows_on(batch.mask.device, rows)]
         by_sequence = isinstance(self.settings, GRPOTraining) and self.settings.loss_mean == "sequences"
         return mask.any(1).sum() if by_sequence else mask.sum()
 

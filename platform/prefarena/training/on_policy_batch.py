@@ -12,6 +12,7 @@ from torch import Tensor
 
 from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining, RLOOTraining
 from prefarena.modeling.logprobs import Sequences
+from prefarena.modeling.transfer import rows_on
 from prefarena.objectives.advantages import (
     explained_variance,
     generalised_advantages,
@@ -23,7 +24,7 @@ from prefarena.objectives.advantages import (
 )
 from prefarena.objectives.kl import k1, k3
 from prefarena.objectives.ppo import effective_sample_size, importance_weights, sequence_mean_weights
-from prefarena.training.experience import Experience, select
+from prefarena.training.experience import Experience
 
 
 @dataclass(frozen=True)
@@ -44,11 +45,11 @@ class Batch:
     returns: Tensor | None = None
 
     def select(self, rows: Tensor) -> Batch:
-        """Some rollouts, padding that none of them needs cut off."""
-        sequences = select(self.sequences, rows)
-        width = sequences.input_ids.shape[1] - 1
+        """Some rollouts, padding that none of them needs cut off. rows: on the host."""
+        sequences = self.sequences.select(rows.tolist())
+        width, there = sequences.width, rows_on(self.mask.device, rows)
         named = {field.name: getattr(self, field.name) for field in fields(Batch) if field.name != "sequences"}
-        cut: dict[str, Any] = {name: None if whole is None else whole[rows, :width] for name, whole in named.items()}
+        cut: dict[str, Any] = {name: None if whole is None else whole[there, :width] for name, whole in named.items()}
         return replace(self, sequences=sequences, **cut)
 
     def __len__(self) -> int:
@@ -74,7 +75,7 @@ def learnable(experience: Experience, settings: OnPolicyTraining, kl_coef: float
     judge is silent about are in no baseline and no loss.
     """
     mask, silent = experience.sequences.response_mask, experience.silent_rows
-    if silent.any():
+    if experience.silent is not None:
         mask = mask & ~silent[:, None]
     scores = experience.scores.clamp(-settings.reward_clip, settings.reward_clip)
     scores = scores - settings.missing_eos_penalty * (1 - experience.finished)
@@ -97,23 +98,24 @@ def learnable(experience: Experience, settings: OnPolicyTraining, kl_coef: float
             if in_loss:
                 batch = replace(batch, reference_logps=experience.reference_logps)
             normalised = partial(group_advantages, normalise_std=settings.normalise_std)
-            advantages = _among_scored(normalised, rewards, silent, settings.group_size)
+            advantages = _among_scored(normalised, rewards, experience, settings.group_size)
         case RLOOTraining():
             rewards = scores - kl_coef * (token_kl * mask).sum(1)
-            advantages = _among_scored(leave_one_out_advantages, rewards, silent, settings.group_size)
+            advantages = _among_scored(leave_one_out_advantages, rewards, experience, settings.group_size)
         case _:
             raise TypeError(f"no advantages for {type(settings).__name__}")
     return Targets(replace(batch, advantages=advantages[:, None] * mask), rewards)
 
 
 def _among_scored(
-    advantages: Callable[[Tensor, int], Tensor], rewards: Tensor, silent: Tensor, group_size: int
+    advantages: Callable[[Tensor, int], Tensor], rewards: Tensor, experience: Experience, group_size: int
 ) -> Tensor:
     """`advantages` of rewards [B] in groups of `group_size` rows, each among those of its group that have a score.
 
     Rows without one, and the only row with one in its group, have the advantage 0.
     """
-    if not silent.any():
+    silent = experience.silent_rows
+    if experience.silent is None or not silent.any():
         return advantages(rewards, group_size)
     found = torch.zeros_like(rewards)
     for rows in torch.arange(len(rewards), device=rewards.device).split(group_size):
