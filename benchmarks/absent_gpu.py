@@ -131,6 +131,95 @@ def _pretend_to_triton(card: Card) -> None:
         module["has_triton"] = lambda *_, **__: True
 
 
+def capturing() -> tuple[Any, list[tuple[str, Any, list[Any]]]]:
+    """A backend of torch.compile that compiles nothing, and where it leaves the graphs of both passes.
+
+    Each has its pass ("forward", "backward") and its inputs, as Inductor would be handed them. To be called, and what
+    is compiled by it to be run, before pretending.
+    """
+    from functorch.compile import min_cut_rematerialization_partition
+    from torch._dynamo.backends.common import aot_autograd
+    from torch._inductor.compile_fx import _recursive_joint_graph_passes
+    from torch._inductor.decomposition import select_decomp_table
+
+    graphs: list[tuple[str, Any, list[Any]]] = []
+
+    def keep(name: str) -> Any:
+        def kept(graph: Any, inputs: Any) -> Any:
+            graphs.append((name, graph, list(inputs)))
+            return graph.forward
+
+        return kept
+
+    def partition(graph: Any, inputs: Any, **others: Any) -> Any:
+        _recursive_joint_graph_passes(graph)
+        return min_cut_rematerialization_partition(graph, inputs, **others)
+
+    backend = aot_autograd(
+        fw_compiler=keep("forward"),
+        bw_compiler=keep("backward"),
+        decompositions=select_decomp_table,
+        partition_fn=partition,
+    )
+    return backend, graphs
+
+
+def lowered(graph: Any, inputs: list[Any], backward: bool) -> tuple[str, list[tuple[Any, int]]]:
+    """The source that Inductor writes for a graph, its tensors taken to be on a GPU, and what that runs.
+
+    Each kernel or product comes with the bytes of every tensor that it reads or writes, once.
+    """
+    import torch
+    from torch import fx
+    from torch._dynamo.utils import detect_fake_mode
+    from torch._inductor.debug import DebugContext
+    from torch._inductor.fx_passes.post_grad import view_to_reshape
+    from torch._inductor.graph import GraphLowering
+    from torch._inductor.virtualized import V
+
+    values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
+    mode: Any = detect_fake_mode(values) or detect_fake_mode(inputs)
+
+    def moved(value: Any) -> Any:
+        if isinstance(value, torch.Tensor):
+            with mode:
+                return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cuda:0")
+        return type(value)(map(moved, value)) if isinstance(value, tuple | list) else value
+
+    for module in [part for part in graph.modules() if isinstance(part, fx.GraphModule)]:
+        for node in module.graph.nodes:
+            if "val" in node.meta:
+                node.meta["val"] = moved(node.meta["val"])
+            if str(node.kwargs.get("device")) == "cpu":
+                node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
+    view_to_reshape(graph)
+    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
+    with V.set_debug_handler(DebugContext()), V.set_fake_mode(mode):
+        lowering = GraphLowering(graph, example_inputs=inputs, shape_env=mode.shape_env, is_backward=backward)
+        with V.set_graph_handler(lowering):
+            lowering.run(*inputs)
+            source, _ = lowering.codegen()
+            nodes = [(node, int(node.get_read_write_buffers_sizes())) for node in lowering.scheduler.nodes]
+    return str(getattr(source, "value", source)), nodes
+
+
+def kernels(source: str, prefix: str = "triton_") -> list[Any]:
+    """The kernels of such a source whose names begin so, ready to be compiled. torch's templates are triton_tem."""
+    import importlib.util
+    import re
+
+    found = []
+    for name, body in re.findall(rf"async_compile\.triton\('({prefix}\w+)', '''(.*?)'''", source, re.DOTALL):
+        with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
+            file.write(body)
+        spec = importlib.util.spec_from_file_location(name, file.name)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        found.append(getattr(module, name))
+    return found
+
+
 @dataclass(frozen=True)
 class Kernel:
     """shared_memory: bytes a block of threads; registers and spilled: a thread's registers, and bytes beyond them."""

@@ -15,12 +15,11 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from absent_gpu import CARDS, Card, assembled, pretend
+from absent_gpu import CARDS, Card, assembled, capturing, kernels, lowered, pretend
 from sides import HERE, environment_python
 
 HEADS, KEY_VALUE_HEADS, TOKENS = 32, 8, 1024
@@ -39,7 +38,8 @@ def compiled(card: Card, head_dim: int, kind: str) -> dict[str, Any]:
     pretend(card)
     found: dict[str, Any] = {}
     for name, graph, inputs in graphs:
-        for kernel in _kernels(_lowered(graph, inputs, backward=name == "backward")):
+        source = lowered(graph, inputs, backward=name == "backward")[0]
+        for kernel in kernels(source, "triton_tem"):
             binaries = [kernel._precompile_config(config).kernel for config in kernel.configs]
             found[name] = max((asdict(assembled(one, card)) for one in binaries), key=lambda own: own["shared_memory"])
     options = flex_trees.options_for(getattr(torch, kind), head_dim, card.capability, card.shared_memory)
@@ -47,28 +47,11 @@ def compiled(card: Card, head_dim: int, kind: str) -> dict[str, Any]:
 
 
 def _captured(flex: Any, flex_trees: Any, card: Card, head_dim: int, kind: Any) -> list[tuple[str, Any, list[Any]]]:
-    """The graphs of both passes as AOTAutograd hands them to Inductor."""
+    """The graphs of both passes."""
     import numpy as np
     import torch
-    from functorch.compile import min_cut_rematerialization_partition
-    from torch._dynamo.backends.common import aot_autograd
-    from torch._inductor.decomposition import select_decomp_table
 
-    graphs: list[tuple[str, Any, list[Any]]] = []
-
-    def keep(name: str) -> Any:
-        def kept(graph: Any, inputs: Any) -> Any:
-            graphs.append((name, graph, list(inputs)))
-            return graph.forward
-
-        return kept
-
-    backend = aot_autograd(
-        fw_compiler=keep("forward"),
-        bw_compiler=keep("backward"),
-        decompositions=select_decomp_table,
-        partition_fn=min_cut_rematerialization_partition,
-    )
+    backend, graphs = capturing()
     lengths = [[100, 120, 80], [200, 260, 40], [60, 100, 64]]
     sizes = [size for own in lengths for size in own]
     tree = np.repeat([index for index, own in enumerate(lengths) for _ in own], sizes)
@@ -85,56 +68,6 @@ def _captured(flex: Any, flex_trees: Any, card: Card, head_dim: int, kind: Any) 
     out = call(query, key, value, block_mask=blocks, scale=head_dim**-0.5, enable_gqa=True, kernel_options=options)
     out.float().sum().backward()
     return graphs
-
-
-def _lowered(graph: Any, inputs: list[Any], backward: bool) -> str:
-    """The source that Inductor writes for a graph, its tensors taken to be on a GPU."""
-    import torch
-    from torch import fx
-    from torch._dynamo.utils import detect_fake_mode
-    from torch._inductor.debug import DebugContext
-    from torch._inductor.graph import GraphLowering
-    from torch._inductor.virtualized import V
-
-    values = [node.meta.get("val") for node in graph.graph.nodes if node.op == "placeholder"]
-    mode: Any = detect_fake_mode(values) or detect_fake_mode(inputs)
-
-    def moved(value: Any) -> Any:
-        if isinstance(value, torch.Tensor):
-            with mode:
-                return torch.empty_strided(value.size(), value.stride(), dtype=value.dtype, device="cuda:0")
-        return type(value)(map(moved, value)) if isinstance(value, tuple | list) else value
-
-    for module in [part for part in graph.modules() if isinstance(part, fx.GraphModule)]:
-        for node in module.graph.nodes:
-            if "val" in node.meta:
-                node.meta["val"] = moved(node.meta["val"])
-            if str(node.kwargs.get("device")) == "cpu":
-                node.kwargs = {**node.kwargs, "device": torch.device("cuda", 0)}
-    inputs = [node.meta["val"] for node in graph.graph.nodes if node.op == "placeholder"]
-    with V.set_debug_handler(DebugContext()), V.set_fake_mode(mode):
-        lowering = GraphLowering(graph, example_inputs=inputs, shape_env=mode.shape_env, is_backward=backward)
-        with V.set_graph_handler(lowering):
-            lowering.run(*inputs)
-            source, _ = lowering.codegen()
-    return str(getattr(source, "value", source))
-
-
-def _kernels(source: str) -> list[Any]:
-    """The attention kernels of such a source, ready to be compiled."""
-    import importlib.util
-    import re
-
-    found = []
-    for name, body in re.findall(r"async_compile\.triton\('(triton_tem\w+)', '''(.*?)'''", source, re.DOTALL):
-        with tempfile.NamedTemporaryFile("w", suffix=".py", delete=False) as file:
-            file.write(body)
-        spec = importlib.util.spec_from_file_location(name, file.name)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        found.append(getattr(module, name))
-    return found
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -6,8 +6,9 @@ The step's own code runs on shapes without numbers (torch's fake tensors): every
 the bytes that it reads and writes, and takes the longer of both at the card's peaks (vendor's data sheets). So nothing
 here is measured: launches, imperfect kernels and waiting come on top, and a compiler that fuses operations saves bytes.
 Attention is counted from the lengths, as FlexAttention runs it. Lengths are HH-RLHF's, and all pairs share one forward
-pass. Three ways: under autocast with the head in float32, as norms leave it there; under autocast with the head in
-bfloat16, as it is done here; and in bfloat16 weights, as FSDP hands them to each layer.
+pass. Four ways: under autocast with the head in float32, as norms leave it there; under autocast with the head in
+bfloat16; in bfloat16 copies of the weights; and that with compiled layers, whose kernels are counted by
+layer_kernels.py.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +40,10 @@ from prefarena.modeling.logprobs import LogProbs, sequence_logps
 
 MAX_TOKENS = 8192
 _LEFT_OUT = "left out"
-WAYS = ("head in float32", "autocast", "bfloat16 weights")
+#: Operations that give a tensor without reading or writing one; those that give none ask about one.
+_MOVE_NOTHING = {"_unsafe_view", "empty", "empty_like", "new_empty", "empty_strided", "new_empty_strided"}
+WAYS = ("head in float32", "autocast", "bfloat16 weights", "compiled layers")
+_LAYERS = Path(__file__).with_name("results") / "layer_kernels.json"
 
 
 @dataclass(frozen=True)
@@ -74,6 +79,9 @@ class Part:
     seconds: float = 0.0
     num_operations: int = 0
 
+    def plus(self, other: Part, times: int = 1) -> Part:
+        return Part(*(own + times * its for own, its in zip(vars(self).values(), vars(other).values(), strict=True)))
+
 
 class Counted(TorchDispatchMode):
     """Counts operations by part: products, the head, copies between kinds of numbers, and all else (elementwise)."""
@@ -86,11 +94,12 @@ class Counted(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        if func.is_view or self.inside == _LEFT_OUT:
+        packet = func._overloadpacket
+        moves_nothing = func.is_view or packet.__name__ in _MOVE_NOTHING or not isinstance(out, Tensor | tuple | list)
+        if moves_nothing or self.inside == _LEFT_OUT:
             return out
         tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
         moved = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-        packet = func._overloadpacket
         if packet.__name__ == "addmm_":  # the registry knows it by its product alone
             packet, args = torch.ops.aten.mm, args[1:]
         flops = flop_registry[packet](*args, **(kwargs or {}), out_val=out) if packet in flop_registry else 0
@@ -111,14 +120,61 @@ class Counted(TorchDispatchMode):
         self.inside = before
 
 
+def model_of(shape: str, num_layers: int | None = None) -> LlamaForCausalLM:
+    """With shapes in place of weights; of so many layers, where that is given."""
+    sizes = SHAPES[shape] | ({"num_hidden_layers": num_layers} if num_layers else {})
+    with torch.device("meta"):
+        return LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=MAX_TOKENS))  # type: ignore[arg-type]
+
+
+def pairs_of(shape: str, number: int) -> TokenPairs:
+    return random_pairs(hh_lengths(number, seed=0), SHAPES[shape]["vocab_size"], seed=1)
+
+
 def step(shape: str, card: Card, pairs: TokenPairs, how: str) -> dict[str, Part]:
     """The parts of one step: forward and backward passes of all pairs, and AdamW. how: one of WAYS."""
-    config = LlamaConfig(**SHAPES[shape], max_position_embeddings=MAX_TOKENS)  # type: ignore[arg-type]
     counted = Counted(card)
-    with torch.device("meta"):
-        empty = LlamaForCausalLM(config)
+    passes = _with_compiled_layers if how == "compiled layers" else partial(_passes, how=how)
+    counted.parts |= passes(shape, card, pairs)
+    model = model_of(shape)
+    _add_attention(counted, model.config, pairs)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+    if how in ("bfloat16 weights", "compiled layers"):
+        # The copies, 4 bytes read and 2 written, and the gradients, 2 read and 4 written.
+        counted.add("copies", 0, 12 * parameters, half=True)
+    # Read: weight, gradient, two moments; written: weight, two moments; 4 bytes each.
+    counted.add("optimizer", 0, 28 * parameters, half=False)
+    return dict(counted.parts)
+
+
+def layer_parts(shape: str, pairs: TokenPairs, card: Card = CARDS["H100"]) -> dict[str, Part]:
+    """What one more layer with bfloat16 weights adds to the passes, uncompiled and without its attention."""
+    one, two = (_passes(shape, card, pairs, "bfloat16 weights", number) for number in (1, 2))
+    return {name: part.plus(one[name], -1) for name, part in two.items()}
+
+
+def _with_compiled_layers(shape: str, card: Card, pairs: TokenPairs) -> dict[str, Part]:
+    """The passes, each layer's own operations replaced by the kernels that layer_kernels.py has counted."""
+    (name,) = (name for name, own in CARDS.items() if own == card)
+    rows = json.loads(_LAYERS.read_text(encoding="utf-8"))
+    (row,) = (row for row in rows if (row["card"], row["shape"]) == (name, shape))
+    assert row["tokens"] == sum(len(ids) for pair in pairs for ids in pair), "layer_kernels.py has other pairs"
+    layer, number = layer_parts(shape, pairs, card), model_of(shape).config.num_hidden_layers
+    one = _passes(shape, card, pairs, "bfloat16 weights", 1)
+    parts = {name: part.plus(layer[name], -1) for name, part in one.items()}
+    moved, kernels = (sum(row[side][what] for side in ("forward", "backward")) for what in ("bytes", "kernels"))
+    parts["products"] = parts["products"].plus(layer["products"], number)
+    parts["elementwise"] = parts["elementwise"].plus(Part(0.0, moved, moved / card.memory, kernels), number)
+    return parts
+
+
+def _passes(shape: str, card: Card, pairs: TokenPairs, how: str, num_layers: int | None = None) -> dict[str, Part]:
+    """Forward and backward, without attention."""
+    counted = Counted(card)
+    empty = model_of(shape, num_layers)
     with FakeTensorMode(allow_non_fake_inputs=True), _as_on_a_gpu(counted, how != "head in float32"):
         model = in_weights(empty.to_empty(device="cpu"), "bfloat16" if how == "bfloat16 weights" else "autocast")
+        model.tie_weights()  # new tensors are each their own
         module = LogProbs.__new__(LogProbs)
         torch.nn.Module.__init__(module)
         module.model, module.packed, module.plain_head = model, True, True
@@ -129,11 +185,7 @@ def step(shape: str, card: Card, pairs: TokenPairs, how: str) -> dict[str, Part]
                 logps, _ = sequence_logps(module, prompts, [[chosen, rejected] for _, chosen, rejected in pairs])
                 loss = -F.logsigmoid(logps[0::2] - logps[1::2]).mean()
             loss.backward()
-    _add_attention(counted, config, pairs)
-    parameters = sum(parameter.numel() for parameter in model.parameters())
-    # Read: weight, gradient, two moments; written: weight, two moments; 4 bytes each.
-    counted.add("optimizer", 0, 28 * parameters, half=False)
-    return dict(counted.parts)
+    return counted.parts
 
 
 class _NoAttention(torch.autograd.Function):
@@ -203,7 +255,7 @@ def main() -> None:
     options = parser.parse_args()
     card, rows = CARDS[options.card], []
     for shape in options.shapes:
-        pairs = random_pairs(hh_lengths(options.pairs, seed=0), SHAPES[shape]["vocab_size"], seed=1)
+        pairs = pairs_of(shape, options.pairs)
         for how in WAYS:
             parts = step(shape, card, pairs, how)
             total = sum(part.seconds for part in parts.values())

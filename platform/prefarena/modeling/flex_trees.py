@@ -88,9 +88,14 @@ def visible_to(tree_of: Tensor, branch_of: Tensor) -> Callable[[Tensor, Tensor, 
 
 def kernel_options(query: Tensor) -> dict[str, Any]:
     """What the kernel is told for these queries on their card."""
-    card: Any = torch.cuda.get_device_properties(query.device)  # its type does not know all that it has
-    capability = (card.major, card.minor)
-    return options_for(query.dtype, query.shape[-1], capability, card.shared_memory_per_block_optin)
+    return options_for(query.dtype, query.shape[-1], *_card(query.device))
+
+
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+def _card(device: torch.device) -> tuple[tuple[int, int], int]:
+    """Its compute capability, and the bytes of shared memory that a block may ask for."""
+    card: Any = torch.cuda.get_device_properties(device)  # its type does not know all that it has
+    return (card.major, card.minor), card.shared_memory_per_block_optin
 
 
 def options_for(kind: torch.dtype, head_dim: int, capability: tuple[int, int], shared_memory: int) -> dict[str, Any]:
@@ -121,11 +126,16 @@ def attend(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask, scaling
     kind = query.device.type
     if torch.is_autocast_enabled(kind):
         query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
-    call = _compiled() if query.is_cuda else flex_attention
-    options = kernel_options(query) if query.is_cuda else None
+    on_gpu = _on_gpu(query)
+    call = _compiled() if on_gpu and not torch.compiler.is_compiling() else flex_attention
+    options = kernel_options(query) if on_gpu else None
     grouped = query.shape[1] != key.shape[1]
     out: Tensor = call(query, key, value, block_mask=blocks, scale=scaling, enable_gqa=grouped, kernel_options=options)
     return out
+
+
+def _on_gpu(tensor: Tensor) -> bool:
+    return tensor.is_cuda
 
 
 @cache
@@ -156,10 +166,15 @@ def why_not(
 
 @cache
 def _compiled() -> Any:
-    """FlexAttention is fast, and spares memory, only when it is compiled.
+    """FlexAttention is fast, and spares memory, only when it is compiled: alone, where its layer is not."""
+    return compiled_whole(flex_attention)
+
+
+def compiled_whole(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function compiled as one graph, for rows of any length.
 
     What cannot be compiled whole is an error: by default, beyond eight variants, torch goes on without compiling, and
     the scores of all pairs of tokens are then held in memory.
     """
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, _MOST_VARIANTS)
-    return torch.compile(flex_attention, dynamic=True, fullgraph=True)
+    return torch.compile(function, dynamic=True, fullgraph=True)

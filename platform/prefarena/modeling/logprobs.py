@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefarena.modeling.chunked_head import chunked_logps
+from prefarena.modeling.compiled_layers import compile_layers, why_not_compiled
 from prefarena.modeling.packing import Ids, PackedBatch, pack
 from prefarena.modeling.support import body_keywords, body_output, has_plain_head, why_not_packed
 from prefarena.modeling.transfer import moved
@@ -85,7 +86,8 @@ class Sequences:
 class PackedModel(nn.Module):
     """A transformers model that runs on packed rows where it can, as a module that DDP and FSDP can wrap.
 
-    packed: whether prompts may be shared between responses. notes: for the user, why the model takes a slower path.
+    packed: whether prompts may be shared between responses. notes: for the user, why the model takes a slower path. On
+    a GPU its layers are compiled, where they can be.
     """
 
     def __init__(
@@ -105,6 +107,14 @@ class PackedModel(nn.Module):
         reason = why_not_packed(model, max_length, device, attends_in)
         self.packed = reason is None
         self.notes = [f"prompts are not shared between responses, and rows are padded: {reason}"] if reason else []
+        where = device or model.device
+        if where.type != "cuda" or model.device.type == "meta":
+            return
+        slow = why_not_compiled(model, where, attends_in or model.dtype, self.packed)
+        if slow is None:
+            compile_layers(model)
+        else:
+            self.notes.append(f"its layers run one operation at a time: they cannot be compiled for {where} ({slow})")
 
 
 class LogProbs(PackedModel):

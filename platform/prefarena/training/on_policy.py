@@ -181,7 +181,7 @@ class OnPolicyTrainer:
         if monitor is None and job.monitor is not None:
             same = job.monitor == job.reward
             monitor = reward if same else load_judge(job.monitor, batch_size, worker.device)
-        reference = load_policy(job.policy).requires_grad_(False)
+        reference = load_policy(job.policy)
         nn.Module.to(reference, worker.device)
         return Scorers(
             policy=self.log_probs,
