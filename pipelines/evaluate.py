@@ -47,6 +47,7 @@ from prefarena.generation.interface import Sampling
 from prefarena.judges.spec import JudgeSpec, load_judge, may_be_silent, usage_of
 from prefarena.judges.usage import Usage, total_costs
 from prefarena.mirror import bring, workspace
+from prefarena.modeling.arithmetic import Arithmetic, in_weights, named
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.records import Rollout
 from prefarena.stages import Stage, write_json
@@ -162,7 +163,8 @@ class SampledJob:
 
     judge: none where the policy is compared with the reference rather than scored (pipelines/wins.py); its responses
     are kept then. best_of: samples of which the one that `reward` scores highest is kept; 1 for a policy, which keeps
-    them all. device: of the models that score. kept: where log-probs and scores are kept until it has ended.
+    them all. device: of the models that score. arithmetic: of the policies; judges name theirs. kept: where log-probs
+    and scores are kept until it has ended.
     """
 
     policy: str
@@ -173,6 +175,7 @@ class SampledJob:
     best_of: int = 1
     reward: JudgeSpec | None = None
     device: str = "cpu"
+    arithmetic: Arithmetic = "float32"
     kept: Path | None = None
 
 
@@ -181,7 +184,15 @@ def sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, fol
     reference = model_of(plan.reference)
     judge = None if is_pairwise(config) else judge_spec(plan, config.judge, plan.judge)
     policy = policy_of(plan, trained) if trained else reference
-    job = SampledJob(policy, reference, judge, plan.logps.folder, folder, device=config.resources.device)
+    job = SampledJob(
+        policy,
+        reference,
+        judge,
+        plan.logps.folder,
+        folder,
+        device=config.resources.device,
+        arithmetic=plan.scored_in,
+    )
     if trained is None or not isinstance(trained.entry.method, BestOfN):
         return job
     method = trained.entry.method
@@ -235,6 +246,7 @@ def _judged(
     if spec.settings.kind in ("learned", "classifier"):
         training = training_of(spec.path) if spec.path else None
         given_by = ["scores", spec.settings.model_dump(mode="json"), training, settings.batch_size, job.device]
+        given_by += named(spec.arithmetic)
         scores = KeptValues(job.kept).complete(given_by, *responses, judge.score)
     else:
         scores = judge.score(*responses)
@@ -257,10 +269,12 @@ def _policy_row(
     with _Scorer(job, job.policy, settings) as score:
         own = score(*sampled, settings.temperature)
         chosen, rejected = (score(*pairs[side], 1.0) for side in ("chosen", "rejected"))
+    ref_chosen, ref_rejected = (float_column(test, f"ref_{side}_logp") for side in ("chosen", "rejected"))
     with _Scorer(job, job.reference, settings) as score:
         ref = score(*sampled, settings.temperature)
+        if job.arithmetic != "float32":  # passes of other shapes, as those of the table, are rounded far apart
+            ref_chosen, ref_rejected = (score(*pairs[side], 1.0) for side in ("chosen", "rejected"))
     row = sampled_metrics(rollouts, own, ref, scores)
-    ref_chosen, ref_rejected = (float_column(test, f"ref_{side}_logp") for side in ("chosen", "rejected"))
     row |= preference_accuracy(chosen, rejected, ref_chosen, ref_rejected)
     gap = [sum(rollout.token_logps) for rollout in rollouts] - own
     return row | {"logp_gap/max": float(np.abs(gap).max())}
@@ -282,12 +296,13 @@ class _Scorer:
     def _score(self, prompts: list[list[int]], responses: list[list[int]], temperature: float) -> np.ndarray:
         """log pi(y|x) [N], nats."""
         given_by = ["logps", training_of(self._policy), temperature, self._settings.batch_size, self._job.device]
+        given_by += named(self._job.arithmetic)
         compute = partial(self._compute, temperature)
         return KeptValues(self._job.kept).complete(given_by, prompts, responses, compute)
 
     def _compute(self, temperature: float, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
         if self._model is None:
-            self._model = load_policy(self._policy)
+            self._model = in_weights(load_policy(self._policy), self._job.arithmetic)
             torch.nn.Module.to(self._model, self._job.device)
         pad_id = load_tokenizer(self._policy).pad_token_id
         return response_logps(self._model, prompts, responses, pad_id, self._settings.batch_size, temperature)

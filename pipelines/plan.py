@@ -37,7 +37,7 @@ from prefarena.data.sources import version_of
 from prefarena.functions import source_digest
 from prefarena.judges.spec import JudgeSpec
 from prefarena.mirror import root_of
-from prefarena.modeling.arithmetic import Arithmetic
+from prefarena.modeling.arithmetic import Arithmetic, named
 from prefarena.stages import Stage
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 
@@ -91,6 +91,7 @@ class SeedPlan:
     reference: Stage
     pairs: Stage
     scored: dict[Arithmetic, Stage]  # pairs with the reference's log-probs, by the arithmetic of training
+    scored_in: Arithmetic  # of judges, evaluations and test pairs
     samples: Stage | None  # holds reference_samples/, on which learned rewards are normalised; none where none is
     judge: Stage | None
     evaluation: Stage  # of the reference itself
@@ -98,7 +99,7 @@ class SeedPlan:
 
     @property
     def logps(self) -> Stage:
-        """Scored pairs, for whoever reads their text or the test pairs, which are scored in float32 everywhere."""
+        """Scored pairs, for whoever reads their text or the test pairs, which are scored alike in all of them."""
         return next(iter(self.scored.values()))
 
     def shared(self) -> list[Stage]:
@@ -136,11 +137,14 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
         samples = Stage.at(root, "reference_samples", task.kind, [data.key, reference.key, drawn])
         if learns_judge(config):
             inputs = [pairs.key, reference.key, samples.key, _dump(config.judge), _layout(config)]
+            inputs += named(config.scored_in)
             judge = Stage.at(root, "judge", task.kind, inputs)
-    scored = {
-        arithmetic: Stage.at(root, "logps", task.kind, [pairs.key, reference.key, *_other_than_float32(arithmetic)])
-        for arithmetic in _arithmetics(config)
-    }
+    trained_on, scored = dict[Arithmetic, str](), dict[Arithmetic, Stage]()
+    for arithmetic in _arithmetics(config):
+        inputs = [pairs.key, reference.key, *named(arithmetic)]
+        trained_on[arithmetic] = Stage.at(root, "logps", task.kind, inputs).key  # how test pairs are scored aside
+        inputs += [f"test pairs: {other}" for other in named(config.scored_in)]
+        scored[arithmetic] = Stage.at(root, "logps", task.kind, inputs)
     logps = next(iter(scored.values()))
     judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else _judge_inputs(config.judge)
     if is_pairwise(config):
@@ -148,11 +152,15 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     evaluate = [logps.key, judged_by, _dump(config.evaluation)]
     if isinstance(task, TextTask) and _engine(config) != ["float32"]:
         evaluate.append(_engine(config))
-    trained = tuple(_trained(config, entry, seed, root, scored, samples, judge, evaluate) for entry in config.entries)
+    trained = tuple(
+        _trained(config, entry, seed, root, logps, trained_on, samples, judge, evaluate) for entry in config.entries
+    )
     evaluation = Stage.at(root, "evaluation", "reference", [reference.key, evaluate])
     if is_pairwise(config):
         trained = tuple(_compared(one, root, evaluation, config.judge) for one in trained)
-    return SeedPlan(seed, task, data, base, reference, pairs, scored, samples, judge, evaluation, trained)
+    return SeedPlan(
+        seed, task, data, base, reference, pairs, scored, config.scored_in, samples, judge, evaluation, trained
+    )
 
 
 def _trained(
@@ -160,17 +168,18 @@ def _trained(
     entry: Entry,
     seed: int,
     root: Path,
-    scored: dict[Arithmetic, Stage],
+    logps: Stage,
+    trained_on: dict[Arithmetic, str],
     samples: Stage | None,
     judge: Stage | None,
     evaluate: list[Any],
 ) -> Trained:
+    """trained_on: what scored training pairs depend on, by the arithmetic of training."""
     method, label, reward_model, scores = entry.method, f"{entry.name}-s{seed}", None, None
-    logps = next(iter(scored.values()))
+    pairs, settings = logps.key, _dump(method)
     if isinstance(method, OffPolicyMethod):
-        logps = scored[arithmetic_of(config, method)]
-    settings = method.address() if isinstance(method, OffPolicyMethod) else _dump(method)
-    inputs: list[Any] = [logps.key, settings, seed, _layout(config)]
+        pairs, settings = trained_on[arithmetic_of(config, method)], method.address()
+    inputs: list[Any] = [pairs, settings, seed, _layout(config)]
     if isinstance(method, OnPolicyMethod | BestOfN):
         if isinstance(method.reward, RewardModel):
             rm_inputs = [logps.key, samples.key if samples else None, _dump(method.reward), seed, _layout(config)]
@@ -233,10 +242,6 @@ def _arithmetics(config: Comparison) -> list[Arithmetic]:
     methods = [entry.method for entry in config.entries]
     found = {arithmetic_of(config, method) for method in methods if isinstance(method, OffPolicyMethod)}
     return sorted(found, key=lambda arithmetic: arithmetic != "float32") or ["float32"]
-
-
-def _other_than_float32(arithmetic: Arithmetic) -> list[str]:
-    return [] if arithmetic == "float32" else [arithmetic]
 
 
 def _engine(config: Comparison) -> list[str]:
@@ -331,6 +336,7 @@ def judge_job(config: Comparison, plan: SeedPlan, judge: Stage) -> RewardModelJo
         pairs=str(plan.pairs.folder / "judge_pairs"),
         test_pairs=str(plan.pairs.folder / "test_pairs"),
         samples=_samples(plan),
+        scored_in=plan.scored_in,
     )
 
 
@@ -348,6 +354,7 @@ def reward_model_job(plan: SeedPlan, trained: Trained) -> RewardModelJob:
         pairs=str(plan.logps.folder / "train_pairs"),
         test_pairs=str(plan.logps.folder / "test_pairs"),
         samples=_samples(plan),
+        scored_in=plan.scored_in,
     )
 
 
@@ -405,7 +412,7 @@ def judge_spec(plan: SeedPlan, settings: EvaluationJudge, reward_model: Stage | 
     elif settings.kind == "gold":
         path = str(plan.pairs.folder / "gold.json")
     calls = plan.data.folder.parents[1] / "judge_calls" if isinstance(settings, Endpoint) else None
-    return JudgeSpec(settings, path, model_of(plan.reference), None if calls is None else str(calls))
+    return JudgeSpec(settings, path, model_of(plan.reference), None if calls is None else str(calls), plan.scored_in)
 
 
 def generator_names(config: Comparison) -> tuple[str, ...]:

@@ -143,4 +143,5 @@ def _write_logps(config: Comparison, plan: SeedPlan, arithmetic: Arithmetic, fol
         resources=config.resources,
         max_length=max_length(plan.task),
         arithmetic=arithmetic,
+        scored_in=config.scored_in,
     )

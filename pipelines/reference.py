@@ -34,7 +34,7 @@ from prefarena.config import Resources
 from prefarena.data.plan import within_budget
 from prefarena.errors import UserError
 from prefarena.mirror import bring, push
-from prefarena.modeling.arithmetic import Arithmetic, computing, in_weights
+from prefarena.modeling.arithmetic import Arithmetic, computing, in_weights, named
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import REFERENCED_PAIRS
@@ -95,20 +95,20 @@ def add_reference_logps(
     max_length: int | None = None,
     part_rows: int = PART_ROWS,
     arithmetic: Arithmetic = "float32",
+    scored_in: Arithmetic = "float32",
 ) -> None:
     """Write train_pairs/ and test_pairs/ with the two columns, and the manifest, to `folder`.
 
     `max_length`: most tokens of a prompt and its response, where it is known. `arithmetic`: that of the training on
-    the training pairs; the test pairs are scored in float32, as evaluations score policies. Finished parts are kept in
-    `cache`, and those found there are used.
+    the training pairs; the test pairs are scored in `scored_in`, as evaluations score policies. Finished parts are kept
+    in `cache`, and those found there are used.
     """
     started = time.perf_counter()
     cache.mkdir(parents=True, exist_ok=True)
     model = [_SCORING, weights_digest(reference), *_scorer(resources), BATCH_TOKENS]
-    arithmetics: dict[str, Arithmetic] = {TRAIN: arithmetic, TEST: "float32"}
+    arithmetics: dict[str, Arithmetic] = {TRAIN: arithmetic, TEST: scored_in}
     parts = {
-        split: find_parts(pairs / split, cache, model if own == "float32" else [*model, own], part_rows)
-        for split, own in arithmetics.items()
+        split: find_parts(pairs / split, cache, [*model, *named(own)], part_rows) for split, own in arithmetics.items()
     }
     wanted = {part.scores: (part, arithmetics[split]) for split in SPLITS for part in parts[split]}
     missing = [(part, own) for part, own in wanted.values() if read_scores(part) is None]

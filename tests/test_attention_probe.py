@@ -125,7 +125,10 @@ def test_what_is_tried_is_the_models_own() -> None:
     halved = {"kind": "dpo", "training": {"precision": "bfloat16"}}
     tree = {"entries": [{"name": "dpo", "method": halved}]}
     assert precisions(parse_config(tree)) == ["bfloat16", "float32"]  # the reference is trained in float32
-    assert precisions(parse_config({**tree, "reference": {"train": False}})) == ["bfloat16"]
+    text = {"kind": "text", "data": "pairs.jsonl"}
+    on_gpus = {**tree, "reference": {"train": False}, "task": text, "judge": {"kind": "function", "function": "a:b"}}
+    assert precisions(parse_config({**on_gpus, "resources": {"use_gpu": True}})) == ["bfloat16"]
+    assert precisions(parse_config(on_gpus)) == ["bfloat16", "float32"]  # and what measures computes so
 
 
 def test_the_doctor_tries_it_on_nodes_with_gpus_alone(tmp_path: Path) -> None:

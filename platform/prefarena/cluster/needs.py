@@ -89,9 +89,9 @@ def heaviest_training(
 
 
 def precisions(config: Comparison) -> list[str]:
-    """Those that the trainings of a comparison compute in."""
+    """Those that a comparison's trainings compute in, and what measures."""
     trainings = [passes.training for choices, _ in _trainings(config, Lengths(1, 1)) for passes in choices]
-    return sorted({training.precision for training in trainings})
+    return sorted({training.precision for training in trainings} | {config.scored_in})
 
 
 def _trainings(config: Comparison, lengths: Lengths) -> list[tuple[list[_Passes], str]]:

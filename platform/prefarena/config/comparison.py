@@ -42,6 +42,16 @@ class Entry(Section):
     method: Method
 
 
+Dtype = Literal["float32", "bfloat16"]
+
+
+def _decided(dtype: Literal["auto"] | Dtype, use_gpu: bool) -> Dtype:
+    """What a `dtype` says of models on GPUs, or on CPUs."""
+    if dtype == "auto":
+        return "bfloat16" if use_gpu else "float32"
+    return dtype
+
+
 class Generation(Section):
     """The vLLM engines behind the generation actors."""
 
@@ -77,11 +87,9 @@ class Generation(Section):
     generate_timeout_s: float = Field(600, gt=0)
     sync_timeout_s: float = Field(120, gt=0)
 
-    def dtype_on(self, use_gpu: bool) -> Literal["float32", "bfloat16"]:
+    def dtype_on(self, use_gpu: bool) -> Dtype:
         """What `dtype` says of engines on GPUs, or on CPUs."""
-        if self.dtype == "auto":
-            return "bfloat16" if use_gpu else "float32"
-        return self.dtype
+        return _decided(self.dtype, use_gpu)
 
 
 class Scoring(Section):
@@ -93,6 +101,12 @@ class Scoring(Section):
         None, gt=0, le=1, description="GPUs of each, when use_gpu is true; none: resources.gpus_per_worker."
     )
     labels: Labels = Field((), description="Labels of the nodes that they run on.")
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto",
+        description="Of the weights and products of what measures: an evaluation's policy and reference, learned and "
+        "classifier judges (their heads stay in float32), the reference on test pairs. auto: bfloat16 on GPUs, float32 "
+        "on CPUs. Training pairs are scored as the training that reads them computes (training.precision).",
+    )
 
 
 class Resources(Section):
@@ -189,6 +203,13 @@ class Comparison(Section):
     resources: Resources = Resources()
     evaluation: Evaluation = Evaluation()
 
+    @property
+    def scored_in(self) -> Dtype:
+        """`resources.scoring.dtype`, decided. The enumerable language is measured exactly, on CPUs, in float32."""
+        if self.task.kind == "language":
+            return "float32"
+        return _decided(self.resources.scoring.dtype, self.resources.use_gpu)
+
     @model_validator(mode="after")
     def _check(self) -> Comparison:
         names = [entry.name for entry in self.entries]
@@ -203,6 +224,11 @@ class Comparison(Section):
                 raise ValueError(f"entry {entry.name!r}: reward kind gold is the enumerable language's own")
         if self.judge.kind == "gold" and self.task.kind != "language":
             raise ValueError("judge kind gold is the enumerable language's own")
+        if self.task.kind == "language" and self.resources.scoring.dtype == "bfloat16":
+            raise ValueError(
+                "resources.scoring.dtype: bfloat16 is for text tasks; the enumerable language is measured exactly, in "
+                "float32"
+            )
         self._check_weight_sync()
         self._check_gpus()
         if self.seeds_vary == "task" and self.task.kind != "language":

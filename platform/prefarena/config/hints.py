@@ -22,7 +22,7 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "lr_scheduler_type": ("schedule",),
     "scheduler": ("schedule",),
     "warmup_ratio": ("warmup_steps", "warmup_iterations"),
-    "bf16": ("precision",),
+    "bf16": ("precision", "dtype"),
     "gradient_checkpointing": ("activation_checkpointing",),
     "clip_range": ("clip",),
     "cliprange": ("clip",),

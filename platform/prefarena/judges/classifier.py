@@ -13,6 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from prefarena.config import ClassifierJudge
 from prefarena.errors import UserError
 from prefarena.judges.texts import JudgeRow, judge_rows
+from prefarena.modeling.arithmetic import Arithmetic, body_in_weights
 from prefarena.modeling.inspection import inspect_classifier
 from prefarena.modeling.load import load_checked, load_tokenizer, read_tokenizer
 from prefarena.modeling.transfer import moved
@@ -23,7 +24,12 @@ class ClassifierScorer:
     """The model's one logit. Only sequences of one length share a batch, so that there is no padding at all."""
 
     def __init__(
-        self, settings: ClassifierJudge, tokenizer: str, batch_size: int = 64, device: str | torch.device = "cpu"
+        self,
+        settings: ClassifierJudge,
+        tokenizer: str,
+        batch_size: int = 64,
+        device: str | torch.device = "cpu",
+        arithmetic: Arithmetic = "float32",
     ) -> None:
         """Raises UserError where no such model can be loaded, or it has more than one label."""
         self._own = check_classifier(settings)
@@ -42,7 +48,7 @@ class ClassifierScorer:
         # Decoders read the last token that is not the pad id. Nothing is padded here, and where pad and eos share an
         # id they would pass over an eos that belongs to the text; no token has the id -1.
         text_config.pad_token_id = -1
-        torch.nn.Module.to(model, device)
+        torch.nn.Module.to(body_in_weights(model, arithmetic), device)
         self._model, self._batch_size, self._policy = model.eval(), batch_size, load_tokenizer(tokenizer)
 
     @torch.no_grad()

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from prefarena.modeling.arithmetic import Arithmetic, body_in_weights
 from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_reward_model
 from prefarena.modeling.logprobs import Sequences
@@ -29,8 +30,14 @@ class GoldRewardJudge:
 class RewardModelJudge:
     """A reward model (a transformers sequence-classification folder)."""
 
-    def __init__(self, path: str | Path, batch_size: int = 64, device: str | torch.device = "cpu") -> None:
-        model = load_reward_model(path)
+    def __init__(
+        self,
+        path: str | Path,
+        batch_size: int = 64,
+        device: str | torch.device = "cpu",
+        arithmetic: Arithmetic = "float32",
+    ) -> None:
+        model = body_in_weights(load_reward_model(path), arithmetic)
         torch.nn.Module.to(model, device)
         self._head, self._batch_size = ScalarHead(model), batch_size
 

@@ -18,6 +18,7 @@ from prefarena.config import (
     RewardModel,
 )
 from prefarena.judges.usage import Usage
+from prefarena.modeling.arithmetic import Arithmetic
 
 if TYPE_CHECKING:
     from prefarena.judges.pairwise import PairwiseComparer
@@ -29,13 +30,14 @@ class JudgeSpec:
 
     path: the trained reward model's folder (`learned`) or the gold reward's JSON (`gold`); none for the others.
     tokenizer: the folder of the policy's tokenizer, with which judges of text decode. calls: where answers of an
-    endpoint are kept; none: they are not.
+    endpoint are kept; none: they are not. arithmetic: in which a model's body computes.
     """
 
     settings: EvaluationJudge
     path: str | None
     tokenizer: str
     calls: str | None = None
+    arithmetic: Arithmetic = "float32"
 
 
 class Judge(Protocol):
@@ -66,7 +68,7 @@ def load_judge(spec: JudgeSpec, batch_size: int = 64, device: str | torch.device
         case RewardModel():
             from prefarena.judges.models import RewardModelJudge
 
-            return RewardModelJudge(_path(spec), batch_size, device)
+            return RewardModelJudge(_path(spec), batch_size, device, spec.arithmetic)
         case GoldJudge():
             from prefarena.judges.models import GoldRewardJudge
 
@@ -82,7 +84,7 @@ def load_judge(spec: JudgeSpec, batch_size: int = 64, device: str | torch.device
         case ClassifierJudge():
             from prefarena.judges.classifier import ClassifierScorer
 
-            return ClassifierScorer(spec.settings, spec.tokenizer, batch_size, device)
+            return ClassifierScorer(spec.settings, spec.tokenizer, batch_size, device, spec.arithmetic)
         case PairwiseJudge():
             raise TypeError("a pairwise judge compares responses and scores none")
 

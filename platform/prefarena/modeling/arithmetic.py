@@ -8,9 +8,10 @@ response: a log-ratio of two policies means something only where both were compu
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 import torch
+from torch import nn
 from transformers import PreTrainedModel
 
 Arithmetic = Literal["float32", "autocast", "bfloat16"]
@@ -22,9 +23,35 @@ def in_weights(model: PreTrainedModel, arithmetic: Arithmetic) -> PreTrainedMode
     FSDP halves parameters alone: the frequencies of rotary embeddings keep their float32.
     """
     if arithmetic == "bfloat16":
-        for parameter in model.parameters():
-            parameter.data = parameter.data.to(torch.bfloat16)
+        _halve(model)
     return model
+
+
+def body_in_weights(model: PreTrainedModel, arithmetic: Arithmetic) -> PreTrainedModel:
+    """A model with a scalar head, its body as `in_weights` has it.
+
+    The head stays in float32, and so does what it takes: eight bits of a score would make ties of near responses.
+    """
+    if arithmetic == "bfloat16" and model.base_model is not model:
+        _halve(model.base_model)
+        for part in model.children():
+            if part is not model.base_model:
+                part.register_forward_pre_hook(_widened)
+    return model
+
+
+def _halve(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _widened(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(one.float() if isinstance(one, torch.Tensor) and one.is_floating_point() else one for one in inputs)
+
+
+def named(arithmetic: Arithmetic) -> list[str]:
+    """What an address says of it: nothing of float32, so that what a CPU computes by default has plain ones."""
+    return [] if arithmetic == "float32" else [arithmetic]
 
 
 def attends_in(precision: Literal["float32", "bfloat16"]) -> torch.dtype:

@@ -20,6 +20,7 @@ from prefarena.config import (
     RLOOTraining,
 )
 from prefarena.judges.spec import JudgeSpec
+from prefarena.modeling.arithmetic import Arithmetic
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,15 @@ class OffPolicyJob(Job):
 class RewardModelJob(Job):
     """A Bradley-Terry reward model from the policy's body, its scores normalised on samples of the reference.
 
-    samples: a table with prompt_ids and response_ids, drawn from the reference policy.
+    samples: a table with prompt_ids and response_ids, drawn from the reference policy. scored_in: the arithmetic in
+    which the trained model will score, and so is normalised and measured.
     """
 
     settings: RewardModel
     pairs: str
     test_pairs: str
     samples: str
+    scored_in: Arithmetic = "float32"
 
 
 @dataclass(frozen=True)

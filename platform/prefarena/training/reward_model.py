@@ -13,7 +13,7 @@ from prefarena.data.plan import LARGEST_PASS, within_budget
 from prefarena.data.tables import read_rows
 from prefarena.judges.calibration import calibration
 from prefarena.judges.models import RewardModelJudge
-from prefarena.modeling.arithmetic import attends_in
+from prefarena.modeling.arithmetic import attends_in, body_in_weights
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.load import load_tokenizer, new_reward_model, save_policy
 from prefarena.modeling.lora import add_adapters, merge_adapters
@@ -54,6 +54,8 @@ def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
         if settings.training.lora is not None:
             merge_adapters(trained)
         nn.Module.to(trained, worker.device)
+        save_policy(trained, tokenizer, job.model_dir)
+        body_in_weights(trained, job.scored_in)  # from here on it is only measured
         samples = read_rows(job.samples)
         raw = RewardModelJudge.of(trained).score(samples["prompt_ids"].to_pylist(), samples["response_ids"].to_pylist())
         trained.config.reward_mean = float(raw.mean())
@@ -62,7 +64,7 @@ def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
             ScalarHead(trained, job.max_length), job.test_pairs, tokenizer.pad_token_id, worker.device
         )
         contents["reward_model"] = calibration(chosen - rejected)
-        save_policy(trained, tokenizer, job.model_dir)
+        trained.config.save_pretrained(job.model_dir)
     return {"costs": worker.costs(**counts), **contents}
 
 
