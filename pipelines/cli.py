@@ -14,8 +14,8 @@ what is written where (under `output`, by default ./runs):
   stages/KIND-LABEL-HASH/   every finished step: tables (parquet), models (transformers folders), metrics.jsonl,
                             and manifest.json, written last. The hash is that of everything the step depends on:
                             the same settings reuse it, changed settings get a folder of their own.
-  NAME-HASH/                the comparison's run folder: config.yaml (resolved), results.json, report.md, figures/,
-                            checkpoints/ (links to the trained models)
+  NAME-HASH/                the comparison's run folder: config.yaml (resolved), results.json, report.html, report.md,
+                            figures/, samples.parquet (text), checkpoints/ (links to the trained models)
   reference_logps/          the reference's log-probs of pairs, named by their content: computed once for all runs
   leases/                   who is at work on what; one that is left by a killed run is taken over
   ray_train/                Ray Train's own notes of runs under way

@@ -33,6 +33,7 @@ from pipelines.kept_rollouts import KeptValues, training_of
 from pipelines.plan import SeedPlan, Trained, is_pairwise, judge_spec, model_of, policy_of, response_limit, unique
 from pipelines.progress import fail, stage_line
 from pipelines.reference import scoring_options
+from pipelines.samples import write_samples
 from pipelines.sampling import Sampler
 from pipelines.wins import judge_wins, write_responses
 from prefarena.cluster.waiting import Failed, outcomes_within
@@ -50,7 +51,7 @@ from prefarena.mirror import bring, workspace
 from prefarena.modeling.arithmetic import Arithmetic, in_weights, named
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.records import Rollout
-from prefarena.stages import Stage, write_json
+from prefarena.stages import Stage
 
 Work = list[tuple[Stage, SeedPlan, Trained | None]]  # an evaluation, and the entry it is of; none: the reference
 
@@ -218,20 +219,8 @@ def score_samples(rollouts: list[Rollout], job: SampledJob, settings: Evaluation
     row = sampled_metrics(rollouts, None, None, scores) if job.reward else _policy_row(rollouts, scores, job, settings)
     if job.reward is not None:
         row |= {"kl_bound": kl_bound(job.best_of), "num_silent_rewards": int(np.isnan(ranking).sum())}
-    _write_samples(job, rollouts[:20], scores)
+    write_samples(job.folder, load_tokenizer(job.policy), rollouts, scores)
     finish_evaluation(job.folder, row, started, num_tokens_generated=num_tokens, **total_costs(usages))
-
-
-def _write_samples(job: SampledJob, rollouts: list[Rollout], scores: np.ndarray | None) -> None:
-    """samples.json: some responses as text with their scores, if there are any; null where the judge was silent."""
-    tokenizer, samples = load_tokenizer(job.policy), list[dict[str, Any]]()
-    for place, rollout in enumerate(rollouts):
-        texts = {"prompt": rollout.prompt_ids, "response": rollout.response_ids}
-        sample: dict[str, Any] = {name: tokenizer.decode(ids) for name, ids in texts.items()}
-        if scores is not None:
-            sample["score"] = None if np.isnan(scores[place]) else float(scores[place])
-        samples.append(sample)
-    write_json(job.folder / "samples.json", samples)
 
 
 def _judged(

@@ -16,11 +16,13 @@ from pipelines.evaluate import pairwise_wins
 from pipelines.exact import exact_frontier, exact_optimum, read_trajectory
 from pipelines.judge_notes import judge_notes
 from pipelines.plan import SeedPlan, Trained
+from pipelines.samples import gather_samples
 from pipelines.wins import reference_column
 from prefarena.config import BestOfN, Comparison, LanguageTask, OnPolicyMethod, dump_config
 from prefarena.evaluation.agreement import kl_agreement
 from prefarena.evaluation.best_of_n import kl_bound
 from prefarena.mirror import bring, mirror_of, push, root_of, shown
+from prefarena.report.html import write_page
 from prefarena.report.page import write_report
 from prefarena.report.results import Cost, EntryResult, Results, WinMatrix, save_results
 from prefarena.stages import Stage, write_json
@@ -39,13 +41,15 @@ def run_folder(config: Comparison, plans: list[SeedPlan]) -> Path:
 
 
 def report(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> tuple[Path, Results]:
-    """Write the run folder of finished stages: config.yaml, results.json, report.md, figures, checkpoints."""
+    """Write the run folder of finished stages: config.yaml, results.json, report.md, report.html and more."""
     folder = run_folder(config, plans)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     results = gather(config, plans, reused)
     save_results(results, folder)
+    gather_samples(plans, folder)
     write_report(results, folder)
+    write_page(results, folder)
     _link_checkpoints(folder / "checkpoints", plans)
     push(folder)
     return folder, results

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import subprocess
 import sys
 import threading
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from judge_server import Server, endpoint
 from judge_server import server as judge_server
@@ -309,8 +311,9 @@ def test_an_evaluation_and_its_report_say_who_was_silent_and_what_was_paid(
     for stage, trained in ((plan.evaluation, None), (plan.trained[0].evaluation, plan.trained[0])):
         job = SampledJob(policy, policy, spec, tmp_path, stage.begin(), 2, spec)
         score_samples(rollouts, job, config.evaluation, 0.0)
-        text = (stage.folder / "row.json").read_text() + (stage.folder / "samples.json").read_text()
-        assert "NaN" not in text and '"score": null' in text
+        assert "NaN" not in (stage.folder / "row.json").read_text()
+        scores = pq.read_table(stage.folder / "samples.parquet")["score"]
+        assert scores.null_count == 1 and not any(math.isnan(score) for score in scores.drop_null().to_pylist())
         row = json.loads((stage.folder / "row.json").read_text())
         assert (row["num_judged"], row["num_silent"], row["num_silent_rewards"]) == (9, 1, 2), trained
     row = _entry_row(plan, plan.trained[0])

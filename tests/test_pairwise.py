@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from judge_server import Server, server
 from tiny import EOS, save_tiny_policy
@@ -15,6 +16,7 @@ from pipelines.evaluate import sampled_job, score_samples
 from pipelines.judge_notes import judge_notes
 from pipelines.plan import make_plan
 from pipelines.report import _entry_row, _row, _win_matrix
+from pipelines.samples import gather_samples
 from pipelines.wins import (
     WinsJob,
     compare_pairs,
@@ -198,12 +200,16 @@ def test_the_stages_of_a_pairwise_comparison_without_ray(server: Server, policy:
         pairs = zip(PROMPTS, responses, strict=True)
         score_samples([Rollout(prompt, ids, [0.0], True, "0") for prompt, ids in pairs], job, config.evaluation, 0.0)
         assert "judge_score" not in _row(stage) and stage.finished
-        assert "score" not in json.loads((stage.folder / "samples.json").read_text())[0]
+        assert pq.read_table(stage.folder / "samples.parquet")["score"].null_count == len(PROMPTS)
     wins = wins_job(config, plan, trained, trained.wins.begin())
     assert wins.judge.calls == str(tmp_path / "runs" / "judge_calls")
     compare_pairs(replace(wins, judge=replace(wins.judge, tokenizer=policy)))
     row = _entry_row(plan, trained)
     assert row["win_rate"] == pytest.approx(2 / 3) and row["response_length"] == 3 and "num_silent" not in row
+    gather_samples([plan], tmp_path)
+    gathered = pq.read_table(tmp_path / "samples.parquet").to_pydict()
+    assert gathered["policy"] == ["reference"] * 4 + ["best"] * 4 and gathered["num_tokens"][4:] == [4, 2, 4, 2]
+    assert gathered["score"] == [None] * 4 + [1.0, 0.0, 1.0, 0.5]  # what each response counts against the reference's
     matrix = _win_matrix(config, [plan])
     assert matrix.rows == ["reference", "best"] and matrix.win_rate[1][0] == pytest.approx(2 / 3)
     rows = {stage: _row(stage) for stage in (plan.evaluation, trained.evaluation, trained.wins)}

@@ -41,6 +41,19 @@ DEMONSTRATIONS = pa.schema([("id", pa.string()), ("prompt_ids", _IDS), ("respons
 #: `covered`: the prompt has training pairs. `split`: train or test.
 PROMPTS = pa.schema([("id", pa.string()), ("prompt_ids", _IDS), ("covered", pa.bool_()), ("split", pa.string())])
 PRETRAINING = pa.schema([("id", pa.string()), ("ids", _IDS)])
+#: What a policy answered in its evaluation. `place`: the same place is the same prompt for every policy. `score`: the
+#: judge's; null where it was silent, or where policies are compared pair by pair. `num_tokens`: of the response.
+SAMPLES = pa.schema(
+    [
+        ("place", pa.int32()),
+        ("prompt", pa.string()),
+        ("response", pa.string()),
+        ("score", pa.float64()),
+        ("num_tokens", pa.int32()),
+    ]
+)
+#: SAMPLES of all policies and seeds of a comparison.
+ALL_SAMPLES = pa.schema([("policy", pa.string()), ("seed", pa.int64()), *SAMPLES])
 
 
 @dataclass(frozen=True)

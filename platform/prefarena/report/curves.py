@@ -15,7 +15,7 @@ from prefarena.report.style import GREY, house_style, looks
 
 OFF_POLICY_METRICS = ("loss", "preference/accuracy", "preference/margin", "demonstration/nll")
 ON_POLICY_METRICS = ("reward/mean", "kl/k1", "entropy", "policy/clip_fraction", "logp_gap/max")
-_OWN_SCALE = "loss"  # methods' losses are different quantities: no common axis
+OWN_SCALE = "loss"  # methods' losses are different quantities: no common axis
 _MOST_COLUMNS = 6
 
 Curves = dict[str, list[np.ndarray]]  # metric -> per seed [N, 2] of (step, value)
@@ -90,7 +90,7 @@ def multiples(curves: dict[str, Curves], metrics: tuple[str, ...], colours: dict
                 _draw(grid[row, column], found[metric], colours[name])
         for row, metric in enumerate(shown):
             grid[row, 0].set_ylabel(metric)
-            if metric != _OWN_SCALE:
+            if metric != OWN_SCALE:
                 _share_limits(list(grid[row]))
     return figure
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from prefarena.report.curves import curve_figures
-from prefarena.report.leakage import GAIN, baseline_of, leakage, leakage_tables
+from prefarena.report.findings import compared, data_lines, findings, limits
+from prefarena.report.leakage import GAIN, leakage, leakage_tables
 from prefarena.report.plots import grid_figure, reward_kl_figure
-from prefarena.report.results import Aggregate, EntryResult, Results
+from prefarena.report.results import EntryResult, Results
 from prefarena.report.style import write_figure
-from prefarena.report.tables import Table, cost_table, main_table, number, plus_minus, win_table
+from prefarena.report.tables import Table, cost_table, main_table, win_table
 from prefarena.report.trajectories import (
     MOST_PANELS,
     agreement_summary,
@@ -22,7 +23,6 @@ from prefarena.report.trajectories import (
     trajectory_figure,
     trajectory_table,
 )
-from prefarena.report.verdict import verdict
 
 _WIDEST_WIN_MATRIX = 12
 
@@ -35,8 +35,8 @@ def write_report(results: Results, folder: str | Path) -> Path:
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     sections = [
-        f"# {results.name}\n\n{_compared(results)}\n",
-        _verdict(results),
+        f"# {results.name}\n\n{compared(results)}\n",
+        _listing("In short", findings(results)),
         _section("Results", main_table(results)),
         *_sweep(results, target),
         _figure("Reward and KL", _reward_kl_text(results), target, reward_kl_figure(results), "reward_kl"),
@@ -44,8 +44,8 @@ def write_report(results: Results, folder: str | Path) -> Path:
         _wins(results),
         *_curves(results, target),
         _section("Costs", cost_table(results)),
-        _listing("Data", [f"{_words(key)}: {_shown(value)}" for key, value in _flat(results.data)]),
-        _listing("Notes and limits", [*results.notes, *_limits(results)]),
+        _listing("Data", data_lines(results)),
+        _listing("Notes and limits", limits(results)),
         _listing("Versions", [f"{name} {version}" for name, version in results.versions.items()]),
         _reproduce(results),
     ]
@@ -54,51 +54,6 @@ def write_report(results: Results, folder: str | Path) -> Path:
     temporary.write_text("\n".join(section for section in sections if section), encoding="utf-8")
     os.replace(temporary, page)
     return page
-
-
-def _compared(results: Results) -> str:
-    names = ", ".join(entry.name for entry in results.trained())
-    if results.is_sweep:
-        names = ", ".join(f"{group} ({len(entries)} settings)" for group, entries in results.groups().items())
-    seeds = "one seed" if len(results.seeds) == 1 else f"{len(results.seeds)} seeds"
-    how = (
-        "every response is listed, so reward and KL are exact"
-        if results.exact
-        else "KL, scores and win rates are estimated from samples on held-out prompts"
-    )
-    return f"Compared on the task `{results.task.get('kind', '?')}`, {seeds}: {names}. In it {how}."
-
-
-def _verdict(results: Results) -> str:
-    return "## In short\n\n" + "".join(
-        f"- {sentence}\n" for sentence in [*_failed(results), *_leaks(results), *verdict(results)]
-    )
-
-
-def _failed(results: Results) -> list[str]:
-    """Which entries have no policy, and why."""
-    return [
-        f"**{entry.name} failed** with seed {seed}: {reason}."
-        for entry in results.entries
-        for seed, reason in entry.failures.items()
-    ]
-
-
-def _leaks(results: Results) -> list[str]:
-    """The sweep's answer: drift without pairs at equal gain, as a ratio to the baseline."""
-    found = leakage(results) if results.is_sweep else None
-    if found is None:
-        return []
-    base = baseline_of(found)
-    parts = [f"{group} {_ratio(ratios[-1])} times" for group, ratios in found.ratios(base).items() if group != base]
-    return [
-        f"**At equal gain** on prompts with pairs, KL on prompts without pairs, against {base}'s: {', '.join(parts)} "
-        f"(geometric means over gains {found.levels[0]:.2f} to {found.levels[-1]:.2f}, paired by seed)."
-    ]
-
-
-def _ratio(value: tuple[float, float | None]) -> str:
-    return plus_minus(Aggregate(value[0], value[1], 0, True), 2)
 
 
 def _sweep(results: Results, folder: Path) -> list[str]:
@@ -205,35 +160,6 @@ def _section(title: str, table: Table | None) -> str:
 
 def _listing(title: str, items: list[str]) -> str:
     return f"## {title}\n\n" + "".join(f"- {item}\n" for item in items) if items else ""
-
-
-def _flat(tree: dict[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
-    rows: list[tuple[str, Any]] = []
-    for key, value in tree.items():
-        name = f"{prefix}{key}"
-        rows += _flat(value, f"{name}, ") if isinstance(value, dict) else [(name, value)]
-    return rows
-
-
-def _words(key: str) -> str:
-    return key.replace("num_", "").replace("_", " ")
-
-
-def _shown(value: Any) -> str:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return str(value)
-    return number(value, 0 if isinstance(value, int) else 4)
-
-
-def _limits(results: Results) -> list[str]:
-    limits = []
-    if len(results.seeds) == 1:
-        limits.append("One seed: the order of methods that lie close together may be chance.")
-    if not results.exact:
-        limits.append(
-            "The KL estimate is noisy where policies are far apart, and may come out negative where they are near."
-        )
-    return limits
 
 
 def _reproduce(results: Results) -> str:

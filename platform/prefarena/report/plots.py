@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prefarena.report.labels import Label, place_labels
-from prefarena.report.results import Aggregate, Results, aggregate, with_gains
+from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, with_gains
 from prefarena.report.style import BLACK, GREY, Look, house_style, looks
 
 _MOST_LABELS = 12
@@ -55,25 +55,25 @@ def grid_figure(results: Results, x: str, y: str, title: str, x_label: str, y_la
     return figure
 
 
-def _group_curves(results: Results, x: str, y: str) -> dict[str, list[tuple[Aggregate, Aggregate]]]:
-    """Each group's settings as points (x, y), in order of x."""
+def group_curves(results: Results, x: str, y: str) -> dict[str, list[tuple[EntryResult, Aggregate, Aggregate]]]:
+    """Each group's settings as points (entry, x, y), in order of x."""
     curves = {}
     for group, entries in results.groups().items():
-        points = [(a, b) for a, b in ((aggregate(e, x), aggregate(e, y)) for e in entries) if a and b]
+        points = [(e, a, b) for e, a, b in ((e, aggregate(e, x), aggregate(e, y)) for e in entries) if a and b]
         if points:
-            curves[group] = sorted(points, key=lambda point: point[0].mean)
+            curves[group] = sorted(points, key=lambda point: point[1].mean)
     return curves
 
 
 def _lines(axes: Axes, results: Results, x: str, y: str, frontiers: list[np.ndarray]) -> None:
     """Each group's points joined in order, with error bars, named at its last point."""
-    curves = _group_curves(results, x, y)
+    curves = group_curves(results, x, y)
     styles = looks(list(curves), list(curves))
     labels, obstacles, largest = [], [], 0.0
     for name, points in curves.items():
-        line = np.array([(a.mean, b.mean) for a, b in points])
+        line = np.array([(a.mean, b.mean) for _, a, b in points])
         axes.plot(line[:, 0], line[:, 1], color=styles[name].colour, linewidth=1.2, alpha=0.8)
-        for a, b in points:
+        for _, a, b in points:
             _mark(axes, a, b, styles[name])
         labels.append(Label(float(line[-1, 0]), float(line[-1, 1]), name, styles[name].colour))
         obstacles.append(along(line))

@@ -71,6 +71,37 @@ def looks(names: list[str], kinds: list[str]) -> dict[str, Look]:
     return found
 
 
+def on_ground(colour: str, ground: str, ratio: float = 3.2) -> str:
+    """`colour`, moved towards white or black as far as it needs for a contrast of `ratio` on `ground`.
+
+    WCAG 2.2 asks for a contrast of 3 of what is needed to understand a figure.
+    """
+    end = (255, 255, 255) if _luminance(ground) < 0.18 else (0, 0, 0)
+    start = _channels(colour)
+    for percent in range(101):
+        mixed = tuple(round(a + (b - a) * percent / 100) for a, b in zip(start, end, strict=True))
+        found = "#{:02x}{:02x}{:02x}".format(*mixed)
+        if contrast(found, ground) >= ratio:
+            return found
+    raise ValueError(f"no mixture of {colour} has a contrast of {ratio} on {ground}")
+
+
+def contrast(first: str, second: str) -> float:
+    """The contrast of two colours as WCAG 2.2 defines it, from 1 to 21."""
+    darker, lighter = sorted((_luminance(first), _luminance(second)))
+    return (lighter + 0.05) / (darker + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    shares = [channel / 255 for channel in _channels(colour)]
+    linear = [share / 12.92 if share <= 0.04045 else ((share + 0.055) / 1.055) ** 2.4 for share in shares]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _channels(colour: str) -> tuple[int, int, int]:
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
 @contextmanager
 def house_style() -> Iterator[None]:
     """Matplotlib settings of all figures; figures must be made and written inside."""

@@ -20,6 +20,8 @@ from prefarena.report.tables import Table, number, plus_minus
 MOST_PANELS = 12
 _COLUMNS = 3
 _SMOOTHED_OVER = 5  # iterations in the running mean of an estimated curve
+#: What each iteration's rollouts are scored by: a key of metrics.jsonl and its name on an axis.
+ESTIMATES = {"reward/mean": "reward learned from", "reward/judge": "judge, not learned from"}
 
 Rows = list[dict[str, float]]
 
@@ -182,7 +184,7 @@ def _draw_exact(axes: Axes, results: Results, entry: EntryResult, colour: str) -
             }
             axes.plot(*_line(rows, "proxy_reward"), color=colour, linewidth=1.1, zorder=3, **style)
         furthest = max(furthest, *(row["kl"] for row in rows))
-    for line in _frontiers(results, entry, 1.1 * furthest):
+    for line in frontiers_of(results, entry, 1.1 * furthest):
         axes.plot(line[:, 0], line[:, 1], color=BLACK, linewidth=1.1, zorder=1)
     axes.margins(0.1)
 
@@ -196,7 +198,7 @@ def _label(axes: Axes, results: Results, entry: EntryResult, colour: str) -> Non
     if not is_gold(entry) and "proxy_reward" in end:
         labels.append(Label(end["kl"], end["proxy_reward"], "reward learned from", colour))
         obstacles += [along(np.stack(_line(rows, "proxy_reward"), axis=1)) for rows in seeds]
-    for index, line in enumerate(_frontiers(results, entry, 1.1 * end["kl"])):
+    for index, line in enumerate(frontiers_of(results, entry, 1.1 * end["kl"])):
         if index == 0:
             middle = line[len(line) // 2]
             labels.append(Label(float(middle[0]), float(middle[1]), "optimal frontier (gold)", BLACK))
@@ -209,7 +211,7 @@ def _line(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     return np.array([row["kl"] for row in kept]), np.array([row[key] for row in kept])
 
 
-def _frontiers(results: Results, entry: EntryResult, furthest: float) -> list[np.ndarray]:
+def frontiers_of(results: Results, entry: EntryResult, furthest: float) -> list[np.ndarray]:
     """The frontiers on the prompts that the entry samples on, up to a KL: [60, 2], denser where they are steep."""
     lines = frontier_lines(results, "covered" if entry.settings.get("prompts") == "covered" else "all")
     kls = furthest * np.linspace(0, 1, 60) ** 2
@@ -222,17 +224,11 @@ def estimated_figure(results: Results, folder: Path) -> Figure | None:
     A column for each on-policy entry (the first six): above the reward learned from, below the judge, which it does
     not learn from. Relative paths in `results.curves` are taken from `folder`.
     """
-    found: dict[str, list[Rows]] = {}
-    for entry in results.trained():
-        paths = [folder / path for path in results.curves.get(entry.name, {}).values()]
-        seeds = [[row for row in read_metrics(path) if "kl/k1" in row] for path in paths if path.is_file()]
-        if any(seeds):
-            found[entry.name] = [rows for rows in seeds if rows]
+    found = {name: list(by_seed.values()) for name, by_seed in rollout_rows(results, folder).items()}
     if not found:
         return None
     names = list(found)[: MOST_PANELS // 2]
-    keys = {"reward/mean": "reward learned from", "reward/judge": "judge, not learned from"}
-    shown = [key for key in keys if any(key in rows[0] for name in names for rows in found[name])]
+    shown = [key for key in ESTIMATES if any(key in rows[0] for name in names for rows in found[name])]
     with house_style():
         figure = Figure(figsize=(max(4.2, 1.0 + 3.2 * len(names)), 0.7 + 2.6 * len(shown)), layout="constrained")
         grid = figure.subplots(len(shown), len(names), squeeze=False, sharex="col", sharey="row")
@@ -244,19 +240,39 @@ def estimated_figure(results: Results, folder: Path) -> Figure | None:
                 for rows in found[name]:
                     _draw_estimates(grid[row, column], rows, key, colours[name])
         for row, key in enumerate(shown):
-            grid[row, 0].set_ylabel(keys[key])
+            grid[row, 0].set_ylabel(ESTIMATES[key])
         return figure
+
+
+def rollout_rows(results: Results, folder: Path) -> dict[str, dict[str, Rows]]:
+    """entry -> seed -> the iterations that on-policy training logged; entries without any are left out."""
+    found: dict[str, dict[str, Rows]] = {}
+    for entry in results.trained():
+        for seed, path in results.curves.get(entry.name, {}).items():
+            if (folder / path).is_file():
+                rows = [row for row in read_metrics(folder / path) if "kl/k1" in row]
+                if rows:
+                    found.setdefault(entry.name, {})[seed] = rows
+    return found
+
+
+def estimated_points(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
+    """(k1, value) of each iteration, [N, 2], and their running mean over five, [M, 2]; both empty without `key`."""
+    points = np.array([(row["kl/k1"], row[key]) for row in rows if key in row]).reshape(-1, 2)
+    width = min(_SMOOTHED_OVER, len(points))
+    if not width:
+        return points, points
+    window = np.full(width, 1 / width)
+    return points, np.stack([np.convolve(points[:, i], window, mode="valid") for i in (0, 1)], axis=1)
 
 
 def _draw_estimates(axes: Axes, rows: Rows, key: str, colour: str) -> None:
     """Iterations as dots, and their running mean as a line with a mark at its end."""
-    points = np.array([(row["kl/k1"], row[key]) for row in rows if key in row])
+    points, smooth = estimated_points(rows, key)
     if not len(points):
         axes.text(0.5, 0.5, "not logged", ha="center", va="center", color=GREY, transform=axes.transAxes)
         return
     axes.scatter(points[:, 0], points[:, 1], s=9, color=colour, alpha=0.35, linewidths=0)
-    width = min(_SMOOTHED_OVER, len(points))
-    smooth = np.stack([np.convolve(points[:, i], np.full(width, 1 / width), mode="valid") for i in (0, 1)], axis=1)
     axes.plot(smooth[:, 0], smooth[:, 1], color=colour, linewidth=1.4)
     axes.plot(smooth[-1:, 0], smooth[-1:, 1], color=colour, marker="o", markersize=5, markeredgecolor="white")
     axes.margins(0.08)

@@ -1,0 +1,147 @@
+// Charts: what charts.py describes, as traces of plotly.js.
+
+const SYMBOLS = {
+  "o": "circle", "s": "square", "^": "triangle-up", "D": "diamond", "v": "triangle-down", "p": "pentagon",
+  "<": "triangle-left", ">": "triangle-right", "h": "hexagon", "8": "octagon", "X": "x", "*": "star",
+};
+const CONFIG = {
+  responsive: true, displaylogo: false,
+  modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
+};
+const drawn = []; // [element, chart]
+
+function symbolOf(key) {
+  return SYMBOLS[KEYS.get(key)?.marker ?? "o"];
+}
+
+/** Text that plotly.js would take for markup is shown as it is. */
+function plain(text) {
+  return text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+}
+
+/** Triangles look smaller than other markers of the same width. */
+function sizeOf(key, size) {
+  return symbolOf(key).startsWith("triangle") ? Math.round(size * 1.3) : size;
+}
+
+function errorBars(values, colour) {
+  if (!values || values.every((value) => value === null)) return undefined;
+  return { type: "data", array: values, color: colour, thickness: 1.2, width: 3 };
+}
+
+function traceOf(line) {
+  const colour = colourOf(line.key);
+  const trace = {
+    type: "scatter", x: line.x, y: line.y, name: line.name, meta: line.name, showlegend: false,
+    marker: { color: colour, symbol: symbolOf(line.key), size: sizeOf(line.key, 11), line: { color: cssValue("--card"), width: 1 } },
+    line: { color: colour, width: 1.8 },
+    hovertemplate: line.text ? "%{text}<extra></extra>" : `<b>${plain(line.name)}</b><br>%{x:.4~g}, %{y:.4~g}<extra></extra>`,
+  };
+  if (line.text) trace.text = line.text;
+  switch (line.role) {
+    case "mean": case "bar":
+      return { ...trace, mode: "markers",
+        error_x: errorBars(line.ex, colour), error_y: errorBars(line.ey, colour) };
+    case "seed":
+      return { ...trace, mode: "markers", marker: { color: "rgba(0,0,0,0)", size: 6, line: { color: colour, width: 1.2 } } };
+    case "grid":
+      return { ...trace, mode: "lines+markers", marker: { ...trace.marker, size: sizeOf(line.key, 8) }, line: { color: colour, width: 1.4 },
+        error_x: errorBars(line.ex, colour), error_y: errorBars(line.ey, colour) };
+    case "steps":
+      return { ...trace, mode: "lines+markers", marker: { ...trace.marker, size: sizeOf(line.key, 8) },
+        hovertemplate: "%{text}<br>reward %{y:.3f}<br>KL %{x:.3f}<extra></extra>" };
+    case "dashed":
+      return { ...trace, mode: "lines+markers", line: { color: colour, width: 1.4, dash: "dash" },
+        marker: { color: cssValue("--card"), symbol: symbolOf(line.key), size: sizeOf(line.key, 7), line: { color: colour, width: 1.4 } },
+        hovertemplate: "%{text}<br>reward %{y:.3f}<br>KL %{x:.3f}<extra></extra>" };
+    case "dots":
+      return { ...trace, mode: "markers", opacity: 0.4, marker: { color: colour, size: 5 } };
+    case "frontier":
+      return { ...trace, mode: "lines", line: { color: cssValue("--soft"), width: 1.6 },
+        hovertemplate: `${plain(line.name)}<br>%{y:.3f} at KL %{x:.3f}<extra></extra>` };
+    case "curve":
+      return { ...trace, mode: "lines", line: { color: colour, width: 1.5 },
+        hovertemplate: `<b>${plain(line.name)}</b><br>step %{x}<br>%{y:.4~g}<extra></extra>` };
+    default:
+      return { ...trace, mode: "lines" };
+  }
+}
+
+/** The range of bars and their errors, with `at` well inside. */
+function rangeWith(at, lines) {
+  const ends = lines.flatMap(({ x, ex }) => x.flatMap((value, place) => [value - (ex[place] ?? 0), value + (ex[place] ?? 0)]));
+  const [low, high] = [Math.min(at, ...ends), Math.max(at, ...ends)];
+  const margin = 0.08 * (high - low || 1);
+  return [low - margin, high + margin];
+}
+
+function layoutOf(chart, lines) {
+  const [text, soft, grid] = ["--text", "--soft", "--line"].map(cssValue);
+  const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true, title: { standoff: 10 } };
+  const layout = {
+    margin: { l: 56, r: 16, t: 10, b: 48 }, hovermode: "closest", dragmode: "zoom",
+    paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
+    font: { family: cssValue("--sans"), size: 12, color: soft },
+    hoverlabel: { bgcolor: cssValue("--card"), bordercolor: soft, font: { color: text, size: 13 }, align: "left", namelength: -1 },
+    modebar: { bgcolor: "rgba(0,0,0,0)", color: soft, activecolor: cssValue("--accent") },
+    xaxis: { ...axis, title: { text: chart.x, standoff: 10 } },
+    yaxis: { ...axis, title: { text: chart.y, standoff: 10 } },
+  };
+  if (lines.some((line) => line.role === "bar")) {
+    Object.assign(layout.yaxis, { type: "category", range: [lines.length - 0.4, -0.6], gridcolor: "rgba(0,0,0,0)", tickfont: { color: text } });
+    if (typeof chart.at === "number") {
+      layout.shapes = [{ type: "line", x0: chart.at, x1: chart.at, y0: 0, y1: 1, yref: "paper", line: { color: soft, width: 1.2, dash: "dot" } }];
+      layout.xaxis.range = rangeWith(chart.at, lines);
+    } else {
+      layout.xaxis.rangemode = "tozero";
+    }
+  }
+  if (!lines.length) {
+    Object.assign(layout.xaxis, { visible: false });
+    Object.assign(layout.yaxis, { visible: false });
+    layout.annotations = [{ text: "Everything here is hidden: choose policies above.", showarrow: false, font: { size: 13, color: soft } }];
+  }
+  return layout;
+}
+
+function draw(element, chart) {
+  const lines = chart.lines.filter((line) => isShown(line.key));
+  if (chart.lines.some((line) => line.role === "bar")) element.style.height = `${Math.max(11, 5 + 1.9 * lines.length)}rem`;
+  const isBare = lines.every((line) => line.key === null);
+  Plotly.react(element, isBare ? [] : lines.map(traceOf), layoutOf(chart, isBare ? [] : lines), CONFIG);
+}
+
+/** A figure for each chart, drawn when it first comes near the window. */
+function placeCharts() {
+  const waiting = new Map(); // element -> chart
+  const drawFirst = (element) => {
+    const chart = waiting.get(element);
+    waiting.delete(element);
+    observer.unobserve(element);
+    drawn.push([element, chart]);
+    draw(element, chart);
+  };
+  const observer = new IntersectionObserver((entries) => {
+    for (const { target, isIntersecting } of entries) if (isIntersecting && waiting.has(target)) drawFirst(target);
+  }, { rootMargin: "400px" });
+  window.addEventListener("beforeprint", () => [...waiting.keys()].forEach(drawFirst));
+  for (const place of document.querySelectorAll("[data-charts]")) {
+    for (const chart of DATA.charts[place.dataset.charts]) {
+      if (typeof Plotly === "undefined") {
+        place.replaceChildren(make("p", { className: "warning" },
+          "Charts are missing because the package plotly was not installed when this page was written. " +
+          "Install it and run `prefarena report` again; figures/ has the same as images."));
+        break;
+      }
+      const plot = make("div", { className: "plot", id: `plot-${chart.id}`, role: "img", ariaLabel: `Chart: ${chart.title}` });
+      waiting.set(plot, chart);
+      const note = chart.note ? [make("p", { className: "note" }, chart.note)] : [];
+      place.append(make("figure", {}, make("h3", {}, chart.title), plot, make("figcaption", {}, ...note)));
+      observer.observe(plot);
+    }
+  }
+}
+
+function redrawCharts() {
+  for (const [element, chart] of drawn) draw(element, chart);
+}

@@ -1,0 +1,297 @@
+"""What the charts of report.html show, as plain data that the page's script hands to the plotting library.
+
+Every number is the one that tables and figures have. A `key` names what the legend switches: an entry, or in a sweep a
+method with its grid of settings.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from prefarena.report.curves import OFF_POLICY_METRICS, ON_POLICY_METRICS, OWN_SCALE, read_curves
+from prefarena.report.plots import frontier_lines, group_curves
+from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, with_gains
+from prefarena.report.style import looks, on_ground
+from prefarena.report.tables import plus_minus, wall_seconds
+from prefarena.report.trajectories import (
+    ESTIMATES,
+    estimated_points,
+    frontiers_of,
+    is_gold,
+    on_policy,
+    rollout_rows,
+)
+
+#: The grounds that charts stand on; report.css has the same.
+LIGHT, DARK = "#ffffff", "#161a20"
+_MOST_POINTS = 240  # of one line of a training curve
+_KL = "KL(π ‖ reference), nats"
+
+Line = dict[str, Any]  # key, name, role (how it is drawn), x, y, and as it has them ex, ey, text
+Chart = dict[str, Any]  # id, title, note, x, y (names of the axes), lines
+Value = Callable[[Results, EntryResult], Aggregate | None]
+
+
+def legend(results: Results) -> list[dict[str, Any]]:
+    """What can be switched, with its marker and its colours on light and dark ground; `failed`: nothing to show."""
+    entries = [entry for entry in results.entries if entry.kind != "optimum" or results.frontier]
+    names, kinds = [entry.name for entry in entries], [entry.kind for entry in entries]
+    failed = {entry.name: not entry.seeds for entry in entries}
+    if results.is_sweep:
+        groups = results.groups()
+        names = kinds = list(groups) if results.exact else ["reference", *groups]  # which has samples
+        failed = {group: not any(entry.seeds for entry in grid) for group, grid in groups.items()}
+    styles = looks(names, kinds)
+    return [
+        {
+            "key": name,
+            "light": on_ground(look.colour, LIGHT),
+            "dark": on_ground(look.colour, DARK),
+            "marker": look.marker,
+            "failed": failed.get(name, False),
+        }
+        for name, look in styles.items()
+    ]
+
+
+def key_of(results: Results, entry: EntryResult) -> str:
+    """The legend's key that an entry belongs to."""
+    return entry.group if results.is_sweep and entry.is_trained else entry.name
+
+
+# ----------------------------------------------------------------------------------------- reward and KL
+
+
+def reward_kl_charts(results: Results) -> list[Chart]:
+    """Reward against KL and what stands beside it in the report's first figure."""
+    found = with_gains(results)
+    if results.exact:
+        return [
+            _plane(
+                found, "reward-kl", "Reward and KL on prompts with pairs", ("kl/covered", "reward/covered"),
+                (_KL, "expected gold reward"), _frontier(found, "kl/covered"),
+                "Up is better, left is closer to the reference. No policy can lie above the frontier, π* ∝ "
+                "π_ref·exp(r/β); the vertical distance to it is the regret.",
+            ),
+            _plane(
+                found, "drift", "Drift on prompts without pairs", ("gain/covered", "kl/uncovered"),
+                ("gain in reward on prompts with pairs", "KL on prompts without pairs, nats"), [],
+                "Lower is better: how far each policy moves on prompts for which it saw no pairs.",
+            ),
+        ]  # fmt: skip
+    scored = any(aggregate(entry, "judge_score") for entry in found.entries)
+    measure = "judge score" if scored else "win rate"
+    return [
+        _plane(
+            found, "reward-kl", f"{measure.capitalize()} and KL on held-out prompts",
+            ("kl", measure.replace(" ", "_")), (_KL, f"mean {measure}"), [],
+            "Up is better, left is closer to the reference. Bars are one standard error.",
+        ),
+        _bars(
+            found, "win-rates", "Win rate against the reference", lambda _, entry: aggregate(entry, "win_rate"),
+            "share of comparisons won", 3, "Ties count half; the line is at one half. Bars are one standard error.",
+            0.5,
+        ),
+    ]  # fmt: skip
+
+
+def cost_chart(results: Results) -> Chart | None:
+    """Seconds of each entry's own stages for one seed; none where nothing is known of them."""
+    chart = _bars(
+        results, "wall", "Cost of one seed", wall_seconds, "seconds of the entry's own stages", 1,
+        "Stages that entries share, and evaluation, are left out.",
+    )  # fmt: skip
+    return chart if chart["lines"] else None
+
+
+def _plane(
+    results: Results,
+    name: str,
+    title: str,
+    measures: tuple[str, str],
+    axes: tuple[str, str],
+    frontiers: list[Line],
+    note: str,
+) -> Chart:
+    """Every entry's mean with its error and its seeds; in a sweep each method's grid as a line."""
+    x, y = measures
+    lines = list(frontiers)
+    if results.is_sweep:
+        lines += [
+            _points(group, group, "grid", [(a, b, f"{entry.name}") for entry, a, b in points], axes)
+            for group, points in group_curves(results, x, y).items()
+        ]
+        return {"id": name, "title": title, "note": note, "x": axes[0], "y": axes[1], "lines": lines}
+    for entry in results.entries:
+        a, b = aggregate(entry, x), aggregate(entry, y)
+        if a is None or b is None or (entry.kind == "optimum" and not frontiers):
+            continue
+        lines.append(_points(entry.name, entry.name, "mean", [(a, b, entry.name)], axes))
+        seeds = [(seed, row[x], row[y]) for seed, row in entry.seeds.items() if x in row and y in row]
+        if len({(one, other) for _, one, other in seeds}) > 1:
+            text = [f"<b>{html.escape(entry.name)}</b>, seed {seed}" for seed, _, _ in seeds]
+            values = [[value for _, value, _ in seeds], [value for _, _, value in seeds]]
+            lines.append(_line(entry.name, entry.name, "seed", values[0], values[1], text=text))
+    return {"id": name, "title": title, "note": note, "x": axes[0], "y": axes[1], "lines": lines}
+
+
+def _points(
+    key: str, name: str, role: str, points: list[tuple[Aggregate, Aggregate, str]], axes: tuple[str, str]
+) -> Line:
+    text = [
+        f"<b>{html.escape(label)}</b><br>{axes[1]}: {plus_minus(b, 3)}<br>{axes[0]}: {plus_minus(a, 3)}{_seeds(a, b)}"
+        for a, b, label in points
+    ]
+    errors = [[a.stderr for a, _, _ in points], [b.stderr for _, b, _ in points]]
+    values = [[a.mean for a, _, _ in points], [b.mean for _, b, _ in points]]
+    return _line(key, name, role, values[0], values[1], text=text, ex=_numbers(errors[0]), ey=_numbers(errors[1]))
+
+
+def _seeds(*values: Aggregate) -> str:
+    over = [value.num_seeds for value in values if value.over_seeds]
+    return f"<br>mean of {over[0]} seeds" if over else ""
+
+
+def _frontier(results: Results, kl: str) -> list[Line]:
+    """The optimal frontiers, up to a little beyond the largest KL that an entry has."""
+    measured = [row[kl] for entry in results.entries for row in entry.seeds.values() if kl in row]
+    furthest = 1.25 * max(measured, default=0.0)
+    lines = []
+    for line in frontier_lines(results, "covered"):
+        shown = line[line[:, 0] <= furthest] if furthest > 0 else line
+        if len(shown):
+            lines.append(_line(None, "optimal frontier", "frontier", shown[:, 0], shown[:, 1]))
+    return lines
+
+
+def _bars(
+    results: Results, name: str, title: str, value: Value, axis: str, digits: int, note: str, at: float | None = None
+) -> Chart:
+    """One value for each trained entry, along the x axis; `at`: where a line stands."""
+    lines = []
+    for entry in results.trained():
+        found = value(results, entry)
+        if found is not None:
+            text = [f"<b>{html.escape(entry.name)}</b><br>{axis}: {plus_minus(found, digits)}{_seeds(found)}"]
+            key = key_of(results, entry)
+            line = _line(key, entry.name, "bar", [found.mean], [entry.name], text=text, ex=_numbers([found.stderr]))
+            lines.append(line)
+    return {"id": name, "title": title, "note": note, "x": axis, "y": "", "lines": lines, "at": at}
+
+
+# -------------------------------------------------------------------------------------- through training
+
+
+def through_training_charts(results: Results, folder: Path) -> list[Chart]:
+    """On-policy entries on the way: exact where it can be, else what training logged of its rollouts."""
+    if results.exact:
+        return _exact_trajectories(results)
+    rows = rollout_rows(results, folder)
+    charts = []
+    for key, axis in ESTIMATES.items():
+        lines = []
+        for entry in (entry for entry in results.trained() if entry.name in rows):
+            for seed, found in rows[entry.name].items():
+                points, smooth = estimated_points(found, key)
+                if len(points):
+                    owner = (key_of(results, entry), f"{entry.name}, seed {seed}")
+                    lines.append(_line(*owner, "dots", points[:, 0], points[:, 1]))
+                    lines.append(_line(*owner, "line", smooth[:, 0], smooth[:, 1]))
+        if lines:
+            note = (
+                "The score that training maximises."
+                if key == "reward/mean"
+                else "The judge of the evaluation, from which nothing is learned. Where it falls behind the learned "
+                "reward, that reward is over-optimised."
+            )
+            note = f"Each dot is one iteration's rollouts, each line their running mean over five. {note}"
+            name = f"through-{key.replace('/', '-')}"
+            axes = {"x": "KL(π ‖ reference), k1, nats", "y": axis}
+            charts.append({"id": name, "title": axis.capitalize(), "note": note, **axes, "lines": lines})
+    return charts
+
+
+def _exact_trajectories(results: Results) -> list[Chart]:
+    lines: list[Line] = []
+    furthest: dict[str, tuple[float, EntryResult]] = {}  # the largest KL on the prompts that entries sample on
+    for entry in on_policy(results):
+        key = key_of(results, entry)
+        for seed, rows in results.trajectories[entry.name].items():
+            lines.append(_trajectory(key, f"{entry.name}, seed {seed}: gold reward", "steps", rows, "reward"))
+            if not is_gold(entry) and any("proxy_reward" in row for row in rows):
+                name = f"{entry.name}, seed {seed}: reward learned from"
+                lines.append(_trajectory(key, name, "dashed", rows, "proxy_reward"))
+            prompts = "covered" if entry.settings.get("prompts") == "covered" else "all"
+            before = furthest[prompts][0] if prompts in furthest else 0.0
+            furthest[prompts] = (max(before, *(row["kl"] for row in rows)), entry)
+    for prompts, (kl, entry) in furthest.items():
+        for line in frontiers_of(results, entry, 1.1 * kl):
+            where = "prompts with pairs" if prompts == "covered" else "all prompts"
+            lines.append(_line(None, f"optimal frontier, {where}", "frontier", line[:, 0], line[:, 1]))
+    if not lines:
+        return []
+    note = (
+        "Exact, on the prompts that each entry samples on: policies before, during and after training, one line for "
+        "each seed. Solid: the gold reward; dashed: the reward that is learned from. Where the dashed line rises and "
+        "the solid one does not follow, the reward is over-optimised."
+    )
+    title = "Reward and KL through training"
+    return [{"id": "through", "title": title, "note": note, "x": _KL, "y": "expected reward", "lines": lines}]
+
+
+def _trajectory(key: str, name: str, role: str, rows: list[dict[str, float]], measure: str) -> Line:
+    kept = [row for row in rows if measure in row]
+    text = [f"<b>{html.escape(name)}</b><br>after {row['step']:.0f} updates" for row in kept]
+    return _line(key, name, role, [row["kl"] for row in kept], [row[measure] for row in kept], text=text)
+
+
+# ---------------------------------------------------------------------------------------- training curves
+
+
+def training_charts(results: Results, folder: Path) -> list[Chart]:
+    """A chart for each metric that any entry logged, with a line for each entry and seed, thinned where it is long."""
+    metrics = tuple(dict.fromkeys(OFF_POLICY_METRICS + ON_POLICY_METRICS))
+    lines: dict[str, list[Line]] = {metric: [] for metric in metrics}
+    for entry in results.trained():
+        for seed, path in results.curves.get(entry.name, {}).items():
+            if not (folder / path).is_file():
+                continue
+            for metric, found in read_curves([folder / path], metrics).items():
+                for points in found:
+                    x, y = thinned(points).T
+                    name = f"{entry.name}, seed {seed}"
+                    lines[metric].append(_line(key_of(results, entry), name, "curve", x, y))
+    note = "Losses of different methods are different quantities and do not compare."
+    return [
+        {
+            "id": f"curve-{metric.replace('/', '-')}",
+            "title": metric,
+            "note": note if metric == OWN_SCALE else "",
+            "x": "step",
+            "y": "",
+            "lines": found,
+        }
+        for metric, found in lines.items()
+        if found
+    ]
+
+
+def thinned(points: np.ndarray) -> np.ndarray:
+    """At most 240 of the points [N, 2], evenly chosen, the first and the last among them."""
+    if len(points) <= _MOST_POINTS:
+        return points
+    return points[np.linspace(0, len(points) - 1, _MOST_POINTS).round().astype(int)]
+
+
+def _line(key: str | None, name: str, role: str, x: Any, y: Any, **more: Any) -> Line:
+    """Numbers at six digits, which is more than a screen can show."""
+    return {"key": key, "name": name, "role": role, "x": _numbers(x), "y": _numbers(y), **more}
+
+
+def _numbers(values: Any) -> list[Any]:
+    return [value if value is None or isinstance(value, str) else float(f"{float(value):.6g}") for value in values]
