@@ -24,7 +24,7 @@ def list_methods() -> str:
 def table() -> str:
     """The off-policy methods as a table in Markdown; docs/methods.md explains the notation of its formulas."""
     lines = [
-        "| `kind` | what it is | loss of a pair | needs the reference | its own settings |",
+        "| `kind` | what it is | loss | needs the reference | its own settings |",
         "|---|---|---|---|---|",
     ]
     for kind, method in discover().items():

@@ -1,7 +1,8 @@
 """The stages of a comparison, named and addressed by everything that their results depend on. No work is done here.
 
-    data ─▶ base ─▶ reference ─▶ pairs ─▶ logps ─┬─▶ one training stage per entry and seed ─▶ evaluation
-                                                 └─▶ reward model ─▶ PPO ──────────────────▶ evaluation
+    data ─▶ base ─▶ reference ─▶ pairs ─┬▶ logps ─┬─▶ one training stage per entry and seed ─▶ evaluation
+                                        │         └─▶ reward model ─▶ PPO ──────────────────▶ evaluation
+                                        └▶ responses ─▶ training of a method on single responses
 
 For text tasks `pairs` is `data`; for the enumerable language pairs are drawn from the reference policy.
 """
@@ -38,6 +39,7 @@ from prefarena.functions import source_digest
 from prefarena.judges.spec import JudgeSpec
 from prefarena.mirror import root_of
 from prefarena.modeling.arithmetic import Arithmetic, named
+from prefarena.settings.unpaired import Unpaired
 from prefarena.stages import Stage
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 
@@ -91,6 +93,7 @@ class SeedPlan:
     reference: Stage
     pairs: Stage
     scored: dict[Arithmetic, Stage]  # pairs with the reference's log-probs, by the arithmetic of training
+    responses: dict[Arithmetic, Stage]  # single ones, of methods that learn from those
     scored_in: Arithmetic  # of judges, evaluations and test pairs
     samples: Stage | None  # holds reference_samples/, on which learned rewards are normalised; none where none is
     judge: Stage | None
@@ -104,7 +107,8 @@ class SeedPlan:
 
     def shared(self) -> list[Stage]:
         """Stages before any entry's own, in order, without repeats."""
-        stages = [self.data, self.base, self.reference, self.pairs, *self.scored.values(), self.samples, self.judge]
+        stages: list[Stage | None] = [self.data, self.base, self.reference, self.pairs, *self.scored.values()]
+        stages += [*self.responses.values(), self.samples, self.judge]
         return list(dict.fromkeys(stage for stage in stages if stage))
 
 
@@ -140,11 +144,15 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
             inputs += named(config.scored_in)
             judge = Stage.at(root, "judge", task.kind, inputs)
     trained_on, scored = dict[Arithmetic, str](), dict[Arithmetic, Stage]()
-    for arithmetic in _arithmetics(config):
+    for arithmetic in _arithmetics(config, unpaired=False) or ["float32"]:
         inputs = [pairs.key, reference.key, *named(arithmetic)]
         trained_on[arithmetic] = Stage.at(root, "logps", task.kind, inputs).key  # how test pairs are scored aside
         inputs += [f"test pairs: {other}" for other in named(config.scored_in)]
         scored[arithmetic] = Stage.at(root, "logps", task.kind, inputs)
+    responses = {
+        arithmetic: Stage.at(root, "responses", task.kind, [pairs.key, reference.key, arithmetic])
+        for arithmetic in _arithmetics(config, unpaired=True)
+    }
     logps = next(iter(scored.values()))
     judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else _judge_inputs(config.judge)
     if is_pairwise(config):
@@ -153,13 +161,26 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     if isinstance(task, TextTask) and _engine(config) != ["float32"]:
         evaluate.append(_engine(config))
     trained = tuple(
-        _trained(config, entry, seed, root, logps, trained_on, samples, judge, evaluate) for entry in config.entries
+        _trained(config, entry, seed, root, logps, trained_on, responses, samples, judge, evaluate)
+        for entry in config.entries
     )
     evaluation = Stage.at(root, "evaluation", "reference", [reference.key, evaluate])
     if is_pairwise(config):
         trained = tuple(_compared(one, root, evaluation, config.judge) for one in trained)
     return SeedPlan(
-        seed, task, data, base, reference, pairs, scored, config.scored_in, samples, judge, evaluation, trained
+        seed,
+        task,
+        data,
+        base,
+        reference,
+        pairs,
+        scored,
+        responses,
+        config.scored_in,
+        samples,
+        judge,
+        evaluation,
+        trained,
     )
 
 
@@ -170,6 +191,7 @@ def _trained(
     root: Path,
     logps: Stage,
     trained_on: dict[Arithmetic, str],
+    responses: dict[Arithmetic, Stage],
     samples: Stage | None,
     judge: Stage | None,
     evaluate: list[Any],
@@ -178,7 +200,8 @@ def _trained(
     method, label, reward_model, scores = entry.method, f"{entry.name}-s{seed}", None, None
     pairs, settings = logps.key, _dump(method)
     if isinstance(method, OffPolicyMethod):
-        pairs, settings = trained_on[arithmetic_of(config, method)], method.address()
+        arithmetic, settings = arithmetic_of(config, method), method.address()
+        pairs = responses[arithmetic].key if isinstance(method, Unpaired) else trained_on[arithmetic]
     inputs: list[Any] = [pairs, settings, seed, _layout(config)]
     if isinstance(method, OnPolicyMethod | BestOfN):
         if isinstance(method.reward, RewardModel):
@@ -237,11 +260,11 @@ def arithmetic_of(config: Comparison, method: OffPolicyMethod) -> Arithmetic:
     return "bfloat16" if sharded else "autocast"
 
 
-def _arithmetics(config: Comparison) -> list[Arithmetic]:
-    """Of all entries that are trained on pairs, without repeats; float32 first, and where there are none."""
-    methods = [entry.method for entry in config.entries]
-    found = {arithmetic_of(config, method) for method in methods if isinstance(method, OffPolicyMethod)}
-    return sorted(found, key=lambda arithmetic: arithmetic != "float32") or ["float32"]
+def _arithmetics(config: Comparison, *, unpaired: bool) -> list[Arithmetic]:
+    """Of all entries that are trained on single responses, or on pairs, without repeats; float32 first."""
+    methods = [entry.method for entry in config.entries if isinstance(entry.method, OffPolicyMethod)]
+    found = {arithmetic_of(config, method) for method in methods if isinstance(method, Unpaired) == unpaired}
+    return sorted(found, key=lambda arithmetic: arithmetic != "float32")
 
 
 def _engine(config: Comparison) -> list[str]:
@@ -365,7 +388,8 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
         raise TypeError("best-of-n trains nothing")
     folder, name = str(trained.training.folder), f"{trained.entry.name}-s{trained.seed}"
     if isinstance(method, OffPolicyMethod):
-        pretraining = plan.data.folder / "pretraining"
+        pretraining, arithmetic = plan.data.folder / "pretraining", arithmetic_of(config, method)
+        unpaired = isinstance(method, Unpaired)
         return OffPolicyJob(
             max_length=max_length(plan.task),
             stage_dir=folder,
@@ -373,7 +397,8 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
             policy=model_of(plan.reference),
             seed=trained.seed,
             method=method,
-            pairs=str(plan.scored[arithmetic_of(config, method)].folder / "train_pairs"),
+            pairs=str((plan.logps if unpaired else plan.scored[arithmetic]).folder / "train_pairs"),
+            responses=str(plan.responses[arithmetic].folder / "train_responses") if unpaired else None,
             demonstrations=str(plan.data.folder / "demonstrations"),
             pretraining=str(pretraining) if method.pretraining_weight > 0 else None,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -15,6 +16,7 @@ from pipelines.plan import SeedPlan, judge_job, learns_judge, max_length, model_
 from pipelines.preferences import prepare_text
 from pipelines.reference import add_reference_logps
 from pipelines.reference_samples import draw_reference_samples
+from pipelines.responses import add_responses
 from pipelines.runner import require, run, run_once
 from prefarena.cluster.waiting import Failed, get_within, outcomes_within
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, ScratchModel, TextTask
@@ -54,6 +56,8 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
         scored = "scoring processes to start, and to score every pair by the reference policy"
         for arithmetic, stage in plan.scored.items():
             run_once(console, stage, partial(_write_logps, config, plan, arithmetic), scored)
+        for arithmetic, stage in plan.responses.items():
+            run_once(console, stage, partial(_write_responses, config, plan, arithmetic), scored)
     draw_reference_samples(config, plans, console)
     run(config.resources, [judge_job(config, plan, plan.judge) for plan in plans if plan.judge], config, console)
     require([plan.judge for plan in plans if plan.judge])
@@ -139,9 +143,17 @@ def _write_logps(config: Comparison, plan: SeedPlan, arithmetic: Arithmetic, fol
         plan.pairs.folder,
         model_of(plan.reference),
         folder,
-        cache=root_of(config.output, config.resources.cache_dir) / "reference_logps",
-        resources=config.resources,
-        max_length=max_length(plan.task),
         arithmetic=arithmetic,
         scored_in=config.scored_in,
+        **_scoring(config, plan),
     )
+
+
+def _write_responses(config: Comparison, plan: SeedPlan, arithmetic: Arithmetic, folder: Path) -> None:
+    add_responses(plan.pairs.folder, model_of(plan.reference), folder, arithmetic=arithmetic, **_scoring(config, plan))
+
+
+def _scoring(config: Comparison, plan: SeedPlan) -> dict[str, Any]:
+    """What scores by the reference policy are computed with, and where finished ones are kept."""
+    cache = root_of(config.output, config.resources.cache_dir) / "reference_logps"
+    return {"cache": cache, "resources": config.resources, "max_length": max_length(plan.task)}

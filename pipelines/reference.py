@@ -103,24 +103,48 @@ def add_reference_logps(
     the training pairs; the test pairs are scored in `scored_in`, as evaluations score policies. Finished parts are kept
     in `cache`, and those found there are used.
     """
+    arithmetics: dict[str, Arithmetic] = {TRAIN: arithmetic, TEST: scored_in}
+    write_manifest(
+        folder,
+        score_tables(
+            pairs, reference, folder, arithmetics,
+            cache=cache, resources=resources, max_length=max_length, part_rows=part_rows,
+        ),
+    )  # fmt: skip
+
+
+def score_tables(
+    pairs: Path,
+    reference: str,
+    folder: Path,
+    arithmetics: dict[str, Arithmetic],
+    *,
+    cache: Path,
+    resources: Resources,
+    max_length: int | None = None,
+    part_rows: int = PART_ROWS,
+) -> dict[str, Any]:
+    """Write the tables under `pairs` that `arithmetics` names, each with the two columns, to `folder`.
+
+    Returns costs and numbers of parts, for a manifest.
+    """
     started = time.perf_counter()
     cache.mkdir(parents=True, exist_ok=True)
     model = [_SCORING, weights_digest(reference), *_scorer(resources), BATCH_TOKENS]
-    arithmetics: dict[str, Arithmetic] = {TRAIN: arithmetic, TEST: scored_in}
     parts = {
         split: find_parts(pairs / split, cache, [*model, *named(own)], part_rows) for split, own in arithmetics.items()
     }
-    wanted = {part.scores: (part, arithmetics[split]) for split in SPLITS for part in parts[split]}
+    wanted = {part.scores: (part, arithmetics[split]) for split in arithmetics for part in parts[split]}
     missing = [(part, own) for part, own in wanted.values() if read_scores(part) is None]
     for own in dict.fromkeys(own for _, own in missing):
         _compute([part for part, its in missing if its == own], reference, resources, max_length, own)
-    found = [_write_scored(parts[split], folder / split) for split in SPLITS]
+    found = [_write_scored(parts[split], folder / split) for split in arithmetics]
     costs = {
         "wall_seconds": time.perf_counter() - started,
         "device_seconds": sum(seconds for seconds, _ in found),  # of all parts, whenever they were computed
         "num_tokens_scored": sum(num_tokens for _, num_tokens in found),
     }
-    write_manifest(folder, {"costs": costs, "num_parts": len(wanted), "num_parts_computed": len(missing)})
+    return {"costs": costs, "num_parts": len(wanted), "num_parts_computed": len(missing)}
 
 
 def find_parts(folder: Path, cache: Path, model: list[Any], part_rows: int) -> list[Part]:

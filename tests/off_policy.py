@@ -12,11 +12,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from prefarena.config import LanguageTask, OffPolicy, OffPolicyMethod, ScratchModel
-from prefarena.data.tables import write_rows
+from prefarena.data.responses import mismatch, taken_apart
+from prefarena.data.tables import read_rows, write_rows
 from prefarena.methods.custom import Custom
-from prefarena.modeling.load import load_tokenizer, new_policy, save_policy
+from prefarena.modeling.load import load_policy, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
-from prefarena.records import DEMONSTRATIONS, REFERENCED_PAIRS
+from prefarena.records import DEMONSTRATIONS, REFERENCED_PAIRS, REFERENCED_RESPONSES
 from prefarena.tasks.language import Language
 from prefarena.training.jobs import OffPolicyJob
 
@@ -54,6 +55,21 @@ def example(method: type[OffPolicy], **settings: Any) -> OffPolicy:
     return method(**required, **settings)
 
 
+def write_responses(inputs: Path) -> Path:
+    """responses/ beside the pairs of `write_inputs`: the pairs taken apart, with the model's own log-probs."""
+    rows = taken_apart(read_rows(inputs / "pairs"))
+    others = rows["response_ids"].take(pa.array(mismatch(rows)))
+    module = LogProbs(load_policy(inputs / "model"))
+    table = rows.append_column("mismatched_ids", others)
+    for name, column in (("ref_logp", "response_ids"), ("ref_mismatched_logp", "mismatched_ids")):
+        responses = [[ids] for ids in table[column].to_pylist()]
+        with torch.no_grad():
+            logps = sequence_logps(module, table["prompt_ids"].to_pylist(), responses)[0]
+        table = table.append_column(name, pa.array(logps.numpy(), pa.float32()))
+    write_rows(table, inputs / "responses" / "part.parquet", REFERENCED_RESPONSES)
+    return inputs / "responses"
+
+
 def _response(rng: np.random.Generator) -> list[int]:
     return [int(token) for token in rng.integers(3, 8, rng.integers(1, 4))] + [2]
 
@@ -62,6 +78,7 @@ def off_policy_job(inputs: Path, folder: Path, method: OffPolicyMethod) -> OffPo
     return OffPolicyJob(
         stage_dir=str(folder), name=folder.name, policy=str(inputs / "model"), seed=3, method=method,
         pairs=str(inputs / "pairs"), demonstrations=str(inputs / "demonstrations"),
+        responses=str(inputs / "responses"),
     )  # fmt: skip
 
 

@@ -34,6 +34,7 @@ ENTRIES = [
     {"name": "ipo", "method": {"kind": "ipo", "training": QUICK}},
     {"name": "rlhf", "method": {"kind": "rlhf", "reward": LEARNED, "training": PPO}},
     {"name": "best-of-4", "method": {"kind": "best_of_n", "reward": LEARNED}},
+    {"name": "kto", "method": {"kind": "kto", "training": {**QUICK, "num_steps": 24}}},
 ]
 LANGUAGE = {
     "name": "mini",
@@ -64,8 +65,8 @@ def language_run(ray_session: None, tmp_path_factory: pytest.TempPathFactory) ->
 def test_the_table_holds_every_policy(language_run: tuple[Path, Results]) -> None:
     _, results = language_run
     names = [entry.name for entry in results.entries]
-    assert names[:7] == ["reference", "sft", "mpo", "dpo", "ipo", "rlhf", "best-of-4"]
-    assert results.entries[7].kind == "optimum"
+    assert names[:8] == ["reference", "sft", "mpo", "dpo", "ipo", "rlhf", "best-of-4", "kto"]
+    assert results.entries[8].kind == "optimum"
     for entry in results.entries:
         row = entry.seeds["0"]
         assert row["regret/covered"] >= -1e-9 and row["kl/all"] >= -1e-12
@@ -73,6 +74,7 @@ def test_the_table_holds_every_policy(language_run: tuple[Path, Results]) -> Non
     assert reference["kl/all"] == pytest.approx(0, abs=1e-9) and reference["reward/all"] == pytest.approx(0, abs=1e-9)
     assert reference["preference_accuracy"] == 0.5
     assert results.entry("dpo").seeds["0"]["preference_accuracy"] > 0.55
+    assert results.entry("kto").seeds["0"]["preference_accuracy"] > 0.55  # of pairs taken apart
 
 
 def test_policies_on_the_way_are_measured(language_run: tuple[Path, Results]) -> None:
@@ -104,7 +106,7 @@ def test_the_run_folder_is_complete(language_run: tuple[Path, Results]) -> None:
     (run_folder,) = (path.parent for path in (folder / "runs").glob("*/results.json"))
     for name in ("config.yaml", "report.md", "figures/reward_kl.png", "figures/reward_kl.svg"):
         assert (run_folder / name).stat().st_size > 200, name
-    for name in ("reference", "sft-s0", "mpo-s0", "dpo-s0", "ipo-s0", "rlhf-s0"):
+    for name in ("reference", "sft-s0", "mpo-s0", "dpo-s0", "ipo-s0", "rlhf-s0", "kto-s0"):
         AutoModelForCausalLM.from_pretrained(str(run_folder / "checkpoints" / name))
         AutoTokenizer.from_pretrained(str(run_folder / "checkpoints" / name))
     costs = json.loads((run_folder / "results.json").read_text(encoding="utf-8"))["costs"]

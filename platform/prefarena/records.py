@@ -37,6 +37,20 @@ PAIRS = pa.schema(
 )
 #: PAIRS with the reference policy's log-probs, written by the reference stage.
 REFERENCED_PAIRS = pa.schema([*PAIRS, ("ref_chosen_logp", pa.float32()), ("ref_rejected_logp", pa.float32())])
+#: Single responses; `label` is P(desirable).
+RESPONSES = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt_ids", _IDS),
+        ("response_ids", _IDS),
+        ("label", pa.float32()),
+        ("source", pa.string()),
+    ]
+)
+#: RESPONSES with a response to another prompt beside each, and the reference policy's log-probs of both.
+REFERENCED_RESPONSES = pa.schema(
+    [*RESPONSES, ("mismatched_ids", _IDS), ("ref_logp", pa.float32()), ("ref_mismatched_logp", pa.float32())]
+)
 DEMONSTRATIONS = pa.schema([("id", pa.string()), ("prompt_ids", _IDS), ("response_ids", _IDS)])
 #: `covered`: the prompt has training pairs. `split`: train or test.
 PROMPTS = pa.schema([("id", pa.string()), ("prompt_ids", _IDS), ("covered", pa.bool_()), ("split", pa.string())])

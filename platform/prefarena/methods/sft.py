@@ -7,7 +7,7 @@ from typing import ClassVar, Literal
 from torch import Tensor
 
 from prefarena.objectives.preference import PairLogps
-from prefarena.settings.off_policy import Pairwise
+from prefarena.settings.off_policy import LearnsFrom, Pairwise
 
 
 class SFT(Pairwise):
@@ -16,7 +16,7 @@ class SFT(Pairwise):
     -E[log pi(y_w|x)], a mean over sequences.
     """
 
-    learns_from: ClassVar[Literal["labelled pairs", "chosen responses"]] = "chosen responses"
+    learns_from: ClassVar[LearnsFrom] = "chosen responses"
     formula: ClassVar[str] = r"-\ell_w"
     kind: Literal["sft"] = "sft"
 

@@ -81,10 +81,10 @@ def preference_output(
         ratio = policy.minus(reference)
         metrics["logratio/chosen"] = mean_of(ratio.chosen)
         metrics["logratio/rejected"] = mean_of(ratio.rejected)
-        metrics["preference/accuracy"] = mean_of(_agreement(ratio.margin, labels))
+        metrics["preference/accuracy"] = mean_of(agreement(ratio.margin, labels))
     return ObjectiveOutput(mean_of(losses), metrics)
 
 
-def _agreement(margin: Tensor, labels: Tensor) -> Tensor:
+def agreement(margin: Tensor, labels: Tensor) -> Tensor:
     """1 where `margin` [B] orders the pair as its label does, 1/2 on ties, 0 otherwise."""
     return (torch.sign(margin) * torch.sign(labels - 0.5) + 1) / 2

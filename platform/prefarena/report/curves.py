@@ -13,7 +13,10 @@ from prefarena.errors import UserError
 from prefarena.report.results import EntryResult, Results
 from prefarena.report.style import GREY, house_style, looks
 
-OFF_POLICY_METRICS = ("loss", "preference/accuracy", "preference/margin", "demonstration/nll")
+OFF_POLICY_METRICS = (
+    *("loss", "preference/accuracy", "preference/margin"),
+    *("response/accuracy", "response/baseline", "demonstration/nll"),
+)
 ON_POLICY_METRICS = ("reward/mean", "kl/k1", "entropy", "policy/clip_fraction", "logp_gap/max")
 OWN_SCALE = "loss"  # methods' losses are different quantities: no common axis
 _MOST_COLUMNS = 6

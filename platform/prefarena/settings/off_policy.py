@@ -13,6 +13,8 @@ from prefarena.objectives.preference import PairLogps, likelihood_weights, prefe
 from prefarena.settings.optimisation import Optimisation
 from prefarena.settings.section import Section
 
+LearnsFrom = Literal["labelled pairs", "chosen responses", "labelled responses"]
+
 
 class OffPolicy(Section):
     """A method that learns from a fixed table: its settings are fields, its formula is a method of its base below.
@@ -20,8 +22,9 @@ class OffPolicy(Section):
     `prefarena.methods` has one file for each; docs/architecture.md says how one is added.
     """
 
-    #: What of a pair the loss depends on: which response won, or the chosen one alone, whatever the label.
-    learns_from: ClassVar[Literal["labelled pairs", "chosen responses"]] = "labelled pairs"
+    #: What the loss depends on: which response of a pair won, its chosen one alone whatever the label, or single
+    #: responses that are desirable or not.
+    learns_from: ClassVar[LearnsFrom] = "labelled pairs"
 
     #: The loss of a pair whose chosen response has won, in TeX, in the notation of docs/methods.md, for its table.
     formula: ClassVar[str] = ""

@@ -52,12 +52,13 @@ class ReferenceJob(Job):
 
 @dataclass(frozen=True)
 class OffPolicyJob(Job):
-    """An off-policy method on pairs that carry the reference's log-probs."""
+    """An off-policy method on pairs that carry the reference's log-probs, or on `responses` that do."""
 
     method: OffPolicyMethod
     pairs: str
     demonstrations: str | None = None
     pretraining: str | None = None
+    responses: str | None = None
 
 
 @dataclass(frozen=True)

@@ -88,6 +88,12 @@ class Learner:
             outputs.append(ObjectiveOutput(loss, output.metrics))
         return outputs
 
+    @torch.no_grad()
+    def without_gradient(self, compute: Callable[[nn.Module], Tensor]) -> Tensor:
+        """What `compute` gets from the module as it is now, outside of any gradient."""
+        with self.autocast():
+            return compute(self.module)
+
     def apply(self, learning_rate: float) -> tuple[Tensor, Tensor]:
         """Clip the gradient and move along it. Returns its norm [] before clipping, and whether it was skipped []."""
         for group in self._optimizer.param_groups:

@@ -1,7 +1,8 @@
-"""The one training loop of everything that learns from a fixed table: SFT, MPO, DPO, IPO, the reward model.
+"""The one training loop of everything that learns from a fixed table: SFT, MPO, DPO, KTO, the reward model.
 
 An optimizer step is a sum of terms (see terms.py), each cut into micro-batches. The step's counts are known from
-the batch plan, so gradient accumulation and the number of workers change nothing but the order of additions.
+the batch plan, and what a loss needs of the whole step is found before its first gradient (`Term.begin`), so gradient
+accumulation and the number of workers change nothing but the order of additions.
 """
 
 from __future__ import annotations
@@ -65,6 +66,8 @@ def optimizer_step(
     learner: Learner, terms: list[Term], step: int, learning_rate: float, worker: Worker, window: Window
 ) -> Tensor:
     """One update. Adds to `window` and returns the gradient's norm before clipping, []."""
+    for term in terms:
+        term.begin(step, learner, worker)
     work = [
         (term, Pass(partial(_forward, term=term, rows=rows, device=worker.device), term.weight / term.count(step)))
         for term in terms

@@ -18,6 +18,7 @@ from prefarena.modeling.load import load_policy, load_tokenizer, save_policy
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.modeling.lora import add_adapters, merge_adapters, save_adapter
 from prefarena.settings.off_policy import Pairwise
+from prefarena.settings.unpaired import Unpaired
 from prefarena.stages import write_failure, write_manifest
 from prefarena.training.guard import TrainingDivergedError
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
@@ -32,6 +33,7 @@ from prefarena.training.terms import (
     Shares,
     Term,
 )
+from prefarena.training.unpaired import UnpairedTerm
 from prefarena.training.worker import Worker
 
 
@@ -118,10 +120,8 @@ def _terms(job: ReferenceJob | OffPolicyJob, worker: Worker, pad_id: int, packed
         shares = Shares(job.training, worker.world_size, job.seed, packed)
         return [LikelihoodTerm(job.demonstrations, shares, pad_id, loss_on=job.loss_on)]
     method = job.method
-    if not isinstance(method, Pairwise):
-        raise TypeError(f"{method.kind} is no method on pairs")
     shares = Shares(method.training, worker.world_size, job.seed, packed)
-    terms: list[Term] = [PreferenceTerm(job.pairs, method, shares, pad_id)]
+    terms: list[Term] = [_method_term(job, shares, pad_id)]
     if job.demonstrations is not None and method.demonstration_weight > 0:
         terms.append(
             LikelihoodTerm(
@@ -135,3 +135,13 @@ def _terms(job: ReferenceJob | OffPolicyJob, worker: Worker, pad_id: int, packed
     if job.pretraining is not None and method.pretraining_weight > 0:
         terms.append(PretrainingTerm(job.pretraining, shares, pad_id, weight=method.pretraining_weight))
     return terms
+
+
+def _method_term(job: OffPolicyJob, shares: Shares, pad_id: int) -> Term:
+    """The method's own."""
+    method = job.method
+    if isinstance(method, Pairwise):
+        return PreferenceTerm(job.pairs, method, shares, pad_id)
+    if isinstance(method, Unpaired) and job.responses is not None:
+        return UnpairedTerm(job.responses, method, shares, pad_id)
+    raise TypeError(f"{method.kind} learns from {method.learns_from}, and the job has none")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import torch
@@ -26,6 +26,10 @@ from prefarena.objectives.output import ObjectiveOutput
 from prefarena.objectives.preference import PairLogps
 from prefarena.objectives.reward_model import bradley_terry
 from prefarena.settings.off_policy import Pairwise
+
+if TYPE_CHECKING:
+    from prefarena.training.learner import Learner
+    from prefarena.training.worker import Worker
 
 Rows = NDArray[np.int64]
 
@@ -64,6 +68,9 @@ class Term(ABC):
     def num_tokens(self, step: int) -> int:
         """Tokens that go through the model in the whole step."""
         return int(self.plan.sizes[self.plan.rows(step)].sum())
+
+    def begin(self, step: int, learner: Learner, worker: Worker) -> None:  # noqa: B027 - most have nothing to do
+        """What the loss needs to know of the whole step, of all workers, before its first gradient."""
 
     @abstractmethod
     def __call__(self, module: nn.Module, rows: Rows, device: torch.device) -> ObjectiveOutput:
