@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from typing import Any
 
@@ -24,7 +23,6 @@ exit status: 0 done; 2 input that cannot be used (one sentence says what); 1 any
 `submit --follow` and `logs --follow` end with the job's own; 143 when it was stopped.
 """
 
-_PLAIN_WIDTH = 170  # of lines that go to a file or a job's log
 _STEPS = {
     "compare": "run the whole comparison and print its table",
     "prepare": "only data, base model, reference policy, pairs and reference log-probs",
@@ -59,7 +57,18 @@ def build_parser() -> argparse.ArgumentParser:
     methods = commands.add_parser("methods", help="the methods and their settings with defaults")
     methods.add_argument("--table", action="store_true", help="the off-policy ones, as the table in docs/methods.md")
     _add_cluster_commands(commands)
+    _add_reading_commands(commands)
     return parser
+
+
+def _add_reading_commands(commands: Any) -> None:
+    """`show` and `diff`, which read finished runs."""
+    where = "a run folder (OUTPUT/NAME-HASH), or its URL"
+    show = commands.add_parser("show", help="the findings and the table of a finished run")
+    show.add_argument("run", metavar="RUN", help=where)
+    diff = commands.add_parser("diff", help="which settings, versions and numbers differ between two runs")
+    diff.add_argument("first", metavar="RUN", help=where)
+    diff.add_argument("second", metavar="RUN", help=where)
 
 
 def _add_config(command: argparse.ArgumentParser) -> None:
@@ -125,6 +134,10 @@ def main(argv: list[str] | None = None) -> int:
 
             print(table() if arguments.table else list_methods())
             return 0
+        if arguments.command in ("show", "diff"):
+            from pipelines.show import diff, show
+
+            return show(arguments.run) if arguments.command == "show" else diff(arguments.first, arguments.second)
         if arguments.command == "doctor":
             return _doctor(arguments.config, arguments.set)
         if arguments.command in _STEPS:
@@ -141,21 +154,9 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _run(command: str, path: str | None, overrides: list[str], retry_failed: bool) -> int:
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    from prefarena.cluster.session import listen_on_loopback
+    from pipelines.api import resolve, run
 
-    listen_on_loopback()
-    from rich.console import Console
-    from transformers.utils import logging as transformers_logging
-
-    from pipelines.compare import compare
-    from prefarena.config import load_config
-
-    transformers_logging.disable_progress_bar()
-    config = load_config(path, overrides)
-    console = Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)
-    console.print("looking at the settings, the data and the models …")
-    compare(config, console, "report" if command == "compare" else command, retry_failed=retry_failed)
+    run(resolve(path, overrides), "report" if command == "compare" else command, retry_failed=retry_failed)
     return 0
 
 

@@ -13,9 +13,11 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import prefarena
 from pipelines.cli import main
 from prefarena.data.tables import read_rows
 from prefarena.report.results import Results, load_results
+from prefarena.report.samples import load_samples
 from prefarena.tasks.gold import GoldReward
 
 QUICK = {"num_steps": 12, "batch_size": 16, "log_every": 4}
@@ -104,7 +106,7 @@ def test_best_of_n_trains_nothing(language_run: tuple[Path, Results]) -> None:
 def test_the_run_folder_is_complete(language_run: tuple[Path, Results]) -> None:
     folder, _ = language_run
     (run_folder,) = (path.parent for path in (folder / "runs").glob("*/results.json"))
-    for name in ("config.yaml", "report.md", "figures/reward_kl.png", "figures/reward_kl.svg"):
+    for name in ("config.yaml", "report.md", "report.html", "figures/reward_kl.png", "figures/reward_kl.svg"):
         assert (run_folder / name).stat().st_size > 200, name
     for name in ("reference", "sft-s0", "mpo-s0", "dpo-s0", "ipo-s0", "rlhf-s0", "kto-s0"):
         AutoModelForCausalLM.from_pretrained(str(run_folder / "checkpoints" / name))
@@ -168,6 +170,16 @@ def test_finished_stages_are_reused_and_a_changed_setting_reruns_what_depends_on
     assert len(list((folder / "runs").glob("mini-*/results.json"))) == 2  # nothing was overwritten
 
 
+def test_python_gives_what_the_command_found(language_run: tuple[Path, Results]) -> None:
+    folder, results = language_run
+    found = prefarena.compare({**LANGUAGE, "output": str(folder / "runs")}, quiet=True)
+    assert found.folder.parent == folder / "runs" and all(found.costs["reused"])
+    assert [entry.seeds for entry in found.results.entries] == [entry.seeds for entry in results.entries]
+    assert found.models.keys() == {"reference", "sft-s0", "mpo-s0", "dpo-s0", "ipo-s0", "rlhf-s0"}
+    AutoModelForCausalLM.from_pretrained(found.models["dpo-s0"])
+    assert len(found.figures) == 4 and found.page.is_file()
+
+
 def transcripts(path: Path, number: int) -> None:
     """Raw HH-RLHF rows in which polite answers are preferred."""
     rng = random.Random(0)
@@ -213,3 +225,9 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     assert 2 < tokens["best-of-3"] / tokens[None] < 4.5
     rows = [json.loads(line) for line in Path(results.curves["rlhf"]["0"]).read_text().splitlines()]
     assert all("reward/judge" in row for row in rows)
+    (run_folder,) = (path.parent for path in (tmp_path / "runs").glob("*/results.json"))
+    samples = load_samples(run_folder)
+    assert samples is not None and samples.num_all == 16 and samples.num_left_out == 0
+    assert all(row.answers.keys() == {"reference", "dpo", "rlhf", "best-of-3"} for row in samples.rows)
+    assert dpo["judge_score"] == pytest.approx(np.mean([row.answers["dpo"][1] for row in samples.rows]))
+    assert samples.rows[0].prompt in (run_folder / "report.html").read_text(encoding="utf-8").replace("\\n", "\n")

@@ -252,6 +252,6 @@ def test_long_tables_have_a_filter_and_totals_are_marked(tmp_path: Path) -> None
     results = exact_results(tmp_path)
     table = cost_table(results)
     assert table is not None
-    shown = page_module._table(table)
+    shown = page_module.table_html(table)
     assert 'data-filter="true"' in shown and shown.count('class="total"') == len(table.strong)
-    assert "data-filter" not in page_module._table(main_table(scored_results(tmp_path)))
+    assert "data-filter" not in page_module.table_html(main_table(scored_results(tmp_path)))

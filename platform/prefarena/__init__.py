@@ -1,3 +1,42 @@
-"""Prefarena: RLHF and off-policy preference optimisation, compared on one footing."""
+"""Prefarena: RLHF and off-policy preference optimisation, compared on one footing.
+
+From Python and notebooks:
+
+    import prefarena
+
+    result = prefarena.compare("config.yaml")  # as `prefarena compare config.yaml`
+    result = prefarena.load_results("runs/default-1a2b3c4d")
+    result.table, result.findings, result.figures, result.models
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipelines.api import compare
+    from prefarena.errors import UserError
+    from prefarena.report.comparison import ComparisonResult, load_results
 
 __version__ = "0.1.0"
+__all__ = ["ComparisonResult", "UserError", "__version__", "compare", "load_results"]
+
+#: Where each name is. They are found when they are asked for, as they bring much with them. `compare` belongs to the
+#: pipelines, which are made of this package: this is the front door, and no module of the package goes through it.
+_HOMES = {
+    "compare": "pipelines.api",
+    "load_results": "prefarena.report.comparison",
+    "ComparisonResult": "prefarena.report.comparison",
+    "UserError": "prefarena.errors",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'prefarena' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOMES})

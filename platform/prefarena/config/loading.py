@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
+import copy
+from collections.abc import Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +34,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise UserError(f"{source}: a config is a mapping of keys, this is {type(tree).__name__}")
-    for override in overrides or []:
-        _apply_override(tree, override)
-    return parse_config(tree, str(source))
+    return parse_config(tree, str(source), overrides or [])
 
 
 class _Loader(yaml.SafeLoader):
@@ -65,8 +64,12 @@ def _parse(text: str, source: str) -> Any:
         loader.dispose()
 
 
-def parse_config(tree: dict[str, Any], source: str = "config") -> Comparison:
-    """Validate a mapping. Raises UserError as `load_config` does."""
+def parse_config(tree: dict[str, Any], source: str = "config", overrides: Sequence[str] = ()) -> Comparison:
+    """Validate a mapping with its overrides, and leave it as it is. Raises UserError as `load_config` does."""
+    if overrides:
+        tree = copy.deepcopy(tree)
+    for override in overrides:
+        _apply_override(tree, override)
     try:
         return Comparison.model_validate(tree)
     except ValidationError as error:

@@ -42,17 +42,19 @@ def write_page(results: Results, folder: str | Path) -> Path:
     target = Path(folder)
     samples = load_samples(target)
     sections = [
-        _section("findings", "Findings", _listing(findings(results))),
-        _section("results", "Results", _table(main_table(results))),
+        _section("findings", "Findings", listing_html(findings(results))),
+        _section("results", "Results", table_html(main_table(results))),
         _section("reward-and-kl", "Reward and KL", '<div class="charts" data-charts="reward"></div>', *_sweep(results)),
         _through_training(results, target),
-        _section("win-rates-matrix", "Win rates", _table(win_table(results))),
+        _section("win-rates-matrix", "Win rates", table_html(win_table(results))),
         _section("training", "Training curves", _charts("training", training_charts(results, target))),
         _samples(results, samples),
-        _section("costs", "Costs", _charts("costs", [cost_chart(results)]), _table(cost_table(results))),
-        _section("data", "Data", _listing(data_lines(results))),
-        _section("notes", "Notes and limits", _listing(limits(results))),
-        _section("versions", "Versions", _listing([f"{name} {version}" for name, version in results.versions.items()])),
+        _section("costs", "Costs", _charts("costs", [cost_chart(results)]), table_html(cost_table(results))),
+        _section("data", "Data", listing_html(data_lines(results))),
+        _section("notes", "Notes and limits", listing_html(limits(results))),
+        _section(
+            "versions", "Versions", listing_html([f"{name} {version}" for name, version in results.versions.items()])
+        ),
         _section("reproduce", "To reproduce", _REPRODUCE),
     ]
     parts = {
@@ -153,13 +155,14 @@ def _charts(group: str, charts: list[Any]) -> str:
     return f'<div class="charts" data-charts="{group}"></div>' if any(charts) else ""
 
 
-def _listing(items: list[str]) -> str:
+def listing_html(items: list[str]) -> str:
+    """Sentences as a list; nothing for none."""
     if not items:
         return ""
     return "<ul>\n" + "\n".join(f"<li>{inline(item)}</li>" for item in items) + "\n</ul>"
 
 
-def _table(table: Table | None, *, heading: bool = False) -> str:
+def table_html(table: Table | None, *, heading: bool = False) -> str:
     """A table with its note; nothing for none. Columns behind the labels are numbers; the page's script sorts them."""
     if table is None:
         return ""
@@ -193,7 +196,7 @@ def _sweep(results: Results) -> list[str]:
             found = leakage(results, measure)
             if found is not None:
                 title = f"KL on prompts {where} pairs, at equal gain on prompts with pairs"
-                parts += [_table(table, heading=True) for table in leakage_tables(found, title)]
+                parts += [table_html(table, heading=True) for table in leakage_tables(found, title)]
         if not parts:
             parts = ["<p>The methods' grids share no range of gains, so nothing can be read at equal gain.</p>"]
     return parts
@@ -206,10 +209,10 @@ def _through_training(results: Results, folder: Path) -> str:
     parts = [charts]
     if results.exact:
         entries = on_policy(results)
-        parts.append(_table(summary_table(results), heading=True))
-        steps = [_table(trajectory_table(results, entry), heading=True) for entry in entries]
+        parts.append(table_html(summary_table(results), heading=True))
+        steps = [table_html(trajectory_table(results, entry), heading=True) for entry in entries]
         parts.append(_details("Every measured policy on the way", "\n".join(steps)))
-        agreement = [table for entry in entries if (table := _table(agreement_table(results, entry), heading=True))]
+        agreement = [table for entry in entries if (table := table_html(agreement_table(results, entry), heading=True))]
         if agreement:
             words = f'<p class="note">{inline(agreement_summary(results))}</p>'
             parts.append(_details("Logged KL against exact KL", "\n".join([words, *agreement])))

@@ -8,8 +8,8 @@ from typing import Any
 
 from prefarena.report.curves import curve_figures
 from prefarena.report.findings import compared, data_lines, findings, limits
-from prefarena.report.leakage import GAIN, leakage, leakage_tables
-from prefarena.report.plots import grid_figure, reward_kl_figure
+from prefarena.report.leakage import leakage, leakage_tables
+from prefarena.report.plots import drift_figure, reward_kl_figure
 from prefarena.report.results import EntryResult, Results
 from prefarena.report.style import write_figure
 from prefarena.report.tables import Table, cost_table, main_table, win_table
@@ -70,14 +70,7 @@ def _sweep(results: Results, folder: Path) -> list[str]:
         sections.append(
             "## At equal gain\n\nThe methods' grids share no range of gains, so nothing can be read at equal gain.\n"
         )
-    figure = grid_figure(
-        results,
-        GAIN,
-        "kl/uncovered",
-        "Drift without pairs against gain with pairs: lower is better",
-        "gain in reward on prompts with pairs",
-        "KL(π ‖ reference) on prompts without pairs, nats",
-    )
+    figure = drift_figure(results)
     text = "Each line is one method over its grid of settings: means over seeds, with one standard error both ways."
     return [*sections, _figure("Drift against gain", text, folder, figure, "drift")]
 

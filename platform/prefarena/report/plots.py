@@ -42,6 +42,12 @@ def reward_kl_figure(results: Results) -> Figure:
     return figure
 
 
+def drift_figure(results: Results) -> Figure:
+    """A sweep's drift on prompts without pairs against its gain on prompts with them."""
+    title = "Drift without pairs against gain with pairs: lower is better"
+    return grid_figure(results, "gain/covered", "kl/uncovered", title, _GAIN_LABEL, _DRIFT_LABEL)
+
+
 def grid_figure(results: Results, x: str, y: str, title: str, x_label: str, y_label: str) -> Figure:
     """`y` against `x` (keys of evaluation rows, `gain/...` included): a line for each group over its settings.
 

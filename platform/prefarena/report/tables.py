@@ -120,14 +120,19 @@ TEXT_COLUMNS = (
 )
 
 
-def main_table(results: Results, *, brief: bool = False) -> Table:
-    """Reference, every entry and the optimum, one row each. `brief` keeps the columns that fit a narrow terminal."""
-    columns = [
+def main_columns(results: Results, *, brief: bool = False) -> list[Column]:
+    """The main table's columns for this task. `brief` keeps those that fit a narrow terminal."""
+    return [
         column
         for column in (EXACT_COLUMNS if results.exact else TEXT_COLUMNS)
         if (column.brief or not brief)
         and not (column.optional and all(column.value(results, entry) is None for entry in results.entries))
     ]
+
+
+def main_table(results: Results, *, brief: bool = False) -> Table:
+    """Reference, every entry and the optimum, one row each. `brief` keeps the columns that fit a narrow terminal."""
+    columns = main_columns(results, brief=brief)
     cells = [[column.value(results, entry) for column in columns] for entry in results.entries]
     rows = [
         (entry.shown_name, *(plus_minus(cell, column.digits) for cell, column in zip(row, columns, strict=True)))
