@@ -12,6 +12,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 from pages import scored_results
+from s3 import BUCKET, fs, server
 from test_report import exact_results, sweep_results
 
 import prefarena
@@ -22,6 +23,8 @@ from prefarena.errors import UserError
 from prefarena.report.differences import differences, settings
 from prefarena.report.html import write_page
 from prefarena.report.results import Results, save_results
+
+__all__ = ["fs", "server"]  # fixtures
 
 DPO: dict[str, Any] = {"name": "dpo", "method": {"kind": "dpo"}}
 
@@ -94,6 +97,24 @@ def test_a_folder_that_is_no_run_is_named(tmp_path: Path, capsys: pytest.Capture
         prefarena.load_results(tmp_path)
     assert main(["show", str(tmp_path)]) == 2 and main(["diff", str(tmp_path), str(tmp_path)]) == 2
     assert "no such results file" in capsys.readouterr().err
+
+
+def test_a_run_on_an_object_store_is_read_by_its_url_and_again_when_it_has_changed(
+    fs: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    run, url = tmp_path / "made", f"s3://{BUCKET}/from-python/text-12345678"
+    run.mkdir()
+    results = scored_results(run)
+    for seed in (0, 1):
+        results.entries[1].seeds["0"]["judge_score"] = results.entries[1].seeds["1"]["judge_score"] = float(seed)
+        save_results(results, run)
+        fs.put(str(run), url, recursive=True) if seed == 0 else fs.put(str(run / "results.json"), f"{url}/results.json")
+        result = prefarena.load_results(url)
+        assert result.table.loc["dpo", "judge score"] == seed and result.samples is not None
+        assert result.folder.is_relative_to(tmp_path / "cache")
+    with pytest.raises(UserError, match="no-such-run: no such results"):
+        prefarena.load_results(f"s3://{BUCKET}/from-python/no-such-run")
 
 
 def test_show_prints_findings_table_and_where_the_page_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

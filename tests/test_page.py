@@ -160,7 +160,8 @@ def test_what_the_page_has_no_room_for_is_what_agrees_most_and_is_counted(tmp_pa
     size = sum(len(row.prompt) + sum(len(answer[0]) for answer in row.answers.values()) for row in samples.rows)
     assert size <= 1000
     shown = page_module._samples(results, samples)
-    assert f"{len(samples.rows)} of 50 prompts" in shown and f"{samples.num_left_out} prompts on which" in shown
+    assert "there are 50." in shown and f"The {len(samples.rows)} on which policies disagree most" in shown
+    assert f"the other {samples.num_left_out} are left out" in shown
 
 
 def test_policies_must_have_answered_the_same_prompts(tmp_path: Path) -> None:
@@ -245,7 +246,7 @@ def test_a_built_wheel_has_the_files_of_the_page(tmp_path: Path) -> None:
         wheel = tmp_path / build_meta.build_wheel(str(tmp_path))
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
-    assert {f"prefarena/report/assets/{path.name}" for path in ASSETS.iterdir()} <= names
+    assert {f"prefarena/report/assets/{path.name}" for path in ASSETS.iterdir()} | {"prefarena/py.typed"} <= names
 
 
 def test_long_tables_have_a_filter_and_totals_are_marked(tmp_path: Path) -> None:

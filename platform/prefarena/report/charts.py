@@ -201,7 +201,7 @@ def through_training_charts(results: Results, folder: Path) -> list[Chart]:
                 if len(points):
                     owner = (key_of(results, entry), f"{entry.name}, seed {seed}")
                     lines.append(_line(*owner, "dots", points[:, 0], points[:, 1]))
-                    lines.append(_line(*owner, "line", smooth[:, 0], smooth[:, 1]))
+                    lines.append(_line(*owner, "mean line", smooth[:, 0], smooth[:, 1]))
         if lines:
             note = (
                 "The score that training maximises."

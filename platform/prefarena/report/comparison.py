@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,7 +11,8 @@ from pathlib import Path
 import pandas as pd
 from matplotlib.figure import Figure
 
-from prefarena.mirror import bring, root_of
+from prefarena.errors import UserError
+from prefarena.mirror import bring, read_text, root_of
 from prefarena.report.curves import curve_figures, read_metrics
 from prefarena.report.findings import findings
 from prefarena.report.html import PAGE_FILE, listing_html, table_html
@@ -138,11 +140,17 @@ def load_results(folder: str | Path) -> ComparisonResult:
 
     Raises UserError naming what is missing or wrong.
     """
-    place = Path(folder)
-    if is_url(str(folder)):
-        output, _, name = str(folder).rstrip("/").rpartition("/")
-        place = root_of(output, None) / name
-        bring(place)
-    if place.name == "results.json":
-        place = place.parent
-    return ComparisonResult(place, read_results(place))
+    named = str(folder).rstrip("/").removesuffix("/results.json")
+    if not is_url(named):
+        return ComparisonResult(Path(named), read_results(named))
+    output, _, name = named.rpartition("/")
+    copy = root_of(output, None) / name
+    try:
+        current = read_text(copy / "results.json")
+    except FileNotFoundError:
+        raise UserError(f"{named}: no such results; `prefarena compare` writes them") from None
+    here = copy / "results.json"
+    if not here.is_file() or here.read_text(encoding="utf-8") != current:  # a report that was written again
+        shutil.rmtree(copy, ignore_errors=True)
+        bring(copy)
+    return ComparisonResult(copy, read_results(copy))

@@ -232,12 +232,13 @@ def _samples(results: Results, samples: Samples | None) -> str:
             "Samples",
             "<p>No samples were kept. Evaluations by earlier versions kept only a few of them.</p>",
         )
-    shown = f"{len(samples.rows):,} of {samples.num_all:,}" if samples.num_left_out else f"{samples.num_all:,}"
-    left_out = (
-        f" {samples.num_left_out:,} prompts on which policies agree most are left out to keep the page small;"
-        f" they are in <code>{SAMPLES_FILE}</code> beside it."
-        if samples.num_left_out
-        else f" They are also in <code>{SAMPLES_FILE}</code> beside this page."
-    )
-    text = f'<p class="note">What each policy answered to the same prompt: {shown} prompts.{left_out}</p>'
+    text = f"Each sample is one prompt with the response of every policy; there are {samples.num_all:,}."
+    if samples.num_left_out:
+        text += (
+            f" The {len(samples.rows):,} on which policies disagree most are shown; the other {samples.num_left_out:,} "
+            f"are left out to keep the page small, and are in `{SAMPLES_FILE}` beside it."
+        )
+    else:
+        text += f" `{SAMPLES_FILE}` beside this page holds them, too."
+    text = f'<p class="note">{inline(text)}</p>'
     return _section("samples", "Samples", text, '<div id="samples-browser"></div>')

@@ -19,9 +19,11 @@ function plain(text) {
   return text.replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
 }
 
-/** Triangles look smaller than other markers of the same width. */
+/** Some markers look smaller than others of the same width. */
+const LARGER = { "triangle-up": 1.3, "triangle-down": 1.3, "triangle-left": 1.3, "triangle-right": 1.3, "pentagon": 1.15, "star": 1.3 };
+
 function sizeOf(key, size) {
-  return symbolOf(key).startsWith("triangle") ? Math.round(size * 1.3) : size;
+  return Math.round(size * (LARGER[symbolOf(key)] ?? 1));
 }
 
 function errorBars(values, colour) {
@@ -55,7 +57,9 @@ function traceOf(line) {
         marker: { color: cssValue("--card"), symbol: symbolOf(line.key), size: sizeOf(line.key, 7), line: { color: colour, width: 1.4 } },
         hovertemplate: "%{text}<br>reward %{y:.3f}<br>KL %{x:.3f}<extra></extra>" };
     case "dots":
-      return { ...trace, mode: "markers", opacity: 0.4, marker: { color: colour, size: 5 } };
+      return { ...trace, mode: "markers", opacity: 0.5, marker: { color: colour, size: 6 } };
+    case "mean line": // with a mark at its end, which is all that there is of a short one
+      return { ...trace, mode: "lines+markers", marker: { ...trace.marker, size: line.x.map((_, place) => (place === line.x.length - 1 ? sizeOf(line.key, 10) : 0)) } };
     case "frontier":
       return { ...trace, mode: "lines", line: { color: cssValue("--soft"), width: 1.6 },
         hovertemplate: `${plain(line.name)}<br>%{y:.3f} at KL %{x:.3f}<extra></extra>` };
@@ -77,7 +81,7 @@ function rangeWith(at, lines) {
 
 function layoutOf(chart, lines) {
   const [text, soft, grid] = ["--text", "--soft", "--line"].map(cssValue);
-  const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true, title: { standoff: 10 } };
+  const axis = { gridcolor: grid, zerolinecolor: grid, linecolor: grid, automargin: true, exponentformat: "power", title: { standoff: 10 } };
   const layout = {
     margin: { l: 56, r: 16, t: 10, b: 48 }, hovermode: "closest", dragmode: "zoom",
     paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",

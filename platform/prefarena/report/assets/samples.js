@@ -71,7 +71,7 @@ function sampleArticle(row, policies, hasSeeds) {
   const [byScore, range] = apart(row, policies);
   const scores = policies.map(({ index }) => row.answers[index]?.[1] ?? null).filter((score) => score !== null);
   const isTold = scores.length > 1 && Math.max(...scores) > Math.min(...scores);
-  const where = `Prompt ${row.place + 1}${hasSeeds ? `, seed ${row.seed}` : ""}`;
+  const where = `Sample ${row.place + 1}${hasSeeds ? `, seed ${row.seed}` : ""}`;
   const spread = byScore ? `scores differ by ${shownNumber(range)}` : `lengths differ by ${range} tokens`;
   const cards = policies.map((policy) => answerCard(row.answers[policy.index], policy, isTold ? Math.max(...scores) : null));
   return make("article", { className: "sample" },
@@ -91,7 +91,7 @@ function drawSamples() {
     ...rows.slice(start, start + PAGE).map((row) => sampleArticle(row, policies, hasSeeds)));
   const text = !policies.length ? "All policies are hidden: choose some in the legend."
     : !rows.length ? "No sample holds these words."
-    : `Prompts ${start + 1} to ${Math.min(start + PAGE, rows.length)} of ${rows.length}`;
+    : `Samples ${start + 1} to ${Math.min(start + PAGE, rows.length)} of ${rows.length}`;
   for (const pager of document.querySelectorAll("#samples-browser .pager")) {
     pager.querySelector("p").textContent = text;
     pager.querySelector(".previous").disabled = browser.page === 0;
