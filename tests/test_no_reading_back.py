@@ -26,6 +26,7 @@ from prefarena.evaluation.sampled import response_logps
 from prefarena.judges.models import RewardModelJudge
 from prefarena.modeling import packing
 from prefarena.modeling.load import load_policy, new_reward_model
+from prefarena.modeling.logprobs import PackedModel
 from prefarena.modeling.tree_attention import plan_trees
 from prefarena.records import Rollout
 from prefarena.training.experience import Experience
@@ -94,7 +95,8 @@ def on_meta(folder: Path, method: str, packed: bool) -> OnPolicyTrainer:
     policy = save_tiny_policy(folder / "policy")
     job = make_job(folder, policy, METHODS[method])
     trainer = OnPolicyTrainer(job, Worker(job.stage_dir, "meta"), LocalGenerator(policy), reward=LikedCount())
-    for module in (trainer.log_probs, trainer.scorers.reference, *([trainer.critic] if trainer.critic else [])):
+    for module in trainer.models.held():
+        assert isinstance(module, PackedModel)
         module.packed = packed
     return trainer
 

@@ -100,11 +100,11 @@ def test_the_critic_warms_up_while_the_policy_stands_still(tmp_path: Path, tiny_
     policy, critic = load_policy(job.policy).state_dict(), trainer.learners["critic"].module
     before = {name: value.clone() for name, value in critic.state_dict().items()}
     rows = [trainer.run(iteration) for iteration in range(2)]
-    assert equal(dict(trainer.policy.state_dict()), dict(policy))
+    assert equal(dict(trainer.models.policy.model.state_dict()), dict(policy))
     assert all(not torch.equal(value, before[name]) for name, value in critic.state_dict().items())
     assert [row["learning_rate"] for row in rows] == [0.0, 0.0] and rows[1]["kl/coef"] == training.kl_coef
     third = trainer.run(2)
-    assert not equal(dict(trainer.policy.state_dict()), dict(policy))
+    assert not equal(dict(trainer.models.policy.model.state_dict()), dict(policy))
     assert third["learning_rate"] == training.learning_rate  # the policy's schedule begins here
     assert trainer.run(3)["learning_rate"] == training.learning_rate / 2
 

@@ -116,15 +116,17 @@ def passes_of(folder: Path, monkeypatch: pytest.MonkeyPatch, share: float, **tra
     from prefarena.modeling.load import load_policy, new_reward_model
     from prefarena.modeling.logprobs import LogProbs
     from prefarena.training.on_policy_memory import fitting_micro_batch
+    from prefarena.training.on_policy_models import OnPolicyModels
 
     policy = save_tiny_policy(folder)
-    learned: dict[str, nn.Module] = {
-        "policy": LogProbs(load_policy(policy), 64),
-        "critic": ValueHead(new_reward_model(policy, 0), 64),
-    }
+    models = OnPolicyModels(
+        LogProbs(load_policy(policy), 64),
+        LogProbs(load_policy(policy), 64),
+        ValueHead(new_reward_model(policy, 0), 64),
+    )
     worker = Worker(str(folder / "job"))
     monkeypatch.setattr(worker, "memory_share_mib", lambda: share)
-    size, predicted = fitting_micro_batch(on_policy_job(folder, **training), learned, 40, worker)
+    size, predicted = fitting_micro_batch(on_policy_job(folder, **training), models, 40, worker)
     assert predicted is not None
     return size, json.loads((folder / "job" / prediction.FILE).read_text(encoding="utf-8"))
 

@@ -128,8 +128,8 @@ class Resources(Section):
     )
     sharding: Literal["none", "fsdp"] = Field(
         "none",
-        description="fsdp: each worker of an off-policy, reference or reward model training holds a part of weights, "
-        "gradients and optimizer state (FSDP2); none, and on-policy methods: each holds all of them (DDP).",
+        description="fsdp: each worker of a training holds a part of weights, gradients and optimizer state (FSDP2), "
+        "and an on-policy one a part of its reference and reward model as well; none: each holds all of them (DDP).",
     )
     autoscaled: bool = Field(
         False, description="The cluster grows on demand: what it has not yet is waited for, not refused."

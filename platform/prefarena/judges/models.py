@@ -12,6 +12,7 @@ from prefarena.modeling.arithmetic import Arithmetic, body_in_weights
 from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_reward_model
 from prefarena.modeling.logprobs import Sequences
+from prefarena.modeling.roles import Role
 from prefarena.tasks.gold import GoldReward
 
 
@@ -39,25 +40,29 @@ class RewardModelJudge:
     ) -> None:
         model = body_in_weights(load_reward_model(path), arithmetic)
         torch.nn.Module.to(model, device)
-        self._head, self._batch_size = ScalarHead(model), batch_size
+        self.head: ScalarHead | Role = ScalarHead(model)
+        self._batch_size = batch_size
 
     @classmethod
-    def of(cls, model: PreTrainedModel, batch_size: int = 64) -> RewardModelJudge:
-        """A judge of a model that is in memory; it scores where the model is, with the model's normalisation."""
+    def of(cls, model: PreTrainedModel | Role, batch_size: int = 64) -> RewardModelJudge:
+        """A judge of a model that is in memory; it scores where the model is, with the model's normalisation.
+
+        A role on a shared body scores with its own adapters and head.
+        """
         judge = cls.__new__(cls)
-        judge._head, judge._batch_size = ScalarHead(model), batch_size
+        judge.head, judge._batch_size = model if isinstance(model, Role) else ScalarHead(model), batch_size
         return judge
 
     @torch.no_grad()
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
         """Normalised scores float64 [N]; sequences of similar length share a batch."""
-        device = self._head.model.device
+        device = self.head.model.device
         found = torch.empty(len(prompts), dtype=torch.float64, device=device)
         order = np.argsort([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], kind="stable")
         for start in range(0, len(order), self._batch_size):
             rows = order[start : start + self._batch_size]
             batch = Sequences.of([prompts[i] for i in rows], [responses[i] for i in rows], device)
-            found[start : start + len(rows)] = scores(self._head, batch)
+            found[start : start + len(rows)] = scores(self.head, batch)
         values = np.empty(len(prompts))
         values[order] = found.cpu().numpy()  # once: every copy to the host waits for all that came before
         return values

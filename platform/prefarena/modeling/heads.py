@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from prefarena.modeling.logprobs import PackedModel, Sequences, at_least_float32, at_responses, can_pack
 from prefarena.modeling.packing import PackedBatch
+from prefarena.modeling.roles import Role
 from prefarena.modeling.support import body_output
 
 
@@ -37,7 +38,7 @@ class ValueHead(ScalarHead):
 
 
 @torch.no_grad()
-def scores(head: ScalarHead, sequences: Sequences) -> Tensor:
+def scores(head: ScalarHead | Role, sequences: Sequences) -> Tensor:
     """Normalised rewards [B] of whole sequences."""
     return normalised(head.model, head(sequences.layout(head.packed)))
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -169,6 +170,36 @@ def _drop_weights(module: nn.Module) -> None:
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             setattr(part, name, nn.Parameter(torch.empty_like(parameter, device="meta")))
+
+
+def reward_model_on(policy: PreTrainedModel, folder: str | Path) -> PreTrainedModel:
+    """A sequence-classification model whose body is the policy's own, by the configuration in `folder`.
+
+    Its head is a new one of zeros, in float32. Raises UserError where transformers has no such model with this body.
+    """
+    config = AutoConfig.from_pretrained(str(folder), num_labels=1, trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForSequenceClassification.from_config(config)
+    if type(model.base_model) is not type(policy.base_model):
+        raise UserError(
+            f"training.lora: a {type(model).__name__} cannot share the body of a {type(policy).__name__}; train all "
+            "weights"
+        )
+    setattr(model, model.base_model_prefix, policy.base_model)
+    head = nn.Linear(model.score.in_features, 1, bias=False)
+    nn.init.zeros_(head.weight)
+    model.score = head
+    return model.eval()
+
+
+def read_head(folder: str | Path) -> torch.Tensor:
+    """The weight [1, D] of a stored reward model's head, float32; nothing else of it is read."""
+    bring(folder)
+    for path in sorted(Path(folder).glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            if "score.weight" in file.keys():  # noqa: SIM118 (it is no dictionary)
+                return file.get_tensor("score.weight").float()
+    raise UserError(f"{folder}: there is no score.weight in it")
 
 
 def load_reward_model(path: str | Path) -> PreTrainedModel:

@@ -6,34 +6,53 @@ An adapter adds nothing at first (its second factor is zero), so a policy starts
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import LoraConfig, inject_adapter_in_model
 from peft.tuners.lora import LoraLayer
-from safetensors.torch import save_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from prefarena.config import LoRA
 from prefarena.errors import UserError
+from prefarena.mirror import bring
+from prefarena.modeling.parts import whole
 
-_ADAPTER = "default"
+#: Beside the merged model, in the folder of a stage whose training had adapters.
+ADAPTER_FOLDER = "adapter"
+_ADAPTER, _PREFIX, _WEIGHTS = "default", "base_model.model.", "adapter_model.safetensors"
 
 
-def add_adapters(model: PreTrainedModel, lora: LoRA, seed: int) -> None:
+def add_adapters(model: PreTrainedModel, lora: LoRA, seed: int, name: str = _ADAPTER) -> None:
     """Freeze the model but for new adapters, and a reward model's `score`, which has nothing to start from.
 
-    `seed` draws the adapters. Raises UserError where a target is the output embedding, or is not in the model.
+    `seed` draws the adapters. name: of these adapters, where a model has others beside them; those are frozen, too.
+    Raises UserError where a target is the output embedding, or is not in the model.
     """
-    targets = _targets(model, lora)
-    config = LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, lora_dropout=0.0, bias="none")
+    targets = [layer for layer, module in model.named_modules() if isinstance(module, LoraLayer)]
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=targets or _targets(model, lora),
+        lora_dropout=0.0,
+        bias="none",
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        inject_adapter_in_model(config, model, _ADAPTER)
+        _inject(config, model, name)
     score = getattr(model, "score", None)
     if score is not None:
         score.requires_grad_(True)
+
+
+def _inject(config: LoraConfig, model: PreTrainedModel, name: str) -> None:
+    with warnings.catch_warnings():  # that there are others already, which is what roles on one body are
+        warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+        inject_adapter_in_model(config, model, name)
 
 
 def _targets(model: PreTrainedModel, lora: LoRA) -> list[str]:
@@ -59,16 +78,83 @@ def _is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"  # GPT-2's, which peft knows too
 
 
-def save_adapter(model: PreTrainedModel, base: str, folder: str | Path) -> None:
-    """The adapters in peft's format: `PeftModel.from_pretrained` puts them on the model at `base`."""
+def use_adapter(module: nn.Module, name: str) -> None:
+    """Compute with the adapters of this name from now on, and with none where the module has none of this name.
+
+    peft's own switch also decides which adapters are trained, and every role's must stay so while another one computes.
+    """
+    for layer in module.modules():
+        if isinstance(layer, LoraLayer):
+            layer._active_adapter = name
+
+
+def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
+    """The adapters of this name, by their own names."""
+    found = {key: one for key, one in model.named_parameters() if "lora_" in key and f".{name}." in key}
+    return dict(sorted(found.items()))
+
+
+def merged_weights(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
+    """The weights of the model with the adapters of this name merged into them, as if it had never had adapters.
+
+    Nothing of the model is changed; each tensor is whole, and one that was adapted is new.
+    """
+    layers = {f"{key}.base_layer.weight": layer for key, layer in model.named_modules() if isinstance(layer, LoraLayer)}
+    for key, tensor in model.state_dict().items():
+        if "lora_" in key:
+            continue
+        weight = whole(tensor)
+        if key in layers:
+            layer = layers[key]
+            low, high = (whole(getattr(layer, part)[name].weight.detach()) for part in ("lora_A", "lora_B"))
+            update = high @ low
+            weight = weight + (update.T if getattr(layer, "fan_in_fan_out", False) else update) * layer.scaling[name]
+        yield key.replace(".base_layer.", "."), weight
+
+
+def save_adapter(
+    model: PreTrainedModel, base: str, folder: str | Path, name: str = _ADAPTER, *, writes: bool = True
+) -> None:
+    """The adapters in peft's format: `PeftModel.from_pretrained` puts them on the model at `base`.
+
+    Where the model is spread over several workers all of them call this, and the one that `writes` does so.
+    """
+    tensors = {
+        _PREFIX + _outside(key, name): whole(one.detach()) for key, one in adapter_parameters(model, name).items()
+    }
+    if not writes:
+        return
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.peft_config[_ADAPTER]
+    config = model.peft_config[name]
     config.base_model_name_or_path = base
     config.save_pretrained(str(folder))
-    tensors = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
-    named = {f"base_model.model.{name}": tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    save_file(named, folder / "adapter_model.safetensors")
+    save_file({key: one.cpu().contiguous() for key, one in tensors.items()}, folder / _WEIGHTS)
+
+
+def adapter_of(model_dir: str, base: str) -> Path | None:
+    """The folder of adapters beside a trained model, where it was trained as adapters of the model at `base`."""
+    folder = Path(model_dir).parent / ADAPTER_FOLDER
+    bring(folder)
+    if not (folder / "adapter_config.json").is_file():
+        return None
+    config = LoraConfig.from_pretrained(str(folder))
+    return folder if config.base_model_name_or_path == base else None
+
+
+def load_adapter(model: PreTrainedModel, folder: str | Path, name: str) -> None:
+    """Put adapters that `save_adapter` wrote into the model, under this name; all of the model is frozen then."""
+    _inject(LoraConfig.from_pretrained(str(folder)), model, name)
+    stored = load_file(Path(folder) / _WEIGHTS)
+    with torch.no_grad():
+        for key, parameter in adapter_parameters(model, name).items():
+            parameter.copy_(stored[_PREFIX + _outside(key, name)])
+    model.requires_grad_(False)
+
+
+def _outside(key: str, name: str) -> str:
+    """The name that an adapter's tensor has in a file, from the one that it has in a model."""
+    return key.replace(f".{name}.", ".")
 
 
 def merge_adapters(model: PreTrainedModel) -> None:

@@ -8,6 +8,9 @@ from pydantic import Field, field_validator
 
 from prefarena.settings.section import Betas, Section
 
+#: Of a training's forward and backward passes.
+Precision = Literal["float32", "bfloat16"]
+
 
 class LoRA(Section):
     """Low-rank adapters that are trained in place of the model's weights. They have no dropout."""
@@ -36,9 +39,7 @@ class LearnerSettings(Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: Betas = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="bfloat16: autocast, float32 master weights."
-    )
+    precision: Precision = Field("float32", description="bfloat16: autocast, float32 master weights.")
     lora: LoRA | None = Field(None, description="Train adapters of the model; none: all of its weights.")
     activation_checkpointing: bool = Field(
         False, description="Compute each layer once more in the backward pass: less memory, about a third more time."

@@ -18,8 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from prefarena.judges.spec import Judge, may_be_silent
-from prefarena.modeling.heads import ValueHead, token_values
-from prefarena.modeling.logprobs import LogProbs, Sequences, token_logps, token_logps_and_entropy
+from prefarena.modeling.heads import token_values
+from prefarena.modeling.logprobs import Sequences, token_logps, token_logps_and_entropy
 from prefarena.modeling.transfer import rows_on
 from prefarena.records import Rollout
 from prefarena.training.rollouts import share
@@ -83,11 +83,14 @@ def generator_logps(rollouts: list[Rollout], mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scorers:
-    """The models that turn rollouts into experience; there is no critic where the method has none."""
+    """What turns rollouts into experience.
 
-    policy: LogProbs
-    reference: LogProbs
-    critic: ValueHead | None
+    policy, reference: called as a `LogProbs` is. critic: as a `ValueHead`; none where the method has no critic.
+    """
+
+    policy: nn.Module
+    reference: nn.Module
+    critic: nn.Module | None
     reward: Judge
     monitor: Judge | None
     temperature: float
@@ -151,8 +154,20 @@ class Scorers:
         return whole
 
 
+def as_many_as_others(rollouts: list[Rollout], num_rows: int, worker: Worker) -> list[Rollout]:
+    """This worker's rollouts, the last one twice where sharded models are scored with and others have one more.
+
+    The layers of a sharded model are gathered in every pass, so all workers must make the same number of passes.
+    """
+    largest = -(-num_rows // worker.world_size)
+    return rollouts + rollouts[-1:] * (largest - len(rollouts)) if worker.shards else rollouts
+
+
 def gather(local: Experience, num_rows: int, worker: Worker) -> Experience:
-    """The experience of all workers, in the order of the prompts, on every worker."""
+    """The experience of all workers, in the order of the prompts, on every worker.
+
+    What a worker has beyond its share of `num_rows` is left out (see `as_many_as_others`).
+    """
     if worker.world_size == 1:
         return local
     width = torch.zeros(worker.world_size, dtype=torch.long, device=worker.device)
@@ -162,6 +177,7 @@ def gather(local: Experience, num_rows: int, worker: Worker) -> Experience:
 
     def everywhere(tensor: Tensor, columns: int) -> Tensor:
         """[b] or [b, T'] to the whole batch's [B] or [B, columns]."""
+        tensor = tensor[: rows.stop - rows.start]
         full = tensor.new_zeros((num_rows, columns)[: tensor.dim()])
         full[rows] = tensor if tensor.dim() == 1 else nn.functional.pad(tensor, (0, columns - tensor.shape[1]))
         return worker.sum(full)

@@ -14,10 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from prefarena.modeling.layers import recompute_layers
+from prefarena.modeling.parts import own_part, whole
+from prefarena.modeling.roles import Role
 from prefarena.objectives.output import Mean, ObjectiveOutput
 from prefarena.settings.optimisation import LearnerSettings
 from prefarena.training.guard import GuardedOptimizer
-from prefarena.training.sharding import is_sharded, own_part, whole
+from prefarena.training.sharding import is_sharded
 from prefarena.training.worker import Worker, load_optimizer_tensors, optimizer_tensors
 
 
@@ -48,18 +50,23 @@ class Learner:
     """A module, its AdamW over the parameters that require a gradient, and its largest gradient norm.
 
     `module` holds its parameters in float32 (master weights). `precision: bfloat16` computes under autocast; a sharded
-    module makes halved copies itself. name: prefixes its tensors in a checkpoint.
+    module makes halved copies itself. A role on a shared body, which somebody has distributed, trains its own adapters
+    and head alone. name: prefixes its tensors in a checkpoint.
     """
 
     def __init__(
         self, name: str, module: nn.Module, settings: LearnerSettings, worker: Worker, *, fused: bool = True
     ) -> None:
         """fused: one pass of the optimizer over all parameters; off, for a benchmark of what it is worth."""
-        self.name, self.module = name, module
+        self.name = name
         self._worker, self._settings = worker, settings
-        self._wrapped = worker.distribute(module, settings.precision)
+        # `_called` is what losses pass batches to, `_root` the module that is reduced over workers.
+        self._called: nn.Module = module if isinstance(module, Role) else worker.distribute(module, settings.precision)
+        self._root: nn.Module = module.body if isinstance(module, Role) else self._called
+        self.module = module.module if isinstance(module, Role) else module
+        self.trained = module.trained() if isinstance(module, Role) else _trained(module)
         self._optimizer = torch.optim.AdamW(
-            [parameter for _, parameter in self._trained()],
+            self.trained.values(),
             lr=settings.learning_rate,
             betas=settings.betas,
             weight_decay=settings.weight_decay,
@@ -78,14 +85,17 @@ class Learner:
         outputs: list[ObjectiveOutput] = []
         work = list(passes)
         for position, one in enumerate(work):
-            with self._worker.no_sync(self._wrapped, enabled=position < len(work) - 1):
+            with self._worker.no_sync(self._root, enabled=position < len(work) - 1):
                 with self.autocast():
-                    output = one.compute(self._wrapped)
+                    output = one.compute(self._called)
                 # DDP and FSDP average gradients over workers; the step's loss is their sum.
                 (output.loss.total * (one.scale * self._worker.world_size)).backward()
             loss = Mean(output.loss.total.detach(), output.loss.count.detach())
             self._loss = self._loss + loss.total * one.scale
             outputs.append(ObjectiveOutput(loss, output.metrics))
+        if isinstance(self._called, Role) and not self.sharded:
+            # Two roles on one body: DDP would wait in the backward pass of one for gradients of the other.
+            self._worker.average_gradients(self.trained.values())
         return outputs
 
     @torch.no_grad()
@@ -98,7 +108,7 @@ class Learner:
         """Clip the gradient and move along it. Returns its norm [] before clipping, and whether it was skipped []."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = whole(nn.utils.clip_grad_norm_(self.module.parameters(), self._settings.max_grad_norm))
+        norm = whole(nn.utils.clip_grad_norm_(self.trained.values(), self._settings.max_grad_norm))
         return norm, self.guard.step(self._loss, norm)
 
     def autocast(self) -> torch.autocast:
@@ -109,19 +119,20 @@ class Learner:
     @property
     def sharded(self) -> bool:
         """Whether each worker holds a part of the module."""
-        return is_sharded(self.module)
+        return is_sharded(self._root)
 
     def tensors(self) -> dict[str, Tensor]:
         """This worker's part of what is trained and of the optimizer's state, by name."""
-        weights = {f"{self.name}.{name}": own_part(parameter) for name, parameter in self._trained()}
+        weights = {f"{self.name}.{name}": own_part(parameter) for name, parameter in self.trained.items()}
         return weights | optimizer_tensors(self._optimizer, f"{self.name}_optimizer")
 
     @torch.no_grad()
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """The inverse of `tensors`."""
-        for name, parameter in self._trained():
+        for name, parameter in self.trained.items():
             own_part(parameter).copy_(tensors[f"{self.name}.{name}"])
         load_optimizer_tensors(self._optimizer, tensors, f"{self.name}_optimizer")
 
-    def _trained(self) -> list[tuple[str, nn.Parameter]]:
-        return [(name, parameter) for name, parameter in self.module.named_parameters() if parameter.requires_grad]
+
+def _trained(module: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}

@@ -13,7 +13,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,25 +21,27 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining
+from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining, RewardModel
 from prefarena.errors import UserError
 from prefarena.generation.interface import RolloutSource
-from prefarena.judges.spec import Judge, load_judge, usage_of
+from prefarena.judges.models import RewardModelJudge
+from prefarena.judges.spec import Judge, JudgeSpec, load_judge, usage_of
 from prefarena.judges.usage import total_costs
-from prefarena.modeling.arithmetic import attends_in
-from prefarena.modeling.heads import ValueHead, token_values
-from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, new_reward_model, save_policy
-from prefarena.modeling.logprobs import LogProbs, token_logps
+from prefarena.modeling.heads import token_values
+from prefarena.modeling.load import load_tokenizer
+from prefarena.modeling.logprobs import token_logps
 from prefarena.modeling.transfer import rows_on
 from prefarena.objectives.kl import KLController
 from prefarena.objectives.output import Mean, ObjectiveOutput
 from prefarena.objectives.ppo import kl_loss, policy_loss, value_loss
-from prefarena.training.experience import Experience, Scorers, by_length, gather
+from prefarena.settings.optimisation import Precision
+from prefarena.training.experience import Experience, Scorers, as_many_as_others, by_length, gather
 from prefarena.training.guard import stop_if_diverged
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.learner import Learner, Pass, prepare
 from prefarena.training.on_policy_batch import Batch, experience_metrics, learnable
 from prefarena.training.on_policy_memory import fitting_micro_batch
+from prefarena.training.on_policy_models import load_models, save_adapters, save_models
 from prefarena.training.rollouts import RolloutStream, minibatches, share, snapshot_iterations
 from prefarena.training.schedule import warmed_up
 from prefarena.training.window import Window
@@ -84,12 +86,12 @@ def _train(trainer: OnPolicyTrainer) -> dict[str, Any]:
         stop_if_diverged(
             trainer.bad_iterations, job.training.max_bad_iterations, f"iterations up to iteration {iteration + 1}"
         )
-        if trainer.iteration in snapshots and worker.rank == 0:
+        if trainer.iteration in snapshots:
             trainer.save_snapshot()
         if trainer.iteration % job.training.checkpoint_every == 0 and trainer.iteration < num_iterations:
-            worker.save(trainer.iteration, trainer.tensors(), trainer.state())
-    if worker.rank == 0:
-        save_policy(trainer.policy, trainer.tokenizer, job.model_dir)
+            worker.save(trainer.iteration, trainer.tensors(), trainer.state(), sharded=worker.shards)
+    save_models(trainer.models, job, worker, trainer.tokenizer, job.model_dir)
+    save_adapters(trainer.models, job, worker)
     counts = {**trainer.counts, **trainer.judge_calls(), "micro_batch_size": trainer.micro_batch_size}
     costs = worker.costs(num_steps=num_iterations, **counts)
     if trainer.predicted_mib is not None:
@@ -153,21 +155,18 @@ class OnPolicyTrainer:
         self.job, self.worker, self.settings = job, worker, job.training
         _check_sizes(self.settings, worker.world_size)
         self.tokenizer = load_tokenizer(job.policy)
-        self.policy = load_policy(job.policy)
-        where = (worker.device, attends_in(self.settings.precision))
-        self.log_probs = LogProbs(self.policy, job.max_length, *where)
-        worker.note_padding(self.log_probs.notes)
-        self.critic = load_critic(job, *where) if isinstance(self.settings, PPOTraining) else None
-        self.stream = RolloutStream(job, worker, source, lambda: self.policy.state_dict().items())
-        learned: dict[str, nn.Module] = {"policy": self.log_probs}
-        if self.critic is not None:
-            learned["critic"] = self.critic
-        for module in learned.values():
+        self.models = load_models(job, worker)
+        worker.note_padding(self.models.policy.notes)
+        self.stream = RolloutStream(job, worker, source, self.models.weights)
+        for module in self.models.to_prepare():
             prepare(module, self.settings, worker)
         self.micro_batch_size, self.predicted_mib = fitting_micro_batch(
-            job, learned, self.stream.longest_prompt, worker
+            job, self.models, self.stream.longest_prompt, worker
         )
-        self.learners = {name: Learner(name, module, self.settings, worker) for name, module in learned.items()}
+        self.models.place_frozen(worker, self.settings.precision)
+        self.learners = {
+            name: Learner(name, module, self.settings, worker) for name, module in self.models.learned.items()
+        }
         self.scorers = self._make_scorers(reward, monitor)
         self.controller = KLController(job.training.kl_coef, job.training.target_kl, job.training.kl_horizon)
         self.counts = {"num_tokens_generated": 0, "num_tokens_trained": 0}
@@ -177,16 +176,13 @@ class OnPolicyTrainer:
     def _make_scorers(self, reward: Judge | None, monitor: Judge | None) -> Scorers:
         job, worker = self.job, self.worker
         batch_size = self.micro_batch_size * _FORWARD_SIZE
-        reward = reward or load_judge(job.reward, batch_size, worker.device)
+        reward = reward or self._load_judge(job.reward, batch_size)
         if monitor is None and job.monitor is not None:
-            same = job.monitor == job.reward
-            monitor = reward if same else load_judge(job.monitor, batch_size, worker.device)
-        reference = load_policy(job.policy)
-        nn.Module.to(reference, worker.device)
+            monitor = reward if job.monitor == job.reward else self._load_judge(job.monitor, batch_size)
         return Scorers(
-            policy=self.log_probs,
-            reference=LogProbs(reference, job.max_length, attends_in=attends_in(self.settings.precision)),
-            critic=self.critic,
+            policy=self.models.policy,
+            reference=self.models.reference,
+            critic=self.models.critic,
             reward=reward,
             monitor=monitor,
             temperature=self.settings.temperature,
@@ -194,6 +190,18 @@ class OnPolicyTrainer:
             autocast=self.learners["policy"].autocast,
             device=worker.device,
         )
+
+    def _load_judge(self, spec: JudgeSpec, batch_size: int) -> Judge:
+        """A judge on this worker: a role on the policy's body where it can be one, and spread where models are."""
+        if self.models.reward is not None and spec == self.job.reward:
+            return RewardModelJudge.of(self.models.reward, batch_size)
+        if self.worker.shards and isinstance(spec.settings, RewardModel):
+            judge = load_judge(replace(spec, arithmetic="float32"), batch_size)  # sharded layers halve themselves
+            assert isinstance(judge, RewardModelJudge)
+            precision: Precision = "float32" if spec.arithmetic == "float32" else "bfloat16"
+            self.worker.place(judge.head, precision, head="float32")
+            return judge
+        return load_judge(spec, batch_size, self.worker.device)
 
     def judge_calls(self) -> dict[str, int]:
         """What was asked of an endpoint that is the reward, by all workers of this attempt; empty for other rewards."""
@@ -236,10 +244,12 @@ class OnPolicyTrainer:
         self.iteration = checkpoint.step
 
     def save_snapshot(self) -> None:
-        """Keep the policy as it is at `snapshots/<updates done>`; the folder appears whole."""
+        """Keep the policy as it is at `snapshots/<updates done>`; the folder appears whole. Every worker calls it."""
         folder = Path(self.job.stage_dir) / "snapshots" / f"{self.iteration:05d}"
         partial_folder = folder.with_name(f".{folder.name}-{os.getpid()}")
-        save_policy(self.policy, self.tokenizer, partial_folder)
+        save_models(self.models, self.job, self.worker, self.tokenizer, partial_folder)
+        if self.worker.rank:
+            return
         if folder.exists():  # of an attempt that was interrupted after it
             shutil.rmtree(folder)
         os.replace(partial_folder, folder)
@@ -275,9 +285,10 @@ class OnPolicyTrainer:
         with phases("generate"):
             rollouts = rollouts or stream.take(self.iteration)
             stream.ask_ahead(self.iteration)
+        num_rows = self.settings.rollouts_per_iteration
+        rollouts = as_many_as_others(rollouts, num_rows, self.worker)
         staleness = stream.staleness(rollouts, self.iteration)
-        local = self.scorers.experience(rollouts, staleness, phases)
-        return gather(local, self.settings.rollouts_per_iteration, self.worker)
+        return gather(self.scorers.experience(rollouts, staleness, phases), num_rows, self.worker)
 
     def policy_frozen(self) -> bool:
         """Whether this iteration trains the critic alone."""
@@ -328,7 +339,12 @@ class OnPolicyTrainer:
     def parts(self, batch: Batch, rows: Tensor) -> list[Batch]:
         """This worker's micro-batches of a minibatch, whose rows are shared out to the workers."""
         mine = rows[share(len(rows), self.worker.rank, self.worker.world_size)]
-        return [batch.select(part) for part in by_length(batch.sequences, mine, self.micro_batch_size)]
+        parts = [batch.select(part) for part in by_length(batch.sequences, mine, self.micro_batch_size)]
+        if self.worker.shards:  # every pass gathers layers, which takes all workers: those with fewer pass in vain
+            most = -(-len(rows) // self.worker.world_size)
+            empty = replace(parts[0], mask=torch.zeros_like(parts[0].mask))
+            parts += [empty] * (-(-most // self.micro_batch_size) - len(parts))
+        return parts
 
     def count(self, batch: Batch, rows: Tensor) -> Tensor:
         """What a loss's sum over a minibatch, on all workers, is divided by: its tokens, or its sequences."""
@@ -356,18 +372,6 @@ class OnPolicyTrainer:
             raise TypeError("there is no critic")
         values = token_values(module, batch.sequences)
         return value_loss(values, batch.values, batch.returns, batch.mask, clip=self.settings.value_clip)
-
-
-def load_critic(job: OnPolicyJob, *where: Any) -> ValueHead:
-    """The job's reward model; where it names none, the policy's body under a head of zeros.
-
-    where: the device and the kind of numbers of `PackedModel`.
-    """
-    if job.critic:
-        return ValueHead(load_reward_model(job.critic), job.max_length, *where)
-    critic = new_reward_model(job.policy, job.seed)
-    nn.init.zeros_(critic.get_parameter("score.weight"))
-    return ValueHead(critic, job.max_length, *where)
 
 
 def _critic_warmup(settings: OnPolicyTraining) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from prefarena.judges.models import RewardModelJudge
 from prefarena.modeling.arithmetic import attends_in, body_in_weights
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.load import load_tokenizer, new_reward_model, save_policy
-from prefarena.modeling.lora import add_adapters, merge_adapters
+from prefarena.modeling.lora import ADAPTER_FOLDER, add_adapters, merge_adapters, save_adapter
 from prefarena.training.jobs import RewardModelJob
 from prefarena.training.off_policy import train
 from prefarena.training.sharding import on_rank_0
@@ -52,6 +53,7 @@ def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
     trained = on_rank_0(model, start, worker.rank)
     if trained is not None:
         if settings.training.lora is not None:
+            save_adapter(trained, job.policy, Path(job.stage_dir) / ADAPTER_FOLDER)  # for PPO, on the policy's weights
             merge_adapters(trained)
         nn.Module.to(trained, worker.device)
         save_policy(trained, tokenizer, job.model_dir)

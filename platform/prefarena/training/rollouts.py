@@ -75,7 +75,8 @@ class RolloutStream:
 
     In synchronous mode the batch of iteration i is made by the weights of iteration i. In asynchronous mode it is asked
     for before update i - 1 and so made by the weights of iteration i - 1, while that update runs; the first batch, and
-    the first after a restart, is made when it is needed. `weights` gives the current policy, by name.
+    the first after a restart, is made when it is needed. `weights` gives the
+    current policy, by name; every worker goes through it at the same time.
     """
 
     def __init__(
@@ -102,8 +103,12 @@ class RolloutStream:
     def push(self, iteration: int) -> None:
         """Give the source the policy that `iteration` starts with; no worker goes on before it has it."""
         self._barrier()  # a slower worker may still wait for rollouts of the weights that the source holds
+        weights = self._weights()
         if self._worker.rank == 0:
-            self.source.sync(self._weights(), self.version(iteration))
+            self.source.sync(weights, self.version(iteration))
+        else:
+            for _ in weights:  # a sharded model's are gathered tensor by tensor, which takes every worker
+                pass
         self._barrier()
 
     def take_ahead(self, iteration: int) -> list[Rollout] | None:

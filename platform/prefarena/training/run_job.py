@@ -16,7 +16,7 @@ from prefarena.generation.interface import GeneratorLostError
 from prefarena.modeling.arithmetic import attends_in
 from prefarena.modeling.load import load_policy, load_tokenizer, save_policy
 from prefarena.modeling.logprobs import LogProbs
-from prefarena.modeling.lora import add_adapters, merge_adapters, save_adapter
+from prefarena.modeling.lora import ADAPTER_FOLDER, add_adapters, merge_adapters, save_adapter
 from prefarena.settings.off_policy import Pairwise
 from prefarena.settings.unpaired import Unpaired
 from prefarena.stages import write_failure, write_manifest
@@ -109,7 +109,7 @@ def _train_policy(job: ReferenceJob | OffPolicyJob, worker: Worker) -> dict[str,
     trained = on_rank_0(model, start, worker.rank)
     if trained is not None:
         if settings.lora is not None:
-            save_adapter(trained, job.policy, Path(job.stage_dir) / "adapter")
+            save_adapter(trained, job.policy, Path(job.stage_dir) / ADAPTER_FOLDER)
             merge_adapters(trained)
         save_policy(trained, tokenizer, job.model_dir)
     return {"costs": worker.costs(**counts)}

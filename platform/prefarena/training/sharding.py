@@ -7,7 +7,7 @@ head belong to the root, whose forward reads their weights.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,24 +16,32 @@ from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from prefarena.modeling.layers import decoder_layers
+from prefarena.modeling.parts import whole
+from prefarena.settings.optimisation import Precision
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
 def shard(
-    module: nn.Module, world_size: int, device: torch.device, precision: Literal["float32", "bfloat16"]
+    module: nn.Module,
+    world_size: int,
+    device: torch.device,
+    precision: Precision,
+    head: Precision | None = None,
 ) -> nn.Module:
     """The module itself, its parameters now DTensors on `device`; in float32, whatever it computes in.
 
-    Gradients are summed in float32 and averaged over the workers, as DDP does.
+    head: what embedding, last norm and head compute in, where that is not `precision`. Gradients are summed in float32 and averaged over the workers, as DDP does.
     """
     mesh = init_device_mesh(device.type, (world_size,))
-    halved = precision == "bfloat16"
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if halved else MixedPrecisionPolicy()
     for layer in decoder_layers(module):
-        fully_shard(layer, mesh=mesh, mp_policy=policy)
-    fully_shard(module, mesh=mesh, mp_policy=policy)
+        fully_shard(layer, mesh=mesh, mp_policy=_policy(precision))
+    fully_shard(module, mesh=mesh, mp_policy=_policy(head or precision))
     return module
+
+
+def _policy(precision: Precision) -> MixedPrecisionPolicy:
+    return MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bfloat16" else MixedPrecisionPolicy()
 
 
 def is_sharded(module: nn.Module) -> bool:
@@ -45,25 +53,6 @@ def reduce_after_backward(module: nn.Module, reduce: bool) -> None:
     assert isinstance(module, FSDPModule)
     module.set_is_last_backward(reduce)
     module.set_requires_gradient_sync(reduce)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """A tensor that is spread over the workers, as one on each of them; any other as it is."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def own_part(tensor: Tensor) -> Tensor:
-    """What this worker holds of a tensor; it shares memory with it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def like(part: Tensor, tensor: Tensor) -> Tensor:
-    """The inverse of `own_part`: this worker's part of something that is spread as `tensor` is."""
-    if not isinstance(tensor, DTensor) or part.ndim != tensor.ndim:
-        return part
-    return DTensor.from_local(
-        part, tensor.device_mesh, tensor.placements, run_check=False, shape=tensor.shape, stride=tensor.stride()
-    )
 
 
 @torch.no_grad()

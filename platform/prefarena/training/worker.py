@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import secrets
 import time
+from collections.abc import Iterable
 from contextlib import nullcontext
 from functools import cached_property
 from pathlib import Path
@@ -17,10 +18,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prefarena.mirror import CHECKPOINTS, mirror_of, pull, push
 from prefarena.modeling import room
+from prefarena.modeling.parts import like, own_part
+from prefarena.settings.optimisation import Precision
 from prefarena.training import process_memory
 from prefarena.training.checkpoints import Checkpoint, CheckpointFolder, DamagedCheckpointError
 from prefarena.training.remote_checkpoints import RemoteCheckpointFolder
-from prefarena.training.sharding import is_sharded, like, own_part, reduce_after_backward, shard
+from prefarena.training.sharding import is_sharded, reduce_after_backward, shard
 from prefarena.training.stage_log import StageLog
 
 _STORAGE_RETRY_S = 120.0
@@ -52,11 +55,23 @@ class Worker:
         module = module.to(self.device)
         return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.world_size > 1 else module
 
-    def distribute(self, module: nn.Module, precision: Literal["float32", "bfloat16"]) -> nn.Module:
+    def distribute(self, module: nn.Module, precision: Precision) -> nn.Module:
         """The same, or spread over the workers where `sharding` says so; it then computes in `precision` of itself."""
-        if self.sharding == "fsdp" and self.world_size > 1:
+        if self.shards:
             return shard(module, self.world_size, self.device, precision)
         return self.wrap(module)
+
+    def place(self, module: nn.Module, precision: Precision, head: Precision | None = None) -> None:
+        """Put a frozen module on this worker's device, or spread it as `shard` does; it is changed in place."""
+        if self.shards:
+            shard(module, self.world_size, self.device, precision, head)
+        else:
+            module.to(self.device)
+
+    @property
+    def shards(self) -> bool:
+        """Whether models are spread over the workers."""
+        return self.sharding == "fsdp" and self.world_size > 1
 
     def no_sync(self, module: nn.Module, enabled: bool = True) -> Any:
         """A context in which backward passes leave the reduction over workers to a later one."""
@@ -64,6 +79,15 @@ class Worker:
             reduce_after_backward(module, not enabled)
             return nullcontext()
         return module.no_sync() if enabled and isinstance(module, DistributedDataParallel) else nullcontext()
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Average the gradients over the workers, as DDP does for a module that it wraps."""
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        if self.world_size == 1 or not gradients:
+            return
+        together = self.sum(torch.cat([gradient.flatten() for gradient in gradients])) / self.world_size
+        for gradient, part in zip(gradients, together.split([one.numel() for one in gradients]), strict=True):
+            gradient.copy_(part.view_as(gradient))
 
     def sum(self, tensor: Tensor) -> Tensor:
         """The sum over workers, the same on all of them."""
