@@ -31,7 +31,8 @@ def shard(
 ) -> nn.Module:
     """The module itself, its parameters now DTensors on `device`; in float32, whatever it computes in.
 
-    head: what embedding, last norm and head compute in, where that is not `precision`. Gradients are summed in float32 and averaged over the workers, as DDP does.
+    head: what embedding, last norm and head compute in, where that is not `precision`. Gradients are summed in float32
+    and averaged over the workers, as DDP does.
     """
     mesh = init_device_mesh(device.type, (world_size,))
     for layer in decoder_layers(module):
