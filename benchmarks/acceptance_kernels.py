@@ -7,8 +7,10 @@ import gc
 import importlib.util
 import json
 import math
+import statistics
 import subprocess
 import sys
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import replace
@@ -251,6 +253,41 @@ def zero_log_ratios(setting: Setting, outcome: Outcome) -> None:
         outcome.at_most(f"{layout}: largest log-ratio of a response, nats", float(ratios.abs().max()), 0.0)
 
 
+def same_bits(setting: Setting, outcome: Outcome) -> None:
+    """The same step twice, to the last bit; and what sums that keep their order take, beside those that need not."""
+    module = ready(new_model(setting), setting, "bfloat16")
+    pairs = new_pairs(setting, module.model.config.vocab_size, 8 if setting.tiny else 24)
+    batch = pack(*split(pairs), device=setting.device)
+    on_gpu = not setting.tiny
+
+    def step(in_rows: bool) -> None:
+        module.zero_grad(set_to_none=True)
+        with autocast(setting, "bfloat16"):
+            logps, _ = module(batch)
+        (-batch.sums(logps, in_rows).sum() / len(pairs)).backward()
+        if on_gpu:
+            torch.cuda.synchronize()
+
+    seconds = {}
+    for in_rows in (True, False):
+        found, times = list[Tensor](), list[float]()
+        for _ in range(3 if setting.tiny else 12):
+            began = time.perf_counter()
+            step(in_rows)
+            times.append(time.perf_counter() - began)
+            if len(found) < 3:  # the first one compiles, and may choose other kernels
+                found.append(gradients(module))
+        seconds[in_rows] = statistics.median(times[2:])
+        title = "in order" if in_rows else "as threads come"
+        outcome.note(f"seconds a step, sums {title}", seconds[in_rows])
+        differing = int((found[1] != found[2]).sum())
+        if in_rows:
+            outcome.at_most("gradients that differ when the step is repeated, sums in order", differing, 0)
+        else:
+            outcome.note("gradients that differ when the step is repeated, sums as threads come", differing)
+    outcome.note("seconds in order, over those as threads come", seconds[True] / seconds[False])
+
+
 def step_memory(setting: Setting, outcome: Outcome) -> None:
     """One optimizer step on the GPU against what is predicted for it."""
     model = new_model(setting, hidden_size=1024, num_hidden_layers=8, intermediate_size=2816, vocab_size=32000)
@@ -385,6 +422,7 @@ CHECKS = [
     Check("head by tiles, bfloat16: values", head_values),
     Check("head by tiles, bfloat16: memory", head_memory),
     Check("log-ratios at step 0, bfloat16", zero_log_ratios),
+    Check("the same step twice, bfloat16", same_bits),
     Check("memory of a training step", step_memory, on_gpus(_MEASURED)),
     Check("FSDP2 on one rank", partial(fsdp, 1)),
     Check("FSDP2 on two ranks", partial(fsdp, 2), no_second_gpu),

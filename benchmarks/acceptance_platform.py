@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import importlib
+import time
 import uuid
 from collections.abc import Callable
 from functools import partial
@@ -44,6 +45,12 @@ KINDS: tuple[Kind, ...] = ("float32", "bfloat16")
 _MEMORY, _SHARE = 0.3, 0.4
 #: Heads of 64, as vLLM's kernels for GPUs have them.
 _SIZES = {"hidden_size": 256, "num_attention_heads": 4, "intermediate_size": 512}
+#: Of the engines whose speed is measured, and what they are asked for; so many of the responses also alone.
+_LARGER = {
+    "hidden_size": 1024, "num_attention_heads": 16, "num_key_value_heads": 4, "intermediate_size": 2816,
+    "num_hidden_layers": 12, "max_position_embeddings": 512,
+}  # fmt: skip
+_REQUESTS, _RESPONSE, _ALONE = 256, 128, 16
 #: One PPO run on a language whose responses can all be listed.
 _COMPARISON: dict[str, Any] = {
     "name": "acceptance",
@@ -183,6 +190,47 @@ def sleep_and_wake(folder: str) -> tuple[float, list[list[int]], list[list[int]]
     return freed / total, before, tokens()
 
 
+def batch_invariant(setting: Setting, outcome: Outcome) -> None:
+    """Whether what shares a batch changes a response, with `generation.batch_invariant` and without; and its price."""
+    folder, seconds = new_folder(setting), {}
+    make(folder, "llama", **_LARGER)
+    with ray_session():
+        for invariant in (False, True):
+            generation = Generation(batch_invariant=invariant, gpu_memory_utilization=_MEMORY)
+            with process_for_engine(generation, 1) as call:
+                times, others = call(alone_and_together, str(folder), generation)
+            title = "batch-invariant" if invariant else "as ever"
+            seconds[invariant] = min(times)
+            outcome.note(f"seconds for {_REQUESTS} responses of {_RESPONSE} tokens, {title}", times)
+            outcome.note(f"of {_ALONE} responses alone, those that are others among {_REQUESTS}, {title}", others)
+            outcome.must(not invariant or others == 0, f"{others} responses depend on what shares their batch")
+    outcome.note("seconds batch-invariant, over those as ever", seconds[True] / seconds[False])
+
+
+def alone_and_together(folder: str, generation: Generation, use_gpu: bool = True) -> tuple[list[float], int]:
+    """In an engine's process: seconds of generating all responses together, and how many are others alone.
+
+    A response is another one where a token or the last bit of a log-prob is.
+    """
+    from prefarena.generation.engine import Engine, Sample
+
+    limit = _LARGER["max_position_embeddings"]
+    engine = Engine(folder, generation, max_model_len=limit, end_ids=(), use_gpu=use_gpu, seed=0)
+
+    def sampled(requests: range) -> list[Sample]:
+        prompts = [PROMPTS[request % len(PROMPTS)] * (1 + request % 16) for request in requests]
+        return engine.generate(prompts, max_tokens=_RESPONSE, temperature=1.0, seeds=list(requests))
+
+    sampled(range(_REQUESTS))  # kernels are compiled, graphs captured
+    seconds, together = [], list[Sample]()
+    for _ in range(3):
+        began = time.perf_counter()
+        together = sampled(range(_REQUESTS))
+        seconds.append(time.perf_counter() - began)
+    alone = [sampled(range(request, request + 1))[0] for request in range(_ALONE)]
+    return seconds, sum(one != other for one, other in zip(alone, together, strict=False))
+
+
 # ------------------------------------------------------------------------------------------------------ a comparison
 
 
@@ -236,11 +284,13 @@ def unbuilt(_: Setting) -> str:
     return "an engine is on one GPU: the product has no tensor parallel generation"
 
 
+_NO_KERNELS = "vLLM's batch-invariant kernels are Triton's: its engines for CPUs end in an error with them"
 _QUEUED = "CUDA IPC needs a GPU; tests/test_weight_transfer.py runs both sides with a queue in its place"
 CHECKS = [
     *(Check(f"engine, host sync, log-probs, {kind}", partial(engine, kind), limit_s=420) for kind in KINDS),
     Check("IPC sync", partial(device_sync, "ipc"), on_gpus(_QUEUED), limit_s=420),
     Check("sleep and wake", sleep, on_gpus("vLLM's engines for CPUs have no memory of a GPU to give back"), 420),
+    Check("batch-invariant engine, and its price", batch_invariant, on_gpus(_NO_KERNELS), 420),
     Check("a PPO comparison", partial(comparison, False), limit_s=900),
     Check("a PPO comparison whose generation actor is killed", partial(comparison, True), limit_s=900),
     Check("NCCL sync", partial(device_sync, "nccl"), no_second_gpu, limit_s=420),

@@ -41,6 +41,9 @@ def test_every_kernel_check_that_a_cpu_can_run_passes_with_torch_and_transformer
     } < (checks.keys())
     zero = checks["log-ratios at step 0, bfloat16"]["numbers"]
     assert zero["packed: largest log-ratio of a response, nats"] == {"value": 0.0, "at_most": 0.0}
+    twice = checks["the same step twice, bfloat16"]["numbers"]
+    assert twice["gradients that differ when the step is repeated, sums in order"] == {"value": 0, "at_most": 0}
+    assert twice["seconds in order, over those as threads come"] > 0
     assert {"ours", "plain PyTorch"} == checks["benchmarks/gpu.py, plain PyTorch"]["numbers"]["sides"].keys()
     left_out = {each["name"]: each["why"] for each in result["left_out"]}
     assert "tests/test_memory.py" in left_out["memory of a training step"]
@@ -60,7 +63,9 @@ def test_every_platform_check_that_a_cpu_can_run_passes(tmp_path: Path) -> None:
         "a PPO comparison",
         "a PPO comparison whose generation actor is killed",
     ]
-    assert {"IPC sync", "sleep and wake"} < {each["name"] for each in result["left_out"]}
+    assert {"IPC sync", "sleep and wake", "batch-invariant engine, and its price"} < {
+        each["name"] for each in result["left_out"]
+    }
 
 
 @pytest.fixture

@@ -176,7 +176,7 @@ def test_sums_over_responses_that_keep_their_order_on_a_gpu_are_the_same_sums() 
     batch = pack(PROMPTS, [[*answers, []] for answers in RESPONSES])  # an empty answer at the end of each
     values = torch.randn(len(batch.targets), generator=torch.Generator().manual_seed(3)).double().requires_grad_()
     factors = torch.linspace(-1, 1, len(batch.lengths)).double()
-    for sums in (batch.sums(values), batch._row_sums(values)):
+    for sums in (batch.sums(values), batch.sums(values, in_rows=True)):
         expected = torch.stack([values[batch.response_of == index].sum() for index in range(len(batch.lengths))])
         torch.testing.assert_close(sums, expected, rtol=0, atol=1e-12)
         (gradient,) = torch.autograd.grad((sums * factors).sum(), values, retain_graph=True)

@@ -46,12 +46,13 @@ class PackedBatch:
     lengths: Tensor
     longest: int
 
-    def sums(self, token_values: Tensor) -> Tensor:
+    def sums(self, token_values: Tensor, in_rows: bool | None = None) -> Tensor:
         """[M] to [R]: the sum over each response's tokens, the same bits every time.
 
-        On a GPU index_add adds in whatever order its threads come; there each response's tokens get a row of their own.
+        in_rows: whether each response's tokens get a row of their own, as they do on a GPU, where index_add adds in
+        whatever order its threads come.
         """
-        if token_values.is_cuda:
+        if token_values.is_cuda if in_rows is None else in_rows:
             return self._row_sums(token_values)
         return token_values.new_zeros(len(self.lengths)).index_add(0, self.response_of, token_values)
 
