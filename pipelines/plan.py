@@ -39,6 +39,7 @@ from prefarena.functions import source_digest
 from prefarena.judges.spec import JudgeSpec
 from prefarena.mirror import root_of
 from prefarena.modeling.arithmetic import Arithmetic, named
+from prefarena.settings.optimisation import LearnerSettings
 from prefarena.settings.unpaired import Unpaired
 from prefarena.stages import Stage
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
@@ -132,16 +133,17 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     reference = base
     if config.reference.train:
         settings = config.reference.model_dump(mode="json")
-        reference = Stage.at(root, "reference", task.kind, [base.key, settings, _layout(config)])
+        inputs = [base.key, settings, _computed(config, config.reference.training)]
+        reference = Stage.at(root, "reference", task.kind, inputs)
     pairs, samples, judge = data, None, None
     if isinstance(task, LanguageTask):
         pairs = samples = Stage.at(root, "pairs", task.kind, [reference.key, task.model_dump(mode="json")])
     elif learns_a_reward(config):
         drawn = [config.evaluation.num_reference_samples, config.evaluation.seed, *_engine(config)]
         samples = Stage.at(root, "reference_samples", task.kind, [data.key, reference.key, drawn])
-        if learns_judge(config):
-            inputs = [pairs.key, reference.key, samples.key, _dump(config.judge), _layout(config)]
-            inputs += named(config.scored_in)
+        if isinstance(config.judge, RewardModel) and learns_judge(config):
+            inputs = [pairs.key, reference.key, samples.key, _dump(config.judge)]
+            inputs += [_computed(config, config.judge.training), *named(config.scored_in)]
             judge = Stage.at(root, "judge", task.kind, inputs)
     trained_on, scored = dict[Arithmetic, str](), dict[Arithmetic, Stage]()
     for arithmetic in _arithmetics(config, unpaired=False) or ["float32"]:
@@ -200,12 +202,15 @@ def _trained(
     method, label, reward_model, scores = entry.method, f"{entry.name}-s{seed}", None, None
     pairs, settings = logps.key, _dump(method)
     if isinstance(method, OffPolicyMethod):
-        arithmetic, settings = arithmetic_of(config, method), method.address()
+        arithmetic, settings = arithmetic_of(config, method.training), method.address()
         pairs = responses[arithmetic].key if isinstance(method, Unpaired) else trained_on[arithmetic]
-    inputs: list[Any] = [pairs, settings, seed, _layout(config)]
+    inputs: list[Any] = [pairs, settings, seed]
+    if not isinstance(method, BestOfN):
+        inputs.append(_computed(config, method.training))
     if isinstance(method, OnPolicyMethod | BestOfN):
         if isinstance(method.reward, RewardModel):
-            rm_inputs = [logps.key, samples.key if samples else None, _dump(method.reward), seed, _layout(config)]
+            rm_inputs: list[Any] = [logps.key, samples.key if samples else None, _dump(method.reward), seed]
+            rm_inputs.append(_computed(config, method.reward.training))
             reward_model = Stage.at(root, "reward_model", f"s{seed}", rm_inputs)
             inputs.append(reward_model.key)
         elif isinstance(method.reward, FunctionJudge):
@@ -252,9 +257,9 @@ def _judge_inputs(settings: EvaluationJudge) -> list[Any]:
     return [_dump(settings), source_digest(settings.function) if isinstance(settings, FunctionJudge) else None]
 
 
-def arithmetic_of(config: Comparison, method: OffPolicyMethod) -> Arithmetic:
-    """How the method's training computes: the reference's log-probs must be computed in the same way."""
-    if method.training.precision == "float32":
+def arithmetic_of(config: Comparison, training: LearnerSettings) -> Arithmetic:
+    """How a training computes: the reference's log-probs that it is given must be computed in the same way."""
+    if training.precision == "float32":
         return "float32"
     sharded = config.resources.sharding == "fsdp" and config.resources.num_workers > 1
     return "bfloat16" if sharded else "autocast"
@@ -263,7 +268,7 @@ def arithmetic_of(config: Comparison, method: OffPolicyMethod) -> Arithmetic:
 def _arithmetics(config: Comparison, *, unpaired: bool) -> list[Arithmetic]:
     """Of all entries that are trained on single responses, or on pairs, without repeats; float32 first."""
     methods = [entry.method for entry in config.entries if isinstance(entry.method, OffPolicyMethod)]
-    found = {arithmetic_of(config, method) for method in methods if isinstance(method, Unpaired) == unpaired}
+    found = {arithmetic_of(config, method.training) for method in methods if isinstance(method, Unpaired) == unpaired}
     return sorted(found, key=lambda arithmetic: arithmetic != "float32")
 
 
@@ -273,10 +278,13 @@ def _engine(config: Comparison) -> list[str]:
     return [dtype, *(["batch_invariant"] if config.generation.batch_invariant else [])]
 
 
-def _layout(config: Comparison) -> list[Any]:
-    """What changes the order of floating-point additions, and with it the last bits of a result."""
-    resources = config.resources
-    return [resources.num_workers, resources.cpus_per_worker, resources.use_gpu, resources.sharding]
+def _computed(config: Comparison, training: LearnerSettings) -> list[Any]:
+    """How a training's numbers are computed.
+
+    The number of workers and what each holds change no more than the order of additions, and a training that was
+    interrupted goes on with others: they are not in its address.
+    """
+    return [config.resources.cpus_per_worker, config.resources.use_gpu, arithmetic_of(config, training)]
 
 
 def _data_inputs(config: Comparison, task: LanguageTask | TextTask) -> dict[str, Any]:
@@ -388,7 +396,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
         raise TypeError("best-of-n trains nothing")
     folder, name = str(trained.training.folder), f"{trained.entry.name}-s{trained.seed}"
     if isinstance(method, OffPolicyMethod):
-        pretraining, arithmetic = plan.data.folder / "pretraining", arithmetic_of(config, method)
+        pretraining, arithmetic = plan.data.folder / "pretraining", arithmetic_of(config, method.training)
         unpaired = isinstance(method, Unpaired)
         return OffPolicyJob(
             max_length=max_length(plan.task),

@@ -99,6 +99,14 @@ def test_each_entry_is_trained_on_log_probs_of_its_own_arithmetic(tmp_path: Path
     assert list(plan_of(["bfloat16"]).scored) == ["autocast"]  # nothing is scored in float32 that nobody reads
     assert list(plan_of(["bfloat16"], sharding="fsdp", num_workers=2).scored) == ["bfloat16"]
 
+    # A training that was interrupted goes on with another number of workers, but not in another arithmetic.
+    def trained(precision: str, **resources: Any) -> list[Any]:
+        return [trained.training for trained in plan_of([precision], **resources).trained]
+
+    assert trained("float32") == trained("float32", num_workers=2) == trained("float32", num_workers=4, sharding="fsdp")
+    assert trained("float32") != trained("float32", cpus_per_worker=2)
+    assert trained("bfloat16", num_workers=2) != trained("bfloat16", num_workers=2, sharding="fsdp")
+
 
 def test_arithmetics_differ_by_what_would_be_taken_for_training(inputs: Path) -> None:
     rows = read_rows(inputs / "pairs").to_pydict()

@@ -31,14 +31,16 @@ __all__ = ["inputs"]  # a fixture
 TENSORS = {"weights.a": torch.arange(6.0).view(2, 3), "optimizer.0.step": torch.tensor(3.0)}
 
 
-def folder_of(path: Path, rank: int = 0, world_size: int = 1, retry_s: float = 0) -> CheckpointFolder:
-    return CheckpointFolder(path, rank=rank, world_size=world_size, attempt="attempt", retry_s=retry_s)
+def folder_of(
+    path: Path, rank: int = 0, world_size: int = 1, retry_s: float = 0, *, sharded: bool = False
+) -> CheckpointFolder:
+    return CheckpointFolder(path, rank=rank, world_size=world_size, attempt="attempt", retry_s=retry_s, sharded=sharded)
 
 
 def saved(path: Path, *steps: int) -> CheckpointFolder:
     folder = folder_of(path)
     for step in steps:
-        folder.save(step, {name: tensor + step for name, tensor in TENSORS.items()}, {"coef": 0.1}, sharded=False)
+        folder.save(step, {name: tensor + step for name, tensor in TENSORS.items()}, {"coef": 0.1})
     folder.wait()
     return folder
 
@@ -47,10 +49,10 @@ def cut_short(checkpoint: Path) -> None:
     os.truncate(checkpoint / "rank-0.safetensors", 40)
 
 
-def change_a_bit(checkpoint: Path) -> None:
-    content = bytearray((checkpoint / "rank-0.safetensors").read_bytes())
+def change_a_bit(checkpoint: Path, file: str = "rank-0.safetensors") -> None:
+    content = bytearray((checkpoint / file).read_bytes())
     content[-1] ^= 1
-    (checkpoint / "rank-0.safetensors").write_bytes(content)
+    (checkpoint / file).write_bytes(content)
 
 
 def lose_the_tensors(checkpoint: Path) -> None:
@@ -93,17 +95,40 @@ def test_a_damaged_checkpoint_is_found(tmp_path: Path, damage: Callable[[Path], 
     assert folder.read(3).step == 3
 
 
-def test_each_worker_may_write_a_part_and_as_many_must_go_on(tmp_path: Path) -> None:
-    parts = [folder_of(tmp_path, rank, world_size=2) for rank in range(2)]
+@pytest.mark.parametrize("num_rows", [1, 3, 7, 8])
+@pytest.mark.parametrize("before", [1, 2, 3, 4])
+@pytest.mark.parametrize("after", [1, 2, 3, 4])
+def test_any_number_of_workers_goes_on_from_the_parts_of_any_other(
+    tmp_path: Path, before: int, after: int, num_rows: int
+) -> None:
+    """The parts are those that FSDP2 cuts: it uses torch.chunk."""
+    weight, step = torch.arange(num_rows * 2.0).view(num_rows, 2), torch.tensor(7.0)
+
+    def chunk(number: int, rank: int) -> torch.Tensor:
+        return [*weight.chunk(number), *[weight[:0]] * number][rank]
+
+    parts = [folder_of(tmp_path, rank, world_size=before, sharded=before > 1) for rank in range(before)]
     for rank, part in enumerate(parts):
-        part.save(5, {"weights.a": torch.tensor([rank])}, {}, sharded=True)
+        part.save(5, {"model.a": chunk(before, rank), "optimizer.0.step": step}, {})
     for part in parts:
         part.wait()
-    assert [part.read(5).tensors["weights.a"].item() for part in parts] == [0, 1]
-    with pytest.raises(UserError, match=r"2 workers wrote a part each, and 3 cannot .* resources.num_workers to 2"):
-        folder_of(tmp_path, world_size=3).read(5)
-    saved(tmp_path, 6)  # the same tensors on all workers: any number goes on
-    assert folder_of(tmp_path, rank=2, world_size=3).read(6).step == 6
+    for rank in range(after):
+        found = folder_of(tmp_path, rank, world_size=after, sharded=after > 1).read(5).tensors
+        assert torch.equal(found["model.a"], chunk(after, rank)) and torch.equal(found["optimizer.0.step"], step)
+        whole = folder_of(tmp_path, rank, world_size=after).read(5).tensors
+        assert torch.equal(whole["model.a"], weight)  # workers that hold everything read everything
+
+
+def test_a_damaged_part_of_another_worker_is_found_by_who_reads_it(tmp_path: Path) -> None:
+    parts = [folder_of(tmp_path, rank, world_size=2, sharded=True) for rank in range(2)]
+    for part in parts:
+        part.save(5, TENSORS, {})
+    for part in parts:
+        part.wait()
+    change_a_bit(tmp_path / "step-00000005", "rank-1.safetensors")
+    assert parts[0].read(5).step == 5
+    with pytest.raises(DamagedCheckpointError, match="rank-1"):
+        folder_of(tmp_path).read(5)
 
 
 def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -116,7 +141,7 @@ def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(checkpoints, "save_file", slow_disk)
     folder, weight = folder_of(tmp_path), torch.ones(3)
-    folder.save(1, {"weights.a": weight}, {}, sharded=False)
+    folder.save(1, {"weights.a": weight}, {})
     assert begun.wait(60) and folder.steps() == []
     weight.add_(1)  # the next step
     go_on.set()
@@ -129,9 +154,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path)
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))  # a full disk, as near as one can come to it
     try:
-        folder.save(6, {"weights.a": torch.zeros(4096)}, {}, sharded=False)
+        folder.save(6, {"weights.a": torch.zeros(4096)}, {})
         with pytest.raises(StorageFullError) as caught:
-            folder.save(9, TENSORS, {}, sharded=False)
+            folder.save(9, TENSORS, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert str(caught.value).startswith("dpo-s0: checkpoint of step 6: no room is left under /")
@@ -143,14 +168,9 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path)
 def test_what_a_user_must_mend_comes_out_of_ray_train_as_it_was_said(
     ray_session: None, inputs: Path, tmp_path: Path
 ) -> None:
-    job = off_policy_job(inputs, tmp_path / "dpo", MPO(training=QUICK))
-    parts = [folder_of(tmp_path / "dpo" / "checkpoints", rank, world_size=2) for rank in range(2)]
-    for part in parts:
-        part.save(5, TENSORS, {}, sharded=True)
-    for part in parts:
-        part.wait()
-    with pytest.raises(UserError, match="2 workers wrote a part each, and 1 cannot go on from that"):
-        run_jobs([job], Resources(max_failures=0), str(tmp_path / "ray"))
+    job = off_policy_job(inputs, tmp_path / "dpo", MPO(training=QUICK.model_copy(update={"batch_size": 15})))
+    with pytest.raises(UserError, match="batch_size 15 cannot be shared evenly by 2 workers"):
+        run_jobs([job], Resources(num_workers=2, max_failures=0), str(tmp_path / "ray"))
     assert not list((tmp_path / "ray").iterdir())  # Ray Train's own notes are gone
 
 
@@ -164,7 +184,7 @@ def test_storage_that_fails_for_a_while_is_asked_again(tmp_path: Path, monkeypat
 
     monkeypatch.setattr(checkpoints, "save_file", shaky)
     folder = folder_of(tmp_path, retry_s=60)
-    folder.save(3, TENSORS, {}, sharded=False)
+    folder.save(3, TENSORS, {})
     folder.wait()
     assert folder.read(3).step == 3 and not failures
 

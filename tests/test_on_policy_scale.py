@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -135,6 +136,56 @@ def test_the_saved_policy_is_that_of_one_worker(runs: Runs, method: str, variant
         adapted = PeftModel.from_pretrained(load_policy(job.policy), str(Path(job.stage_dir) / "adapter"))
         for name, value in adapted.merge_and_unload().state_dict().items():
             torch.testing.assert_close(many[name], value, rtol=0, atol=1e-6)
+
+
+class KilledError(RuntimeError):
+    pass
+
+
+class DyingWorker(OneOfMany):
+    """Dies in an iteration after its checkpoint is written."""
+
+    def log(self, row: dict[str, Any]) -> None:
+        super().log(row)
+        if row["step"] == 10:
+            self.flush()
+            raise KilledError
+
+
+#: How many sharded workers a run begins with that is killed, and how many go on.
+MOVES = ((2, 1), (2, 4), (4, 2))
+
+
+def run_killed_or_resumed(rank: int, jobs: dict[str, OnPolicyJob], root: Path, number: int, dies: bool) -> None:
+    torch.set_num_threads(1)
+    rendezvous = f"file://{root}/rendezvous-{number}-{dies}"
+    torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=number)
+    for job in jobs.values():
+        kind = DyingWorker if dies else OneOfMany
+        worker = kind(job.stage_dir, rank, number, "fsdp")
+        source = SharedGenerator(job.policy, Path(job.stage_dir).parent, worker)
+        with pytest.raises(KilledError) if dies else nullcontext():
+            train_on_policy(job, worker, source)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("before", "after"), MOVES)
+def test_a_sharded_run_that_was_killed_goes_on_with_other_workers(
+    runs: Runs, tmp_path: Path, tiny_policy: str, before: int, after: int
+) -> None:
+    """Weights and moments of policy and critic are cut anew: the losses stay those of one worker."""
+    all_jobs = make_jobs(tmp_path, tiny_policy)
+    jobs = {variant: all_jobs["ppo", variant] for variant in ("plain", "lora recomputed")}
+    for number, dies in ((before, True), (after, False)):
+        torch.multiprocessing.spawn(run_killed_or_resumed, (jobs, tmp_path, number, dies), nprocs=number)
+    for variant, job in jobs.items():
+        (fault,) = Worker(job.stage_dir).stage_log.faults()
+        assert fault["kind"] == "resumed" and fault["step"] == 8
+        one, many = metric_rows(runs["1 none"]["ppo", variant]), metric_rows(job)
+        assert len(one) == len(many) == NUM_ITERATIONS
+        for name in ("policy/loss", "value/loss", "kl/k3"):
+            np.testing.assert_allclose(column(many, name), column(one, name), rtol=0, atol=1e-5, err_msg=name)
 
 
 def column(rows: list[dict[str, Any]], name: str) -> list[float]:

@@ -4,8 +4,9 @@
                                           manifest.json        step, state, and size and checksum of every file
 
 A checkpoint is made in a folder with a leading dot, which is renamed when its manifest is there. Where workers hold the
-same tensors rank 0 alone writes them, and any number of workers can go on from it; where each holds a part, each writes
-its own file, and as many must go on.
+same tensors rank 0 alone writes them; where each holds a part, each writes its own file. Any number of workers can go
+on from either: parts are consecutive rows (of the first dimension), as FSDP2 cuts tensors, and a worker reads those
+that are its own now, out of whichever files have them.
 """
 
 from __future__ import annotations
@@ -18,15 +19,16 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from prefarena.errors import UserError
 from prefarena.stages import write_json
 from prefarena.training.storage import errno_of, full_disk_named, retried
 
@@ -59,25 +61,28 @@ class CheckpointFolder:
     """A job's checkpoints, as one worker sees them.
 
     attempt: a word that all workers of one attempt share and no other attempt uses; it names what is being written.
+    sharded: each worker holds a part of every tensor, and so saves and reads a part.
     """
 
-    def __init__(self, folder: Path, *, rank: int, world_size: int, attempt: str, retry_s: float) -> None:
-        self._folder, self._rank, self._world_size = folder, rank, world_size
+    def __init__(
+        self, folder: Path, *, rank: int, world_size: int, attempt: str, retry_s: float, sharded: bool = False
+    ) -> None:
+        self._folder, self._rank, self._world_size, self._sharded = folder, rank, world_size, sharded
         self._attempt, self._retry_s = attempt, retry_s
         self._writer: Writer | None = None
 
     # ------------------------------------------------------------------------------------------- writing
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, sharded: bool) -> None:
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Copy the tensors and write them in the background. Waits for the write before, and raises what it raised.
 
-        Every worker calls it. sharded: each worker has tensors of its own; else rank 0's are written.
+        Every worker calls it. Rank 0's tensors are written, or where they are sharded every worker's.
         """
         self.wait()
-        if self._rank and not sharded:
+        if self._rank and not self._sharded:
             return
         copies = {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in tensors.items()}
-        num_files = self._world_size if sharded else 1
+        num_files = self._world_size if self._sharded else 1
         self._writer = Writer(lambda: self._write(step, copies, state, num_files), f"checkpoint of step {step}")
 
     def wait(self) -> None:
@@ -144,8 +149,7 @@ class CheckpointFolder:
     def read(self, step: int) -> Checkpoint:
         """This worker's part of a finished checkpoint, on the CPU.
 
-        Raises DamagedCheckpointError where it is not what was written, UserError where another number of workers wrote
-        parts of it.
+        Raises DamagedCheckpointError where it is not what was written.
         """
         return retried(lambda: self._read(step), self._retry_s, self._what(step))
 
@@ -161,20 +165,29 @@ class CheckpointFolder:
             raise DamagedCheckpointError(f"{folder}: its manifest cannot be read ({error})") from error
         if not is_ours or contents.get("format") != FORMAT:
             raise DamagedCheckpointError(f"{folder}: its manifest is that of something else")
-        if len(files) not in (1, self._world_size):
-            raise UserError(
-                f"{folder}: {len(files)} workers wrote a part each, and {self._world_size} cannot go on from that; set "
-                f"resources.num_workers to {len(files)}, or delete the folder to start the job again"
-            )
-        path = folder / file_of(self._rank if len(files) > 1 else 0)
+        paths = [folder / file_of(rank) for rank in self._ranks_read(len(files))]
         try:
-            if _sum(path) != files.get(path.name):
-                raise DamagedCheckpointError(f"{path}: size or checksum is not that of what was written")
-            return Checkpoint(step, load_file(path), state)
+            for path in paths:
+                if _sum(path) != files.get(path.name):
+                    raise DamagedCheckpointError(f"{path}: size or checksum is not that of what was written")
+            if len(paths) == 1 and len(files) == self._num_parts:
+                return Checkpoint(step, load_file(paths[0]), state)
+            return Checkpoint(step, read_part(paths, self._rank if self._sharded else 0, self._num_parts), state)
         except (FileNotFoundError, SafetensorError) as error:
             if errno_of(error) not in (0, errno.ENOENT):
                 raise
-            raise DamagedCheckpointError(f"{path}: {error}") from error
+            raise DamagedCheckpointError(f"{folder}: {error}") from error
+
+    @property
+    def _num_parts(self) -> int:
+        """Into how many parts the tensors of this run are cut."""
+        return self._world_size if self._sharded else 1
+
+    def _ranks_read(self, num_files: int) -> list[int]:
+        """Whose files this worker reads of a checkpoint of so many: its own, or all where tensors are cut anew."""
+        if num_files == self._num_parts:
+            return [self._rank if self._sharded else 0]
+        return list(range(num_files))
 
     def remove(self, step: int) -> None:
         shutil.rmtree(self._folder / name_of(step))
@@ -187,6 +200,30 @@ class CheckpointFolder:
 
     def remove_all(self) -> None:
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def read_part(paths: list[Path], part: int, num_parts: int) -> dict[str, Tensor]:
+    """One of `num_parts` parts of tensors that are stored as the consecutive parts `paths`; numbers [] are in each.
+
+    Parts are cut as `torch.chunk` and FSDP2 cut: of equal size but for the last ones, which may be smaller or empty.
+    """
+    tensors: dict[str, Tensor] = {}
+    with ExitStack() as stack:
+        files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
+        for name in files[0].keys():  # noqa: SIM118 (it is no dictionary)
+            slices = [file.get_slice(name) for file in files]
+            if not slices[0].get_shape():
+                tensors[name] = files[0].get_tensor(name)
+                continue
+            sizes = [one.get_shape()[0] for one in slices]
+            size = -(-sum(sizes) // num_parts)
+            first, stop, start, found = part * size, (part + 1) * size, 0, []
+            for one, length in zip(slices, sizes, strict=True):
+                begin, end = max(first - start, 0), min(stop - start, length)
+                found.append(one[min(begin, length) : max(end, min(begin, length))])
+                start += length
+            tensors[name] = torch.cat(found)
+    return tensors
 
 
 class Writer:

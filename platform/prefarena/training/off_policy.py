@@ -53,7 +53,7 @@ def train(
             worker.log(row)
             stop_if_diverged(learner.guard.longest_streak(), training.max_bad_steps, f"steps up to step {done}")
         if done % training.checkpoint_every == 0 and done < num_steps:
-            worker.save(done, learner.tensors(), learner.guard.state(), sharded=learner.sharded)
+            worker.save(done, learner.tensors(), learner.guard.state())
     return {
         **({"predicted_memory_mib": predicted} if predicted is not None else {}),
         "num_steps": num_steps,

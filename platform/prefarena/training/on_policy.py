@@ -89,7 +89,7 @@ def _train(trainer: OnPolicyTrainer) -> dict[str, Any]:
         if trainer.iteration in snapshots:
             trainer.save_snapshot()
         if trainer.iteration % job.training.checkpoint_every == 0 and trainer.iteration < num_iterations:
-            worker.save(trainer.iteration, trainer.tensors(), trainer.state(), sharded=worker.shards)
+            worker.save(trainer.iteration, trainer.tensors(), trainer.state())
     save_models(trainer.models, job, worker, trainer.tokenizer, job.model_dir)
     save_adapters(trainer.models, job, worker)
     counts = {**trainer.counts, **trainer.judge_calls(), "micro_batch_size": trainer.micro_batch_size}

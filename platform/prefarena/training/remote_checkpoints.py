@@ -49,9 +49,10 @@ class RemoteCheckpointFolder(CheckpointFolder):
         world_size: int,
         attempt: str,
         retry_s: float,
+        sharded: bool = False,
         publish_rows: Callable[[], None],
     ) -> None:
-        super().__init__(folder, rank=rank, world_size=world_size, attempt=attempt, retry_s=retry_s)
+        super().__init__(folder, rank=rank, world_size=world_size, attempt=attempt, retry_s=retry_s, sharded=sharded)
         found = mirror_of(folder)
         if found is None:
             raise TypeError(f"{folder} is no copy of an object store's")
@@ -112,16 +113,21 @@ class RemoteCheckpointFolder(CheckpointFolder):
         local, remote = self._folder / name_of(step), self._folder / name_of(step)
         shutil.rmtree(local, ignore_errors=True)
         try:
-            for name in (MANIFEST, *(file_of(rank) for rank in sorted({0, self._rank}))):
-                try:
-                    stores.download(self._url(remote / name), local / name)
-                except FileNotFoundError:
-                    continue  # one that should be there is missed below
+            stores.download(self._url(remote / MANIFEST), local / MANIFEST)
+            for rank in self._ranks_read(self._num_files(local / MANIFEST)):
+                stores.download(self._url(remote / file_of(rank)), local / file_of(rank))
             return super()._read(step)
         except FileNotFoundError as error:
             raise DamagedCheckpointError(f"{self._url(remote)}: {error}") from error
         finally:
             shutil.rmtree(local, ignore_errors=True)
+
+    def _num_files(self, manifest: Path) -> int:
+        """None where the manifest cannot be read, which is told when the checkpoint is."""
+        try:
+            return len(json.loads(manifest.read_text(encoding="utf-8"))["files"])
+        except (ValueError, KeyError, TypeError):
+            return 0
 
     def remove(self, step: int) -> None:
         folder = self._folder / name_of(step)

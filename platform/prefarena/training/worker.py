@@ -148,6 +148,7 @@ class Worker:
                 world_size=self.world_size,
                 attempt=self._attempt,
                 retry_s=self._storage_retry_s,
+                sharded=self.shards,
                 publish_rows=lambda: push(self.stage_dir, sent),
             )
         return CheckpointFolder(
@@ -156,16 +157,17 @@ class Worker:
             world_size=self.world_size,
             attempt=self._attempt,
             retry_s=self._storage_retry_s,
+            sharded=self.shards,
         )
 
-    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any], *, sharded: bool = False) -> None:
+    def save(self, step: int, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
         """Checkpoint, in the background; every worker calls it. Raises what the one before could not do.
 
-        Rank 0's tensors are kept; with `sharded` every worker's, each its own part.
+        Rank 0's tensors are kept; where models are spread every worker's, each its own part.
         """
         if self.rank == 0:
             self.stage_log.check_current()
-        self._checkpoints.save(step, tensors, state, sharded=sharded)
+        self._checkpoints.save(step, tensors, state)
 
     def flush(self) -> None:
         """Wait until the last checkpoint is written. Raises what it could not do."""
@@ -174,7 +176,7 @@ class Worker:
     def restore(self) -> Checkpoint | None:
         """The last whole checkpoint of this job, or None; damaged ones are removed. Every worker calls it first of all.
 
-        Raises UserError where another number of workers wrote parts of it.
+        Of tensors that are spread it has this worker's part, however many workers wrote it.
         """
         folder = self._checkpoints
         if self.rank == 0:
