@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prefarena
 from pipelines.cli import main
 from prefarena.data.tables import read_rows
+from prefarena.report.html import embedded
 from prefarena.report.results import Results, load_results
 from prefarena.report.samples import load_samples
 from prefarena.tasks.gold import GoldReward
@@ -230,4 +231,4 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     assert samples is not None and samples.num_all == 16 and samples.num_left_out == 0
     assert all(row.answers.keys() == {"reference", "dpo", "rlhf", "best-of-3"} for row in samples.rows)
     assert dpo["judge_score"] == pytest.approx(np.mean([row.answers["dpo"][1] for row in samples.rows]))
-    assert samples.rows[0].prompt in (run_folder / "report.html").read_text(encoding="utf-8").replace("\\n", "\n")
+    assert embedded(samples.rows[0].prompt) in (run_folder / "report.html").read_text(encoding="utf-8")

@@ -42,7 +42,9 @@ class Opened:
         self.page.on("dialog", self._dismiss)
         self.page.on("console", lambda said: self.troubles.extend([said.text] if said.type == "error" else []))
         self.page.on("request", lambda asked: self.troubles.extend([asked.url] if asked.url.startswith("http") else []))
+        self.page.set_default_timeout(10_000)
         self.page.goto(url)
+        assert self.troubles == []
         self.page.locator("#plot-reward-kl").scroll_into_view_if_needed()  # charts are drawn when they come near
         self.page.wait_for_selector("#plot-reward-kl .main-svg")
 
@@ -88,6 +90,16 @@ def test_the_mouse_over_a_point_shows_its_numbers(opened: Opened) -> None:
     label.first.wait_for()
     text = label.first.text_content()
     assert "rlhf" in text and "0.800" in text and "3.050 ± 0.050" in text and "mean of 2 seeds" in text
+
+
+def test_names_stand_beside_points_and_on_nothing_else(opened: Opened) -> None:
+    names = opened.page.locator("#plot-reward-kl .textpoint text")
+    assert sorted(names.all_text_contents()) == ["dpo", "reference", "rlhf"]
+    boxes = [names.nth(place).bounding_box() for place in range(3)]
+    for place, one in enumerate(boxes):
+        for other in boxes[:place]:
+            apart = one["x"] >= other["x"] + other["width"] or other["x"] >= one["x"] + one["width"]
+            assert apart or one["y"] >= other["y"] + other["height"] or other["y"] >= one["y"] + one["height"]
 
 
 def test_the_legend_switches_charts_and_samples_by_keyboard(opened: Opened) -> None:

@@ -37,9 +37,9 @@ function traceOf(line) {
     type: "scatter", x: line.x, y: line.y, name: line.name, meta: line.name, showlegend: false,
     marker: { color: colour, symbol: symbolOf(line.key), size: sizeOf(line.key, 11), line: { color: cssValue("--card"), width: 1 } },
     line: { color: colour, width: 1.8 },
-    hovertemplate: line.text ? "%{text}<extra></extra>" : `<b>${plain(line.name)}</b><br>%{x:.4~g}, %{y:.4~g}<extra></extra>`,
+    hovertemplate: line.text ? "%{hovertext}<extra></extra>" : `<b>${plain(line.name)}</b><br>%{x:.4~g}, %{y:.4~g}<extra></extra>`,
   };
-  if (line.text) trace.text = line.text;
+  if (line.text) trace.hovertext = line.text;
   switch (line.role) {
     case "mean": case "bar":
       return { ...trace, mode: "markers",
@@ -51,11 +51,11 @@ function traceOf(line) {
         error_x: errorBars(line.ex, colour), error_y: errorBars(line.ey, colour) };
     case "steps":
       return { ...trace, mode: "lines+markers", marker: { ...trace.marker, size: sizeOf(line.key, 8) },
-        hovertemplate: "%{text}<br>reward %{y:.3f}<br>KL %{x:.3f}<extra></extra>" };
+        hovertemplate: "%{hovertext}<br>reward %{y:.3f}<br>KL %{x:.3f}<extra></extra>" };
     case "dashed":
       return { ...trace, mode: "lines+markers", line: { color: colour, width: 1.4, dash: "dash" },
         marker: { color: cssValue("--card"), symbol: symbolOf(line.key), size: sizeOf(line.key, 7), line: { color: colour, width: 1.4 } },
-        hovertemplate: "%{text}<br>reward %{y:.3f}<br>KL %{x:.3f}<extra></extra>" };
+        hovertemplate: "%{hovertext}<br>reward %{y:.3f}<br>KL %{x:.3f}<extra></extra>" };
     case "dots":
       return { ...trace, mode: "markers", opacity: 0.5, marker: { color: colour, size: 6 } };
     case "mean line": // with a mark at its end, which is all that there is of a short one
@@ -113,6 +113,50 @@ function draw(element, chart) {
   if (chart.lines.some((line) => line.role === "bar")) element.style.height = `${Math.max(11, 5 + 1.9 * lines.length)}rem`;
   const isBare = lines.every((line) => line.key === null);
   Plotly.react(element, isBare ? [] : lines.map(traceOf), layoutOf(chart, isBare ? [] : lines), CONFIG);
+  if (!isBare) nameThePoints(element, lines);
+}
+
+/** Where a name of a size stands beside a point: plotly's word for it, and the name's box. */
+const BESIDE = [
+  ["middle right", (x, y, w, h) => [x + 10, y - h / 2, w, h]],
+  ["middle left", (x, y, w, h) => [x - 10 - w, y - h / 2, w, h]],
+  ["top center", (x, y, w, h) => [x - w / 2, y - 9 - h, w, h]],
+  ["bottom center", (x, y, w, h) => [x - w / 2, y + 9, w, h]],
+  ["top right", (x, y, w, h) => [x + 8, y - 6 - h, w, h]],
+  ["bottom right", (x, y, w, h) => [x + 8, y + 6, w, h]],
+  ["top left", (x, y, w, h) => [x - 8 - w, y - 6 - h, w, h]],
+  ["bottom left", (x, y, w, h) => [x - 8 - w, y + 6, w, h]],
+];
+const MOST_NAMES = 12;
+
+function overlap([x, y, w, h], [left, top, width, height]) {
+  return x < left + width && left < x + w && y < top + height && top < y + h;
+}
+
+/** Names beside the means, where there is room for them; the legend and the mouse tell the others. */
+function nameThePoints(element, lines) {
+  const means = lines.map((line, trace) => ({ line, trace })).filter(({ line }) => line.role === "mean");
+  if (!means.length || means.length > MOST_NAMES) return;
+  const { xaxis, yaxis } = element._fullLayout;
+  const at = (line, place) => [xaxis.d2p(line.x[place]), yaxis.d2p(line.y[place])];
+  const taken = lines.flatMap((line) => line.x.flatMap((value, place) => {
+    const [x, y] = at(line, place);
+    if (line.role !== "mean") return [[x - 3, y - 3, 6, 6]];
+    const across = line.ex[place] ? xaxis.d2p(value + line.ex[place]) - x : 0;
+    const up = line.ey[place] ? y - yaxis.d2p(line.y[place] + line.ey[place]) : 0;
+    return [[x - 7, y - 7, 14, 14], [x - across, y - 2, 2 * across, 4], [x - 2, y - up, 4, 2 * up]];
+  }));
+  const frame = [0, 0, xaxis._length, yaxis._length];
+  const inside = ([x, y, w, h]) => x >= frame[0] && y >= frame[1] && x + w <= frame[2] && y + h <= frame[3];
+  for (const { line, trace } of means) {
+    const [width, height] = [6.7 * line.name.length, 15];
+    const boxes = BESIDE.map(([position, box]) => [position, box(...at(line, 0), width, height)]);
+    const free = boxes.find(([, box]) => inside(box) && !taken.some((other) => overlap(box, other)));
+    if (!free) continue;
+    taken.push(free[1]);
+    const font = { size: 12, color: cssValue("--text"), family: cssValue("--sans") };
+    Plotly.restyle(element, { mode: "markers+text", text: [[plain(line.name)]], textposition: free[0], textfont: font }, [trace]);
+  }
 }
 
 /** A figure for each chart, drawn when it first comes near the window. */
