@@ -107,7 +107,10 @@ def _places(config: Comparison) -> dict[str, str]:
     """By setting, the paths and URLs that every node must read; names on the hub are asked for by `check_input`."""
     named: dict[str, str | None] = {"output": config.output} if is_url(config.output) else {}
     if isinstance(config.task, TextTask):
-        named |= {f"task.{name}": getattr(config.task, name) for name in ("data", "test_data", "pretraining_text")}
+        named |= {
+            f"task.{name}": getattr(config.task, name)
+            for name in ("data", "test_data", "unpaired_data", "pretraining_text")
+        }
     if isinstance(config.model, PretrainedModel):
         named["model.path"] = config.model.path
     absolute = {key: str(Path(path).absolute()) for key, path in named.items() if path and Path(path).exists()}

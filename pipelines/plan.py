@@ -293,14 +293,15 @@ def _data_inputs(config: Comparison, task: LanguageTask | TextTask) -> dict[str,
         pair_settings = {"num_pairs", "num_test_pairs", "labels", "label_temperature"}
         return task.model_dump(mode="json", exclude=pair_settings)
     files: list[list[Any]] = []
-    for name in (task.data, task.test_data, task.pretraining_text):
+    for name in (task.data, task.test_data, task.unpaired_data, task.pretraining_text):
         path = Path(name) if name else None
         if path and path.exists():
             found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
             files += _marks(found)
         elif name and (version := version_of(name)):
             files.append([name, version])
-    return {**task.model_dump(mode="json"), "files": files, "learns_judge": learns_judge(config)}
+    later = {"unpaired_data"} if task.unpaired_data is None else set()  # other data keep the address that they had
+    return {**task.model_dump(mode="json", exclude=later), "files": files, "learns_judge": learns_judge(config)}
 
 
 def _tokenizer_inputs(config: Comparison) -> Any:

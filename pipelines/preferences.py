@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import functools
 import os
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -23,18 +24,20 @@ import pyarrow.compute as pc
 
 from prefarena.cluster.pools import map_in_pool, through_deaths
 from prefarena.config import Model, PretrainedModel, TextTask
-from prefarena.data.first_rows import FirstRows, look_at_pairs, look_at_test, look_at_text
-from prefarena.data.labels import order_notes
+from prefarena.data.first_rows import FirstRows, look_at_pairs, look_at_singles, look_at_test, look_at_text
+from prefarena.data.labels import EVEN, order_notes
 from prefarena.data.limits import look_at_limits
 from prefarena.data.notes import notes_of, transcript_notes
 from prefarena.data.preparation import (
     COLUMNS,
+    SINGLE_COLUMNS,
     TEXT_COLUMNS,
     pair_of,
     prepare_pairs,
     prepare_pieces,
+    prepare_responses,
 )
-from prefarena.data.rejections import Rejections, Unusable
+from prefarena.data.rejections import DUPLICATE, IN_TEST_DATA, Rejections, Unusable
 from prefarena.data.sources import (
     BrokenFile,
     Chunk,
@@ -45,11 +48,12 @@ from prefarena.data.sources import (
     read_rows_of,
 )
 from prefarena.data.splits import ALL_TEST, Shares, ignored_judge, leakage_notes, shares_of
-from prefarena.data.token_tables import ParquetRows, TokenTables
+from prefarena.data.tables import read_rows
+from prefarena.data.token_tables import ParquetRows, Seen, TokenTables
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
 from prefarena.mirror import push
-from prefarena.records import PRETRAINING
+from prefarena.records import PRETRAINING, RESPONSES
 from prefarena.stages import write_json
 
 _BLOCK_BYTES = 2 << 20
@@ -97,11 +101,11 @@ def prepare_text(
     """Write the task's tables under `output`, and return the summary that is also written there as summary.json.
 
     Tables (parquet folders): train_pairs, judge_pairs, test_pairs (PAIRS), demonstrations (training prompts with their
-    chosen answers), prompts (of the training and test splits), pretraining where the task has such text. Every rejected
-    row is a line of dropped.jsonl, dropped_test.jsonl or dropped_pretraining.jsonl. Without `tokenizer_path` the
-    tokenizer is `prepare_tokenizer`'s, in output/tokenizer. `num_tokenisers` is the most actors that tokenise at once;
-    by default one per CPU. Pairs are set aside for the judge only where one is learned from them (`learns_judge`). What
-    the limits do to the first rows is said, by `say`, before the rest is tokenised.
+    chosen answers), prompts (of the training and test splits), responses and pretraining where the task has such rows.
+    Every rejected row is a line of dropped.jsonl, or of dropped_test, _unpaired or _pretraining.jsonl. Without
+    `tokenizer_path` the tokenizer is `prepare_tokenizer`'s, in output/tokenizer. `num_tokenisers` is the most actors
+    that tokenise at once; by default one per CPU. Pairs are set aside for the judge only where one is learned from them
+    (`learns_judge`). What the limits do to the first rows is said, by `say`, before the rest is tokenised.
 
     Raises UserError for a missing or empty source, a file that cannot be read, missing columns, a split left empty, or
     more rows rejected than task.max_rejected_share, of the first rows or of all.
@@ -134,6 +138,8 @@ def prepare_text(
     notes = [*first.notes, *(test.notes if test else []), *transcript_notes(first, task, tokenizer.tokenizer)]
     notes += [*ignored_judge(task, learns_judge), *order_notes(summary), *leakage_notes(summary)]
     summary["notes"] = [*notes, *notes_of(summary, tokenizer.conversations.form)]
+    if task.unpaired_data is not None:
+        summary["unpaired"] = _write_singles(task, task.unpaired_data, (path, revision), folder, num_tokenisers)
     if task.pretraining_text is not None:
         summary["num_pretraining"] = _write_pretraining(task, path, revision, folder, num_tokenisers)
     write_json(folder / "summary.json", summary)
@@ -144,9 +150,11 @@ def prepare_text(
 
 
 def _look(task: TextTask) -> tuple[FirstRows, FirstRows | None]:
-    """At the pairs, the test set where it is one of its own, and pretraining text."""
+    """At the pairs, the test set where it is one of its own, single responses and pretraining text."""
     first = look_at_pairs(task)
     test = look_at_test(task, first)
+    if task.unpaired_data is not None:
+        look_at_singles(task, task.unpaired_data)
     if task.pretraining_text is not None:
         look_at_text(task, task.pretraining_text)
     return first, test
@@ -286,6 +294,52 @@ class _Prepare:
 
 
 # -------------------------------------------------------------------------------------------------- writing
+
+
+def _write_singles(
+    task: TextTask, source: str, tokenizer: tuple[str, str | None], folder: Path, most: int | None
+) -> dict[str, Any]:
+    """Write the table of single responses; counts. Raises UserError as `prepare_text` does, and without both kinds.
+
+    Rows whose prompt is one that is tested on are left out, and so are repeats.
+    """
+    prompts = read_rows(folder / "prompts", ["split"])
+    tested = set(prompts.filter(pc.equal(prompts["split"], "test"))["id"].to_pylist())
+    table, rejections = ParquetRows(folder / "responses", RESPONSES), Rejections(folder / "dropped_unpaired.jsonl")
+    seen, counts = Seen(folder / ".seen_unpaired.sqlite"), Counter[str]()
+    try:
+        for rows in _stream(
+            task, find_parts(source, task.split), SINGLE_COLUMNS, None, prepare_responses, tokenizer, most
+        ):
+            kept = []
+            for i, row in enumerate(rows.select(["file", "row", "reason", "detail", "id", "prompt_id"]).to_pylist()):
+                reason = row["reason"] or (IN_TEST_DATA if row["prompt_id"] in tested else None)
+                if reason is None and seen.first("single", row["id"]) is not None:
+                    reason = DUPLICATE
+                if reason is None:
+                    kept.append(i)
+                else:
+                    rejections.add(row["file"], row["row"], reason, row["detail"] or "")
+            counts["rows"] += rows.num_rows
+            rows = rows.take(kept)
+            counts["desirable"] += sum(label > EVEN for label in rows["label"].to_pylist())
+            counts["undesirable"] += sum(label < EVEN for label in rows["label"].to_pylist())
+            counts["truncated"] += sum(rows["is_cut"].to_pylist())
+            table.add({name: rows[name] for name in RESPONSES.names})
+    finally:
+        table.close()
+        rejections.close()
+        seen.close()
+    rejections.check(source, counts["rows"], task.max_rejected_share)
+    for kind in ("desirable", "undesirable"):
+        if not counts[kind]:
+            raise UserError(
+                f"{source}: none of its {table.count} responses to train on is {kind}: `label` is true or 1 of a "
+                "desirable response, false or 0 of another one, and both are needed"
+            )
+    dropped = dict(rejections.reasons.most_common())
+    return {**{f"num_{name}": counts[name] for name in ("rows", "desirable", "undesirable", "truncated")},
+            "num_responses": table.count, "num_dropped": sum(dropped.values()), "dropped": dropped}  # fmt: skip
 
 
 def _write_pretraining(task: TextTask, path: str, revision: str | None, folder: Path, most: int | None) -> int:

@@ -150,7 +150,10 @@ def _write_logps(config: Comparison, plan: SeedPlan, arithmetic: Arithmetic, fol
 
 
 def _write_responses(config: Comparison, plan: SeedPlan, arithmetic: Arithmetic, folder: Path) -> None:
-    add_responses(plan.pairs.folder, model_of(plan.reference), folder, arithmetic=arithmetic, **_scoring(config, plan))
+    unpaired = isinstance(plan.task, TextTask) and plan.task.unpaired_data is not None
+    singles = plan.data.folder / "responses" if unpaired else None
+    reference = model_of(plan.reference)
+    add_responses(plan.pairs.folder, singles, reference, folder, arithmetic=arithmetic, **_scoring(config, plan))
 
 
 def _scoring(config: Comparison, plan: SeedPlan) -> dict[str, Any]:

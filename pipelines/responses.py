@@ -29,7 +29,8 @@ _AS_PAIRS, _SCORED = "as_pairs", "scored"
 
 
 def add_responses(
-    data: Path,
+    pairs: Path,
+    singles: Path | None,
     reference: str,
     folder: Path,
     *,
@@ -38,12 +39,13 @@ def add_responses(
     max_length: int | None = None,
     arithmetic: Arithmetic = "float32",
 ) -> None:
-    """Write train_responses/ and the manifest to `folder`; data: the folder of the pairs that are taken apart.
+    """Write train_responses/ and the manifest to `folder`.
 
-    Raises UserError where no mismatched responses can be found.
+    singles: a table of records.RESPONSES; none: the training pairs under `pairs`, taken apart. Raises UserError where
+    no mismatched responses can be found.
     """
     started = time.perf_counter()
-    rows = taken_apart(read_rows(data / TRAIN))
+    rows = taken_apart(read_rows(pairs / TRAIN)) if singles is None else read_rows(singles)
     write_rows(_as_pairs(rows), folder / _AS_PAIRS / RESPONSES / "part-0.parquet", PAIRS)
     push(folder / _AS_PAIRS)  # the actors that score may be on other nodes
     costs = score_tables(

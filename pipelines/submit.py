@@ -56,7 +56,10 @@ def check_paths(config: Comparison) -> None:
         )
     paths: dict[str, str | None] = {}
     if isinstance(config.task, TextTask):
-        paths = {f"task.{name}": getattr(config.task, name) for name in ("data", "test_data", "pretraining_text")}
+        paths = {
+            f"task.{name}": getattr(config.task, name)
+            for name in ("data", "test_data", "unpaired_data", "pretraining_text")
+        }
     if isinstance(config.model, PretrainedModel):
         paths["model.path"] = config.model.path
     for key, path in paths.items():

@@ -193,12 +193,26 @@ def transcripts(path: Path, number: int) -> None:
             file.write(json.dumps({"chosen": question + chosen, "rejected": question + rejected}) + "\n")
 
 
+def singles(path: Path, number: int) -> None:
+    """Rows of one response each: the polite ones are desirable."""
+    rng = random.Random(1)
+    words = ["tea", "bread", "rain", "music", "garden", "river", "winter", "paper"]
+    with path.open("w", encoding="utf-8") as file:
+        for i in range(number):
+            prompt = f"\n\nHuman: what of {' '.join(rng.choices(words, k=3))} number {i}\n\nAssistant:"
+            polite = f" Gladly, {' and '.join(rng.choices(words, k=3))} are lovely."
+            answer = polite if i % 2 else f" No, {' or '.join(rng.choices(words, k=3))}."
+            file.write(json.dumps({"prompt": prompt, "completion": answer, "label": bool(i % 2)}) + "\n")
+
+
 def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     transcripts(tmp_path / "data.jsonl", 160)
+    singles(tmp_path / "singles.jsonl", 120)
     tree = {
         "name": "text",
         "task": {
             "kind": "text", "data": str(tmp_path / "data.jsonl"), "max_prompt_tokens": 64, "max_response_tokens": 24,
+            "unpaired_data": str(tmp_path / "singles.jsonl"),
         },
         "model": {"kind": "scratch", "vocab_size": 320},
         "reference": {"training": {**QUICK, "num_steps": 40, "learning_rate": 3e-3}, "loss_on": "all"},
@@ -207,6 +221,7 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
             {"name": "dpo", "method": {"kind": "dpo", "training": {**QUICK, "num_steps": 30}}},
             {"name": "rlhf", "method": {**ENTRIES[4]["method"], "prompts": "all"}},  # type: ignore[dict-item]
             {"name": "best-of-3", "method": {"kind": "best_of_n", "reward": LEARNED, "n": 3}},
+            {"name": "kto", "method": {"kind": "kto", "training": {**QUICK, "num_steps": 30}}},
         ],
         "evaluation": {"num_prompts": 8, "samples_per_prompt": 2},
     }  # fmt: skip
@@ -219,6 +234,8 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     assert any("reward model trained on pairs that no entry saw" in note for note in results.notes)
     assert any("every token of 1 on-policy run log-probs" in note for note in results.notes)
     assert not any("{" in note for note in results.notes)
+    kto = results.entry("kto").seeds["0"]  # from other responses to other prompts
+    assert kto["preference_accuracy"] - 2 * kto["preference_accuracy_stderr"] > 0.5
     best = results.entry("best-of-3").seeds["0"]
     assert best["kl_bound"] == pytest.approx(np.log(3) - 2 / 3) and best["win_rate_stderr"] >= 0
     assert "kl" not in best and "preference_accuracy" not in best
@@ -229,6 +246,6 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     (run_folder,) = (path.parent for path in (tmp_path / "runs").glob("*/results.json"))
     samples = load_samples(run_folder)
     assert samples is not None and samples.num_all == 16 and samples.num_left_out == 0
-    assert all(row.answers.keys() == {"reference", "dpo", "rlhf", "best-of-3"} for row in samples.rows)
+    assert all(row.answers.keys() == {"reference", "dpo", "rlhf", "best-of-3", "kto"} for row in samples.rows)
     assert dpo["judge_score"] == pytest.approx(np.mean([row.answers["dpo"][1] for row in samples.rows]))
     assert embedded(samples.rows[0].prompt) in (run_folder / "report.html").read_text(encoding="utf-8")

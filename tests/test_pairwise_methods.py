@@ -232,6 +232,10 @@ FORMULAS: list[tuple[Pairwise, Formula]] = [
         (FDPO(beta=0.3, divergence=name, alpha=0.25), lambda a, b, r, s, n, m, f=f: softplus(-slopes(f, r, s)))
         for name, f in DIVERGENCES.items()
     ),
+    (  # TRL's (t^(c - 1) - 1) / (c - 1), whose coefficient c is 1 - alpha
+        FDPO(beta=0.3, divergence="alpha", alpha=0.25),
+        lambda a, b, r, s, n, m: softplus(-0.3 * ((r.exp() ** -0.25 - 1) / -0.25 - (s.exp() ** -0.25 - 1) / -0.25)),
+    ),
     (
         DPO(beta=0.3, pair_weight="likelihood"),
         lambda a, b, r, s, n, m: ((a / n).exp() * (b / m).exp()).detach() * minus_log_sigma(0.3 * (r - s)),

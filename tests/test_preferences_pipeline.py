@@ -18,7 +18,7 @@ from prefarena.config import ScratchModel, TextTask
 from prefarena.data import rejections
 from prefarena.data.tables import read_rows
 from prefarena.errors import UserError
-from prefarena.records import DEMONSTRATIONS, PAIRS, PRETRAINING, PROMPTS
+from prefarena.records import DEMONSTRATIONS, PAIRS, PRETRAINING, PROMPTS, RESPONSES
 
 MODEL = ScratchModel(vocab_size=400)
 
@@ -73,6 +73,53 @@ def test_transcripts_become_tables_and_every_dropped_row_is_listed(ray_session: 
     assert listed.num_rows - demonstrations.num_rows == listed["split"].to_pylist().count("test")
     pretraining = read_rows(tmp_path / "out/pretraining")
     assert pretraining.schema.equals(PRETRAINING) and pretraining.num_rows == summary["num_pretraining"] > 2
+
+
+def single(i: int, label: Any, answer: str = "I think") -> dict[str, Any]:
+    return {"prompt": f"Other {i}?", "completion": f"{answer} {i}", "label": label}
+
+
+def test_single_responses_become_a_table_without_what_is_tested_on(ray_session: None, tmp_path: Path) -> None:
+    data = write(tmp_path / "data.jsonl", [{"prompt": f"Q {i}?", "chosen": "yes", "rejected": "no"} for i in range(60)])
+    good = [single(i, i % 3 > 0) for i in range(30)]
+    asked = [{"prompt": f"Q {i}?", "completion": "maybe", "label": 0.25} for i in range(60)]
+    bad = [single(5, True), {"prompt": "P", "completion": "without a label"}, single(40, 2.0)]
+    path = write(tmp_path / "singles.jsonl", [*good, *asked, *bad])
+    task = TextTask(data=data, unpaired_data=path, max_rejected_share=0.1)
+    summary = prepare_text(task, None, MODEL, tmp_path / "out", num_tokenisers=1, learns_judge=False)
+
+    tested = read_rows(tmp_path / "out/test_pairs").num_rows
+    dropped = [json.loads(line) for line in (tmp_path / "out/dropped_unpaired.jsonl").read_text().splitlines()]
+    assert sum(row["reason"] == rejections.IN_TEST_DATA for row in dropped) == tested > 3
+    others = [(row["row"], row["reason"]) for row in dropped if row["reason"] != rejections.IN_TEST_DATA]
+    assert others == [(91, rejections.DUPLICATE), (92, rejections.MISSING_COLUMN), (93, rejections.BAD_LABEL)]
+    table = read_rows(tmp_path / "out/responses")
+    assert table.schema.equals(RESPONSES) and table.num_rows == 90 - tested == summary["unpaired"]["num_responses"]
+    assert summary["unpaired"]["num_desirable"] == 20 and summary["unpaired"]["num_undesirable"] == 70 - tested
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(summary["tokenizer"])
+    found = {
+        (tokenizer.decode(row["prompt_ids"][1:]), tokenizer.decode(row["response_ids"][:-1]), row["label"])
+        for row in table.to_pylist()
+    }
+    assert {(row["prompt"], row["completion"], float(row["label"])) for row in good} <= found
+    assert all(row["response_ids"][-1] == tokenizer.eos_token_id for row in table.to_pylist())
+
+
+@pytest.mark.parametrize(
+    ("lines", "says"),
+    [
+        ([single(i, True) for i in range(20)], "none of its 20 responses to train on is undesirable"),
+        ([{"prompt": "a", "completion": "b"}] * 3, "label"),
+        ([single(i, "good") for i in range(20)], "label is str, not a number"),
+    ],
+    ids=["one kind", "no labels", "words"],
+)
+def test_single_responses_that_cannot_be_used_stop_the_run(
+    ray_session: None, tmp_path: Path, lines: list[Any], says: str
+) -> None:
+    task = TextTask(data=write(tmp_path / "data.jsonl", rows(40)), unpaired_data=write(tmp_path / "s.jsonl", lines))
+    with pytest.raises(UserError, match=says):
+        prepare_text(task, None, MODEL, tmp_path / "out", num_tokenisers=1, learns_judge=False)
 
 
 def test_a_test_set_of_its_own_goes_through_the_pipeline(ray_session: None, tmp_path: Path) -> None:

@@ -79,6 +79,11 @@ class TextTask(Section):
         le=1,
         description="A larger share of rows that cannot be trained on stops the run; repeats are not counted.",
     )
+    unpaired_data: str | None = Field(
+        None,
+        description="Rows of `prompt`, `completion` and `label` (desirable or not), in any form of `data`, for methods "
+        "that learn from single responses, such as kto; none: the pairs, taken apart.",
+    )
     pretraining_text: str | None = Field(None, description="jsonl(.gz) with a `text` column, for gamma > 0.")
 
     @property

@@ -15,7 +15,7 @@ from prefarena.data.fields import LOST, SYSTEM, is_empty
 from prefarena.data.files import listed
 from prefarena.data.formats import Pair
 from prefarena.data.labels import SCORES, check_labels
-from prefarena.data.preparation import COLUMNS, TEXT_COLUMNS, pair_of, text_of
+from prefarena.data.preparation import COLUMNS, SINGLE_COLUMNS, TEXT_COLUMNS, pair_of, single_of, text_of
 from prefarena.data.rejections import Rejections, Unusable
 from prefarena.data.renaming import PROMPTS, renaming
 from prefarena.data.sharegpt import CONVERSATION, has_conversation
@@ -26,6 +26,7 @@ from prefarena.errors import UserError
 NUM_FIRST_ROWS = 1000
 #: The settings that path and split come from.
 DATA, TEXT = ("task.data", "task.split"), ("task.pretraining_text", "task.split")
+SINGLE = ("task.unpaired_data", "task.split")
 _ANY_TYPE = ("source", "tools", "chat_template_kwargs", *SCORES, *PROMPTS, CONVERSATION)
 
 
@@ -86,6 +87,12 @@ def look_at_text(task: TextTask, path: str) -> FirstRows:
     return _look(task, (path, task.split), TEXT, TEXT_COLUMNS, TEXT_COLUMNS, text_of)
 
 
+def look_at_singles(task: TextTask, path: str) -> FirstRows:
+    """Of single responses. Raises UserError as `look_at_pairs` does."""
+    every, needed = task.model_copy(update={"max_rows": None}), ("completion", "label")
+    return _look(every, (path, task.split), SINGLE, SINGLE_COLUMNS, needed, functools.partial(single_of, task=task))
+
+
 def _look(
     task: TextTask,
     source: tuple[str, str],
@@ -133,7 +140,7 @@ def _look(
     missing = [name for name in needed if name not in present]
     if missing and present:
         raise UserError(_missing_columns(path, missing, sorted(present)))
-    if "label" in columns:
+    if "label" in columns and "label" not in needed:
         check_labels(path, [label for label in labels if label is not None])
     is_whole = num_rows < NUM_FIRST_ROWS or num_rows == task.max_rows
     if is_whole:
@@ -165,6 +172,8 @@ def _check_columns(part: Part, columns: tuple[str, ...], needed: tuple[str, ...]
     for name in set(columns) & set(schema.names):
         kind = schema.field(name).type
         number = name == "label"
+        if number and name in needed and pa.types.is_boolean(kind):
+            continue
         if name not in _ANY_TYPE and not (_is_number(kind) if number else _is_text(kind, only=name in SYSTEM)):
             wanted = "a number" if number else "text" if name in SYSTEM else "text, or a list of messages"
             or_rename = ", or rename it if it is something else" if name in ("label", *SYSTEM) else ""

@@ -77,7 +77,7 @@ class Pair:
     `label` is P(chosen > rejected); scores_contradict: scores beside the answers order them the other way. `opening` is
     the text up to the first answer: dialogues that go on from the same opening belong together when data is split.
     num_turns_joined: turns of a transcript that go on with the one before them. inputs: what the chat template gets
-    beside the messages (`template_inputs.written_inputs`).
+    beside the messages (`template_inputs.written_inputs`). A single response is a pair whose answers are both it.
     """
 
     prompt: str | tuple[tuple[str, str], ...]  # messages are (role, content)
@@ -98,6 +98,11 @@ class Pair:
         return [{"role": role, "content": content} for role, content in self.prompt]
 
     @property
+    def is_single(self) -> bool:
+        """Whether it is one response, of which `label` says how desirable it is."""
+        return self.chosen == self.rejected
+
+    @property
     def id(self) -> str:
         return content_id(self.prompt, self.chosen, self.rejected, *([self.inputs] if self.inputs else []))
 
@@ -115,6 +120,26 @@ def recognise(row: dict[str, Any]) -> Literal["standard", "conversational", "hh"
 
 def normalise(row: dict[str, Any], form: Format = "auto", source: str = "", transcripts: Transcripts = "text") -> Pair:
     """The pair that a row holds. Raises Unusable with the reason where it holds none."""
+    pair = _read(row, form, source, transcripts)
+    if pair.chosen.strip() == pair.rejected.strip():
+        raise Unusable(IDENTICAL)
+    return pair
+
+
+def normalise_single(row: dict[str, Any], form: Format = "auto", source: str = "") -> Pair:
+    """The single response that a row of `prompt`, `completion` and `label` holds (TRL's unpaired preferences).
+
+    Raises Unusable as `normalise` does.
+    """
+    for column in ("completion", "label"):
+        if row.get(column) is None:
+            raise Unusable(MISSING_COLUMN, column)
+    label = float(row["label"]) if isinstance(row["label"], bool) else row["label"]
+    answers = {"chosen": row["completion"], "rejected": row["completion"]}
+    return _read({**row, **answers, "label": label}, form, source, "text")
+
+
+def _read(row: dict[str, Any], form: Format, source: str, transcripts: Transcripts) -> Pair:
     num_joined = 0
     if transcripts == "messages":
         row, num_joined = as_messages(row, form)
@@ -138,8 +163,6 @@ def normalise(row: dict[str, Any], form: Format = "auto", source: str = "", tran
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if not answer.strip():
             raise Unusable(EMPTY_RESPONSE, name)
-    if chosen.strip() == rejected.strip():
-        raise Unusable(IDENTICAL)
     if isinstance(row.get("source"), str):
         source = _text(row, "source")
     label = _label(row.get("label"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pyarrow as pa
 
 from prefarena.config import TextTask
 from prefarena.data.fields import SYSTEM
-from prefarena.data.formats import Pair, normalise, valid_text
+from prefarena.data.formats import Pair, normalise, normalise_single, valid_text
 from prefarena.data.labels import SCORES
 from prefarena.data.rejections import NO_ROW, WRONG_TYPE, Unusable
 from prefarena.data.renaming import PROMPTS
@@ -17,7 +18,7 @@ from prefarena.data.sharegpt import CONVERSATION
 from prefarena.data.sources import Chunk, rows_of
 from prefarena.data.splits import Shares
 from prefarena.data.tokenization import Tokenizer, TokenPair
-from prefarena.records import PAIRS, PRETRAINING, content_id
+from prefarena.records import PAIRS, PRETRAINING, RESPONSES, content_id
 
 #: What is read of a table of pairs.
 COLUMNS = (
@@ -34,6 +35,8 @@ COLUMNS = (
     CONVERSATION,
 )
 TEXT_COLUMNS = ("text",)
+#: What is read of a table of single responses.
+SINGLE_COLUMNS = ("prompt", "completion", "label", "source", *SYSTEM, "tools", "chat_template_kwargs", *PROMPTS)
 
 _REJECTED = [("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
 #: `split` is train, judge or test; for a rejected row `reason` says why, `detail` what, and other columns are null.
@@ -53,13 +56,14 @@ PREPARED_PAIRS = pa.schema(
         ("num_responses_as_written", pa.int32()),
     ]
 )
+PREPARED_RESPONSES = pa.schema([*_REJECTED, *RESPONSES, ("prompt_id", pa.string()), ("is_cut", pa.bool_())])
 PREPARED_PIECES = pa.schema([*_REJECTED, ("piece", pa.int32()), *PRETRAINING])
 
 
 def prepare_pairs(chunk: Chunk, task: TextTask, tokenizer: Tokenizer, *, shares: Shares) -> pa.Table:
     """One row of PREPARED_PAIRS for each row of the chunk, in order."""
     source = Path(chunk.file).name
-    found = [(number, _try_pair(row, task, source)) for number, row in rows_of(chunk, task.max_row_bytes)]
+    found = [(number, _try(pair_of, row, task, source)) for number, row in rows_of(chunk, task.max_row_bytes)]
     tokens = iter(tokenizer.pairs([pair for _, pair in found if isinstance(pair, Pair)]))
     columns: dict[str, list[Any]] = {name: [] for name in PREPARED_PAIRS.names}
     for number, pair in found:
@@ -68,6 +72,18 @@ def prepare_pairs(chunk: Chunk, task: TextTask, tokenizer: Tokenizer, *, shares:
         for name, values in columns.items():
             values.append(row.get(name))
     return pa.Table.from_pydict(columns, schema=PREPARED_PAIRS)
+
+
+def prepare_responses(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.Table:
+    """One row of PREPARED_RESPONSES for each row of the chunk, in order."""
+    source = Path(chunk.file).name
+    found = [(number, _try(single_of, row, task, source)) for number, row in rows_of(chunk, task.max_row_bytes)]
+    tokens = iter(tokenizer.pairs([pair for _, pair in found if isinstance(pair, Pair)]))
+    rows = []
+    for number, pair in found:
+        row = _single(pair, _embedded(next(tokens), tokenizer)) if isinstance(pair, Pair) else _rejected(pair)
+        rows.append({**row, "file": chunk.file, "row": number})
+    return pa.Table.from_pylist(rows, schema=PREPARED_RESPONSES)
 
 
 def prepare_pieces(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.Table:
@@ -98,6 +114,13 @@ def pair_of(row: dict[str, Any] | Unusable, task: TextTask, source: str = "") ->
     return normalise(row, task.format, source, task.transcripts)
 
 
+def single_of(row: dict[str, Any] | Unusable, task: TextTask, source: str = "") -> Pair:
+    """The single response that a row holds. Raises Unusable as `pair_of` does."""
+    if isinstance(row, Unusable):
+        raise row
+    return normalise_single(row, task.format, source)
+
+
 def text_of(row: dict[str, Any] | Unusable) -> str:
     """The text of a row of pretraining text. Raises Unusable as `pair_of` does."""
     if isinstance(row, Unusable):
@@ -108,9 +131,14 @@ def text_of(row: dict[str, Any] | Unusable) -> str:
     return valid_text(text, "text")
 
 
-def _try_pair(row: dict[str, Any] | Unusable, task: TextTask, source: str) -> Pair | Unusable:
+def _try(
+    read: Callable[[dict[str, Any] | Unusable, TextTask, str], Pair],
+    row: dict[str, Any] | Unusable,
+    task: TextTask,
+    source: str,
+) -> Pair | Unusable:
     try:
-        return pair_of(row, task, source)
+        return read(row, task, source)
     except Unusable as error:
         return error
 
@@ -129,6 +157,20 @@ def _without_row(tokenizer: Tokenizer, *sequences: list[int]) -> Unusable | None
 
 def _rejected(error: Unusable) -> dict[str, Any]:
     return {"reason": error.reason, "detail": error.detail}
+
+
+def _single(pair: Pair, tokens: TokenPair | Unusable) -> dict[str, Any]:
+    if isinstance(tokens, Unusable):
+        return _rejected(tokens)
+    return {
+        "id": content_id("single", pair.id, pair.label),
+        "label": pair.label,
+        "source": pair.source,
+        "prompt_ids": tokens.prompt_ids,
+        "response_ids": tokens.chosen_ids,
+        "prompt_id": content_id(tokens.prompt_ids),
+        "is_cut": tokens.prompt_cut or tokens.num_responses_cut > 0,
+    }
 
 
 def _prepared(pair: Pair, tokens: TokenPair | Unusable, shares: Shares) -> dict[str, Any]:

@@ -117,7 +117,8 @@ class Tokenizer:
         wholes = [whole for texts in found if isinstance(texts, Texts) for whole in _wholes(texts)]
         ids = iter(self.encoder.divided(wholes))
         return [
-            texts if isinstance(texts, Unusable) else self._try_fit(texts, [next(ids), next(ids)]) for texts in found
+            texts if isinstance(texts, Unusable) else self._try_fit(pair, texts, [next(ids), next(ids)])
+            for pair, texts in zip(pairs, found, strict=True)
         ]
 
     def _try_texts(self, pair: Pair) -> Texts | Unusable:
@@ -126,22 +127,22 @@ class Tokenizer:
         except Unusable as error:
             return error
 
-    def _try_fit(self, texts: Texts, ids: list[Divided]) -> TokenPair | Unusable:
+    def _try_fit(self, pair: Pair, texts: Texts, ids: list[Divided]) -> TokenPair | Unusable:
         try:
-            return self._fit(texts, ids)
+            return self._fit(pair, texts, ids)
         except Unusable as error:
             return error
 
-    def _fit(self, texts: Texts, ids: list[Divided]) -> TokenPair:
+    def _fit(self, pair: Pair, texts: Texts, ids: list[Divided]) -> TokenPair:
         """The ids of a pair's texts within the limits. `ids`: of the prompt with each answer."""
         prompt, responses, num_apart = self._divided(texts, ids)
         prompt_ids, prompt_cut = self._fit_prompt(self._begun(prompt))
         answers = [self._ended(found, texts) for found in responses]
         limit = self.task.max_response_tokens
         chosen, rejected = (answer[:limit] for answer in answers)
-        if answers[0] == answers[1]:
+        if answers[0] == answers[1] and not pair.is_single:
             raise Unusable(IDENTICAL)
-        if chosen == rejected:
+        if chosen == rejected and not pair.is_single:
             raise Unusable(IDENTICAL_CUT)
         if min(map(len, answers)) < 2:
             raise Unusable(EMPTY_RESPONSE, "the tokenizer finds no token in it")
