@@ -59,7 +59,7 @@ def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: 
         return run_folder(config, plans)
     folder, results = report(config, plans, reused)
     console.print(main_table(results, brief=console.width < _WIDE).rich())
-    console.print(f"report: {shown(folder / 'report.md')}")
+    console.print(f"report: {shown(folder / 'report.html')}")
     return folder
 
 
