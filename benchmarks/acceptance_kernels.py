@@ -28,6 +28,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from prefarena.modeling.attention_trial import TOLERANCE, Heads, difference
 from prefarena.modeling.chunked_head import chunked_logps
+from prefarena.modeling.halves import compute_in_halves
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.modeling.memory import size_of, training_memory
 from prefarena.modeling.packing import pack
@@ -84,11 +85,9 @@ def ready(model: LlamaForCausalLM, setting: Setting, kind: str) -> LogProbs:
     module = LogProbs(model, 1024, attends_in=KINDS[kind])
     if not module.packed:
         raise RuntimeError("; ".join(module.notes))
+    if kind == "bfloat16":
+        compute_in_halves(module)
     return module
-
-
-def autocast(setting: Setting, kind: str) -> torch.autocast:
-    return torch.autocast(setting.device, torch.bfloat16, enabled=kind == "bfloat16")
 
 
 def split(pairs: TokenPairs) -> tuple[list[list[int]], list[list[list[int]]]]:
@@ -133,8 +132,7 @@ def packed_and_padded(kind: str, setting: Setting, outcome: Outcome) -> None:
     for layout in ("padded", "packed"):
         batch = pack(*split(pairs), shared=layout == "packed", device=setting.device)
         module.zero_grad(set_to_none=True)
-        with autocast(setting, kind):
-            logps, _ = module(batch)
+        logps, _ = module(batch)
         (logps * weights.to(logps)).sum().backward()
         gaps = (logps.detach().cpu().double() - exact_logps).abs()
         errors[layout] = float(gaps.mean())
@@ -167,8 +165,7 @@ def head_values(setting: Setting, outcome: Outcome) -> None:
     for device, width_of in ((setting.device, None), ("cpu", torch.float64)):
         inputs = [each.detach().to(device, width_of or each.dtype).requires_grad_() for each in (hidden, weight)]
         if width_of is None:
-            with autocast(setting, "bfloat16"):
-                logps, entropy = chunked_logps(inputs[0], inputs[1], None, targets.to(device), entropy=True)
+            logps, entropy = chunked_logps(inputs[0], inputs[1], None, targets.to(device), entropy=True)
         else:
             whole_row = torch.log_softmax(inputs[0] @ inputs[1].t(), -1)
             logps, entropy = whole_row.gather(1, targets[:, None])[:, 0], -(whole_row.exp() * whole_row).sum(-1)
@@ -211,12 +208,11 @@ def head_memory(setting: Setting, outcome: Outcome) -> None:
             assert need is not None
             beyond.append(need.activations)
             continue
-        head = Head(tokens, vocabulary, 128).cuda()
+        head = Head(tokens, vocabulary, 128).cuda().bfloat16()
         for parameter in head.parameters():
             parameter.grad = torch.zeros_like(parameter)
         before = held_by_gpu()
-        with autocast(setting, "bfloat16"):
-            loss = head()
+        loss = head()
         loss.backward()
         beyond.append(torch.cuda.max_memory_allocated() - before)
     logits = [4 * tokens * vocabulary for tokens, vocabulary in sizes]
@@ -235,17 +231,16 @@ def held_by_gpu() -> int:
 
 
 def zero_log_ratios(setting: Setting, outcome: Outcome) -> None:
-    """A policy and its reference with the same weights, scored in passes of the same rows under autocast."""
+    """A policy and its reference with the same weights, scored in passes of the same rows in bfloat16."""
     model = new_model(setting)
     pairs = new_pairs(setting, model.config.vocab_size)
     policy = ready(model, setting, "bfloat16")
     reference = ready(copy.deepcopy(model), setting, "bfloat16")
     for layout in ("packed", "padded"):
         batch = pack(*split(pairs), shared=layout == "packed", device=setting.device)
-        with autocast(setting, "bfloat16"):
-            with torch.no_grad():
-                theirs, _ = reference(batch)
-            ours, _ = policy(batch)
+        with torch.no_grad():
+            theirs, _ = reference(batch)
+        ours, _ = policy(batch)
         outcome.must(ours.requires_grad, "the policy's log-probs have no gradient")
         ratios = ours.detach() - theirs
         outcome.at_most(f"{layout}: largest log-ratio of a token, nats", float(ratios.abs().max()), 0.0)
@@ -262,8 +257,7 @@ def same_bits(setting: Setting, outcome: Outcome) -> None:
 
     def step(in_rows: bool) -> None:
         module.zero_grad(set_to_none=True)
-        with autocast(setting, "bfloat16"):
-            logps, _ = module(batch)
+        logps, _ = module(batch)
         (-batch.sums(logps, in_rows).sum() / len(pairs)).backward()
         if on_gpu:
             torch.cuda.synchronize()
@@ -306,8 +300,7 @@ def step_memory(setting: Setting, outcome: Outcome) -> None:
     for _ in range(2):  # the first one also has what kernels and libraries keep
         optimizer.zero_grad(set_to_none=True)
         torch.cuda.reset_peak_memory_stats()
-        with autocast(setting, "bfloat16"):
-            total = loss(module)
+        total = loss(module)
         total.backward()
         optimizer.step()
     measured = torch.cuda.max_memory_allocated() - before
@@ -361,8 +354,7 @@ def fsdp(world_size: int, setting: Setting, outcome: Outcome) -> None:
     for kind, (_, limit) in _LIMITS.items():
         module = ready(new_model(setting), setting, kind)
         device = next(module.parameters()).device
-        with autocast(setting, kind):
-            loss = loss_of(module, new_pairs(setting, module.model.config.vocab_size), setting, device)
+        loss = loss_of(module, new_pairs(setting, module.model.config.vocab_size), setting, device)
         loss.backward()
         gap = abs(found[kind]["loss"] / float(loss) - 1)
         outcome.at_most(f"{kind}: loss, relative", gap, 1e-5 if kind == "float32" else 1e-2)

@@ -4,10 +4,11 @@
     python benchmarks/gpu.py --tiny          a tiny model on the CPU, to try it
 
 Needs torch >= 2.11 and transformers (with NumPy and tokenizers, which they bring), nothing else of Prefarena's. Weights
-are random and so are tokens; lengths are HH-RLHF's. Master weights in float32, computation in bfloat16 (autocast), on
-every side. First all sides must agree in float32: losses and gradient norms of a few steps. Then each side, alone in a
-fresh process, runs one block that is not counted and `--repeats` more; a block is one pass over the same pairs. The
-result is written after each of them. A side whose memory runs out is a result, and the others go on.
+are random and so are tokens; lengths are HH-RLHF's. Master weights in float32, computation in bfloat16 on every side:
+ours in copies of the weights, the others under autocast. First all sides must agree in float32: losses and gradient
+norms of a few steps. Then each side, alone in a fresh process, runs one block that is not counted and `--repeats` more;
+a block is one pass over the same pairs. The result is written after each of them. A side whose memory runs out is a
+result, and the others go on.
 
 Each side cuts its batch into passes of a size of its own. The defaults are for 80 GB at llama-1b, by what a pass was
 counted to hold with shapes in place of numbers (`prefarena.modeling.memory`), at the longest shuffled batch, 753 tokens

@@ -34,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 from transformers import AttentionInterface, AttentionMaskInterface, LlamaConfig, LlamaForCausalLM
 from transformers.masking_utils import sdpa_mask
 
-from prefarena.modeling import chunked_head
+from prefarena.modeling import chunked_head, logprobs
 from prefarena.modeling.arithmetic import in_weights
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 
@@ -173,7 +173,7 @@ def _passes(shape: str, card: Card, pairs: TokenPairs, how: str, num_layers: int
     counted = Counted(card)
     empty = model_of(shape, num_layers)
     with FakeTensorMode(allow_non_fake_inputs=True), _as_on_a_gpu(counted, how != "head in float32"):
-        model = in_weights(empty.to_empty(device="cpu"), "bfloat16" if how == "bfloat16 weights" else "autocast")
+        model = in_weights(empty.to_empty(device="cpu"), "bfloat16" if how == "bfloat16 weights" else "float32")
         model.tie_weights()  # new tensors are each their own
         module = LogProbs.__new__(LogProbs)
         torch.nn.Module.__init__(module)
@@ -211,7 +211,7 @@ def _as_on_a_gpu(counted: Counted, halved_head: bool) -> Iterator[None]:
 
     def under_head(function: Any) -> Any:
         def run(*args: Any) -> Any:
-            with counted.counting_as("head"):
+            with counted.counting_as("head"), torch.autocast("cpu", enabled=False):
                 return function(*args)
 
         return staticmethod(run)
@@ -219,15 +219,18 @@ def _as_on_a_gpu(counted: Counted, halved_head: bool) -> Iterator[None]:
     AttentionInterface.register(_LEFT_OUT, attention)
     AttentionMaskInterface.register(_LEFT_OUT, sdpa_mask)
     there: Any = chunked_head
-    head, on_gpu, precision = there._ChunkedHead, there._on_gpu, there._autocast_precision
+    caller: Any = logprobs
+    head, on_gpu, whole_head = there._ChunkedHead, there._on_gpu, caller.chunked_logps
     forward, backward = head.forward, head.backward
     head.forward, head.backward = under_head(forward), under_head(backward)
-    there._on_gpu, there._autocast_precision = lambda _: True, lambda: torch.bfloat16 if halved_head else None
+    there._on_gpu = lambda _: True
+    if halved_head:
+        caller.chunked_logps = lambda hidden, *args, **named: whole_head(hidden.bfloat16(), *args, **named)
     try:
         yield
     finally:
         head.forward, head.backward = staticmethod(forward), staticmethod(backward)
-        there._on_gpu, there._autocast_precision = on_gpu, precision
+        there._on_gpu, caller.chunked_logps = on_gpu, whole_head
 
 
 def _add_attention(counted: Counted, config: LlamaConfig, pairs: TokenPairs) -> None:

@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "platform"))
 
 from prefarena.data.plan import within_budget
+from prefarena.modeling.halves import compute_in_halves
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.objectives.preference import PairLogps, preference_output
 
@@ -43,6 +44,8 @@ class PackedStep:
         self._module = LogProbs(model.to(self._device).eval(), spec["max_length"], attends_in=attends_in)
         if not self._module.packed:
             raise RuntimeError("; ".join(self._module.notes))
+        if spec["bf16"]:
+            compute_in_halves(self._module)
         self._optimizer = torch.optim.AdamW(
             model.parameters(),
             lr=spec["learning_rate"],
@@ -75,8 +78,7 @@ class PackedStep:
     def _logps(self, rows: NDArray[np.int64]) -> Tensor:
         """[2B]: chosen and rejected in turn."""
         prompts, responses = [self._prompts[row] for row in rows], [self._responses[row] for row in rows]
-        with torch.autocast(self._device.type, torch.bfloat16, enabled=self._spec["bf16"]):
-            return sequence_logps(self._module, prompts, responses, device=self._device)[0]
+        return sequence_logps(self._module, prompts, responses, device=self._device)[0]
 
     @torch.no_grad()
     def _reference_logps(self) -> Tensor:

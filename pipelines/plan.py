@@ -39,7 +39,6 @@ from prefarena.functions import source_digest
 from prefarena.judges.spec import JudgeSpec
 from prefarena.mirror import root_of
 from prefarena.modeling.arithmetic import Arithmetic, named
-from prefarena.settings.optimisation import LearnerSettings
 from prefarena.settings.unpaired import Unpaired
 from prefarena.stages import Stage
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
@@ -133,7 +132,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     reference = base
     if config.reference.train:
         settings = config.reference.model_dump(mode="json")
-        inputs = [base.key, settings, _computed(config, config.reference.training)]
+        inputs = [base.key, settings, _computed(config)]
         reference = Stage.at(root, "reference", task.kind, inputs)
     pairs, samples, judge = data, None, None
     if isinstance(task, LanguageTask):
@@ -143,7 +142,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
         samples = Stage.at(root, "reference_samples", task.kind, [data.key, reference.key, drawn])
         if isinstance(config.judge, RewardModel) and learns_judge(config):
             inputs = [pairs.key, reference.key, samples.key, _dump(config.judge)]
-            inputs += [_computed(config, config.judge.training), *named(config.scored_in)]
+            inputs += [_computed(config), *named(config.scored_in)]
             judge = Stage.at(root, "judge", task.kind, inputs)
     trained_on, scored = dict[Arithmetic, str](), dict[Arithmetic, Stage]()
     for arithmetic in _arithmetics(config, unpaired=False) or ["float32"]:
@@ -202,15 +201,15 @@ def _trained(
     method, label, reward_model, scores = entry.method, f"{entry.name}-s{seed}", None, None
     pairs, settings = logps.key, _dump(method)
     if isinstance(method, OffPolicyMethod):
-        arithmetic, settings = arithmetic_of(config, method.training), method.address()
+        arithmetic, settings = method.training.precision, method.address()
         pairs = responses[arithmetic].key if isinstance(method, Unpaired) else trained_on[arithmetic]
     inputs: list[Any] = [pairs, settings, seed]
     if not isinstance(method, BestOfN):
-        inputs.append(_computed(config, method.training))
+        inputs.append(_computed(config))
     if isinstance(method, OnPolicyMethod | BestOfN):
         if isinstance(method.reward, RewardModel):
             rm_inputs: list[Any] = [logps.key, samples.key if samples else None, _dump(method.reward), seed]
-            rm_inputs.append(_computed(config, method.reward.training))
+            rm_inputs.append(_computed(config))
             reward_model = Stage.at(root, "reward_model", f"s{seed}", rm_inputs)
             inputs.append(reward_model.key)
         elif isinstance(method.reward, FunctionJudge):
@@ -257,18 +256,10 @@ def _judge_inputs(settings: EvaluationJudge) -> list[Any]:
     return [_dump(settings), source_digest(settings.function) if isinstance(settings, FunctionJudge) else None]
 
 
-def arithmetic_of(config: Comparison, training: LearnerSettings) -> Arithmetic:
-    """How a training computes: the reference's log-probs that it is given must be computed in the same way."""
-    if training.precision == "float32":
-        return "float32"
-    sharded = config.resources.sharding == "fsdp" and config.resources.num_workers > 1
-    return "bfloat16" if sharded else "autocast"
-
-
 def _arithmetics(config: Comparison, *, unpaired: bool) -> list[Arithmetic]:
     """Of all entries that are trained on single responses, or on pairs, without repeats; float32 first."""
     methods = [entry.method for entry in config.entries if isinstance(entry.method, OffPolicyMethod)]
-    found = {arithmetic_of(config, method.training) for method in methods if isinstance(method, Unpaired) == unpaired}
+    found = {method.training.precision for method in methods if isinstance(method, Unpaired) == unpaired}
     return sorted(found, key=lambda arithmetic: arithmetic != "float32")
 
 
@@ -278,13 +269,13 @@ def _engine(config: Comparison) -> list[str]:
     return [dtype, *(["batch_invariant"] if config.generation.batch_invariant else [])]
 
 
-def _computed(config: Comparison, training: LearnerSettings) -> list[Any]:
-    """How a training's numbers are computed.
+def _computed(config: Comparison) -> list[Any]:
+    """How a training's numbers are computed, beside its own settings.
 
     The number of workers and what each holds change no more than the order of additions, and a training that was
     interrupted goes on with others: they are not in its address.
     """
-    return [config.resources.cpus_per_worker, config.resources.use_gpu, arithmetic_of(config, training)]
+    return [config.resources.cpus_per_worker, config.resources.use_gpu]
 
 
 def _data_inputs(config: Comparison, task: LanguageTask | TextTask) -> dict[str, Any]:
@@ -397,7 +388,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
         raise TypeError("best-of-n trains nothing")
     folder, name = str(trained.training.folder), f"{trained.entry.name}-s{trained.seed}"
     if isinstance(method, OffPolicyMethod):
-        pretraining, arithmetic = plan.data.folder / "pretraining", arithmetic_of(config, method.training)
+        pretraining, arithmetic = plan.data.folder / "pretraining", method.training.precision
         unpaired = isinstance(method, Unpaired)
         return OffPolicyJob(
             max_length=max_length(plan.task),

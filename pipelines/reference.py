@@ -34,7 +34,7 @@ from prefarena.config import Resources
 from prefarena.data.plan import within_budget
 from prefarena.errors import UserError
 from prefarena.mirror import bring, push
-from prefarena.modeling.arithmetic import Arithmetic, computing, in_weights, named
+from prefarena.modeling.arithmetic import Arithmetic, in_weights, named
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import REFERENCED_PAIRS
@@ -210,8 +210,7 @@ class ReferenceLogps:
         torch.set_num_threads(num_threads)
         model = in_weights(load_policy(reference), arithmetic)
         torch.nn.Module.to(model, device)
-        self.arithmetic = arithmetic
-        self.module = LogProbs(model, max_length, attends_in=torch.bfloat16 if arithmetic == "autocast" else None)
+        self.module = LogProbs(model, max_length)
         self.pad_id = load_tokenizer(reference).pad_token_id
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -227,8 +226,7 @@ class ReferenceLogps:
         logps = np.empty((2, len(lengths)), np.float32)
         for numbers in within_budget(np.argsort(lengths, kind="stable"), lengths, BATCH_TOKENS):
             prompts, chosen, rejected = ([rows[name][i] for i in numbers] for name in _TOKENS)
-            with computing(self.arithmetic, self.module.model.device):
-                logps[:, numbers] = pair_logps(self.module, prompts, chosen, rejected, self.pad_id)
+            logps[:, numbers] = pair_logps(self.module, prompts, chosen, rejected, self.pad_id)
         return Scores(logps[0], logps[1], time.perf_counter() - started, int(lengths.sum()))
 
 

@@ -25,7 +25,9 @@ from transformers import PreTrainedModel
 
 from prefarena.config import LoRA
 from prefarena.modeling import compiled_layers, tree_attention
+from prefarena.modeling.arithmetic import in_weights
 from prefarena.modeling.compiled_layers import compile_layers, why_not_compiled
+from prefarena.modeling.halves import compute_in_halves
 from prefarena.modeling.layers import decoder_layers, recompute_layers
 from prefarena.modeling.lora import add_adapters
 from prefarena.modeling.packing import PackedBatch, pack
@@ -146,15 +148,36 @@ def test_rows_of_every_length_with_gradients_and_without_share_three_graphs(
                     body_output(model, rows)
 
 
-def test_a_pass_without_gradients_has_the_bits_of_one_with_them(compiled: Callable[[str], Counter]) -> None:
-    model = ready("llama", packed=False, **LONG).bfloat16()
+def test_scores_without_gradients_have_the_bits_of_training(compiled: Callable[[str], Counter]) -> None:
+    """A policy that trains in halves of its weights, and a reference whose weights are halved."""
+    policy, reference = (ready("llama", packed=False, **LONG) for _ in range(2))
+    in_weights(reference, "bfloat16")
+    module = Body(policy)
+    compute_in_halves(module)
     compiled("inductor")
-    compile_layers(model)
+    for model in (policy, reference):
+        compile_layers(model)
     rows = batch(70, packed=False)
-    learnt = body_output(model, rows)
+    learnt = module(rows)
     with torch.no_grad():
-        scored = body_output(model, rows)
-    assert torch.equal(learnt, scored) and not scored.requires_grad
+        scored = (module(rows), body_output(reference, rows))
+    assert learnt.requires_grad and all(torch.equal(learnt, one) and not one.requires_grad for one in scored)
+
+
+@pytest.mark.parametrize("recomputed", [True, False], ids=["recomputed", "kept"])
+def test_halved_layers_are_compiled(recomputed: bool, compiled: Callable[[str], Counter]) -> None:
+    module = Body(ready("llama", packed=True, **LONG))
+    compute_in_halves(module)
+    expected = results(module, batch(70, packed=True))
+    compiled("aot_eager")
+    if recomputed:
+        recompute_layers(module)
+    compile_layers(module)
+    assert largest_gap(results(module, batch(70, packed=True)), expected) == 0.0
+    with torch.compiler.set_stance("fail_on_recompile"):
+        results(module, batch(90, packed=True))
+        with torch.no_grad():
+            module(batch(90, packed=True))
 
 
 @pytest.mark.parametrize("adapted", [True, False], ids=["adapters", "all weights"])

@@ -22,7 +22,6 @@ from prefarena.modeling.chunked_head import chunked_logps
 from prefarena.modeling.flex_trees import (
     BLOCK,
     Ints,
-    attend,
     mask_arrays,
     mask_of,
     options_for,
@@ -111,24 +110,6 @@ def test_flex_attention_computes_what_the_cpu_does(
     torch.testing.assert_close(gradients[0], gradients[1], rtol=0, atol=1e-12)
 
 
-def test_under_autocast_queries_keys_and_values_are_of_its_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    lengths = ROWS["short"]
-    blocks = block_mask(*row(lengths), lengths)
-    seen: list[torch.dtype] = []
-
-    def recorded(query: Tensor, key: Tensor, value: Tensor, **others: object) -> Tensor:
-        seen.extend(tensor.dtype for tensor in (query, key, value))
-        return query
-
-    monkeypatch.setattr(flex_trees, "flex_attention", recorded)
-    query = torch.randn(1, 2, BLOCK, 8)
-    with torch.autocast("cpu", torch.bfloat16):  # rotary embeddings leave float32, the projection of values bfloat16
-        attend(query, query, query.bfloat16(), blocks, None)
-    assert seen == [torch.bfloat16] * 3
-    attend(query, query, query, blocks, None)
-    assert seen[3:] == [torch.float32] * 3
-
-
 def test_a_kernel_that_cannot_be_made_is_told_and_lack_of_memory_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
     flex_trees.why_not.cache_clear()
     monkeypatch.setattr(torch.nn.attention.flex_attention, "_validate_device", lambda *_: None)  # it refuses backward
@@ -193,24 +174,24 @@ def products(monkeypatch: pytest.MonkeyPatch) -> list[tuple[torch.dtype, torch.d
     return found
 
 
-def test_under_autocast_on_a_gpu_the_head_multiplies_bfloat16_and_sums_float32(
+def test_on_a_gpu_the_head_of_a_model_in_halves_multiplies_bfloat16_and_sums_float32(
     products: list[tuple[torch.dtype, torch.dtype, torch.dtype]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The final norm leaves float32, and float32 products were two fifths of a step on an H100."""
-    monkeypatch.setattr(chunked_head, "_autocast_precision", lambda: torch.bfloat16)
+    """Products of float32 numbers were two fifths of a step on an H100."""
     monkeypatch.setattr(chunked_head, "_on_gpu", lambda _: True)
     half, wide = torch.bfloat16, torch.float32
     with FakeTensorMode():  # tensors without their numbers: the CPU has no such product
-        hidden, weight, targets = torch.empty(40, 16), torch.empty(64, 16), torch.zeros(40, dtype=torch.long)
+        hidden, weight = torch.empty(40, 16, dtype=half), torch.empty(64, 16, dtype=half)
+        targets = torch.zeros(40, dtype=torch.long)
         logps, _ = chunked_logps(hidden, weight, None, targets)
         assert logps.dtype == wide and products == [(half, half, wide)]
         context = SimpleNamespace(
-            saved_tensors=(hidden.to(half), weight, None, targets, logps, logps),
+            saved_tensors=(hidden, weight, None, targets, logps, logps),
             needs_input_grad=(True, True, False),
             scale=1.0,
         )
         gradients = chunked_head._ChunkedHead.backward(context, logps, None)
-    assert [gradient.dtype for gradient in gradients[:2] if gradient is not None] == [half, wide]
+    assert [gradient.dtype for gradient in gradients[:2] if gradient is not None] == [half, half]
     assert products == [(half, half, wide)] * 4  # logits, logits again, and both gradients
 
 

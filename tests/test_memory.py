@@ -46,6 +46,9 @@ SHAPES = {
     "many steps": Shape(
         8_192, 6, 300, 120, 64, Optimisation(batch_size=16, micro_batch_tokens=2048, num_steps=8, warmup_steps=0)
     ),
+    "long, deep and in halves": Shape(
+        8_192, 8, 512, 150, 4, Optimisation(batch_size=4, micro_batch_tokens=1700, precision="bfloat16", **STEPS)
+    ),
     "long, deep and recomputed, with adapters": Shape(
         8_192, 8, 512, 150, 8,
         Optimisation(

@@ -6,7 +6,6 @@ on it have no numbers, so whatever needs one of them on the host (`item`, `tolis
 
 from __future__ import annotations
 
-from contextlib import nullcontext
 from dataclasses import fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -85,8 +84,6 @@ def beside_the_point(monkeypatch: pytest.MonkeyPatch) -> None:
             return replace(value, **{field.name: on_device(getattr(value, field.name)) for field in fields(value)})
         return value
 
-    # Even a disabled one is refused on this device.
-    monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(packing, "plan_trees", lambda *args: on_device(plan_trees(*args)))
     monkeypatch.setattr(transformers.masking_utils, "find_packed_sequence_indices", lambda _: None)
 

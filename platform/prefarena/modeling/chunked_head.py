@@ -32,13 +32,9 @@ def chunked_logps(
     """log p(target), and where asked for the entropy of p, [M] each, nats, at least float32.
 
     p = softmax((hidden W^T + b) / temperature). hidden: [M, D]; weight: [V, D]; bias: [V]; targets: [M]. Gradients flow
-    to hidden, weight and bias, through the entropy too.
-
-    Under autocast on a GPU the products are of half-precision numbers, summed in float32: norms leave hidden states in
-    float32, whose products would cost many times as much. On a CPU nothing would be gained by that.
+    to hidden, weight and bias, through the entropy too. Products are of numbers of hidden's kind, summed in at least
+    float32.
     """
-    if _on_gpu(hidden) and (halved := _autocast_precision()) is not None:
-        hidden = hidden.to(halved)
     logps, entropies = _ChunkedHead.apply(hidden, weight, bias, targets, 1.0 / temperature, entropy)
     return logps, entropies if entropy else None
 
@@ -56,8 +52,7 @@ class _ChunkedHead(torch.autograd.Function):
         scale: float,
         wants_entropy: bool,
     ) -> tuple[Tensor, Tensor]:
-        with torch.autocast(hidden.device.type, enabled=False):  # tiles have a precision of their own
-            target_logit, log_normaliser, entropy = _walk(hidden, weight, bias, targets, scale, wants_entropy)
+        target_logit, log_normaliser, entropy = _walk(hidden, weight, bias, targets, scale, wants_entropy)
         context.save_for_backward(hidden, weight, bias, targets, log_normaliser, entropy)
         context.scale = scale
         context.set_materialize_grads(False)
@@ -163,11 +158,6 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, w
 
 def _on_gpu(tensor: Tensor) -> bool:
     return tensor.is_cuda
-
-
-def _autocast_precision() -> torch.dtype | None:
-    """On GPUs; None where autocast is off."""
-    return torch.get_autocast_dtype("cuda") if torch.is_autocast_enabled("cuda") else None
 
 
 def _product(left: Tensor, right: Tensor, width: torch.dtype) -> Tensor:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map_only
 from transformers import PreTrainedModel
 
 from prefarena.modeling.flex_trees import compiled_whole
-from prefarena.modeling.layers import decoder_layers
+from prefarena.modeling.layers import Place, decoder_layers, put_around, take_off_wrappers
 from prefarena.modeling.packing import pack
 from prefarena.modeling.support import body_keywords
 
@@ -34,10 +34,9 @@ Inputs = tuple[tuple[Any, ...], dict[str, Any]]
 
 
 def compile_layers(model: nn.Module) -> None:
-    """Have each decoder layer run compiled on a GPU, from its next call on; once is enough."""
+    """Have each decoder layer run compiled on a GPU, from its next call on."""
     for layer in decoder_layers(model):
-        if not _is_fused(layer.forward):
-            layer.forward = partial(_fused, layer.forward)  # type: ignore[method-assign]
+        put_around(layer, Place.COMPILED, _fused)
 
 
 def why_not_compiled(model: PreTrainedModel, device: torch.device, kind: torch.dtype, packed: bool) -> str | None:
@@ -56,7 +55,9 @@ def why_not_compiled(model: PreTrainedModel, device: torch.device, kind: torch.d
     one_of_each = {(type(layer), name): layer for layer, name in zip(layers, kinds, strict=False)}
     for layer in one_of_each.values():
         try:
-            _try(copy.deepcopy(layer).to(device, kind), _moved(inputs, device, kind, keywords))
+            twin = copy.deepcopy(layer).to(device, kind)
+            take_off_wrappers(twin)
+            _try(twin, _moved(inputs, device, kind, keywords))
         except torch.OutOfMemoryError:
             raise
         except RuntimeError as error:  # whatever goes wrong in compiling arrives as one
@@ -101,16 +102,8 @@ def _moved(inputs: Inputs, device: torch.device, kind: torch.dtype, keywords: di
     return arguments, named | ({"trees": keywords["trees"]} if "trees" in keywords else {})
 
 
-def _is_fused(forward: Callable[..., Any]) -> bool:
-    while isinstance(forward, partial):
-        if forward.func is _fused:
-            return True
-        forward = forward.args[0]
-    return False
-
-
 def _fused(forward: Any, hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
-    """`forward`, a layer's own method, on its inputs. It is found by its layer, so that a copy of a layer is itself."""
+    """`forward`, a layer's own method, on its inputs."""
     if not _on_gpu(hidden):
         return forward(hidden, *arguments, **keywords)
     layer, call = forward.__self__, _compiled(forward.__func__)

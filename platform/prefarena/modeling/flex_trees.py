@@ -118,14 +118,7 @@ def options_for(kind: torch.dtype, head_dim: int, capability: tuple[int, int], s
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, blocks: BlockMask, scaling: float | None) -> Tensor:
-    """query [1, H, N, d], key and value [1, H_kv, N, d] to [1, H, N, d].
-
-    Under autocast all three are in its precision, as for torch's own attention: rotary embeddings leave queries and
-    keys in float32, and FlexAttention by itself would multiply them so.
-    """
-    kind = query.device.type
-    if torch.is_autocast_enabled(kind):
-        query, key, value = (tensor.to(torch.get_autocast_dtype(kind)) for tensor in (query, key, value))
+    """query [1, H, N, d], key and value [1, H_kv, N, d] to [1, H, N, d]."""
     on_gpu = _on_gpu(query)
     call = _compiled() if on_gpu and not torch.compiler.is_compiling() else flex_attention
     options = kernel_options(query) if on_gpu else None

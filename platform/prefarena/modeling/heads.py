@@ -7,6 +7,7 @@ A reward model's normalisation (mean and scale on reference samples) lives in it
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -25,7 +26,11 @@ class ScalarHead(PackedModel):
 
     def _at(self, batch: PackedBatch, positions: Tensor) -> Tensor:
         hidden = body_output(self.model, batch).index_select(0, positions)
-        raw = self.model.get_submodule("score")(hidden)
+        score = self.model.get_submodule("score")
+        if isinstance(score, nn.Linear):  # a score of eight bits would make ties of near responses
+            raw = F.linear(at_least_float32(hidden), at_least_float32(score.weight), score.bias)
+        else:
+            raw = score(hidden)
         return at_least_float32(raw)[..., 0].clone()  # what FSDP wraps must not return a view
 
 

@@ -1,8 +1,9 @@
-"""A model's decoder layers: the units in which it is recomputed and sharded."""
+"""A model's decoder layers: the units in which it is compiled, halved, recomputed and sharded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from enum import IntEnum
 from functools import partial
 from typing import Any
 
@@ -11,6 +12,48 @@ from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prefarena.errors import UserError
+
+#: What a module's forward is called through: the forward within comes first, before its own arguments.
+Wrapper = Callable[..., Any]
+
+
+class Place(IntEnum):
+    """Of a wrapper, the innermost first: the compiled layer takes halved weights, and both are run again."""
+
+    COMPILED = 0
+    HALVED = 1
+    RECOMPUTED = 2
+
+
+class Around:
+    """A module's own forward with wrappers around it.
+
+    The module is known by its own bound method alone, so that a copy of a model is a model of its own.
+    """
+
+    def __init__(self, own: Callable[..., Any]) -> None:
+        self.own = own
+        self.wrappers: dict[Place, Wrapper] = {}
+
+    def __call__(self, *arguments: Any, **keywords: Any) -> Any:
+        forward = self.own
+        for place in sorted(self.wrappers):
+            forward = partial(self.wrappers[place], forward)
+        return forward(*arguments, **keywords)
+
+
+def put_around(module: nn.Module, place: Place, wrapper: Wrapper) -> None:
+    """Have the module's forward called through `wrapper` from now on, in the place of one that is there already."""
+    if not isinstance(module.forward, Around):
+        module.forward = Around(module.forward)  # type: ignore[method-assign]
+    module.forward.wrappers[place] = wrapper
+
+
+def take_off_wrappers(module: nn.Module) -> None:
+    """The module, and all within it, run as they did when they were made."""
+    for part in module.modules():
+        if isinstance(part.forward, Around):
+            del part.forward
 
 
 def decoder_layers(module: nn.Module) -> list[nn.Module]:
@@ -32,7 +75,7 @@ def recompute_layers(module: nn.Module) -> None:
             "it to false"
         )
     for layer in layers:
-        layer.forward = partial(_recomputed, layer.forward)  # type: ignore[method-assign]
+        put_around(layer, Place.RECOMPUTED, _recomputed)
 
 
 def _recomputed(forward: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:

@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from prefarena.modeling.halves import compute_in_halves
 from prefarena.modeling.layers import decoder_layers
 from prefarena.modeling.logprobs import LogProbs, can_pack, sequence_logps
 from prefarena.modeling.packing import pack
@@ -59,14 +60,15 @@ def training_memory(
 ) -> MemoryNeed | None:
     """Most memory that a training step takes, over `losses`; nothing is computed, and `module` stays as it is.
 
-    accumulates: whether a step has several micro-batches, so that whole gradients exist while one is run. num_shards:
-    workers that weights, gradients and optimizer state are spread over. None where shapes depend on numbers, as in a
-    mixture of experts.
+    bfloat16: whether that is what it computes in; copies of weights are counted while they live. accumulates: whether a
+    step has several micro-batches, so that whole gradients exist while one is run. num_shards: workers that weights,
+    gradients and optimizer state are spread over. None where shapes depend on numbers, as in a mixture of experts.
     """
     weights = size_of(module.parameters()) + size_of(module.buffers())
     trained = size_of(parameter for parameter in module.parameters() if parameter.requires_grad)
     try:
-        passes = max(_peak_of_pass(module, loss, bfloat16, accumulates) for loss in losses)
+        halve = None if not bfloat16 else compute_in_halves if num_shards == 1 else _halve_weights
+        passes = max(_peak_of_pass(module, loss, halve, accumulates) for loss in losses)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
         return None
     if num_shards == 1:
@@ -75,7 +77,8 @@ def training_memory(
         return MemoryNeed(weights, step, _MOMENTS * trained, max(passes - (step - gradients), 0))
     gathered = _gathered(module, bfloat16)
     gradients = trained if accumulates else trained // num_shards
-    beyond = passes if accumulates else max(passes - trained, 0)
+    in_pass = trained // 2 if bfloat16 else trained  # whole gradients; a sharded model has a few layers' at once
+    beyond = passes if accumulates else max(passes - in_pass, 0)
     return MemoryNeed(weights // num_shards + gathered, gradients, _MOMENTS * trained // num_shards, beyond + gathered)
 
 
@@ -109,8 +112,11 @@ def _gathered(module: nn.Module, bfloat16: bool) -> int:
     return whole // 2 if bfloat16 else whole
 
 
-def _peak_of_pass(module: nn.Module, loss: Loss, bfloat16: bool, accumulates: bool) -> int:
-    """Most bytes that one forward and backward pass holds beyond weights, and gradients where they exist before it."""
+def _peak_of_pass(module: nn.Module, loss: Loss, halve: Callable[[nn.Module], None] | None, accumulates: bool) -> int:
+    """Most bytes that one forward and backward pass holds beyond weights, and gradients where they exist before it.
+
+    halve: what has the module compute in half precision.
+    """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     if next(module.parameters()).is_meta:
         twin = copy.deepcopy(module)
@@ -121,16 +127,22 @@ def _peak_of_pass(module: nn.Module, loss: Loss, bfloat16: bool, accumulates: bo
             twin = copy.deepcopy(module)
     _experts_one_by_one(twin)
     with fake:
+        if halve is not None:
+            halve(twin)
         if accumulates:
             for parameter in twin.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
         held = [*twin.parameters(), *twin.buffers(), *(p.grad for p in twin.parameters() if p.grad is not None)]
         count = _Living(held)
         with count:
-            with torch.autocast(held[0].device.type, torch.bfloat16, enabled=bfloat16):
-                total = loss(twin)
-            total.backward()
+            loss(twin).backward()
     return count.peak
+
+
+def _halve_weights(module: nn.Module) -> None:
+    """As a sharded module has them, whose whole weights are counted apart."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _experts_one_by_one(module: nn.Module) -> None:

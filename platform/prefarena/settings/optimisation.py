@@ -39,7 +39,9 @@ class LearnerSettings(Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: Betas = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
-    precision: Precision = Field("float32", description="bfloat16: autocast, float32 master weights.")
+    precision: Precision = Field(
+        "float32", description="What is computed in; bfloat16 is that of copies, and the weights stay float32."
+    )
     lora: LoRA | None = Field(None, description="Train adapters of the model; none: all of its weights.")
     activation_checkpointing: bool = Field(
         False, description="Compute each layer once more in the backward pass: less memory, about a third more time."

@@ -10,7 +10,6 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, fields
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -95,7 +94,6 @@ class Scorers:
     monitor: Judge | None
     temperature: float
     batch_size: int
-    autocast: Callable[[], Any]
     device: torch.device
 
     @torch.no_grad()
@@ -134,14 +132,12 @@ class Scorers:
         return torch.from_numpy(judge.score(prompts, responses)).float().to(self.device)
 
     def _log_probs(self, part: Sequences) -> dict[str, Tensor]:
-        with self.autocast():
-            old, entropy = token_logps_and_entropy(self.policy, part, self.temperature)
-            reference = token_logps(self.reference, part, self.temperature)
+        old, entropy = token_logps_and_entropy(self.policy, part, self.temperature)
+        reference = token_logps(self.reference, part, self.temperature)
         return {"old_logps": old, "entropy": entropy, "reference_logps": reference}
 
     def _values(self, part: Sequences) -> dict[str, Tensor]:
-        with self.autocast():
-            return {"values": token_values(self.critic, part)} if self.critic else {}
+        return {"values": token_values(self.critic, part)} if self.critic else {}
 
     def _in_parts(self, sequences: Sequences, compute: Callable[[Sequences], dict[str, Tensor]]) -> dict[str, Tensor]:
         """`compute` on parts of similar length, put together in the batch's order as [B, T-1]."""

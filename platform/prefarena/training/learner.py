@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from prefarena.modeling.halves import compute_in_halves
 from prefarena.modeling.layers import recompute_layers
 from prefarena.modeling.parts import own_part, whole
 from prefarena.modeling.roles import Role
@@ -36,11 +37,13 @@ class Pass:
 
 
 def prepare(module: nn.Module, settings: LearnerSettings, worker: Worker) -> None:
-    """Switch dropout off, and have layers recomputed where that is asked for; before memory is predicted.
+    """Switch dropout off, have the module compute in halves and layers be recomputed; before memory is predicted.
 
-    Without dropout policy and reference agree at the start, and runs repeat.
+    Without dropout policy and reference agree at the start, and runs repeat. FSDP makes halved copies itself.
     """
     module.eval()
+    if settings.precision == "bfloat16" and not worker.shards:
+        compute_in_halves(module)
     if settings.activation_checkpointing:
         recompute_layers(module)
         worker.spare_memory()
@@ -49,9 +52,9 @@ def prepare(module: nn.Module, settings: LearnerSettings, worker: Worker) -> Non
 class Learner:
     """A module, its AdamW over the parameters that require a gradient, and its largest gradient norm.
 
-    `module` holds its parameters in float32 (master weights). `precision: bfloat16` computes under autocast; a sharded
-    module makes halved copies itself. A role on a shared body, which somebody has distributed, trains its own adapters
-    and head alone. name: prefixes its tensors in a checkpoint.
+    `module`, which is prepared, holds its parameters in float32 (master weights), whatever it computes in. A role on a
+    shared body, which somebody has distributed, trains its own adapters and head alone. name: prefixes its tensors in a
+    checkpoint.
     """
 
     def __init__(
@@ -86,8 +89,7 @@ class Learner:
         work = list(passes)
         for position, one in enumerate(work):
             with self._worker.no_sync(self._root, enabled=position < len(work) - 1):
-                with self.autocast():
-                    output = one.compute(self._called)
+                output = one.compute(self._called)
                 # DDP and FSDP average gradients over workers; the step's loss is their sum.
                 (output.loss.total * (one.scale * self._worker.world_size)).backward()
             loss = Mean(output.loss.total.detach(), output.loss.count.detach())
@@ -101,8 +103,7 @@ class Learner:
     @torch.no_grad()
     def without_gradient(self, compute: Callable[[nn.Module], Tensor]) -> Tensor:
         """What `compute` gets from the module as it is now, outside of any gradient."""
-        with self.autocast():
-            return compute(self.module)
+        return compute(self.module)
 
     def apply(self, learning_rate: float) -> tuple[Tensor, Tensor]:
         """Clip the gradient and move along it. Returns its norm [] before clipping, and whether it was skipped []."""
@@ -110,11 +111,6 @@ class Learner:
             group["lr"] = learning_rate
         norm = whole(nn.utils.clip_grad_norm_(self.trained.values(), self._settings.max_grad_norm))
         return norm, self.guard.step(self._loss, norm)
-
-    def autocast(self) -> torch.autocast:
-        """The context in which the module computes."""
-        halved = self._settings.precision == "bfloat16" and not self.sharded
-        return torch.autocast(self._worker.device.type, torch.bfloat16, enabled=halved)
 
     @property
     def sharded(self) -> bool:

@@ -187,7 +187,6 @@ class OnPolicyTrainer:
             monitor=monitor,
             temperature=self.settings.temperature,
             batch_size=batch_size,
-            autocast=self.learners["policy"].autocast,
             device=worker.device,
         )
 

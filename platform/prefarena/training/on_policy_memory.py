@@ -52,7 +52,10 @@ def _need(
     # Roles share their weights, of which the policy's pass has seen all: every adapter, and the moments of each.
     own = held[:1] if models.body is not None else held
     policy = size_of(models.policy.model.parameters())
-    frozen = policy * (_num_separate_judges(job, models) + (models.body is None))
+    reference = 0 if models.body is not None else policy
+    if job.training.precision == "bfloat16" and not worker.shards:
+        reference //= 2
+    frozen = policy * _num_separate_judges(job, models) + reference
     under_way = policy  # whole weights on their way to the generation actors
     return MemoryNeed(
         weights=sum(need.weights for need in own) + frozen // _num_parts(worker) + under_way,

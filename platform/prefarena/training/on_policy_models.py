@@ -16,7 +16,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefarena.config import PPOTraining, RewardModel
 from prefarena.judges.spec import JudgeSpec
-from prefarena.modeling.arithmetic import attends_in
+from prefarena.modeling.arithmetic import attends_in, in_weights
 from prefarena.modeling.heads import ScalarHead, ValueHead
 from prefarena.modeling.load import (
     load_policy,
@@ -77,7 +77,12 @@ class OnPolicyModels:
         return [self.body] if self.body is not None else [*self.learned.values(), self.reference]
 
     def place_frozen(self, worker: Worker, precision: Precision) -> None:
-        """Put what no learner distributes where it belongs: the reference, or the body that roles share."""
+        """Put what no learner distributes where it belongs: the reference, or the body that roles share.
+
+        It computes in `precision` then, as what is trained does; the body is prepared to.
+        """
+        if self.body is None and not worker.shards:
+            in_weights(self.reference.model, precision)
         worker.place(self.reference if self.body is None else self.body, precision)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

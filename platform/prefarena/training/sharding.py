@@ -15,7 +15,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
-from prefarena.modeling.layers import decoder_layers
+from prefarena.modeling.layers import decoder_layers, take_off_wrappers
 from prefarena.modeling.parts import whole
 from prefarena.settings.optimisation import Precision
 
@@ -65,6 +65,7 @@ def on_rank_0(model: Model, fresh: Callable[[], Model], rank: int) -> Model | No
     """
     state = model.state_dict()
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
+        take_off_wrappers(model)  # training's precision and recomputation are its own
         return model if rank == 0 else None
     gathered: dict[str, Tensor] = {}
     for name, tensor in state.items():
