@@ -10,6 +10,7 @@ from rich.table import Table
 from pipelines.checks import check_input
 from pipelines.claims import only_once
 from pipelines.evaluate import evaluate
+from pipelines.memory import check_memory
 from pipelines.plan import SeedPlan, make_plan, max_length
 from pipelines.prepare import prepare
 from pipelines.report import report, run_folder
@@ -52,6 +53,7 @@ def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: 
             if not config.resources.autoscaled:
                 check_resources(config, available)
                 check_placement(config, cluster_nodes())
+                check_memory(config, plans)
             for step, work in zip(STEPS, (prepare, train, evaluate), strict=False):
                 if step in wanted:
                     work(config, plans, console)

@@ -9,7 +9,8 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from pipelines.checks import check_input
-from pipelines.plan import longest, max_length
+from pipelines.memory import model_settings
+from pipelines.plan import longest
 from prefarena.cluster.attention import ask_gpu_nodes
 from prefarena.cluster.capacity import check_side_by_side, cluster_nodes, describe, generates
 from prefarena.cluster.doctor import (
@@ -28,8 +29,6 @@ from prefarena.cluster.session import check_resources, ray_session
 from prefarena.config import Comparison, PretrainedModel, TextTask
 from prefarena.errors import UserError
 from prefarena.modeling.attention_trial import attention_heads
-from prefarena.modeling.inspection import inspect_policy
-from prefarena.modeling.load import new_settings
 from prefarena.stores import fingerprint, is_url
 from prefarena.tasks.language import Language
 
@@ -116,18 +115,6 @@ def _places(config: Comparison) -> dict[str, str]:
     absolute = {key: str(Path(path).absolute()) for key, path in named.items() if path and Path(path).exists()}
     remote = {key: path for key, path in named.items() if path and (is_url(path) or Path(path).is_absolute())}
     return {**remote, **absolute}
-
-
-def model_settings(config: Comparison) -> PretrainedConfig | None:
-    """Of the comparison's model, from its configuration alone; None where no model can be made with it."""
-    if isinstance(config.model, PretrainedModel):
-        try:
-            return inspect_policy(config.model.path, config.model.revision)
-        except UserError:  # `check_input` has told it
-            return None
-    task, model = config.task, config.model
-    vocab_size = model.vocab_size if isinstance(task, TextTask) else Language(task).vocab_size
-    return new_settings(model, vocab_size, max_length(task))
 
 
 def _data_bytes(config: Comparison) -> int:

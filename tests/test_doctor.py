@@ -16,7 +16,8 @@ import torch
 import yaml
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipelines.doctor import doctor, model_settings
+from pipelines.doctor import doctor
+from pipelines.memory import model_settings
 from prefarena.cluster.capacity import Node
 from prefarena.cluster.doctor import (
     judge_capacity,
@@ -25,7 +26,7 @@ from prefarena.cluster.doctor import (
     judge_storage,
     room_of_worker,
 )
-from prefarena.cluster.needs import Lengths, disk_needed, heaviest_training, num_parameters
+from prefarena.cluster.needs import Heaviest, Lengths, disk_needed, heaviest_training, num_parameters
 from prefarena.cluster.probe import NodeReport, versions, vllm_wants_torch
 from prefarena.config import Comparison, parse_config
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
@@ -78,7 +79,7 @@ def test_memory_is_predicted_from_settings_as_it_is_from_the_model_itself() -> N
     assert need is not None
     tokens = 4 * (LENGTHS.prompt + 2 * LENGTHS.response) + 1
     found = heaviest_training(pairs_only({"micro_batch_tokens": tokens}), small_settings(), LENGTHS)
-    assert found == (need.total, "entries.dpo.method.training.micro_batch_tokens")
+    assert found == Heaviest(need.total, "entries.dpo.method.training.micro_batch_tokens")
     assert num_parameters(small_settings()) == sum(weight.numel() for weight in module.parameters())
 
 
@@ -102,7 +103,7 @@ def test_the_settings_of_a_comparison_name_its_model() -> None:
 def test_the_heaviest_training_is_named_by_the_setting_that_lowers_it() -> None:
     settings = small_settings()
 
-    def heaviest(**changed: object) -> tuple[int, str]:
+    def heaviest(**changed: object) -> Heaviest:
         found = heaviest_training(config(**changed), settings, LENGTHS)
         assert found is not None
         return found
@@ -111,7 +112,7 @@ def test_the_heaviest_training_is_named_by_the_setting_that_lowers_it() -> None:
     assert heaviest(reference=small, entries=dpo)[1] == "entries.dpo.method.training.micro_batch_tokens"
     assert heaviest(entries=[{"name": "dpo", "method": {"kind": "dpo", **small}}])[1].startswith("reference.training.")
     rlhf = {"name": "rlhf", "method": {"kind": "rlhf", "reward": {"kind": "gold"}}}
-    memory, key = heaviest(reference={"train": False}, entries=[rlhf])
+    memory, key, _ = heaviest(reference={"train": False}, entries=[rlhf])
     assert key == "entries.rlhf.method.training.micro_batch_size"
     assert memory > 40 * num_parameters(settings)  # two of 16 bytes each, and two frozen
 
@@ -134,17 +135,19 @@ def test_adapters_shards_and_recomputed_layers_need_less() -> None:
 
 
 def test_memory_that_a_worker_will_not_have() -> None:
-    memory = (30 * GIB, "entries.dpo.method.training.micro_batch_tokens")
+    memory = Heaviest(30 * GIB, "entries.dpo.method.training.micro_batch_tokens")
     gpus = config(resources={"use_gpu": True, "gpus_per_worker": 0.5})
     said = problems(judge_memory(gpus, [NODE], memory))
     assert (
         "about 30.0 GiB, its share of the smallest GPU that it may have is 12.0 GiB; lower entries.dpo.method" in said
     )
-    assert not problems(judge_memory(gpus, [NODE], (10 * GIB, "x"))) and not problems(judge_memory(gpus, [NODE], None))
+    assert not problems(judge_memory(gpus, [NODE], Heaviest(10 * GIB, "x"))) and not problems(
+        judge_memory(gpus, [NODE], None)
+    )
     nodes = [Node("a", {"CPU": 8.0, "memory": 40.0 * GIB})]
     two = config(resources={"num_workers": 2})
     said = problems(judge_capacity(two, nodes, memory))
-    assert said.startswith("2 training workers of about 30.0 GiB each do not fit") and memory[1] in said
+    assert said.startswith("2 training workers of about 30.0 GiB each do not fit") and memory.key in said
     assert not problems(judge_capacity(two, nodes * 2, memory))
 
 
@@ -213,9 +216,12 @@ def test_passes_set_to_auto_are_those_that_the_smallest_node_has_room_for() -> N
         asked = config(reference={"train": False}, entries=[entry])
         found = heaviest_training(asked, settings, LENGTHS)
         assert found is not None
-        less = heaviest_training(asked, settings, LENGTHS, room=found[0] - 1)
-        assert less is not None and less[0] < found[0] and less[1] == found[1]
-        assert heaviest_training(asked, settings, LENGTHS, room=found[0]) == found
+        room = int(1.3 * found.memory + 800 * 2**20) + 1  # as a worker counts on a CPU
+        assert heaviest_training(asked, settings, LENGTHS, room=room) == found
+        less = heaviest_training(asked, settings, LENGTHS, room=room - 2)
+        assert less is not None and less.memory < found.memory and less.key == found.key
+        least = heaviest_training(asked, settings, LENGTHS, room=0)
+        assert least is not None and least.memory < less.memory
 
 
 def test_a_worker_has_a_share_of_the_smallest_node_or_gpu() -> None:
@@ -229,7 +235,7 @@ def test_a_worker_has_a_share_of_the_smallest_node_or_gpu() -> None:
 def test_only_nodes_whose_labels_the_placement_asks_for_are_compared_with_it() -> None:
     small = replace(NODE, node="s", labels={"role": "generate"}, gpus=[("T4", 16 * GIB)], memory_mib=1000.0)
     large = replace(NODE, node="l", labels={"role": "train"}, gpus=[("H100", 80 * GIB)], memory_mib=4000.0)
-    memory = (30 * GIB, "x")
+    memory = Heaviest(30 * GIB, "x")
     anywhere = config(resources={"use_gpu": True})
     assert "smallest GPU that it may have is 16.0 GiB" in problems(judge_memory(anywhere, [small, large], memory))
     placed = config(resources={"use_gpu": True, "labels": {"role": "train"}})

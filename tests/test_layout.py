@@ -22,7 +22,7 @@ ALLOWED: dict[str, set[str]] = {
     "evaluation": {"judges", "tasks", "data", "modeling", "objectives"},
     "training": {"generation", "judges", "tasks", "data", "modeling", "objectives"},
     "report": {"tasks", "data", "modeling", "objectives"},
-    "cluster": {"tasks", "data", "modeling", "objectives"},
+    "cluster": {"training", "judges", "tasks", "data", "modeling", "objectives"},
 }
 #: What `config` is made of, and may therefore not import it.
 BELOW_CONFIG = {

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForSequenceClassification, PreTrainedModel
 
 from pipelines.checks import check_input
-from pipelines.doctor import model_settings
+from pipelines.memory import model_settings
 from prefarena.config import ClassifierJudge, Comparison, PretrainedModel, TextTask, parse_config
 from prefarena.data.preparation import COLUMNS, TEXT_COLUMNS, prepare_pairs, prepare_pieces
 from prefarena.data.rejections import NO_ROW, REMEDIES

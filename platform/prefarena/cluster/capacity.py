@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from prefarena.config import Comparison, OnPolicyMethod
-from prefarena.config.labels import selected
+from prefarena.config.labels import kept_apart, selected
 from prefarena.errors import UserError, WaitTimeoutError
 
 _SHOWN = ("CPU", "GPU")
@@ -102,6 +102,17 @@ def _parts(config: Comparison) -> tuple[Demand, Demand, Demand]:
 def generates(config: Comparison) -> bool:
     """Whether a comparison starts generation actors."""
     return config.task.kind == "text" or any(isinstance(entry.method, OnPolicyMethod) for entry in config.entries)
+
+
+def share_beside_engine(config: Comparison) -> float:
+    """Of a GPU, what a worker of an on-policy training has: an engine that may be placed on it takes
+    `generation.gpu_memory_utilization` of it, whatever share Ray was told.
+    """
+    resources, generation = config.resources, config.generation
+    together = resources.gpus_per_worker + generation.gpus <= 1 + _ROUNDING
+    if not together or kept_apart(resources.labels, generation.labels):
+        return resources.gpus_per_worker
+    return min(resources.gpus_per_worker, 1 - generation.gpu_memory_utilization)
 
 
 def check_placement(config: Comparison, nodes: Sequence[Node]) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from prefarena.cluster.capacity import Demand, Node, demands, describe, fitting, has_labels
+from prefarena.cluster.capacity import Demand, Node, demands, describe, fitting, has_labels, share_beside_engine
+from prefarena.cluster.needs import Heaviest
 from prefarena.cluster.probe import PACKAGES, NodeReport
 from prefarena.config import Comparison
 from prefarena.modeling.room import USABLE, share_mib
@@ -107,19 +108,33 @@ def room_of_worker(config: Comparison, reports: Sequence[NodeReport]) -> int | N
     return int(share_mib(min(memory), side_by_side) * 2**20)
 
 
-def judge_capacity(config: Comparison, nodes: Sequence[Node], memory: tuple[int, str] | None) -> list[Finding]:
+def largest_room(config: Comparison, reports: Sequence[NodeReport], on_policy: bool) -> int | None:
+    """Bytes of the largest GPU, or node, that a training worker may be given, whatever else runs there.
+
+    An engine that shares it for certain has its part: with `weight_sync: ipc`, or where there is one GPU in all.
+    """
+    there = on_nodes(reports, config.resources.labels)
+    if not config.resources.use_gpu:
+        return max((int(report.memory_mib * 2**20) for report in there), default=None)
+    sizes = [size for report in there for _, size in report.gpus]
+    shared = config.generation.weight_sync == "ipc" or sum(len(report.gpus) for report in reports) == 1
+    part = 1 - config.generation.gpu_memory_utilization if on_policy and shared else 1.0
+    return int(max(sizes) * part) if sizes else None
+
+
+def judge_capacity(config: Comparison, nodes: Sequence[Node], memory: Heaviest | None) -> list[Finding]:
     """Whether each demand fits, and on CPUs whether its memory does."""
     found = [Finding(None, f"the cluster has {describe(nodes)}")]
     for demand in demands(config):
         if demand.setting == "resources" and memory is not None and not config.resources.use_gpu:
             found += _judge_demand(config, demand, nodes)
-            with_memory = replace(demand, each={**demand.each, "memory": memory[0]})
+            with_memory = replace(demand, each={**demand.each, "memory": memory.memory})
             if fitting(demand, nodes) >= demand.number > fitting(with_memory, nodes):
                 found.append(
                     Finding(
                         True,
-                        f"{demand.number} training workers of about {gibibytes(memory[0])} each do not fit in the "
-                        f"nodes' memory; lower {memory[1]}, or use larger nodes",
+                        f"{demand.number} training workers of about {gibibytes(memory.memory)} each do not fit in the "
+                        f"nodes' memory; lower {memory.key}, or use larger nodes",
                     )
                 )
             continue
@@ -136,18 +151,22 @@ def _judge_demand(config: Comparison, demand: Demand, nodes: Sequence[Node]) -> 
     return [Finding(True, f"{demand}: room for {room}; change {demand.setting}, or use a larger cluster")]
 
 
-def judge_memory(config: Comparison, reports: Sequence[NodeReport], memory: tuple[int, str] | None) -> list[Finding]:
+def judge_memory(config: Comparison, reports: Sequence[NodeReport], memory: Heaviest | None) -> list[Finding]:
     """The prediction, and on GPUs whether a worker's share of the smallest one holds it."""
     if memory is None:
         return [Finding(None, "model: its sizes cannot be told here, so memory is not predicted")]
-    text = f"a training worker needs about {gibibytes(memory[0])}"
+    text = f"a training worker needs about {gibibytes(memory.memory)}"
     card = smallest_gpu(config, reports) if config.resources.use_gpu else None
     if card is None:
         return [Finding(None, text)]
-    share = int(card * config.resources.gpus_per_worker)
+    part, whole = share_beside_engine(config), config.resources.gpus_per_worker
+    share = int(card * (part if memory.on_policy else whole))
     text = f"{text}, its share of the smallest GPU that it may have is {gibibytes(share)}"
-    if memory[0] > share:
-        return [Finding(True, f"{text}; lower {memory[1]}")]
+    beside = memory.on_policy and part < whole
+    if beside:
+        text += f" beside an engine (generation.gpu_memory_utilization: {config.generation.gpu_memory_utilization:g})"
+    if memory.memory > share:
+        return [Finding(True, f"{text}; lower {memory.key}" + (" or the engine's part" if beside else ""))]
     return [Finding(False, text)]
 
 

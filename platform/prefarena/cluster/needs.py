@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -20,16 +20,25 @@ from transformers import (
     PreTrainedModel,
 )
 
+from prefarena.cluster.capacity import share_beside_engine
 from prefarena.config import BestOfN, Comparison, OffPolicyMethod, OnPolicyMethod, Optimisation, RewardModel
 from prefarena.data.plan import LARGEST_PASS
+from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.layers import recompute_layers
+from prefarena.modeling.load import scoring_settings
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.modeling.lora import add_adapters
-from prefarena.modeling.memory import on_shapes, size_of, sum_of_pass, training_memory
+from prefarena.modeling.memory import MemoryNeed, on_shapes, sum_of_pass, training_memory
 from prefarena.modeling.room import LARGEST_MICRO_BATCH, SMALLEST_PASS
+from prefarena.settings.optimisation import LearnerSettings
+from prefarena.training.jobs import OnPolicyJob
+from prefarena.training.on_policy_memory import memory_need
+from prefarena.training.on_policy_models import Shapes, models_from
+from prefarena.training.prediction import required_mib
 
 _FLOAT = 4  # bytes; master weights are float32
+_MIB = 2**20
 
 
 @dataclass(frozen=True)
@@ -44,19 +53,35 @@ class Lengths:
         return self.prompt + self.response
 
 
-@dataclass(frozen=True)
-class _Passes:
-    """What decides how much memory a training takes; trainings that agree in it are looked at once.
+class Heaviest(NamedTuple):
+    """The training that needs most: its bytes on a worker, and the key of its micro-batch.
 
-    scores: of a reward model. responses: to each prompt, one or a pair. number: prompts in a pass. copies: what is held
-    beside the model that is passed through, in multiples of its weights.
+    on_policy: the generation actors are there beside it.
     """
 
-    scores: bool
-    responses: int
-    number: int
-    copies: int
-    training: Optimisation
+    memory: int
+    key: str
+    on_policy: bool = False
+
+
+@dataclass(frozen=True)
+class Training:
+    """One of a comparison's, before it is known on which models.
+
+    where: the key of its settings; size_key: of its micro-batch, within them. sizes: what a pass may hold, the largest
+    first; several where it is auto. need: of a model's settings, the longest sequences and such a size.
+    """
+
+    where: str
+    size_key: str
+    settings: LearnerSettings
+    sizes: tuple[int, ...]
+    need: Callable[[PretrainedConfig, Lengths, int], MemoryNeed | None]
+    on_policy: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.where}.{self.size_key}"
 
 
 def num_parameters(settings: PretrainedConfig) -> int:
@@ -66,37 +91,63 @@ def num_parameters(settings: PretrainedConfig) -> int:
 
 def heaviest_training(
     config: Comparison, settings: PretrainedConfig, lengths: Lengths, room: int | None = None
-) -> tuple[int, str] | None:
-    """Bytes of a worker in the training that needs most, and the key of its micro-batch.
+) -> Heaviest | None:
+    """The training that needs most of a worker, in passes of the sizes that will be chosen when it begins.
 
-    room: bytes that a worker may take, by which passes that are set to auto are chosen as they will be when training
-    begins; None: they are the largest. Without the interpreter's own, about 0.5 GiB. None where a model's shapes depend
-    on numbers. PPO trains a critic beside its policy; every on-policy worker holds reference and reward, and the whole
-    weights on their way to the generation actors.
+    room: bytes that a worker may take, by which sizes that are set to auto are chosen; None: they are the largest.
+    Needs are without what the process holds beside its job, and without what its allocator keeps. None where a model's
+    shapes depend on numbers.
     """
-    known: dict[_Passes, int | None] = {}
-    found = []
-    for choices, key in _trainings(config, lengths):
-        for passes in choices:
-            if passes not in known:
-                known[passes] = _memory(config, settings, lengths, passes)
-            memory = known[passes]
-            if memory is None or room is None or memory <= room:
-                break
-        if memory is not None:
-            found.append((memory, key))
-    return max(found, key=lambda one: one[0]) if found else None
+    found, known = [], dict[Any, MemoryNeed | None]()
+    for training in trainings(config):
+
+        def need(size: int, training: Training = training) -> MemoryNeed | None:
+            same = (training.need, size)
+            if same not in known:
+                known[same] = training.need(settings, lengths, size)
+            return known[same]
+
+        size = _chosen(training, need, room, config)
+        if (held := need(size)) is not None:
+            found.append(Heaviest(held.total, training.key, training.on_policy))
+    return max(found, key=lambda one: one.memory / _part(config, one), default=None)
+
+
+def _part(config: Comparison, one: Heaviest) -> float:
+    """Of a GPU, for a worker in this training."""
+    return share_beside_engine(config) if one.on_policy else config.resources.gpus_per_worker
+
+
+def _chosen(training: Training, need: Callable[[int], MemoryNeed | None], room: int | None, config: Comparison) -> int:
+    """The largest size that fits, else the smallest; found by halving, since a larger one needs more."""
+    smaller, sizes = 0, training.sizes
+    if room is None:
+        return sizes[0]
+    larger, on_cpu = len(sizes) - 1, not config.resources.use_gpu
+    while smaller < larger:
+        middle = (smaller + larger) // 2
+        held = need(sizes[middle])
+        recomputes = training.settings.activation_checkpointing
+        if held is None or required_mib(held, on_cpu=on_cpu, recomputes=recomputes) * _MIB > room:
+            smaller = middle + 1
+        else:
+            larger = middle
+    return sizes[smaller]
+
+
+def least_need(training: Training, settings: PretrainedConfig) -> MemoryNeed | None:
+    """What a worker holds at the least, rank 0 that is: in its smallest pass, however short all sequences are."""
+    return training.need(settings, Lengths(1, 1), min(training.sizes))
 
 
 def precisions(config: Comparison) -> list[str]:
     """Those that a comparison's trainings compute in, and what measures."""
-    trainings = [passes.training for choices, _ in _trainings(config, Lengths(1, 1)) for passes in choices]
-    return sorted({training.precision for training in trainings} | {config.scored_in})
+    return sorted({training.settings.precision for training in trainings(config)} | {config.scored_in})
 
 
-def _trainings(config: Comparison, lengths: Lengths) -> list[tuple[list[_Passes], str]]:
-    """Each training's passes, or where they are set to auto those that are tried one after another; and their key."""
-    off_policy = partial(_off_policy, config, lengths)
+def trainings(config: Comparison) -> list[Training]:
+    """All of a comparison's, those of reward models among them."""
+    off_policy = partial(_off_policy, config)
     found = []
     if config.reference.train:
         found.append(off_policy(config.reference.training, "reference.training", responses=1))
@@ -110,66 +161,115 @@ def _trainings(config: Comparison, lengths: Lengths) -> list[tuple[list[_Passes]
         if isinstance(method, OffPolicyMethod):
             found.append(off_policy(method.training, f"{where}.training"))
         elif isinstance(method, OnPolicyMethod):
-            # Reference, reward and weights under way; a critic's weights, gradients and two moments.
-            copies = 7 if method.kind == "rlhf" else 3
-            size, training = method.training.micro_batch_size, Optimisation(precision=method.training.precision)
-            numbers = _halves(LARGEST_MICRO_BATCH, 1) if size == "auto" else [size]
-            choices = [_Passes(False, 1, number, copies, training) for number in numbers]
-            found.append((choices, f"{where}.training.micro_batch_size"))
+            chosen = method.training.micro_batch_size
+            found.append(
+                Training(
+                    f"{where}.training",
+                    "micro_batch_size",
+                    method.training,
+                    _halves(LARGEST_MICRO_BATCH, 1) if chosen == "auto" else (chosen,),
+                    _OnPolicy(config, method),
+                    on_policy=True,
+                )
+            )
     return found
 
 
+def num_parts(config: Comparison) -> int:
+    """How many workers the models of a training are spread over."""
+    return config.resources.num_workers if config.resources.sharding == "fsdp" else 1
+
+
 def _off_policy(
-    config: Comparison,
-    lengths: Lengths,
-    training: Optimisation,
-    where: str,
-    *,
-    responses: int = 2,
-    scores: bool = False,
-) -> tuple[list[_Passes], str]:
-    size = lengths.prompt + responses * lengths.response
-    share = max(1, training.batch_size // config.resources.num_workers)
-    budget = training.micro_batch_tokens
-    choices = []
-    for tokens in _halves(LARGEST_PASS, SMALLEST_PASS) if budget == "auto" else [budget]:
-        number = min(share, max(1, tokens // size))  # what is longer goes alone
-        choices.append(_Passes(scores, responses, number, 0, training))
-    return choices, f"{where}.micro_batch_tokens"
+    config: Comparison, training: Optimisation, where: str, *, responses: int = 2, scores: bool = False
+) -> Training:
+    tokens = training.micro_batch_tokens
+    return Training(
+        where,
+        "micro_batch_tokens",
+        training,
+        _halves(LARGEST_PASS, SMALLEST_PASS) if tokens == "auto" else (tokens,),
+        _OffPolicy(training, responses, scores, config.resources.num_workers, num_parts(config)),
+    )
 
 
-def _halves(largest: int, smallest: int) -> list[int]:
+def _halves(largest: int, smallest: int) -> tuple[int, ...]:
     numbers = [largest]
     while numbers[-1] > smallest:
         numbers.append(numbers[-1] // 2)
-    return numbers
+    return tuple(numbers)
 
 
-def _memory(config: Comparison, settings: PretrainedConfig, lengths: Lengths, passes: _Passes) -> int | None:
-    training = passes.training
-    module = on_shapes(partial(_module, settings, lengths, training, passes.scores))
-    if training.activation_checkpointing:
-        recompute_layers(module)
-    sizes = [lengths.response] * passes.responses
-    loss = partial(sum_of_pass, prompt=lengths.prompt, responses=sizes, number=passes.number)
-    need = training_memory(
-        module,
-        [loss],
-        bfloat16=training.precision == "bfloat16",
-        num_shards=config.resources.num_workers if config.resources.sharding == "fsdp" and not passes.copies else 1,
-    )
-    return None if need is None else need.total + passes.copies * size_of(module.parameters())
+@dataclass(frozen=True)
+class _OffPolicy:
+    """What a training on a table needs; trainings that are equal in it are looked at once.
+
+    responses: to each prompt, one or a pair. scores: of a reward model. num_parts: workers that models are spread over.
+    """
+
+    training: Optimisation
+    responses: int
+    scores: bool
+    num_workers: int
+    num_parts: int
+
+    def __call__(self, settings: PretrainedConfig, lengths: Lengths, tokens: int) -> MemoryNeed | None:
+        """In passes of so many tokens; what is longer goes alone."""
+        share = max(1, self.training.batch_size // self.num_workers)
+        number = min(share, max(1, tokens // (lengths.prompt + self.responses * lengths.response)))
+        module = on_shapes(partial(self._module, settings, lengths))
+        if self.training.activation_checkpointing:
+            recompute_layers(module)
+        sizes = [lengths.response] * self.responses
+        loss = partial(sum_of_pass, prompt=lengths.prompt, responses=sizes, number=number)
+        halved = self.training.precision == "bfloat16"
+        return training_memory(module, [loss], bfloat16=halved, num_shards=self.num_parts)
+
+    def _module(self, settings: PretrainedConfig, lengths: Lengths) -> nn.Module:
+        wrap: Callable[[PreTrainedModel, int], nn.Module] = ScalarHead if self.scores else LogProbs
+        make: Any = AutoModelForSequenceClassification if self.scores else AutoModelForCausalLM
+        model = make.from_config(scoring_settings(settings) if self.scores else settings, dtype=torch.float32).eval()
+        if self.training.lora is not None:
+            add_adapters(model, self.training.lora, seed=0)
+        return wrap(model, lengths.total)
 
 
-def _module(settings: PretrainedConfig, lengths: Lengths, training: Optimisation, scores: bool) -> nn.Module:
-    wrap: Callable[[PreTrainedModel, int], nn.Module] = ScalarHead if scores else LogProbs
-    make: Any = AutoModelForSequenceClassification if scores else AutoModelForCausalLM
-    if scores:
-        settings = type(settings).from_dict({**settings.to_dict(), "num_labels": 1})
-    model = make.from_config(settings, dtype=torch.float32).eval()
-    if training.lora is not None:
-        add_adapters(model, training.lora, seed=0)
-    return wrap(model, lengths.total)
+@dataclass(frozen=True)
+class _OnPolicy:
+    """What an on-policy training needs, by the function that its workers ask before their first step."""
+
+    config: Comparison
+    method: OnPolicyMethod
+
+    def __call__(self, settings: PretrainedConfig, lengths: Lengths, size: int) -> MemoryNeed | None:
+        """In passes of so many rollouts."""
+        job = self.job(lengths)
+        models = on_shapes(lambda: models_from(Shapes(settings, job), job, (lengths.total,)))
+        if job.training.activation_checkpointing:
+            for module in models.to_prepare():
+                recompute_layers(module)
+        on_gpu = self.config.resources.use_gpu
+        return memory_need(job, models, lengths.prompt, size, num_parts=num_parts(self.config), on_gpu=on_gpu)
+
+    def job(self, lengths: Lengths) -> OnPolicyJob:
+        """As far as memory depends on it: there are no folders yet."""
+        config, method = self.config, self.method
+        learned = config.task.kind == "text" and isinstance(config.judge, RewardModel)
+        return OnPolicyJob(
+            "",
+            "",
+            "",
+            0,
+            training=method.training,
+            reward=JudgeSpec(method.reward, "reward", "", arithmetic=config.scored_in),
+            prompts="",
+            covered_only=False,
+            generators=(),
+            generation=config.generation,
+            response_limit=lengths.response,
+            monitor=JudgeSpec(config.judge, "judge", "", arithmetic=config.scored_in) if learned else None,
+            max_length=lengths.total,
+        )
 
 
 def disk_needed(config: Comparison, num_parameters: int, data_bytes: int) -> int:

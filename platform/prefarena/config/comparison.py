@@ -134,6 +134,11 @@ class Resources(Section):
     autoscaled: bool = Field(
         False, description="The cluster grows on demand: what it has not yet is waited for, not refused."
     )
+    check_memory: bool = Field(
+        True,
+        description="Refuse, before any work, a training of which no worker could hold what it needs at the least; "
+        "false: try it all the same.",
+    )
     start_timeout_s: float = Field(
         300, gt=0, description="Longest wait for a group of training workers to be placed, one more attempt included."
     )

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from prefarena.modeling.layers import decoder_layers, is_linear
+
 Arithmetic = Literal["float32", "bfloat16"]
 
 
@@ -38,6 +40,20 @@ def body_in_weights(model: PreTrainedModel, arithmetic: Arithmetic) -> PreTraine
             if part is not model.base_model:
                 part.register_forward_pre_hook(_widened)
     return model
+
+
+def halve_products(module: nn.Module) -> None:
+    """Hold the frozen weights of products within decoder layers in bfloat16, where the module computes in halves.
+
+    What it computes stays, bit for bit: the copies that are made of float32 weights are these very numbers.
+    Embedding, norms and head stay in float32, and so do adapters.
+    """
+    for layer in decoder_layers(module):
+        for name, part in layer.named_modules():
+            own = list(part.parameters(recurse=False))
+            if is_linear(part) and "lora_" not in name and not any(one.requires_grad for one in own):
+                for parameter in own:
+                    parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _halve(module: nn.Module) -> None:

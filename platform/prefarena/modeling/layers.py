@@ -61,6 +61,11 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
     return [layer for layer in module.modules() if isinstance(layer, GradientCheckpointingLayer)]
 
 
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is one product with a weight, GPT-2's kind included."""
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+
+
 def recompute_layers(module: nn.Module) -> None:
     """Keep each decoder layer's input alone for the backward pass, which runs the layer once more.
 

@@ -20,6 +20,7 @@ from transformers import (
     AutoTokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -177,9 +178,13 @@ def reward_model_on(policy: PreTrainedModel, folder: str | Path) -> PreTrainedMo
 
     Its head is a new one of zeros, in float32. Raises UserError where transformers has no such model with this body.
     """
-    config = AutoConfig.from_pretrained(str(folder), num_labels=1, trust_remote_code=False)
+    return scoring_model(policy, AutoConfig.from_pretrained(str(folder), num_labels=1, trust_remote_code=False))
+
+
+def scoring_model(policy: PreTrainedModel, settings: PretrainedConfig) -> PreTrainedModel:
+    """The same by settings that are at hand."""
     with torch.device("meta"):
-        model = AutoModelForSequenceClassification.from_config(config)
+        model = AutoModelForSequenceClassification.from_config(settings)
     if type(model.base_model) is not type(policy.base_model):
         raise UserError(
             f"training.lora: a {type(model).__name__} cannot share the body of a {type(policy).__name__}; train all "
@@ -190,6 +195,12 @@ def reward_model_on(policy: PreTrainedModel, folder: str | Path) -> PreTrainedMo
     nn.init.zeros_(head.weight)
     model.score = head
     return model.eval()
+
+
+def scoring_settings(settings: PretrainedConfig) -> PretrainedConfig:
+    """A policy's settings, as those of a model with its body and one label."""
+    known = {key: value for key, value in settings.to_dict().items() if key not in ("id2label", "label2id")}
+    return type(settings).from_dict({**known, "num_labels": 1})
 
 
 def read_head(folder: str | Path) -> torch.Tensor:

@@ -7,7 +7,7 @@ An adapter adds nothing at first (its second factor is zero), so a policy starts
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from prefarena.config import LoRA
 from prefarena.errors import UserError
 from prefarena.mirror import bring
+from prefarena.modeling.layers import is_linear
 from prefarena.modeling.parts import whole
 
 #: Beside the merged model, in the folder of a stage whose training had adapters.
@@ -58,7 +59,7 @@ def _inject(config: LoraConfig, model: PreTrainedModel, name: str) -> None:
 def _targets(model: PreTrainedModel, lora: LoRA) -> list[str]:
     """Names of the linear layers that get an adapter."""
     heads = {model.get_output_embeddings(), getattr(model, "score", None)} - {None}
-    linear = {name: layer for name, layer in model.named_modules() if _is_linear(layer)}
+    linear = {name: layer for name, layer in model.named_modules() if is_linear(layer)}
     if not lora.targets:
         return [name for name, layer in linear.items() if layer not in heads]
     found = [name for name in linear if any(name == one or name.endswith(f".{one}") for one in lora.targets)]
@@ -72,10 +73,6 @@ def _targets(model: PreTrainedModel, lora: LoRA) -> list[str]:
                 f"training.lora.targets: {name} is the model's head, whose weight is read as it is; leave it out"
             )
     return found
-
-
-def _is_linear(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"  # GPT-2's, which peft knows too
 
 
 def use_adapter(module: nn.Module, name: str) -> None:
@@ -94,22 +91,27 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return dict(sorted(found.items()))
 
 
-def merged_weights(model: PreTrainedModel, name: str) -> Iterator[tuple[str, Tensor]]:
+def merged_weights(
+    model: PreTrainedModel, name: str, base: Mapping[str, Tensor] | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """The weights of the model with the adapters of this name merged into them, as if it had never had adapters.
 
-    Nothing of the model is changed; each tensor is whole, and one that was adapted is new.
+    Nothing of the model is changed; each tensor is whole, and one that was adapted is new. base: what they are merged
+    into in place of the model's own weights, where it holds halves of them.
     """
     layers = {f"{key}.base_layer.weight": layer for key, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     for key, tensor in model.state_dict().items():
         if "lora_" in key:
             continue
-        weight = whole(tensor)
+        plain, weight = key.replace(".base_layer.", "."), whole(tensor)
+        if base is not None:
+            weight = base[plain].to(weight.device)
         if key in layers:
             layer = layers[key]
             low, high = (whole(getattr(layer, part)[name].weight.detach()) for part in ("lora_A", "lora_B"))
             update = high @ low
             weight = weight + (update.T if getattr(layer, "fan_in_fan_out", False) else update) * layer.scaling[name]
-        yield key.replace(".base_layer.", "."), weight
+        yield plain, weight
 
 
 def save_adapter(

@@ -32,7 +32,7 @@ from prefarena.modeling.layers import decoder_layers
 from prefarena.modeling.logprobs import LogProbs, can_pack, sequence_logps
 from prefarena.modeling.packing import pack
 
-_Module = TypeVar("_Module", bound=nn.Module)
+_Made = TypeVar("_Made")
 #: The forward pass of a micro-batch, to its loss [].
 Loss = Callable[[nn.Module], Tensor]
 #: AdamW's two moments.
@@ -94,7 +94,7 @@ def sum_of_pass(module: nn.Module, prompt: int, responses: Sequence[int], number
     return module(pack(prompts, answers, shared=can_pack(module))).sum()
 
 
-def on_shapes(make: Callable[[], _Module]) -> _Module:
+def on_shapes(make: Callable[[], _Made]) -> _Made:
     """What `make` makes, with shapes in place of weights: it takes no memory, and nothing can be computed with it."""
     with torch.device("meta"):
         return make()
@@ -107,9 +107,13 @@ def size_of(tensors: Iterable[Tensor]) -> int:
 
 def _gathered(module: nn.Module, bfloat16: bool) -> int:
     """Bytes of the weights that are whole at once in a sharded model: what belongs to no layer, and a few layers."""
-    layers = [size_of(layer.parameters()) for layer in decoder_layers(module)]
-    whole = size_of(module.parameters()) - sum(layers) + sum(sorted(layers)[-_WHOLE_LAYERS:])
-    return whole // 2 if bfloat16 else whole
+    layers = [_computed_in(layer, bfloat16) for layer in decoder_layers(module)]
+    return _computed_in(module, bfloat16) - sum(layers) + sum(sorted(layers)[-_WHOLE_LAYERS:])
+
+
+def _computed_in(module: nn.Module, bfloat16: bool) -> int:
+    """Bytes of the weights in the kind of numbers that products are of."""
+    return sum(one.numel() * (2 if bfloat16 else one.itemsize) for one in module.parameters())
 
 
 def _peak_of_pass(module: nn.Module, loss: Loss, halve: Callable[[nn.Module], None] | None, accumulates: bool) -> int:

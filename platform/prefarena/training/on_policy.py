@@ -27,6 +27,7 @@ from prefarena.generation.interface import RolloutSource
 from prefarena.judges.models import RewardModelJudge
 from prefarena.judges.spec import Judge, JudgeSpec, load_judge, usage_of
 from prefarena.judges.usage import total_costs
+from prefarena.modeling.arithmetic import halve_products
 from prefarena.modeling.heads import token_values
 from prefarena.modeling.load import load_tokenizer
 from prefarena.modeling.logprobs import token_logps
@@ -198,6 +199,8 @@ class OnPolicyTrainer:
             judge = load_judge(replace(spec, arithmetic="float32"), batch_size)  # sharded layers halve themselves
             assert isinstance(judge, RewardModelJudge)
             precision: Precision = "float32" if spec.arithmetic == "float32" else "bfloat16"
+            if precision == "bfloat16":
+                halve_products(judge.head.requires_grad_(False))
             self.worker.place(judge.head, precision, head="float32")
             return judge
         return load_judge(spec, batch_size, self.worker.device)

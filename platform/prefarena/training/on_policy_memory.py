@@ -17,6 +17,8 @@ from prefarena.training.on_policy_models import OnPolicyModels
 from prefarena.training.prediction import fits, parts_of, write_prediction
 from prefarena.training.worker import Worker
 
+_FLOAT = 4  # bytes; what is trained, and what is sent, is float32
+
 
 def fitting_micro_batch(
     job: OnPolicyJob, models: OnPolicyModels, longest_prompt: int, worker: Worker
@@ -30,9 +32,10 @@ def fitting_micro_batch(
     chosen, auto = job.training.micro_batch_size, job.training.micro_batch_size == "auto"
     size = LARGEST_MICRO_BATCH if chosen == "auto" else chosen
     room = min(worker.gathered(worker.memory_share_mib()))
-    recomputes = job.training.activation_checkpointing
+    recomputes, on_gpu = job.training.activation_checkpointing, worker.device.type == "cuda"
+    num_parts = worker.world_size if worker.shards else 1
     while True:
-        need = _need(job, models, longest_prompt, size, worker)
+        need = memory_need(job, models, longest_prompt, size, num_parts=num_parts, on_gpu=on_gpu)
         parts = None if need is None else parts_of(need, models.held(), recomputes, worker)
         if not auto or all(worker.gathered(fits(parts, room))) or size == 1:
             break
@@ -41,47 +44,79 @@ def fitting_micro_batch(
     return size, write_prediction(parts, said, worker)
 
 
-def _need(
-    job: OnPolicyJob, models: OnPolicyModels, longest_prompt: int, size: int, worker: Worker
+def memory_need(
+    job: OnPolicyJob, models: OnPolicyModels, longest_prompt: int, size: int, *, num_parts: int, on_gpu: bool
 ) -> MemoryNeed | None:
-    """What is held all the while, and the larger of the two models' passes."""
-    passes = [_pass(job, module, longest_prompt, size, worker) for module in models.learned.values()]
+    """What is held all the while, and the larger of the two models' passes, on the worker that holds most: rank 0.
+
+    models: as `load_models` makes them, or with shapes alone. size: rollouts in a pass. num_parts: workers that models
+    are spread over. None where shapes depend on numbers.
+    """
+    passes = [_pass(job, module, longest_prompt, size, num_parts) for module in models.learned.values()]
     held = [need for need in passes if need is not None]
     if len(held) < len(passes):
         return None
     # Roles share their weights, of which the policy's pass has seen all: every adapter, and the moments of each.
     own = held[:1] if models.body is not None else held
-    policy = size_of(models.policy.model.parameters())
-    reference = 0 if models.body is not None else policy
-    if job.training.precision == "bfloat16" and not worker.shards:
-        reference //= 2
-    frozen = policy * _num_separate_judges(job, models) + reference
-    under_way = policy  # whole weights on their way to the generation actors
-    return MemoryNeed(
-        weights=sum(need.weights for need in own) + frozen // _num_parts(worker) + under_way,
-        gradients=sum(need.gradients for need in own),
-        optimizer=sum(need.optimizer for need in own),
-        activations=max(need.activations for need in held),
-    )
+    gradients, after_step = _gradients([need.gradients for need in own], num_parts)
+    activations = max(need.activations for need in held)
+    weights = sum(need.weights for need in own) + _frozen(job, models, num_parts)
+    sent = _under_way(models, num_parts, on_gpu)
+    if on_gpu:  # sent between two steps, when there are no activations; what was freed for them takes it
+        activations = max(activations, sent - (gradients - after_step))
+    else:  # the object store's copy stays mapped into the process
+        weights += sent
+    return MemoryNeed(weights, gradients, sum(need.optimizer for need in own), activations)
 
 
-def _pass(job: OnPolicyJob, module: nn.Module, longest_prompt: int, size: int, worker: Worker) -> MemoryNeed | None:
+def _pass(job: OnPolicyJob, module: nn.Module, longest_prompt: int, size: int, num_parts: int) -> MemoryNeed | None:
     loss = partial(sum_of_pass, prompt=longest_prompt, responses=[job.response_limit], number=size)
     if isinstance(module, Role):
         use_adapter(module.module, module.name)
         module = module.module
-    bfloat16 = job.training.precision == "bfloat16"
-    return training_memory(module, [loss], bfloat16=bfloat16, num_shards=_num_parts(worker))
+    return training_memory(module, [loss], bfloat16=job.training.precision == "bfloat16", num_shards=num_parts)
 
 
-def _num_parts(worker: Worker) -> int:
-    return worker.world_size if worker.shards else 1
+def _gradients(whole: list[int], num_parts: int) -> tuple[int, int]:
+    """Bytes of the learners' gradients while one of them moves, and after it did.
+
+    Learners move in turn. Gradients of spread weights are whole until the last pass of a step alone; others stay until
+    their learner's next step.
+    """
+    after = sum(one // num_parts for one in whole)
+    return max(one + after - one // num_parts for one in whole), after
 
 
-def _num_separate_judges(job: OnPolicyJob, models: OnPolicyModels) -> int:
+def _frozen(job: OnPolicyJob, models: OnPolicyModels, num_parts: int) -> int:
+    """Bytes of the frozen models beside those that are trained."""
+    frozen = 0
+    if models.body is None:
+        frozen += size_of(models.reference.parameters()) // num_parts
+    policy = _policy_size(models)
+    for spec in _separate_judges(job, models):
+        judge = policy // 2 if spec.arithmetic == "bfloat16" else policy
+        frozen += judge // num_parts if isinstance(spec.settings, RewardModel) else judge
+    return frozen
+
+
+def _under_way(models: OnPolicyModels, num_parts: int, on_gpu: bool) -> int:
+    """Bytes of the copy of the policy that is made for the generation actors.
+
+    On a GPU there is none of weights that are whole and have no adapters: they leave it one by one.
+    """
+    copied = not on_gpu or num_parts > 1 or models.body is not None
+    return _policy_size(models) if copied else 0
+
+
+def _policy_size(models: OnPolicyModels) -> int:
+    """Bytes of the policy's weights in float32, without adapters."""
+    return _FLOAT * sum(one.numel() for name, one in models.policy.model.named_parameters() if "lora_" not in name)
+
+
+def _separate_judges(job: OnPolicyJob, models: OnPolicyModels) -> set[JudgeSpec]:
     """Judges that are models of their own; each is taken to be of about the policy's size."""
     judges = {spec for spec in (job.reward, job.monitor) if spec is not None and _is_model(spec)}
-    return len(judges - ({job.reward} if models.reward is not None else set()))
+    return judges - ({job.reward} if models.reward is not None else set())
 
 
 def _is_model(spec: JudgeSpec) -> bool:

@@ -6,17 +6,24 @@ In full training each is a model of its own. With adapters all of them are roles
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from prefarena.config import PPOTraining, RewardModel
+from prefarena.config import LoRA, PPOTraining, RewardModel
 from prefarena.judges.spec import JudgeSpec
-from prefarena.modeling.arithmetic import attends_in, in_weights
+from prefarena.modeling.arithmetic import attends_in, halve_products, in_weights
 from prefarena.modeling.heads import ScalarHead, ValueHead
 from prefarena.modeling.load import (
     load_policy,
@@ -25,6 +32,8 @@ from prefarena.modeling.load import (
     read_head,
     reward_model_on,
     save_policy,
+    scoring_model,
+    scoring_settings,
 )
 from prefarena.modeling.logprobs import LogProbs, PackedModel
 from prefarena.modeling.lora import (
@@ -85,59 +94,150 @@ class OnPolicyModels:
             in_weights(self.reference.model, precision)
         worker.place(self.reference if self.body is None else self.body, precision)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """The policy's weights, whole, by name; adapters are merged into them. Every worker goes through all of it."""
+    def weights(self, base: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+        """The policy's weights, whole, by name. Every worker goes through all of it.
+
+        Adapters are merged into them: into those of `base` where it is given, since a body may hold halves.
+        """
         if isinstance(self.policy, Role):
-            yield from merged_weights(self.policy.model, POLICY)
+            yield from merged_weights(self.policy.model, POLICY, base)
         else:
             for name, tensor in self.policy.model.state_dict().items():
                 yield name, whole(tensor)
 
 
+class Origin(Protocol):
+    """Where the models of a job come from: its files, or shapes alone."""
+
+    def policy(self) -> PreTrainedModel:
+        """A new one at each call, in float32."""
+
+    def critic(self) -> PreTrainedModel:
+        """A model of its own, as it starts."""
+
+    def critic_on(self, policy: PreTrainedModel) -> PreTrainedModel:
+        """A critic whose body is the policy's, in which its adapters are put."""
+
+    def reward_on(self, policy: PreTrainedModel) -> PreTrainedModel | None:
+        """The reward model likewise; None where it cannot be a role on this policy."""
+
+
 def load_models(job: OnPolicyJob, worker: Worker) -> OnPolicyModels:
     """The job's models. Raises UserError where one cannot be loaded."""
-    where = (job.max_length, worker.device, attends_in(job.training.precision))
-    policy = load_policy(job.policy)
+    return models_from(_Stored(job), job, (job.max_length, worker.device, attends_in(job.training.precision)))
+
+
+def models_from(origin: Origin, job: OnPolicyJob, where: tuple[Any, ...]) -> OnPolicyModels:
+    """The models that the job's settings ask for. where: `PackedModel`'s arguments beside the model."""
+    policy, halved = origin.policy(), job.training.precision == "bfloat16"
     if job.training.lora is not None:
-        return _roles(job, policy, where)
-    critic = None
-    if isinstance(job.training, PPOTraining):
-        model = load_reward_model(job.critic) if job.critic else new_reward_model(job.policy, job.seed)
-        if not job.critic:
-            nn.init.zeros_(model.get_parameter("score.weight"))
-        critic = ValueHead(model, *where)
-    reference = load_policy(job.policy)
-    return OnPolicyModels(LogProbs(policy, *where), LogProbs(reference, *where), critic)
+        return _roles(job, policy, origin, where, halved)
+    critic = ValueHead(origin.critic(), *where) if isinstance(job.training, PPOTraining) else None
+    reference = LogProbs(origin.policy(), *where)
+    if halved:
+        halve_products(reference.requires_grad_(False))
+    return OnPolicyModels(LogProbs(policy, *where), reference, critic)
 
 
-def _roles(job: OnPolicyJob, policy: PreTrainedModel, where: tuple[Any, ...]) -> OnPolicyModels:
-    """Everything on the policy's own weights, which are frozen.
-
-    The critic starts from the reward model where that was trained as adapters of the same policy; else from the policy,
-    with new adapters and a head of zeros.
-    """
+def _roles(
+    job: OnPolicyJob, policy: PreTrainedModel, origin: Origin, where: tuple[Any, ...], halved: bool
+) -> OnPolicyModels:
+    """Everything on the policy's own weights, which are frozen."""
     lora = job.training.lora
     assert lora is not None
     roles: dict[str, PackedModel] = {POLICY: LogProbs(policy, *where), REFERENCE: LogProbs(policy, *where)}
     add_adapters(policy, lora, job.seed, POLICY)
     if isinstance(job.training, PPOTraining):
-        start = adapter_of(job.critic, job.policy) if job.critic else None
-        critic = reward_model_on(policy, job.policy if start is None else str(job.critic))
-        if start is None:
-            add_adapters(policy, lora, job.seed + 1, CRITIC)  # a seed of its own, as its adapters are its own
-        else:
-            _load_role(policy, critic, start, str(job.critic), CRITIC)
-        roles[CRITIC] = ValueHead(critic, *where)
-    if (path := _reward_adapter(job.reward, job.policy)) is not None:
-        reward = reward_model_on(policy, str(job.reward.path))
-        _load_role(policy, reward, path, str(job.reward.path), REWARD)
+        roles[CRITIC] = ValueHead(origin.critic_on(policy), *where)
+    if (reward := origin.reward_on(policy)) is not None:
         roles[REWARD] = ScalarHead(reward, *where)
     body = SharedBody(roles).requires_grad_(False)
     views = {name: Role(name, body) for name in roles}
     for name in (POLICY, CRITIC):
         for parameter in views[name].trained().values() if name in views else ():
             parameter.requires_grad_(True)
+    if halved:
+        halve_products(body)
     return OnPolicyModels(views[POLICY], views[REFERENCE], views.get(CRITIC), views.get(REWARD))
+
+
+class _Stored:
+    """The models in the job's folders."""
+
+    def __init__(self, job: OnPolicyJob) -> None:
+        self._job = job
+
+    def policy(self) -> PreTrainedModel:
+        return load_policy(self._job.policy)
+
+    def critic(self) -> PreTrainedModel:
+        job = self._job
+        if job.critic:
+            return load_reward_model(job.critic)
+        model = new_reward_model(job.policy, job.seed)
+        nn.init.zeros_(model.get_parameter("score.weight"))
+        return model
+
+    def critic_on(self, policy: PreTrainedModel) -> PreTrainedModel:
+        """From the reward model where that was trained as adapters of the same policy; else from the policy, with new
+        adapters and a head of zeros.
+        """
+        job, lora = self._job, self._job.training.lora
+        assert lora is not None
+        start = adapter_of(job.critic, job.policy) if job.critic else None
+        critic = reward_model_on(policy, job.policy if start is None else str(job.critic))
+        if start is None:
+            add_adapters(policy, lora, job.seed + 1, CRITIC)  # a seed of its own, as its adapters are its own
+        else:
+            _load_role(policy, critic, start, str(job.critic), CRITIC)
+        return critic
+
+    def reward_on(self, policy: PreTrainedModel) -> PreTrainedModel | None:
+        spec = self._job.reward
+        if (path := _reward_adapter(spec, self._job.policy)) is None:
+            return None
+        reward = reward_model_on(policy, str(spec.path))
+        _load_role(policy, reward, path, str(spec.path), REWARD)
+        return reward
+
+
+class Shapes:
+    """Models that have shapes alone, by the policy's settings; to be used with `on_shapes`.
+
+    The job's reward has no folder yet: it is a role where its own training has adapters.
+    """
+
+    def __init__(self, settings: PretrainedConfig, job: OnPolicyJob) -> None:
+        self._settings, self._job = settings, job
+        self._scoring = scoring_settings(settings)
+
+    def policy(self) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(self._settings, dtype=torch.float32).eval()
+
+    def critic(self) -> PreTrainedModel:
+        return AutoModelForSequenceClassification.from_config(self._scoring, dtype=torch.float32).eval()
+
+    def critic_on(self, policy: PreTrainedModel) -> PreTrainedModel:
+        critic = scoring_model(policy, self._scoring)
+        lora = self._reward_adapters() or self._job.training.lora
+        assert lora is not None
+        self._add(policy, lora, CRITIC)
+        return critic
+
+    def reward_on(self, policy: PreTrainedModel) -> PreTrainedModel | None:
+        lora = self._reward_adapters()
+        if lora is None:
+            return None
+        reward = scoring_model(policy, self._scoring)
+        self._add(policy, lora, REWARD)
+        return reward
+
+    def _add(self, policy: PreTrainedModel, lora: LoRA, name: str) -> None:
+        add_adapters(policy, lora, self._job.seed, name)
+
+    def _reward_adapters(self) -> LoRA | None:
+        settings = self._job.reward.settings
+        return settings.training.lora if isinstance(settings, RewardModel) else None
 
 
 def _load_role(policy: PreTrainedModel, model: PreTrainedModel, adapter: Path, folder: str, name: str) -> None:
@@ -161,12 +261,12 @@ def save_models(
         if worker.rank == 0:
             save_policy(models.policy.model, tokenizer, folder)
         return
+    plain = load_policy(job.policy) if worker.rank == 0 else None
     gathered: dict[str, Tensor] = {}
-    for name, tensor in models.weights():
-        if worker.rank == 0:
+    for name, tensor in models.weights(None if plain is None else plain.state_dict()):
+        if plain is not None:
             gathered[name] = tensor.detach().cpu()
-    if worker.rank == 0:
-        plain = load_policy(job.policy)
+    if plain is not None:
         plain.load_state_dict(gathered)
         save_policy(plain, tokenizer, folder)
 

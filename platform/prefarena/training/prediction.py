@@ -51,6 +51,12 @@ def fits(parts: dict[str, float] | None, room: float) -> bool:
     return parts is not None and sum(parts.values()) - parts["process"] + _PROCESS_MIB <= room
 
 
+def required_mib(need: MemoryNeed, *, on_cpu: bool, recomputes: bool) -> float:
+    """What `fits` compares with a worker's share, for a job whose models are not there yet."""
+    kept = kept_share(at_once=recomputes) if on_cpu else 0.0
+    return need.total * (1 + kept) / 2**20 + _PROCESS_MIB
+
+
 def write_prediction(parts: dict[str, float] | None, chosen: dict[str, float], worker: Worker) -> float | None:
     """The sum of the parts, which are written with what was `chosen` by them."""
     sizes = {} if parts is None else {**parts, "predicted": sum(parts.values())}
