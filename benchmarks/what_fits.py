@@ -92,7 +92,7 @@ def config_of(row: Row) -> Comparison:
     generation: dict[str, Any] = {"gpus": 1}
     if row.beside is not None:
         resources["gpus_per_worker"] = 1 - row.beside
-        generation = {"gpus": row.beside, "gpu_memory_utilization": row.beside, "weight_sync": "ipc"}
+        generation = {"gpus": row.beside, "gpu_memory_utilization": row.beside}
     return parse_config({
         "task": {"kind": "text", "data": "pairs.jsonl"}, "model": {"kind": "pretrained", "path": "llama"},
         "judge": {"kind": "function", "function": "judge:score"}, "reference": {"train": False},

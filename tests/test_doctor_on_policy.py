@@ -144,11 +144,15 @@ def test_an_engine_on_the_workers_card_takes_its_part_of_it() -> None:
 
 
 def test_weights_on_their_way_take_what_gradients_and_passes_left_on_a_gpu() -> None:
-    [training] = trainings(of_gpus({"lora": {"rank": 4}, "precision": "bfloat16", "micro_batch_size": 1}))
+    adapters = {"lora": {"rank": 4}, "precision": "bfloat16", "micro_batch_size": 1}
+    [training] = trainings(of_gpus(adapters))
+    by_host = training.need(SHALLOW, Lengths(1, 1), 1)
+    [training] = trainings(of_gpus(adapters, generation={"weight_sync": "nccl"}))
     need = training.need(SHALLOW, Lengths(1, 1), 1)
     weights = 4 * num_parameters(SHALLOW)
     assert need is not None and weights / 2 < need.weights < 0.6 * weights
     assert need.activations == pytest.approx(weights, rel=0.01)  # merged in float32, on rank 0
+    assert by_host is not None and by_host.weights == need.weights and by_host.activations < weights / 2
     whole = trainings(of_gpus({"micro_batch_size": 1}))[0].need(SHALLOW, Lengths(1, 1), 1)
     assert whole is not None and whole.weights < 3.05 * weights  # policy, critic, reference; none is copied
     assert whole.gradients < 2.01 * weights

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+from collections.abc import Iterator
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +20,7 @@ from prefarena.generation.weights import (
     check_held,
     checksum,
     checksums,
+    to_host,
 )
 
 
@@ -174,6 +179,27 @@ def test_of_a_model_that_was_read_back_whole_nothing_is_named() -> None:
 def test_arrays_are_float32_on_the_host_without_a_graph() -> None:
     arrays = as_arrays({"a": torch.full((2,), 1.5, dtype=torch.bfloat16, requires_grad=True)})
     assert arrays["a"].dtype == np.float32 and arrays["a"].tolist() == [1.5, 1.5]
+
+
+def test_weights_go_to_the_host_one_by_one() -> None:
+    """A device holds one gathered or merged tensor at a time."""
+    tensors = {
+        name: torch.full((3,), number, dtype=torch.bfloat16) for name, number in (("a", 1.5), ("b", 2.5), ("c", 3.5))
+    }
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def made() -> Iterator[tuple[str, torch.Tensor]]:
+        for name, tensor in tensors.items():
+            gc.collect()
+            assert sum(one() is not None for one in alive) <= 1  # the one before is let go of when this one is given
+            new = tensor.clone()
+            alive.append(weakref.ref(new))
+            yield name, new
+
+    arrays, sums = to_host(made(), torch.bfloat16)
+    assert {name: array.tolist() for name, array in arrays.items()} == {"a": [1.5] * 3, "b": [2.5] * 3, "c": [3.5] * 3}
+    assert sums == checksums(tensors, torch.bfloat16)
+    assert to_host(tensors.items(), None)[1] is None
 
 
 def test_checksums_are_of_the_dtype_that_the_engine_holds() -> None:

@@ -19,7 +19,7 @@ from prefarena.failures import in_one_line
 from prefarena.generation.actor import Call, Generator, deadline_after
 from prefarena.generation.interface import EngineError, GeneratorLostError, Sampling, TransferLostError
 from prefarena.generation.transfer import DeviceTransfer, free
-from prefarena.generation.weights import Verified, as_arrays, checksums
+from prefarena.generation.weights import Verified, checksums, to_host
 from prefarena.records import Rollout
 
 #: One update is sent over so many transfers at most: each time an actor was lost in it, and Ray restarts it thrice.
@@ -113,12 +113,11 @@ class Generators:
         Raises WeightUpdateError where names or shapes are not the model's, WeightMismatchError where an engine then
         holds something else (`generation.verify_weights`); the actor it is about holds no version afterwards.
         """
-        tensors = dict(named_tensors)
         if self._settings.weight_sync != "host":
-            self._note(self._send(tensors, version))
+            self._note(self._send(dict(named_tensors), version))
             return
-        stored = ray.put(as_arrays(tensors))  # once, however many actors read it
-        what, sums = f"to take weights {version!r}", self._sums(tensors)
+        arrays, sums = to_host(named_tensors, self.dtype if self._settings.verify_weights else None)
+        stored, what = ray.put(arrays), f"to take weights {version!r}"  # put once, however many actors read it
         calls = [member.call("load", what, "sync_timeout_s", stored, sums, version) for member in self._members]
         self._note(self._wait(calls, self._settings.sync_timeout_s))
 

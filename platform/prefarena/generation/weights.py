@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,22 @@ _BLOCK = 1 << 22  # elements mixed at once: bounds the memory that a checksum ta
 def as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
     """Float32 arrays in host memory, which Ray's object store holds without pickling them."""
     return {name: tensor.detach().float().cpu().numpy() for name, tensor in tensors.items()}
+
+
+def to_host(
+    named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
+) -> tuple[dict[str, np.ndarray], dict[str, int] | None]:
+    """`as_arrays` and `checksums` (none without a dtype) of tensors that come one by one and need not be kept.
+
+    So what is gathered or merged for the engines is on a device one tensor at a time.
+    """
+    arrays: dict[str, np.ndarray] = {}
+    sums: dict[str, int] = {}
+    for name, tensor in named_tensors:
+        if dtype is not None:
+            sums |= checksums({name: tensor}, dtype)
+        arrays |= as_arrays({name: tensor})
+    return arrays, None if dtype is None else sums
 
 
 def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:

@@ -61,7 +61,7 @@ def memory_need(
     gradients, after_step = _gradients([need.gradients for need in own], num_parts)
     activations = max(need.activations for need in held)
     weights = sum(need.weights for need in own) + _frozen(job, models, num_parts)
-    sent = _under_way(models, num_parts, on_gpu)
+    sent = _under_way(job, models, num_parts, on_gpu)
     if on_gpu:  # sent between two steps, when there are no activations; what was freed for them takes it
         activations = max(activations, sent - (gradients - after_step))
     else:  # the object store's copy stays mapped into the process
@@ -99,13 +99,16 @@ def _frozen(job: OnPolicyJob, models: OnPolicyModels, num_parts: int) -> int:
     return frozen
 
 
-def _under_way(models: OnPolicyModels, num_parts: int, on_gpu: bool) -> int:
+def _under_way(job: OnPolicyJob, models: OnPolicyModels, num_parts: int, on_gpu: bool) -> int:
     """Bytes of the copy of the policy that is made for the generation actors.
 
-    On a GPU there is none of weights that are whole and have no adapters: they leave it one by one.
+    Through host memory tensors leave a GPU one by one. From GPU to GPU they are sent together, which takes a copy of
+    what is gathered or merged.
     """
-    copied = not on_gpu or num_parts > 1 or models.body is not None
-    return _policy_size(models) if copied else 0
+    copied = num_parts > 1 or models.body is not None
+    if on_gpu and (job.generation.weight_sync == "host" or not copied):
+        return max(_FLOAT * one.numel() for one in models.policy.model.parameters()) if copied else 0
+    return _policy_size(models)
 
 
 def _policy_size(models: OnPolicyModels) -> int:
