@@ -16,6 +16,7 @@ from prefarena.modeling.heads import token_values
 from prefarena.modeling.load import load_policy, load_tokenizer, save_policy
 from prefarena.modeling.logprobs import Sequences, token_logps
 from prefarena.training import on_policy_models
+from prefarena.training.learner import prepare
 from prefarena.training.on_policy import train_on_policy
 from prefarena.training.on_policy_models import OnPolicyModels, load_models
 from prefarena.training.worker import Worker
@@ -42,34 +43,40 @@ def weights_of(models: OnPolicyModels) -> dict[str, torch.Tensor]:
     return dict(held.named_parameters())
 
 
-def computed(folder: Path, policy: str, name: str) -> tuple[dict[str, torch.Tensor], OnPolicyModels]:
-    """Log-probs, values and gradients after something was learnt, as autocast computes them."""
-    models = load_models(make_job(folder, policy, TRAININGS[name]), Worker(str(folder / "job")))
+def computed(
+    folder: Path, policy: str, name: str
+) -> tuple[dict[str, torch.Tensor], OnPolicyModels, dict[str, torch.dtype]]:
+    """Log-probs, values and gradients after something was learnt; and the dtypes that weights were held in at first."""
+    worker = Worker(str(folder / "job"))
+    models = load_models(make_job(folder, policy, TRAININGS[name]), worker)
+    kinds = {key: one.dtype for key, one in weights_of(models).items()}
+    for module in models.to_prepare():
+        prepare(module, TRAININGS[name], worker)
+    models.place_frozen(worker, "bfloat16")
     for role in models.learned if models.body is not None else ():
         disturb(models, role)
     sequences = Sequences.of(PROMPTS, RESPONSES, torch.device("cpu"))
-        found = {"reference": token_logps(models.reference, sequences), "policy": token_logps(models.policy, sequences)}
-        if models.critic is not None:
-            found["values"] = token_values(models.critic, sequences)
+    found = {"reference": token_logps(models.reference, sequences), "policy": token_logps(models.policy, sequences)}
+    if models.critic is not None:
+        found["values"] = token_values(models.critic, sequences)
     sum(found[key].sum() for key in found if key != "reference").backward()  # type: ignore[union-attr]
     for role, module in models.learned.items():
         found |= {f"{role}.{key}": one.grad for key, one in module.named_parameters() if one.grad is not None}
-    return found, models
+    return found, models, kinds
 
 
 @pytest.mark.parametrize("name", TRAININGS)
-def test_autocast_computes_the_same_bits(
+def test_one_worker_computes_the_same_bits(
     tmp_path: Path, tiny_policy: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    halved, models = computed(tmp_path / "halved", tiny_policy, name)
+    halved, models, small = computed(tmp_path / "halved", tiny_policy, name)
     monkeypatch.setattr(on_policy_models, "halve_products", not_halved)
-    whole, unhalved = computed(tmp_path / "whole", tiny_policy, name)
+    whole, _, large = computed(tmp_path / "whole", tiny_policy, name)
     assert halved.keys() == whole.keys() and any(".lora_" in key or ".weight" in key for key in whole)
     for key, value in whole.items():
         assert value.dtype == torch.float32 and torch.equal(halved[key], value), key
     if models.body is None:
         assert torch.equal(halved["policy"], halved["reference"])  # as it is before the first step
-    small, large = ({key: one.dtype for key, one in weights_of(each).items()} for each in (models, unhalved))
     assert set(large.values()) == {torch.float32}
     for key, dtype in small.items():
         product = "_proj." in key and "lora_" not in key
