@@ -47,6 +47,13 @@ class LearnerSettings(Section):
         False, description="Compute each layer once more in the backward pass: less memory, about a third more time."
     )
 
+    @property
+    def spares_memory(self) -> bool:
+        """Whether memory counts for more than speed where the two are at odds: it was asked for at the price of time,
+        or next to nothing of the model is trained, so that most of what a process holds is what it has freed.
+        """
+        return self.activation_checkpointing or self.lora is not None
+
 
 class Optimisation(LearnerSettings):
     """A training on a fixed table. Batch sizes are global (all workers)."""

@@ -32,11 +32,11 @@ def fitting_micro_batch(
     chosen, auto = job.training.micro_batch_size, job.training.micro_batch_size == "auto"
     size = LARGEST_MICRO_BATCH if chosen == "auto" else chosen
     room = min(worker.gathered(worker.memory_share_mib()))
-    recomputes, on_gpu = job.training.activation_checkpointing, worker.device.type == "cuda"
+    spares, on_gpu = job.training.spares_memory, worker.device.type == "cuda"
     num_parts = worker.world_size if worker.shards else 1
     while True:
         need = memory_need(job, models, longest_prompt, size, num_parts=num_parts, on_gpu=on_gpu)
-        parts = None if need is None else parts_of(need, models.held(), recomputes, worker)
+        parts = None if need is None else parts_of(need, models.held(), spares, worker)
         if not auto or all(worker.gathered(fits(parts, room))) or size == 1:
             break
         size = 1 if need is None else size // 2
