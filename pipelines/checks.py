@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipelines.plan import max_length
+from pipelines.jobs import max_length
 from pipelines.preferences import check_text_task
 from prefarena.cluster.capacity import generates
 from prefarena.config import (

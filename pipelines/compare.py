@@ -10,8 +10,9 @@ from rich.table import Table
 from pipelines.checks import check_input
 from pipelines.claims import only_once
 from pipelines.evaluate import evaluate
+from pipelines.jobs import max_length
 from pipelines.memory import check_memory
-from pipelines.plan import SeedPlan, make_plan, max_length
+from pipelines.plan import SeedPlan, make_plan
 from pipelines.prepare import prepare
 from pipelines.report import report, run_folder
 from pipelines.train import train

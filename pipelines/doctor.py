@@ -9,8 +9,8 @@ from pathlib import Path
 from transformers import PretrainedConfig
 
 from pipelines.checks import check_input
+from pipelines.jobs import longest
 from pipelines.memory import model_settings
-from pipelines.plan import longest
 from prefarena.cluster.attention import ask_gpu_nodes
 from prefarena.cluster.capacity import check_side_by_side, cluster_nodes, describe, generates
 from prefarena.cluster.doctor import (

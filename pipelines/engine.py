@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 
-from pipelines.plan import SeedPlan, generator_names, max_length, model_of
+from pipelines.jobs import generator_names, max_length
+from pipelines.plan import SeedPlan, model_of
 from pipelines.progress import stage_line
 from prefarena.cluster.capacity import telling_capacity
 from prefarena.config import Comparison, PretrainedModel, TextTask

@@ -29,8 +29,9 @@ from pipelines.exact import (
     float_column,
     start_scoring,
 )
+from pipelines.jobs import judge_spec, response_limit
 from pipelines.kept_rollouts import KeptValues, training_of
-from pipelines.plan import SeedPlan, Trained, is_pairwise, judge_spec, model_of, policy_of, response_limit, unique
+from pipelines.plan import SeedPlan, Trained, is_pairwise, model_of, policy_of, unique
 from pipelines.progress import fail, stage_line
 from pipelines.reference import scoring_options
 from pipelines.samples import write_samples

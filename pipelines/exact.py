@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from pipelines.annotate import ExactReference
-from pipelines.plan import SeedPlan, Trained, judge_spec, model_of, policy_of
+from pipelines.jobs import judge_spec
+from pipelines.plan import SeedPlan, Trained, model_of, policy_of
 from prefarena.cluster.waiting import Failed, outcomes_within
 from prefarena.config import BestOfN, Comparison, LanguageTask, OnPolicyMethod, RewardModel
 from prefarena.data.tables import read_rows

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from transformers import PretrainedConfig
 
-from pipelines.plan import SeedPlan, max_length
+from pipelines.jobs import max_length
+from pipelines.plan import SeedPlan
 from prefarena.cluster.doctor import gibibytes, largest_room
 from prefarena.cluster.needs import Training, least_need, num_parameters, trainings
 from prefarena.cluster.probe import NodeReport, ask_nodes

@@ -9,7 +9,6 @@ For text tasks `pairs` is `data`; for the enumerable language pairs are drawn fr
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,13 +18,11 @@ from pydantic import BaseModel
 from prefarena.config import (
     BestOfN,
     Comparison,
-    Endpoint,
     EndpointJudge,
     Entry,
     EvaluationJudge,
     FunctionJudge,
     GoldJudge,
-    JudgeSettings,
     LanguageTask,
     Model,
     OffPolicyMethod,
@@ -36,14 +33,10 @@ from prefarena.config import (
 )
 from prefarena.data.sources import version_of
 from prefarena.functions import source_digest
-from prefarena.judges.spec import JudgeSpec
 from prefarena.mirror import root_of
 from prefarena.modeling.arithmetic import Arithmetic, named
 from prefarena.settings.unpaired import Unpaired
 from prefarena.stages import Stage
-from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
-
-GENERATOR = "prefarena-generator"
 
 
 @dataclass(frozen=True)
@@ -324,141 +317,3 @@ def model_of(stage: Stage) -> str:
 def policy_of(plan: SeedPlan, trained: Trained) -> str:
     """The model that an entry samples from: best-of-n has the reference."""
     return model_of(trained.training or plan.reference)
-
-
-def reference_job(config: Comparison, plan: SeedPlan) -> ReferenceJob:
-    settings = config.reference
-    return ReferenceJob(
-        max_length=max_length(plan.task),
-        stage_dir=str(plan.reference.folder),
-        name="reference",
-        policy=model_of(plan.base),
-        seed=settings.seed,
-        training=settings.training,
-        demonstrations=str(plan.data.folder / "demonstrations"),
-        loss_on=settings.loss_on,
-    )
-
-
-def _samples(plan: SeedPlan) -> str:
-    if plan.samples is None:
-        raise TypeError("nothing is normalised in this comparison")
-    return str(plan.samples.folder / "reference_samples")
-
-
-def judge_job(config: Comparison, plan: SeedPlan, judge: Stage) -> RewardModelJob:
-    if not isinstance(config.judge, RewardModel):
-        raise TypeError(f"a {config.judge.kind} judge is not trained")
-    return RewardModelJob(
-        max_length=max_length(plan.task),
-        stage_dir=str(judge.folder),
-        name="judge",
-        policy=model_of(plan.reference),
-        seed=config.evaluation.seed,
-        settings=config.judge,
-        pairs=str(plan.pairs.folder / "judge_pairs"),
-        test_pairs=str(plan.pairs.folder / "test_pairs"),
-        samples=_samples(plan),
-        scored_in=plan.scored_in,
-    )
-
-
-def reward_model_job(plan: SeedPlan, trained: Trained) -> RewardModelJob:
-    settings = getattr(trained.entry.method, "reward", None)
-    if not isinstance(settings, RewardModel) or trained.reward_model is None:
-        raise TypeError(f"{trained.entry.name} has no reward model")
-    return RewardModelJob(
-        max_length=max_length(plan.task),
-        stage_dir=str(trained.reward_model.folder),
-        name=f"reward-model-s{trained.seed}",
-        policy=model_of(plan.reference),
-        seed=trained.seed,
-        settings=settings,
-        pairs=str(plan.logps.folder / "train_pairs"),
-        test_pairs=str(plan.logps.folder / "test_pairs"),
-        samples=_samples(plan),
-        scored_in=plan.scored_in,
-    )
-
-
-def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
-    """The training job of an entry at a seed. Raises TypeError for best-of-n, which trains nothing."""
-    method = trained.entry.method
-    if trained.training is None or isinstance(method, BestOfN):
-        raise TypeError("best-of-n trains nothing")
-    folder, name = str(trained.training.folder), f"{trained.entry.name}-s{trained.seed}"
-    if isinstance(method, OffPolicyMethod):
-        pretraining, arithmetic = plan.data.folder / "pretraining", method.training.precision
-        unpaired = isinstance(method, Unpaired)
-        return OffPolicyJob(
-            max_length=max_length(plan.task),
-            stage_dir=folder,
-            name=name,
-            policy=model_of(plan.reference),
-            seed=trained.seed,
-            method=method,
-            pairs=str((plan.logps if unpaired else plan.scored[arithmetic]).folder / "train_pairs"),
-            responses=str(plan.responses[arithmetic].folder / "train_responses") if unpaired else None,
-            demonstrations=str(plan.data.folder / "demonstrations"),
-            pretraining=str(pretraining) if method.pretraining_weight > 0 else None,
-        )
-    return OnPolicyJob(
-        max_length=max_length(plan.task),
-        stage_dir=folder,
-        name=name,
-        policy=model_of(plan.reference),
-        seed=trained.seed,
-        training=method.training,
-        reward=judge_spec(plan, method.reward, trained.reward_model),
-        prompts=str(plan.data.folder / "prompts"),
-        covered_only=method.prompts == "covered",
-        generators=generator_names(config),
-        generation=config.generation,
-        response_limit=response_limit(plan.task),
-        critic=model_of(trained.reward_model) if trained.reward_model else None,
-        monitor=_monitor(config, plan, method.reward),
-    )
-
-
-def _monitor(config: Comparison, plan: SeedPlan, reward: JudgeSettings) -> JudgeSpec | None:
-    """What on-policy training logs beside its reward: the gold reward, or for text the judge if it is a trained one."""
-    if isinstance(plan.task, LanguageTask):
-        return None if isinstance(reward, GoldJudge) else judge_spec(plan, GoldJudge(), None)
-    return judge_spec(plan, config.judge, plan.judge) if plan.judge else None
-
-
-def judge_spec(plan: SeedPlan, settings: EvaluationJudge, reward_model: Stage | None) -> JudgeSpec:
-    """A judge as workers load it; `reward_model` is the stage of a learned one."""
-    path = None
-    if isinstance(settings, RewardModel):
-        if reward_model is None:
-            raise TypeError("a learned judge has a stage")
-        path = model_of(reward_model)
-    elif settings.kind == "gold":
-        path = str(plan.pairs.folder / "gold.json")
-    calls = plan.data.folder.parents[1] / "judge_calls" if isinstance(settings, Endpoint) else None
-    return JudgeSpec(settings, path, model_of(plan.reference), None if calls is None else str(calls), plan.scored_in)
-
-
-def generator_names(config: Comparison) -> tuple[str, ...]:
-    """The Ray names of the generation actors; another comparison on the same cluster has others."""
-    key = hashlib.sha256(
-        f"{root_of(config.output, config.resources.cache_dir)}\n{config.model_dump_json()}".encode()
-    ).hexdigest()[:8]
-    return tuple(f"{GENERATOR}-{config.name}-{key}-{index}" for index in range(config.generation.num_actors))
-
-
-def response_limit(task: LanguageTask | TextTask) -> int:
-    return task.response_limit if isinstance(task, LanguageTask) else task.max_response_tokens
-
-
-def max_length(task: LanguageTask | TextTask) -> int:
-    """Most tokens in a prompt and its response."""
-    return sum(longest(task))
-
-
-def longest(task: LanguageTask | TextTask) -> tuple[int, int]:
-    """Most tokens in a prompt, and in a response."""
-    if isinstance(task, LanguageTask):
-        return 1 + task.prompt_letters, task.response_limit
-    return task.max_prompt_tokens, task.max_response_tokens

@@ -12,7 +12,8 @@ from rich.markup import escape
 
 from pipelines.annotate import annotate_language
 from pipelines.engine import try_engine
-from pipelines.plan import SeedPlan, judge_job, learns_judge, max_length, model_of, reference_job
+from pipelines.jobs import judge_job, max_length, reference_job
+from pipelines.plan import SeedPlan, learns_judge, model_of
 from pipelines.preferences import prepare_text
 from pipelines.reference import add_reference_logps
 from pipelines.reference_samples import draw_reference_samples

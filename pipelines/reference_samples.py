@@ -10,7 +10,8 @@ from rich.console import Console
 
 from pipelines.claims import settle
 from pipelines.engine import tried_generator
-from pipelines.plan import SeedPlan, model_of, response_limit
+from pipelines.jobs import response_limit
+from pipelines.plan import SeedPlan, model_of
 from pipelines.progress import stage_line
 from prefarena.config import Comparison, LanguageTask
 from prefarena.data.tables import read_rows, write_rows

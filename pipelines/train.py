@@ -9,7 +9,8 @@ from rich.console import Console
 
 from pipelines.claims import settle
 from pipelines.engine import start_generator
-from pipelines.plan import SeedPlan, Trained, entry_job, reward_model_job
+from pipelines.jobs import entry_job, reward_model_job
+from pipelines.plan import SeedPlan, Trained
 from pipelines.runner import run, run_claimed, say_outcomes
 from prefarena.config import Comparison, OffPolicyMethod, OnPolicyMethod
 from prefarena.failures import cluster_answers

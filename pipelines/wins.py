@@ -15,7 +15,8 @@ from rich.console import Console
 
 from pipelines.claims import settle
 from pipelines.exact import finish_evaluation
-from pipelines.plan import SeedPlan, Trained, judge_spec
+from pipelines.jobs import judge_spec
+from pipelines.plan import SeedPlan, Trained
 from pipelines.progress import fail, stage_line
 from prefarena.cluster.waiting import Failed, outcomes_within
 from prefarena.config import Comparison

@@ -22,8 +22,9 @@ from s3 import BUCKET, fs, server
 from tiny import EOS, save_tiny_policy
 
 from pipelines.evaluate import SampledJob, score_samples
+from pipelines.jobs import judge_spec
 from pipelines.judge_notes import judge_notes
-from pipelines.plan import judge_spec, make_plan
+from pipelines.plan import make_plan
 from pipelines.report import _entry_row, _row
 from prefarena import mirror
 from prefarena.config import Comparison, EndpointJudge, GRPOTraining, PPOTraining

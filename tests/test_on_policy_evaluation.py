@@ -24,7 +24,8 @@ from transformers import (
 
 from pipelines.annotate import ExactReference, annotate_language
 from pipelines.exact import ExactJob, evaluate_exactly, score_responses
-from pipelines.plan import SeedPlan, entry_job, make_plan, model_of, policy_of
+from pipelines.jobs import entry_job
+from pipelines.plan import SeedPlan, make_plan, model_of, policy_of
 from prefarena.config import Comparison, GoldJudge, LanguageTask, RewardModel, ScratchModel
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import UserError

@@ -27,8 +27,8 @@ from transformers import (
 
 from pipelines import evaluate, reference
 from pipelines.evaluate import SampledJob, sampled_job, score_samples
+from pipelines.jobs import reward_model_job as job_of
 from pipelines.plan import make_plan
-from pipelines.plan import reward_model_job as job_of
 from pipelines.reference import Part, ReferenceLogps, add_reference_logps, write_scores
 from prefarena.config import Comparison, Evaluation, Resources, RewardModel, parse_config
 from prefarena.data.tables import read_rows, write_rows

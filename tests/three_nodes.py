@@ -14,7 +14,8 @@ from rich.console import Console
 
 from pipelines.compare import compare
 from pipelines.engine import start_generator
-from pipelines.plan import make_plan, reference_job
+from pipelines.jobs import reference_job
+from pipelines.plan import make_plan
 from pipelines.runner import run
 from prefarena.config import Comparison, parse_config
 from prefarena.errors import UserError, WaitTimeoutError

@@ -127,8 +127,8 @@ def _chosen(training: Training, need: Callable[[int], MemoryNeed | None], room: 
     while smaller < larger:
         middle = (smaller + larger) // 2
         held = need(sizes[middle])
-        recomputes = training.settings.activation_checkpointing
-        if held is None or required_mib(held, on_cpu=on_cpu, recomputes=recomputes) * _MIB > room:
+        spares = training.settings.spares_memory
+        if held is None or required_mib(held, on_cpu=on_cpu, spares=spares) * _MIB > room:
             smaller = middle + 1
         else:
             larger = middle

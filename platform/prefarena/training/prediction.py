@@ -51,9 +51,9 @@ def fits(parts: dict[str, float] | None, room: float) -> bool:
     return parts is not None and sum(parts.values()) - parts["process"] + _PROCESS_MIB <= room
 
 
-def required_mib(need: MemoryNeed, *, on_cpu: bool, recomputes: bool) -> float:
+def required_mib(need: MemoryNeed, *, on_cpu: bool, spares: bool) -> float:
     """What `fits` compares with a worker's share, for a job whose models are not there yet."""
-    kept = kept_share(at_once=recomputes) if on_cpu else 0.0
+    kept = kept_share(at_once=spares) if on_cpu else 0.0
     return need.total * (1 + kept) / 2**20 + _PROCESS_MIB
 
 
