@@ -35,16 +35,41 @@ ENTRIES: list[dict[str, Any]] = [
     {"name": "rlhf", "method": {"kind": "rlhf", "reward": LEARNED, "training": TRAINING}},
     {"name": "best-of-4", "method": {"kind": "best_of_n", "reward": LEARNED}},
 ]
-TREE = {**LANGUAGE, "entries": ENTRIES, "resources": {"max_failures": NUM_KILLS}}
+ADAPTERS = {"lora": {"rank": 4}, "learning_rate": 3e-3, "activation_checkpointing": True}
+SHARDED: list[dict[str, Any]] = [
+    {
+        "name": "rlhf",
+        "method": {
+            "kind": "rlhf",
+            "reward": {"kind": "learned", "training": {**STEPS, **ADAPTERS, "num_steps": 500}},
+            "training": {**TRAINING, **ADAPTERS},
+        },
+    }
+]
+#: What is compared, and how many weight files its stages leave: models, and adapters beside them.
+TREES: dict[str, tuple[dict[str, Any], int]] = {
+    "every method": ({**LANGUAGE, "entries": ENTRIES, "resources": {"max_failures": NUM_KILLS}}, 7),
+    "PPO with adapters, sharded": (
+        {
+            **LANGUAGE,
+            "entries": SHARDED,
+            "resources": {"max_failures": NUM_KILLS, "num_workers": 2, "sharding": "fsdp"},
+            "generation": {"cpus": 0},  # two workers take both CPUs of the smallest machine that this is run on
+        },
+        6,
+    ),
+}
 _OWN = ("mpo-", "dpo-", "rlhf-", "reward_model-", "scores-", "evaluation-")
 
 
 @pytest.mark.long
 @pytest.mark.timeout(1200)
+@pytest.mark.parametrize("name", TREES)
 def test_kills_of_every_kind_change_nothing(
-    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
 ) -> None:
-    whole, broken = (write_config(TREE, tmp_path / name) for name in ("whole", "broken"))
+    tree, num_weight_files = TREES[name]
+    whole, broken = (write_config(tree, tmp_path / folder) for folder in ("whole", "broken"))
     assert main(["compare", str(whole)]) == 0
     shutil.copytree(whole.parent / "runs" / "stages", broken.parent / "runs" / "stages")
     for stage in (broken.parent / "runs" / "stages").iterdir():  # what entries share is there, their own is not
@@ -57,5 +82,5 @@ def test_kills_of_every_kind_change_nothing(
     with capsys.disabled():
         print("\n" + summary(run))
     assert differences(whole, broken) == []
-    assert len(list((broken.parent / "runs" / "stages").rglob("*.safetensors"))) == 7
+    assert len(list((broken.parent / "runs" / "stages").rglob("*.safetensors"))) == num_weight_files
     assert any("was interrupted" in note for note in load_results(run_folder(broken)).notes)
