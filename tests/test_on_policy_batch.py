@@ -62,6 +62,15 @@ def test_the_penalty_comes_after_the_clip_and_is_not_clipped_itself() -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_long_response_is_worth_less_whether_it_ended_or_not(method: str) -> None:
+    settings = with_settings(method, overlong_penalty=2.0, overlong_tokens=2)
+    plain = learnable(ragged([3.0, 1.0, -1.0, 5.0]), with_settings(method), kl_coef=0.0, response_limit=3)
+    targets = learnable(ragged([3.0, 1.0, -1.0, 5.0]), settings, kl_coef=0.0, response_limit=3)
+    lost = plain.rewards - targets.rewards
+    assert lost.tolist() == pytest.approx([0.0, 1.0, 2.0, 1.0])  # of one, two, three and two tokens
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_learnt_from_a_rollout_without_a_score(method: str) -> None:
     """The others learn what they would without it, and its group's mean is of those that have a score."""
     settings = METHODS[method].model_copy(update={"group_size": 3} if method != "ppo" else {})

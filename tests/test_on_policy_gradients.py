@@ -31,6 +31,7 @@ METHODS: dict[str, PPOTraining | GRPOTraining | RLOOTraining] = {
     "ppo": PPOTraining(**SIZES),
     "grpo": GRPOTraining(**SIZES, group_size=4),
     "grpo-sequences": GRPOTraining(**SIZES, group_size=4, loss_mean="sequences"),
+    "grpo-limit": GRPOTraining(**SIZES, group_size=4, loss_mean="limit", normalise_std=False, clip_high=0.3),
     "rloo": RLOOTraining(**SIZES, group_size=4),
 }
 
@@ -143,6 +144,21 @@ def test_workers_leave_the_gradient_as_it_is(job: OnPolicyJob, tmp_path: Path, n
     shared = torch.load(tmp_path / f"{num_workers}.pt")
     for method in METHODS:
         assert_same(shared[method], gradients(with_method(job, method, 24), Double(job.stage_dir)))
+
+
+def test_by_the_limit_a_gradient_is_that_over_tokens_times_their_share(job: OnPolicyJob) -> None:
+    """Dr. GRPO divides by a constant, so a response's weight does not depend on how long the others are."""
+    by_tokens = GRPOTraining(**SIZES, group_size=4, normalise_std=False, clip_high=0.3)
+    trainer = OnPolicyTrainer(
+        replace(job, training=by_tokens), Double(job.stage_dir), Recorded(job.policy), LikedCount()
+    )
+    batch = learnable(trainer.make_experience(Phases()), by_tokens, kl_coef=0.3).batch
+    rows = minibatches(24, 2, seed=0, iteration=0, epoch=0)[0]
+    share = float(batch.mask[rows].sum()) / (len(rows) * job.response_limit)
+    assert 0 < share < 1
+    tokens = gradients(replace(job, training=by_tokens), Double(job.stage_dir))["policy"]
+    limit = gradients(with_method(job, "grpo-limit", 24), Double(job.stage_dir))["policy"]
+    assert_same({"policy": limit}, {"policy": tokens * share})
 
 
 def test_padding_changes_neither_log_probs_nor_values(job: OnPolicyJob) -> None:

@@ -20,6 +20,7 @@ from prefarena.objectives.ppo import (
     importance_weights,
     kl_loss,
     masked_moments,
+    overlong_penalties,
     penalised_rewards,
     policy_loss,
     sequence_mean_weights,
@@ -145,6 +146,21 @@ def test_policy_loss_by_hand(advantage: float, ratio: float, loss: float, gradie
     assert output.metrics["policy/update_kl"].value.item() == pytest.approx(ratio - 1 - math.log(ratio), abs=1e-12)
     (found,) = torch.autograd.grad(output.loss.total, logps)
     assert found.item() == pytest.approx(gradient, abs=1e-12)
+
+
+@pytest.mark.parametrize(("ratio", "loss"), [(1.25, -2.5), (1.5, -2.6), (0.5, -1.0)])
+def test_a_higher_clip_acts_on_ratios_above_one_alone(ratio: float, loss: float) -> None:
+    old, inside = torch.tensor([[-3.0]], dtype=torch.float64), torch.tensor([[True]])
+    good, logps = torch.full_like(old, 2.0), old + math.log(ratio)
+    found = policy_loss(logps, old, good, inside, clip=0.2, clip_high=0.3).loss.total
+    assert found.item() == pytest.approx(loss, abs=1e-12)
+    bad = policy_loss(logps, old, -good, inside, clip=0.2, clip_high=0.3).loss.total
+    assert bad.item() == pytest.approx(2 * max(ratio, 0.8), abs=1e-12)
+
+
+def test_long_responses_are_punished_in_proportion() -> None:
+    found = overlong_penalties(torch.tensor([1, 12, 14, 16, 20]), limit=20, tokens=8)
+    assert found.tolist() == [0.0, 0.0, 0.25, 0.5, 1.0]
 
 
 def test_importance_weights_multiply_a_token_s_loss_and_get_no_gradient() -> None:

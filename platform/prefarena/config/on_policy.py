@@ -33,10 +33,20 @@ class OnPolicyTraining(LearnerSettings):
     )
     kl_horizon: int = Field(2048, ge=1, description="Adaptive KL controller's horizon, in rollouts.")
     clip: float = Field(0.2, gt=0)
+    clip_high: float | None = Field(
+        None, gt=0, description="Clips ratios above 1 by this instead (DAPO's clip-higher, arXiv 2503.14476)."
+    )
     temperature: float = Field(1.0, gt=0)
     missing_eos_penalty: float = Field(
         0.0, ge=0, description="Subtracted from the score of a response cut off before a token that ends it."
     )
+    overlong_penalty: float = Field(
+        0.0,
+        ge=0,
+        description="Subtracted from the score of a response as long as the limit allows; of shorter ones in "
+        "proportion, down to none `overlong_tokens` before it (DAPO's soft punishment, arXiv 2503.14476).",
+    )
+    overlong_tokens: int = Field(32, ge=1, description="With overlong_penalty.")
     reward_clip: float = Field(10.0, gt=0)
     importance_cap: float | None = Field(
         2.0, gt=0, description="Cap of the truncated trainer/generator importance weights; none turns them off."
@@ -101,8 +111,10 @@ class GRPOTraining(GroupTraining):
         description="Of the penalty in the loss: k3 as the paper has a biased gradient; straight-through has k3's "
         "value and k2's gradient.",
     )
-    loss_mean: Literal["tokens", "sequences"] = Field(
-        "tokens", description="Mean over all tokens, or over sequences of their token means, as the paper."
+    loss_mean: Literal["tokens", "sequences", "limit"] = Field(
+        "tokens",
+        description="Mean over all tokens; over sequences of their token means, as the paper; or the sum over tokens, "
+        "by the tokens that as many responses of the greatest length have (Dr. GRPO, arXiv 2503.20783).",
     )
 
 

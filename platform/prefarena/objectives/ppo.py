@@ -52,6 +52,14 @@ def whiten(values: Tensor, mask: Tensor, mean: Tensor, variance: Tensor) -> Tens
     return inside(whitened, mask).to(values.dtype)
 
 
+def overlong_penalties(lengths: Tensor, limit: int, tokens: int) -> Tensor:
+    """DAPO's soft punishment of long responses (arXiv 2503.14476, equation 13, with the sign turned), [B].
+
+    lengths: [B], in tokens. 0 up to `tokens` before the limit, 1 at the limit, and linear between.
+    """
+    return ((lengths - (limit - tokens)) / tokens).clamp(0, 1)
+
+
 def importance_weights(logps: Tensor, generator_logps: Tensor, cap: float | None) -> Tensor:
     """Truncated weights min(pi_trainer / pi_generator, cap) per token (Ionides 2008); ones without a cap."""
     if cap is None:
@@ -72,17 +80,19 @@ def policy_loss(
     mask: Tensor,
     *,
     clip: float,
+    clip_high: float | None = None,
     weights: Tensor | None = None,
 ) -> ObjectiveOutput:
-    """-sum min(rho A, clip(rho, 1 - clip, 1 + clip) A) over the mask, rho = exp(logps - old_logps).
+    """-sum min(rho A, clip(rho, 1 - clip, 1 + clip_high) A) over the mask, rho = exp(logps - old_logps).
 
-    The log-ratio is clamped to +-20 nats before exp. `weights` [B, T] multiply each token's term, without gradient.
+    clip_high: `clip` where it is None. The log-ratio is clamped to +-20 nats before exp. `weights` [B, T] multiply each
+    token's term, without gradient.
     """
     logps = inside(logps, mask)
     log_ratio = (logps - old_logps).clamp(-LOG_RATIO_LIMIT, LOG_RATIO_LIMIT)
     ratio = log_ratio.exp()
     free = ratio * advantages
-    clipped = ratio.clamp(1 - clip, 1 + clip) * advantages
+    clipped = ratio.clamp(1 - clip, 1 + (clip if clip_high is None else clip_high)) * advantages
     losses = -torch.minimum(free, clipped)
     if weights is not None:
         losses = losses * weights.detach()

@@ -264,7 +264,7 @@ class OnPolicyTrainer:
         self.iteration = iteration
         experience = self.make_experience(phases)
         coef = self.controller.coef
-        targets = learnable(experience, self.settings, coef)
+        targets = learnable(experience, self.settings, coef, self.job.response_limit)
         row: dict[str, Any] = {"step": iteration + 1, "num_steps": self.settings.num_iterations}
         row |= experience_metrics(experience, targets, self.settings.importance_cap) | {"kl/coef": coef}
         if not self.policy_frozen() and math.isfinite(row["kl/k1"]):
@@ -349,17 +349,23 @@ class OnPolicyTrainer:
         return parts
 
     def count(self, batch: Batch, rows: Tensor) -> Tensor:
-        """What a loss's sum over a minibatch, on all workers, is divided by: its tokens, or its sequences."""
+        """What a loss's sum over a minibatch, on all workers, is divided by: its tokens, its sequences, or the tokens
+        that these would have at the limit.
+        """
         mask = batch.mask[rows_on(batch.mask.device, rows)]
-        by_sequence = isinstance(self.settings, GRPOTraining) and self.settings.loss_mean == "sequences"
-        return mask.any(1).sum() if by_sequence else mask.sum()
+        mean = self.settings.loss_mean if isinstance(self.settings, GRPOTraining) else "tokens"
+        if mean == "tokens":
+            return mask.sum()
+        return mask.any(1).sum() * (self.job.response_limit if mean == "limit" else 1)
 
     def _policy_term(self, batch: Batch, module: nn.Module, *, kl_coef: float) -> ObjectiveOutput:
         """Sum of the clipped losses of a micro-batch, with GRPO's KL penalty where it is part of the loss."""
         logps = token_logps(module, batch.sequences, self.settings.temperature)
+        settings = self.settings
         output = policy_loss(
-            logps, batch.old_logps, batch.advantages, batch.mask, clip=self.settings.clip, weights=batch.weights
-        )
+            logps, batch.old_logps, batch.advantages, batch.mask,
+            clip=settings.clip, clip_high=settings.clip_high, weights=batch.weights,
+        )  # fmt: skip
         if batch.reference_logps is None or not isinstance(self.settings, GRPOTraining):
             return output
         penalty = kl_loss(

@@ -23,7 +23,12 @@ from prefarena.objectives.advantages import (
     whiten,
 )
 from prefarena.objectives.kl import k1, k3
-from prefarena.objectives.ppo import effective_sample_size, importance_weights, sequence_mean_weights
+from prefarena.objectives.ppo import (
+    effective_sample_size,
+    importance_weights,
+    overlong_penalties,
+    sequence_mean_weights,
+)
 from prefarena.training.experience import Experience
 
 
@@ -67,18 +72,27 @@ class Targets:
     rewards: Tensor
 
 
-def learnable(experience: Experience, settings: OnPolicyTraining, kl_coef: float) -> Targets:
+def learnable(
+    experience: Experience, settings: OnPolicyTraining, kl_coef: float, response_limit: int | None = None
+) -> Targets:
     """Clip and penalise the scores, and turn them into advantages as the method does.
 
     PPO: the KL penalty per token, GAE, advantages whitened over the whole batch. GRPO: the score against its group's
     mean. RLOO: the score less the sequence's KL penalty, against the mean of the others in its group. Rollouts that the
-    judge is silent about are in no baseline and no loss.
+    judge is silent about are in no baseline and no loss. response_limit: most tokens of a response, for the penalty of
+    long ones.
     """
     mask, silent = experience.sequences.response_mask, experience.silent_rows
     if experience.silent is not None:
         mask = mask & ~silent[:, None]
     scores = experience.scores.clamp(-settings.reward_clip, settings.reward_clip)
     scores = scores - settings.missing_eos_penalty * (1 - experience.finished)
+    if settings.overlong_penalty > 0:
+        if response_limit is None:
+            raise TypeError("the penalty of long responses needs their limit")
+        lengths = experience.sequences.response_mask.sum(1)
+        long = overlong_penalties(lengths, response_limit, settings.overlong_tokens)
+        scores = scores - settings.overlong_penalty * long
     token_kl = k1(experience.old_logps, experience.reference_logps)
     batch = Batch(
         sequences=experience.sequences,
