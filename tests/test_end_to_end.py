@@ -199,7 +199,7 @@ def test_python_gives_what_the_command_found(language_run: tuple[Path, Results])
     found = prefarena.compare({**LANGUAGE, "output": str(folder / "runs")}, quiet=True)
     assert found.folder.parent == folder / "runs" and all(found.costs["reused"])
     assert [entry.seeds for entry in found.results.entries] == [entry.seeds for entry in results.entries]
-    assert found.models.keys() == {"reference", "sft-s0", "mpo-s0", "dpo-s0", "ipo-s0", "rlhf-s0"}
+    assert found.models.keys() == {"reference", "sft-s0", "mpo-s0", "dpo-s0", "ipo-s0", "rlhf-s0", "kto-s0"}
     AutoModelForCausalLM.from_pretrained(found.models["dpo-s0"])
     assert len(found.figures) == 4 and found.page.is_file()
 
