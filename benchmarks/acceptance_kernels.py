@@ -234,8 +234,8 @@ def zero_log_ratios(setting: Setting, outcome: Outcome) -> None:
     """A policy and its reference with the same weights, scored in passes of the same rows in bfloat16."""
     model = new_model(setting)
     pairs = new_pairs(setting, model.config.vocab_size)
-    policy = ready(model, setting, "bfloat16")
     reference = ready(copy.deepcopy(model), setting, "bfloat16")
+    policy = ready(model, setting, "bfloat16")
     for layout in ("packed", "padded"):
         batch = pack(*split(pairs), shared=layout == "packed", device=setting.device)
         with torch.no_grad():

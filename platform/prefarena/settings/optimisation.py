@@ -8,9 +8,6 @@ from pydantic import Field, field_validator
 
 from prefarena.settings.section import Betas, Section
 
-#: Of a training's forward and backward passes.
-Precision = Literal["float32", "bfloat16"]
-
 
 class LoRA(Section):
     """Low-rank adapters that are trained in place of the model's weights. They have no dropout."""
@@ -39,7 +36,7 @@ class LearnerSettings(Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: Betas = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
-    precision: Precision = Field(
+    precision: Literal["float32", "bfloat16"] = Field(
         "float32", description="What is computed in; bfloat16 is that of copies, and the weights stay float32."
     )
     lora: LoRA | None = Field(None, description="Train adapters of the model; none: all of its weights.")

@@ -27,7 +27,7 @@ from prefarena.generation.interface import RolloutSource
 from prefarena.judges.models import RewardModelJudge
 from prefarena.judges.spec import Judge, JudgeSpec, load_judge, usage_of
 from prefarena.judges.usage import total_costs
-from prefarena.modeling.arithmetic import halve_products
+from prefarena.modeling.arithmetic import Arithmetic, halve_products
 from prefarena.modeling.heads import token_values
 from prefarena.modeling.load import load_tokenizer
 from prefarena.modeling.logprobs import token_logps
@@ -35,7 +35,6 @@ from prefarena.modeling.transfer import rows_on
 from prefarena.objectives.kl import KLController
 from prefarena.objectives.output import Mean, ObjectiveOutput
 from prefarena.objectives.ppo import kl_loss, policy_loss, value_loss
-from prefarena.settings.optimisation import Precision
 from prefarena.training.experience import Experience, Scorers, as_many_as_others, by_length, gather
 from prefarena.training.guard import stop_if_diverged
 from prefarena.training.jobs import OnPolicyJob
@@ -198,7 +197,7 @@ class OnPolicyTrainer:
         if self.worker.shards and isinstance(spec.settings, RewardModel):
             judge = load_judge(replace(spec, arithmetic="float32"), batch_size)  # sharded layers halve themselves
             assert isinstance(judge, RewardModelJudge)
-            precision: Precision = "float32" if spec.arithmetic == "float32" else "bfloat16"
+            precision: Arithmetic = "float32" if spec.arithmetic == "float32" else "bfloat16"
             if precision == "bfloat16":
                 halve_products(judge.head.requires_grad_(False))
             self.worker.place(judge.head, precision, head="float32")

@@ -23,7 +23,7 @@ from transformers import (
 
 from prefarena.config import LoRA, PPOTraining, RewardModel
 from prefarena.judges.spec import JudgeSpec
-from prefarena.modeling.arithmetic import attends_in, halve_products, in_weights
+from prefarena.modeling.arithmetic import Arithmetic, attends_in, halve_products, in_weights
 from prefarena.modeling.heads import ScalarHead, ValueHead
 from prefarena.modeling.load import (
     load_policy,
@@ -46,7 +46,6 @@ from prefarena.modeling.lora import (
 )
 from prefarena.modeling.parts import whole
 from prefarena.modeling.roles import Role, SharedBody
-from prefarena.settings.optimisation import Precision
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.worker import Worker
 
@@ -85,7 +84,7 @@ class OnPolicyModels:
         """All modules, each once."""
         return [self.body] if self.body is not None else [*self.learned.values(), self.reference]
 
-    def place_frozen(self, worker: Worker, precision: Precision) -> None:
+    def place_frozen(self, worker: Worker, precision: Arithmetic) -> None:
         """Put what no learner distributes where it belongs: the reference, or the body that roles share.
 
         It computes in `precision` then, as what is trained does; the body is prepared to.

@@ -15,9 +15,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from prefarena.modeling.arithmetic import Arithmetic
 from prefarena.modeling.layers import decoder_layers, take_off_wrappers
 from prefarena.modeling.parts import whole
-from prefarena.settings.optimisation import Precision
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -26,8 +26,8 @@ def shard(
     module: nn.Module,
     world_size: int,
     device: torch.device,
-    precision: Precision,
-    head: Precision | None = None,
+    precision: Arithmetic,
+    head: Arithmetic | None = None,
 ) -> nn.Module:
     """The module itself, its parameters now DTensors on `device`; in float32, whatever it computes in.
 
@@ -41,7 +41,7 @@ def shard(
     return module
 
 
-def _policy(precision: Precision) -> MixedPrecisionPolicy:
+def _policy(precision: Arithmetic) -> MixedPrecisionPolicy:
     return MixedPrecisionPolicy(torch.bfloat16, torch.float32) if precision == "bfloat16" else MixedPrecisionPolicy()
 
 

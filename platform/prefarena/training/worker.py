@@ -18,8 +18,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from prefarena.mirror import CHECKPOINTS, mirror_of, pull, push
 from prefarena.modeling import room
+from prefarena.modeling.arithmetic import Arithmetic
 from prefarena.modeling.parts import like, own_part
-from prefarena.settings.optimisation import Precision
 from prefarena.training import process_memory
 from prefarena.training.checkpoints import Checkpoint, CheckpointFolder, DamagedCheckpointError
 from prefarena.training.remote_checkpoints import RemoteCheckpointFolder
@@ -55,13 +55,13 @@ class Worker:
         module = module.to(self.device)
         return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.world_size > 1 else module
 
-    def distribute(self, module: nn.Module, precision: Precision) -> nn.Module:
+    def distribute(self, module: nn.Module, precision: Arithmetic) -> nn.Module:
         """The same, or spread over the workers where `sharding` says so; it then computes in `precision` of itself."""
         if self.shards:
             return shard(module, self.world_size, self.device, precision)
         return self.wrap(module)
 
-    def place(self, module: nn.Module, precision: Precision, head: Precision | None = None) -> None:
+    def place(self, module: nn.Module, precision: Arithmetic, head: Arithmetic | None = None) -> None:
         """Put a frozen module on this worker's device, or spread it as `shard` does; it is changed in place."""
         if self.shards:
             shard(module, self.world_size, self.device, precision, head)
