@@ -94,28 +94,6 @@ def test_policies_on_the_way_are_measured(language_run: tuple[Path, Results]) ->
     assert abs(compared["k1_z"]) < 4
 
 
-def test_rlhf_shards_and_trains_adapters(language_run: tuple[Path, Results]) -> None:
-    """Two sharded workers, roles on one copy of the weights, a real engine that takes the merged adapters."""
-    folder, _ = language_run
-    adapters = {"lora": {"rank": 4}, "learning_rate": 1e-2, "activation_checkpointing": True}
-    reward = {"kind": "learned", "training": {**QUICK, **adapters}}
-    entry = {"name": "rlhf", "method": {"kind": "rlhf", "reward": reward, "training": {**PPO, **adapters}}}
-    resources = {"num_workers": 2, "sharding": "fsdp"}
-    results = run({**LANGUAGE, "name": "sharded", "entries": [entry], "resources": resources}, folder)
-    start, snapshot, end = results.trajectories["rlhf"]["0"]
-    assert start["kl"] == 0 < snapshot["kl"] < end["kl"]
-    (compared,) = results.kl_agreement["rlhf"]["0"]
-    assert abs(compared["k1_z"]) < 4  # the engine sampled from the policy that the snapshot holds
-    (stage,) = (path.parent for path in (folder / "runs" / "stages").glob("rlhf-*/adapter"))
-    assert read_manifest(stage)["weights_verified"]["share_of_parameters"] > 0.9
-    assert max(row["logp_gap/max"] for row in rows_of(stage)) < 1e-3
-    assert len(list((folder / "runs" / "stages").glob("reference-*"))) == 1  # workers are not in its address
-
-
-def rows_of(stage: Path) -> list[dict]:
-    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
 def test_best_of_n_trains_nothing(language_run: tuple[Path, Results]) -> None:
     folder, results = language_run
     row = results.entry("best-of-4").seeds["0"]
@@ -202,6 +180,28 @@ def test_python_gives_what_the_command_found(language_run: tuple[Path, Results])
     assert found.models.keys() == {"reference", "sft-s0", "mpo-s0", "dpo-s0", "ipo-s0", "rlhf-s0", "kto-s0"}
     AutoModelForCausalLM.from_pretrained(found.models["dpo-s0"])
     assert len(found.figures) == 4 and found.page.is_file()
+
+
+def test_rlhf_shards_and_trains_adapters(language_run: tuple[Path, Results]) -> None:
+    """Two sharded workers, roles on one copy of the weights, a real engine that takes the merged adapters."""
+    folder, _ = language_run
+    adapters = {"lora": {"rank": 4}, "learning_rate": 1e-2, "activation_checkpointing": True}
+    reward = {"kind": "learned", "training": {**QUICK, **adapters}}
+    entry = {"name": "rlhf", "method": {"kind": "rlhf", "reward": reward, "training": {**PPO, **adapters}}}
+    resources = {"num_workers": 2, "sharding": "fsdp"}
+    results = run({**LANGUAGE, "name": "sharded", "entries": [entry], "resources": resources}, folder)
+    start, snapshot, end = results.trajectories["rlhf"]["0"]
+    assert start["kl"] == 0 < snapshot["kl"] < end["kl"]
+    (compared,) = results.kl_agreement["rlhf"]["0"]
+    assert abs(compared["k1_z"]) < 4  # the engine sampled from the policy that the snapshot holds
+    (stage,) = (path.parent for path in (folder / "runs" / "stages").glob("rlhf-*/adapter"))
+    assert read_manifest(stage)["weights_verified"]["share_of_parameters"] > 0.9
+    assert max(row["logp_gap/max"] for row in rows_of(stage)) < 1e-3
+    assert len(list((folder / "runs" / "stages").glob("reference-*"))) == 1  # workers are not in its address
+
+
+def rows_of(stage: Path) -> list[dict]:
+    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
 def transcripts(path: Path, number: int) -> None:
