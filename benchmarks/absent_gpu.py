@@ -1,18 +1,26 @@
 """Let Inductor and Triton compile for a GPU that is not there. Nothing can be run.
 
 What Inductor asks of a device (its capability, shared memory, processors) is answered from the vendor's tables; it must
-be told before torch._inductor is imported, and for one card in a process. Written against torch 2.13 and Triton 3.7.1.
+be told before torch._inductor is imported, and for one card in a process (`each_apart`). Written against torch 2.13 and
+Triton 3.7.1.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
+import sys
 import tempfile
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from sides import HERE, environment_python
+
+_LIMIT_S = 1800
 
 
 @dataclass(frozen=True)
@@ -246,3 +254,26 @@ def assembled(binary: Any, card: Card) -> Kernel:
     registers = max(map(int, re.findall(r"Used (\d+) registers", said)))
     spilled = max(map(int, re.findall(r"(\d+) bytes spill stores", said)), default=0)
     return Kernel(binary.metadata.num_warps, binary.metadata.shared, registers, spilled)
+
+
+def each_apart(
+    script: str, combinations: Iterable[dict[str, Any]], table: Callable[[list[dict[str, Any]]], str], out: Path | None
+) -> None:
+    """Print a table of what `script --one` finds of each combination, whose values it is given; `out` has it as JSON.
+
+    Each is a process of the kernels' environment, which is made where it is missing. Ends where one of them fails.
+    """
+    python = environment_python(HERE / ".venv-kernels", HERE / "requirements" / "attention-kernels.txt")
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(HERE.parent / "platform"), str(HERE)])}
+    rows: list[dict[str, Any]] = []
+    for combination in combinations:
+        one = [str(value) for value in combination.values()]
+        command = [python, script, "--one", *one]
+        ran = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=_LIMIT_S)
+        if ran.returncode:
+            sys.exit(f"{' '.join(one)}: {ran.stderr[-3000:]}")
+        rows.append(combination | json.loads(ran.stdout.strip().splitlines()[-1]))
+        print("\n".join(table(rows[-1:]).splitlines()[2:]), flush=True)
+    if out:
+        out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    print(table(rows))

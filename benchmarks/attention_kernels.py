@@ -12,19 +12,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from absent_gpu import CARDS, Card, assembled, capturing, kernels, lowered, pretend
-from sides import HERE, environment_python
+from absent_gpu import CARDS, Card, assembled, capturing, each_apart, kernels, lowered, pretend
 
 HEADS, KEY_VALUE_HEADS, TOKENS = 32, 8, 1024
 DIMS, KINDS = (64, 128, 256), ("bfloat16", "float32")
-_LIMIT_S = 1800
 
 
 def compiled(card: Card, head_dim: int, kind: str) -> dict[str, Any]:
@@ -95,30 +90,19 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument(
         "--one", nargs=3, help=argparse.SUPPRESS
-    )  # card, head size, kind: in the environment of its own
+    )  # card, kind, head size: in the environment of its own
     options = parser.parse_args()
     if options.one:
-        card, head_dim, kind = options.one
+        card, kind, head_dim = options.one
         print(json.dumps(compiled(CARDS[card], int(head_dim), kind)))
         return
-    python = environment_python(HERE / ".venv-kernels", HERE / "requirements" / "attention-kernels.txt")
-    rows = []
-    path = os.pathsep.join([str(HERE.parent / "platform"), str(HERE)])
-    for card in options.cards:
-        for kind in options.kinds:
-            for head_dim in options.dims:
-                command = [python, __file__, "--one", card, str(head_dim), kind]
-                ran = subprocess.run(
-                    command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=_LIMIT_S
-                )
-                if ran.returncode:
-                    sys.exit(f"{card} {kind} {head_dim}: {ran.stderr[-3000:]}")
-                found = json.loads(ran.stdout.strip().splitlines()[-1])
-                rows.append({"card": card, "kind": kind, "head_dim": head_dim, **found})
-                print("\n".join(table(rows[-1:]).splitlines()[2:]), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(table(rows))
+    combinations = [
+        {"card": card, "kind": kind, "head_dim": head_dim}
+        for card in options.cards
+        for kind in options.kinds
+        for head_dim in options.dims
+    ]
+    each_apart(__file__, combinations, table, options.out)
 
 
 if __name__ == "__main__":

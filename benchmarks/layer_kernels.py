@@ -13,19 +13,14 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import subprocess
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from absent_gpu import CARDS, Card, assembled, capturing, kernels, lowered, pretend
-from sides import HERE, environment_python
+from absent_gpu import CARDS, Card, assembled, capturing, each_apart, kernels, lowered, pretend
 
 SHAPES = ("llama-1b", "llama-7b")
 PAIRS = 16
-_LIMIT_S = 1800
 
 
 def compiled(card: Card, shape: str) -> dict[str, Any]:
@@ -133,22 +128,8 @@ def main() -> None:
         card, shape = options.one
         print(json.dumps(compiled(CARDS[card], shape)))
         return
-    python = environment_python(HERE / ".venv-kernels", HERE / "requirements" / "attention-kernels.txt")
-    rows = []
-    path = os.pathsep.join([str(HERE.parent / "platform"), str(HERE)])
-    for card in options.cards:
-        for shape in options.shapes:
-            command = [python, __file__, "--one", card, shape]
-            ran = subprocess.run(
-                command, env=os.environ | {"PYTHONPATH": path}, capture_output=True, text=True, timeout=_LIMIT_S
-            )
-            if ran.returncode:
-                sys.exit(f"{card} {shape}: {ran.stderr[-3000:]}")
-            rows.append({"card": card, "shape": shape, **json.loads(ran.stdout.strip().splitlines()[-1])})
-            print("\n".join(table(rows[-1:]).splitlines()[2:]), flush=True)
-    if options.out:
-        options.out.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    print(table(rows))
+    combinations = [{"card": card, "shape": shape} for card in options.cards for shape in options.shapes]
+    each_apart(__file__, combinations, table, options.out)
 
 
 if __name__ == "__main__":
