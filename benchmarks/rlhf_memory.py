@@ -16,7 +16,7 @@ import sys
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,8 +35,8 @@ from prefarena.stages import read_manifest
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob
 from prefarena.training.on_policy import train_on_policy
 from prefarena.training.run_job import run_job
-from prefarena.training.worker import Worker
 from tests.real_model import smollm2
+from tests.workers import OneOfMany
 
 PROMPT, RESPONSE, ROWS = 128, 64, 16
 LORA = LoRA(rank=16)
@@ -80,15 +80,6 @@ class RandomRollouts:
 
 def tokens(seed: int, number: int) -> list[int]:
     return np.random.default_rng(seed).integers(10, 1000, number).tolist()
-
-
-class OneOfMany(Worker):
-    """A worker beside others, without Ray; sharded where there are others."""
-
-    def __init__(self, stage_dir: str, rank: int, world_size: int) -> None:
-        self.rank, self.world_size = rank, world_size
-        self.sharding: Literal["none", "fsdp"] = "fsdp" if world_size > 1 else "none"
-        super().__init__(stage_dir)
 
 
 def job_of(name: str, folder: Path, model: str) -> Job:
@@ -143,7 +134,7 @@ def run_one(rank: int, name: str, job: Job, root: str) -> None:
     if number > 1:
         rendezvous = f"file://{root}/rendezvous"
         torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=number)
-    worker = OneOfMany(job.stage_dir, rank, number)
+    worker = OneOfMany(job.stage_dir, rank, number, "fsdp")
     if isinstance(job, OnPolicyJob):
         costs = train_on_policy(job, worker, RandomRollouts())["costs"]
     else:

@@ -12,8 +12,8 @@ import pytest
 import torch
 from off_policy import metric_rows, off_policy_job, write_inputs
 from on_policy import LikedCount, LocalGenerator, make_job
-from test_scale import OneOfMany
 from tiny import save_tiny_policy
+from workers import OneOfMany
 
 from pipelines.plan import make_plan
 from pipelines.reference import ReferenceLogps

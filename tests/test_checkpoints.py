@@ -14,7 +14,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import save_file
-from test_training import QUICK, KilledError, inputs, metric_rows, off_policy_job, weights
+from test_training import QUICK, inputs, metric_rows, off_policy_job, weights
+from workers import DyingWorker, KilledError
 
 from prefarena.config import MPO, Resources
 from prefarena.errors import StorageError, StorageFullError, UserError
@@ -218,16 +219,6 @@ def test_what_is_left_of_an_earlier_attempt_writes_no_more(tmp_path: Path) -> No
     current.save(1, TENSORS, {})
     current.flush()
     assert [row["step"] for row in metric_rows(tmp_path)] == [1, 1]
-
-
-class DyingWorker(Worker):
-    """Dies at step 7, its checkpoints of steps 3 and 6 written."""
-
-    def log(self, row: dict[str, float]) -> None:
-        super().log(row)
-        if row["step"] == 7:
-            self.flush()
-            raise KilledError
 
 
 @pytest.mark.parametrize("damage", [change_a_bit, lose_the_manifest])

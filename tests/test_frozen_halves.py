@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 from on_policy import SharedGenerator, make_job, metric_rows
-from test_on_policy_scale import OneOfMany
 from test_roles import PROMPTS, RESPONSES, disturb
+from workers import OneOfMany
 
 from prefarena.config import GRPOTraining, LoRA, PPOTraining
 from prefarena.modeling.heads import token_values

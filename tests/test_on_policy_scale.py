@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from on_policy import SharedGenerator, make_job, metric_rows
 from peft import PeftModel
+from workers import DyingWorker, KilledError, OneOfMany, Sharding
 
 from prefarena.config import GRPOTraining, LoRA, PPOTraining
 from prefarena.modeling.load import load_policy
@@ -34,7 +35,6 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recomputed": {"activation_checkpointing": True},
     "lora recomputed": {"lora": LoRA(rank=4), "learning_rate": 1e-3, "activation_checkpointing": True},
 }
-Sharding = Literal["none", "fsdp"]
 LAYOUTS: tuple[tuple[int, Sharding], ...] = ((2, "none"), (2, "fsdp"), (4, "none"), (4, "fsdp"))
 #: What four workers do as well: each kind of body, trained whole and by adapters, with a critic and without.
 BY_FOUR = (("ppo", "plain"), ("ppo", "lora recomputed"), ("grpo", "lora"))
@@ -46,14 +46,6 @@ CASES = [
     if number < 4 or (method, variant) in BY_FOUR
 ]
 ALONE = [pytest.param(method, "lora", "1 none") for method in METHODS]
-
-
-class OneOfMany(Worker):
-    """A worker beside others, without Ray."""
-
-    def __init__(self, stage_dir: str, rank: int, world_size: int, sharding: Sharding) -> None:
-        self.rank, self.world_size, self.sharding = rank, world_size, sharding
-        super().__init__(stage_dir)
 
 
 Jobs = dict[tuple[str, str], OnPolicyJob]
@@ -138,18 +130,8 @@ def test_the_saved_policy_is_that_of_one_worker(runs: Runs, method: str, variant
             torch.testing.assert_close(many[name], value, rtol=0, atol=1e-6)
 
 
-class KilledError(RuntimeError):
-    pass
-
-
-class DyingWorker(OneOfMany):
-    """Dies in an iteration after its checkpoint is written."""
-
-    def log(self, row: dict[str, Any]) -> None:
-        super().log(row)
-        if row["step"] == 10:
-            self.flush()
-            raise KilledError
+class DiesLate(DyingWorker):
+    dies_at = 10
 
 
 #: How many sharded workers a run begins with that is killed, and how many go on.
@@ -161,7 +143,7 @@ def run_killed_or_resumed(rank: int, jobs: dict[str, OnPolicyJob], root: Path, n
     rendezvous = f"file://{root}/rendezvous-{number}-{dies}"
     torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=number)
     for job in jobs.values():
-        kind = DyingWorker if dies else OneOfMany
+        kind = DiesLate if dies else OneOfMany
         worker = kind(job.stage_dir, rank, number, "fsdp")
         source = SharedGenerator(job.policy, Path(job.stage_dir).parent, worker)
         with pytest.raises(KilledError) if dies else nullcontext():

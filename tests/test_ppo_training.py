@@ -10,6 +10,7 @@ import pytest
 import torch
 from on_policy import LikedCount, LocalGenerator, SharedGenerator, make_job, metric_rows, syncs, timeless
 from torch import Tensor
+from workers import OneOfMany
 
 from prefarena.config import PPOTraining
 from prefarena.errors import UserError
@@ -78,16 +79,6 @@ def test_an_interrupted_run_ends_in_the_same_weights_bit_for_bit(job: OnPolicyJo
     assert timeless(job) == timeless(again)
 
 
-class GlooWorker(Worker):
-    """One of several workers in processes that the test started."""
-
-    world_size = 2
-
-    def __init__(self, stage_dir: str, rank: int) -> None:
-        self.rank = rank
-        super().__init__(stage_dir)
-
-
 class Forgetful(SharedGenerator):
     """Has lost its weights when `forgets` of the workers first ask for rollouts of a version."""
 
@@ -122,7 +113,7 @@ def run_as_one_of_two(rank: int, jobs: dict[str, OnPolicyJob], root: Path) -> No
     torch.set_num_threads(1)
     torch.distributed.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2)
     for name, job in jobs.items():
-        worker = GlooWorker(job.stage_dir, rank)
+        worker = OneOfMany(job.stage_dir, rank, 2)
         source = Forgetful(job.policy, root / name, worker, "rlhf@1", TOGETHER[name][1])
         train_on_policy(job, worker, source, reward=LikedCount())
     torch.distributed.destroy_process_group()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -12,6 +12,7 @@ from off_policy import metric_rows, off_policy_job, weights, write_inputs
 from peft import PeftModel
 from pydantic import ValidationError
 from transformers import PreTrainedModel
+from workers import DyingWorker, KilledError, OneOfMany, Sharding
 
 from prefarena.config import MPO, LoRA, Optimisation, Resources, RewardModel
 from prefarena.errors import UserError
@@ -33,29 +34,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "recomputed": {"activation_checkpointing": True},
     "lora recomputed": {"lora": LoRA(rank=4), "learning_rate": 3e-3, "activation_checkpointing": True},
 }
-Sharding = Literal["none", "fsdp"]
 
 
-class OneOfMany(Worker):
-    """A worker beside others, without Ray."""
-
-    def __init__(self, stage_dir: str, rank: int, world_size: int, sharding: Sharding) -> None:
-        self.rank, self.world_size, self.sharding = rank, world_size, sharding
-        super().__init__(stage_dir)
-
-
-class KilledError(RuntimeError):
-    pass
-
-
-class DyingWorker(OneOfMany):
-    """Dies at a step, when its last checkpoint is written."""
-
-    def log(self, row: dict[str, Any]) -> None:
-        super().log(row)
-        if row["step"] == 30:
-            self.flush()
-            raise KilledError
+class DiesLate(DyingWorker):
+    dies_at = 30
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +73,7 @@ def run_as_one_of_two(rank: int, inputs: Path, root: Path) -> None:
             run_job(job, OneOfMany(job.stage_dir, rank, 2, sharding))
     broken = variant_job(inputs, root / "broken", "lora")
     with pytest.raises(KilledError):
-        run_job(broken, DyingWorker(broken.stage_dir, rank, 2, "fsdp"))
+        run_job(broken, DiesLate(broken.stage_dir, rank, 2, "fsdp"))
     run_job(broken, OneOfMany(broken.stage_dir, rank, 2, "fsdp"))
     torch.distributed.destroy_process_group()
 
@@ -155,7 +137,7 @@ def test_the_adapter_beside_the_model_gives_the_same_policy(inputs: Path, runs: 
 def test_checkpoints_of_adapters_hold_nothing_else(inputs: Path, tmp_path: Path) -> None:
     job = variant_job(inputs, tmp_path, "lora")
     with pytest.raises(KilledError):
-        run_job(job, DyingWorker(job.stage_dir, 0, 1, "none"))
+        run_job(job, DiesLate(job.stage_dir, 0, 1, "none"))
     checkpoint = Worker(job.stage_dir).restore()
     assert checkpoint is not None
     kept = {name for name in checkpoint.tensors if name.startswith("model.")}

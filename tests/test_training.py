@@ -11,6 +11,7 @@ import pytest
 import torch
 from off_policy import metric_rows, off_policy_job, weights, write_inputs
 from transformers import AutoModelForSequenceClassification
+from workers import KilledError
 
 from prefarena.config import (
     DPO,
@@ -66,10 +67,6 @@ def test_packed_pairs_train_as_padded_sequences_do(
         np.testing.assert_allclose([r[key] for r in packed], [r[key] for r in padded], rtol=1e-4, atol=1e-5)
     num_tokens = [read_manifest(tmp_path / name)["costs"]["num_tokens_trained"] for name in ("packed", "padded")]
     assert num_tokens[0] < num_tokens[1]  # the prompt counts once
-
-
-class KilledError(RuntimeError):
-    pass
 
 
 class DyingWorker(Worker):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,6 +13,7 @@ import torch
 from off_policy import metric_rows, off_policy_job, weights, write_inputs, write_responses
 from torch import Tensor
 from transformers import PreTrainedModel
+from workers import DyingWorker, KilledError, OneOfMany, Sharding
 
 from prefarena.config import Optimisation
 from prefarena.data.responses import mismatch, taken_apart
@@ -192,7 +192,6 @@ WORKERS = (1, 2, 3)
 BATCH, STEP = 24, 2
 #: The responses with lower log-probs of mismatched ones under the reference, so that KTO's baseline is above zero.
 TABLE = "above_zero"
-Sharding = Literal["none", "fsdp"]
 
 
 @pytest.fixture(scope="module")
@@ -205,14 +204,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     table = table.set_column(place, "ref_mismatched_logp", lower)
     write_rows(table, folder / "above_zero" / "part.parquet", REFERENCED_RESPONSES)
     return folder
-
-
-class OneOfMany(Worker):
-    """A worker beside others, without Ray."""
-
-    def __init__(self, stage_dir: str, rank: int = 0, world_size: int = 1, sharding: Sharding = "none") -> None:
-        self.rank, self.world_size, self.sharding = rank, world_size, sharding
-        super().__init__(stage_dir)
 
 
 def moved_policy(inputs: Path) -> PreTrainedModel:
@@ -329,20 +320,6 @@ def test_a_baseline_of_each_micro_batch_would_be_another_one(inputs: Path) -> No
 
 
 # ---------------------------------------------------------------------------------------------- training
-
-
-class KilledError(RuntimeError):
-    pass
-
-
-class DyingWorker(Worker):
-    """Dies when it logs the seventh step, after the checkpoint of the fifth."""
-
-    def log(self, row: dict[str, float]) -> None:
-        super().log(row)
-        if row["step"] == 7:
-            self.flush()
-            raise KilledError
 
 
 @pytest.mark.parametrize("kind", ["kto", "bco"])

@@ -33,9 +33,8 @@ def fitting_micro_batch(
     size = LARGEST_MICRO_BATCH if chosen == "auto" else chosen
     room = min(worker.gathered(worker.memory_share_mib()))
     spares, on_gpu = job.training.spares_memory, worker.device.type == "cuda"
-    num_parts = worker.world_size if worker.shards else 1
     while True:
-        need = memory_need(job, models, longest_prompt, size, num_parts=num_parts, on_gpu=on_gpu)
+        need = memory_need(job, models, longest_prompt, size, num_parts=worker.num_parts, on_gpu=on_gpu)
         parts = None if need is None else parts_of(need, models.held(), spares, worker)
         if not auto or all(worker.gathered(fits(parts, room))) or size == 1:
             break

@@ -22,7 +22,6 @@ from transformers import (
 )
 
 from prefarena.config import LoRA, PPOTraining, RewardModel
-from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.arithmetic import Arithmetic, attends_in, halve_products, in_weights
 from prefarena.modeling.heads import ScalarHead, ValueHead
 from prefarena.modeling.load import (
@@ -47,6 +46,7 @@ from prefarena.modeling.lora import (
 from prefarena.modeling.parts import whole
 from prefarena.modeling.roles import Role, SharedBody
 from prefarena.training.jobs import OnPolicyJob
+from prefarena.training.sharding import kept_on_rank_0
 from prefarena.training.worker import Worker
 
 POLICY, CRITIC, REWARD, REFERENCE = "policy", "critic", "reward", "reference"
@@ -183,21 +183,18 @@ class _Stored:
         """
         job, lora = self._job, self._job.training.lora
         assert lora is not None
-        start = adapter_of(job.critic, job.policy) if job.critic else None
-        critic = reward_model_on(policy, job.policy if start is None else str(job.critic))
-        if start is None:
-            add_adapters(policy, lora, job.seed + 1, CRITIC)  # a seed of its own, as its adapters are its own
-        else:
-            _load_role(policy, critic, start, str(job.critic), CRITIC)
+        if job.critic and (adapter := adapter_of(job.critic, job.policy)) is not None:
+            return _load_role(policy, adapter, job.critic, CRITIC)
+        critic = reward_model_on(policy, job.policy)
+        add_adapters(policy, lora, job.seed + 1, CRITIC)  # a seed of its own, as its adapters are its own
         return critic
 
     def reward_on(self, policy: PreTrainedModel) -> PreTrainedModel | None:
         spec = self._job.reward
-        if (path := _reward_adapter(spec, self._job.policy)) is None:
+        if not isinstance(spec.settings, RewardModel) or spec.path is None:
             return None
-        reward = reward_model_on(policy, str(spec.path))
-        _load_role(policy, reward, path, str(spec.path), REWARD)
-        return reward
+        adapter = adapter_of(spec.path, self._job.policy)
+        return None if adapter is None else _load_role(policy, adapter, spec.path, REWARD)
 
 
 class Shapes:
@@ -220,7 +217,7 @@ class Shapes:
         critic = scoring_model(policy, self._scoring)
         lora = self._reward_adapters() or self._job.training.lora
         assert lora is not None
-        self._add(policy, lora, CRITIC)
+        add_adapters(policy, lora, self._job.seed, CRITIC)
         return critic
 
     def reward_on(self, policy: PreTrainedModel) -> PreTrainedModel | None:
@@ -228,28 +225,20 @@ class Shapes:
         if lora is None:
             return None
         reward = scoring_model(policy, self._scoring)
-        self._add(policy, lora, REWARD)
+        add_adapters(policy, lora, self._job.seed, REWARD)
         return reward
-
-    def _add(self, policy: PreTrainedModel, lora: LoRA, name: str) -> None:
-        add_adapters(policy, lora, self._job.seed, name)
 
     def _reward_adapters(self) -> LoRA | None:
         settings = self._job.reward.settings
         return settings.training.lora if isinstance(settings, RewardModel) else None
 
 
-def _load_role(policy: PreTrainedModel, model: PreTrainedModel, adapter: Path, folder: str, name: str) -> None:
-    """The adapters and the head of a stored reward model."""
+def _load_role(policy: PreTrainedModel, adapter: Path, folder: str, name: str) -> PreTrainedModel:
+    """The reward model stored at `folder`, with its head, on the policy's body; its adapters go into that."""
+    model = reward_model_on(policy, folder)
     load_adapter(policy, adapter, name)
-    head = model.get_parameter("score.weight")
-    head.data.copy_(read_head(folder))
-
-
-def _reward_adapter(reward: JudgeSpec, base: str) -> Path | None:
-    """The adapters of the reward, where it is a model that was trained as adapters of `base`."""
-    learned = isinstance(reward.settings, RewardModel) and reward.path is not None
-    return adapter_of(str(reward.path), base) if learned else None
+    model.get_parameter("score.weight").data.copy_(read_head(folder))
+    return model
 
 
 def save_models(
@@ -261,10 +250,7 @@ def save_models(
             save_policy(models.policy.model, tokenizer, folder)
         return
     plain = load_policy(job.policy) if worker.rank == 0 else None
-    gathered: dict[str, Tensor] = {}
-    for name, tensor in models.weights(None if plain is None else plain.state_dict()):
-        if plain is not None:
-            gathered[name] = tensor.detach().cpu()
+    gathered = kept_on_rank_0(models.weights(None if plain is None else plain.state_dict()), worker.rank)
     if plain is not None:
         plain.load_state_dict(gathered)
         save_policy(plain, tokenizer, folder)

@@ -75,7 +75,7 @@ def _parts(module: nn.Module, terms: list[Term], training: Optimisation, worker:
         [partial(_loss, term, rows) for term, rows in largest],
         bfloat16=training.precision == "bfloat16",
         accumulates=len(terms) > 1 or any(len(rows) < share for _, rows in largest),
-        num_shards=worker.world_size if worker.shards else 1,
+        num_shards=worker.num_parts,
     )
     if need is None:
         return None

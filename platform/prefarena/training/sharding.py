@@ -6,7 +6,7 @@ head belong to the root, whose forward reads their weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TypeVar
 
 import torch
@@ -56,6 +56,11 @@ def reduce_after_backward(module: nn.Module, reduce: bool) -> None:
     module.set_requires_gradient_sync(reduce)
 
 
+def kept_on_rank_0(named_tensors: Iterable[tuple[str, Tensor]], rank: int) -> dict[str, Tensor]:
+    """Tensors that are made whole one by one, on rank 0's CPU; the others take part in making them and keep none."""
+    return {name: tensor.detach().cpu() for name, tensor in named_tensors if rank == 0}
+
+
 @torch.no_grad()
 def on_rank_0(model: Model, fresh: Callable[[], Model], rank: int) -> Model | None:
     """The trained model as a plain one on rank 0, None on the others; every worker calls it.
@@ -67,11 +72,7 @@ def on_rank_0(model: Model, fresh: Callable[[], Model], rank: int) -> Model | No
     if not any(isinstance(tensor, DTensor) for tensor in state.values()):
         take_off_wrappers(model)  # training's precision and recomputation are its own
         return model if rank == 0 else None
-    gathered: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        everything = whole(tensor)
-        if rank == 0:
-            gathered[name] = everything.cpu()
+    gathered = kept_on_rank_0(((name, whole(tensor)) for name, tensor in state.items()), rank)
     if rank != 0:
         return None
     plain = fresh()

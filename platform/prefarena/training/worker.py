@@ -73,6 +73,11 @@ class Worker:
         """Whether models are spread over the workers."""
         return self.sharding == "fsdp" and self.world_size > 1
 
+    @property
+    def num_parts(self) -> int:
+        """How many workers a model is spread over; 1 where each holds all of it."""
+        return self.world_size if self.shards else 1
+
     def no_sync(self, module: nn.Module, enabled: bool = True) -> Any:
         """A context in which backward passes leave the reduction over workers to a later one."""
         if is_sharded(module):
