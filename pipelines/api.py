@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
+from pipelines.console import new_console
 from prefarena.cluster.session import listen_on_loopback
 from prefarena.config import Comparison, load_config, parse_config
 from prefarena.report.comparison import ComparisonResult, load_results
-
-_PLAIN_WIDTH = 170  # of lines that go to a file or a job's log
 
 Config = str | Path | Mapping[str, Any] | Comparison
 
@@ -59,6 +55,6 @@ def run(config: Comparison, last: str, *, retry_failed: bool = False, quiet: boo
     from pipelines.compare import compare as run_stages
 
     transformers_logging.disable_progress_bar()
-    console = Console(quiet=quiet) if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH, quiet=quiet)
+    console = new_console(quiet)
     console.print("looking at the settings, the data and the models …")
     return run_stages(config, console, last, retry_failed=retry_failed)

@@ -2,23 +2,21 @@
 
 from __future__ import annotations
 
-import sys
-
-from rich.console import Console
 from rich.markdown import Markdown
 
+from pipelines.console import new_console
 from prefarena.report.comparison import load_results
 from prefarena.report.differences import differences
 from prefarena.report.findings import compared
 from prefarena.report.tables import main_table
 
-_WIDE, _PLAIN_WIDTH = 150, 170  # characters from which the whole table fits; of lines that go to a file
+_WIDE = 150  # characters from which the whole table fits
 
 
 def show(run: str) -> int:
     """Print what a run found: its findings, its table, and where the rest is. Returns the exit status."""
     result = load_results(run)
-    console = _console()
+    console = new_console()
     console.print(Markdown(compared(result.results)))
     console.print(Markdown("\n".join(f"- {sentence}" for sentence in result.findings)))
     console.print(main_table(result.results, brief=console.width < _WIDE).rich())
@@ -30,7 +28,7 @@ def show(run: str) -> int:
 def diff(first: str, second: str) -> int:
     """Print which settings, versions and numbers differ between two runs. Returns the exit status."""
     one, other = load_results(first), load_results(second)
-    console = _console()
+    console = new_console()
     console.print(f"first:  {one.folder}\nsecond: {other.folder}", markup=False, soft_wrap=True)
     tables = differences(one.results, other.results)
     for table in tables:
@@ -38,7 +36,3 @@ def diff(first: str, second: str) -> int:
     if not tables:
         console.print("The two runs have the same settings, versions and numbers.")
     return 0
-
-
-def _console() -> Console:
-    return Console() if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH)

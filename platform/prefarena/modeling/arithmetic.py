@@ -25,8 +25,14 @@ def in_weights(model: PreTrainedModel, arithmetic: Arithmetic) -> PreTrainedMode
     Training halves parameters alone: the frequencies of rotary embeddings keep their float32.
     """
     if arithmetic == "bfloat16":
-        _halve(model)
+        halve(model)
     return model
+
+
+def halve(module: nn.Module) -> None:
+    """Hold all parameters in bfloat16."""
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def body_in_weights(model: PreTrainedModel, arithmetic: Arithmetic) -> PreTrainedModel:
@@ -35,7 +41,7 @@ def body_in_weights(model: PreTrainedModel, arithmetic: Arithmetic) -> PreTraine
     The head stays in float32, and so does what it takes: eight bits of a score would make ties of near responses.
     """
     if arithmetic == "bfloat16" and model.base_model is not model:
-        _halve(model.base_model)
+        halve(model.base_model)
         for part in model.children():
             if part is not model.base_model:
                 part.register_forward_pre_hook(_widened)
@@ -54,11 +60,6 @@ def halve_products(module: nn.Module) -> None:
             if is_linear(part) and "lora_" not in name and not any(one.requires_grad for one in own):
                 for parameter in own:
                     parameter.data = parameter.data.to(torch.bfloat16)
-
-
-def _halve(module: nn.Module) -> None:
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _widened(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

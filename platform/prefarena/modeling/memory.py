@@ -27,6 +27,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from prefarena.modeling.arithmetic import halve
 from prefarena.modeling.halves import compute_in_halves
 from prefarena.modeling.layers import decoder_layers
 from prefarena.modeling.logprobs import LogProbs, can_pack, sequence_logps
@@ -67,8 +68,9 @@ def training_memory(
     weights = size_of(module.parameters()) + size_of(module.buffers())
     trained = size_of(parameter for parameter in module.parameters() if parameter.requires_grad)
     try:
-        halve = None if not bfloat16 else compute_in_halves if num_shards == 1 else _halve_weights
-        passes = max(_peak_of_pass(module, loss, halve, accumulates) for loss in losses)
+        # A sharded module's whole weights are counted apart; it holds halves while it computes.
+        halved = None if not bfloat16 else compute_in_halves if num_shards == 1 else halve
+        passes = max(_peak_of_pass(module, loss, halved, accumulates) for loss in losses)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
         return None
     if num_shards == 1:
@@ -116,10 +118,10 @@ def _computed_in(module: nn.Module, bfloat16: bool) -> int:
     return sum(one.numel() * (2 if bfloat16 else one.itemsize) for one in module.parameters())
 
 
-def _peak_of_pass(module: nn.Module, loss: Loss, halve: Callable[[nn.Module], None] | None, accumulates: bool) -> int:
+def _peak_of_pass(module: nn.Module, loss: Loss, halved: Callable[[nn.Module], None] | None, accumulates: bool) -> int:
     """Most bytes that one forward and backward pass holds beyond weights, and gradients where they exist before it.
 
-    halve: what has the module compute in half precision.
+    halved: what has the module compute in half precision.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     if next(module.parameters()).is_meta:
@@ -131,8 +133,8 @@ def _peak_of_pass(module: nn.Module, loss: Loss, halve: Callable[[nn.Module], No
             twin = copy.deepcopy(module)
     _experts_one_by_one(twin)
     with fake:
-        if halve is not None:
-            halve(twin)
+        if halved is not None:
+            halved(twin)
         if accumulates:
             for parameter in twin.parameters():
                 parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
@@ -141,12 +143,6 @@ def _peak_of_pass(module: nn.Module, loss: Loss, halve: Callable[[nn.Module], No
         with count:
             loss(twin).backward()
     return count.peak
-
-
-def _halve_weights(module: nn.Module) -> None:
-    """As a sharded module has them, whose whole weights are counted apart."""
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(torch.bfloat16)
 
 
 def _experts_one_by_one(module: nn.Module) -> None:
