@@ -73,7 +73,7 @@ def all_stages(plans: list[SeedPlan]) -> list[Stage]:
         stages += plan.shared()
         for trained in plan.trained:
             stages += trained.stages()
-        stages.append(plan.evaluation)
+        stages += [plan.evaluation, *([plan.frontier] if plan.frontier else [])]
     return list(dict.fromkeys(stages))
 
 

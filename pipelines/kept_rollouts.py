@@ -25,7 +25,7 @@ from prefarena.stages import is_finished, read_manifest
 
 PART_ROLLOUTS = 256
 Draw = Callable[[list[list[int]], Sampling], list[Rollout]]
-#: Prompts and responses in, a number for each response out.
+#: Prompts and responses in, a number (or a row of them) for each response out.
 Compute = Callable[[list[list[int]], list[list[int]]], np.ndarray]
 
 
@@ -70,22 +70,27 @@ class KeptRollouts:
 
 
 class KeptValues:
-    """Log-probs or scores of responses, kept in parts; without a folder nothing is kept."""
+    """Log-probs, divergences or scores of responses, kept in parts; without a folder nothing is kept."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
     def complete(
-        self, given_by: Any, prompts: list[list[int]], responses: list[list[int]], compute: Compute
+        self,
+        given_by: Any,
+        prompts: list[list[int]],
+        responses: list[list[int]],
+        compute: Compute,
+        part_rows: int = PART_ROLLOUTS,
     ) -> np.ndarray:
         """The values [N] of N responses: those that are kept, and of the parts that are missing what `compute` gives.
 
-        given_by: everything that the values depend on beside prompts and responses (JSON-able). Parts are computed
-        apart, whether they are kept or not, so that a stop changes no bit.
+        given_by: everything that the values depend on beside prompts and responses (JSON-able). Parts of `part_rows`
+        are computed apart, whether they are kept or not, so that a stop changes no bit.
         """
         parts = []
-        for start in range(0, len(prompts), PART_ROLLOUTS):
-            own = [rows[start : start + PART_ROLLOUTS] for rows in (prompts, responses)]
+        for start in range(0, len(prompts), part_rows):
+            own = [rows[start : start + part_rows] for rows in (prompts, responses)]
             path = self._folder / f"{content_id(given_by, *own)}.npy" if self._folder is not None else None
             found = None if path is None else _read_values(path)
             if found is None:

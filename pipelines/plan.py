@@ -91,6 +91,7 @@ class SeedPlan:
     samples: Stage | None  # holds reference_samples/, on which learned rewards are normalised; none where none is
     judge: Stage | None
     evaluation: Stage  # of the reference itself
+    frontier: Stage | None  # scores of many samples of the reference, where the frontier is estimated
     trained: tuple[Trained, ...]
 
     @property
@@ -151,14 +152,16 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else _judge_inputs(config.judge)
     if is_pairwise(config):
         judged_by = "pairwise"  # which has a stage of its own: responses do not depend on the judge
-    evaluate = [logps.key, judged_by, _dump(config.evaluation)]
+    evaluate = [logps.key, judged_by, config.evaluation.model_dump(mode="json", exclude={"frontier_samples"})]
     if isinstance(task, TextTask) and _engine(config) != ["float32"]:
         evaluate.append(_engine(config))
     trained = tuple(
         _trained(config, entry, seed, root, logps, trained_on, responses, samples, judge, evaluate)
         for entry in config.entries
     )
-    evaluation = Stage.at(root, "evaluation", "reference", [reference.key, evaluate])
+    evaluation, frontier = Stage.at(root, "evaluation", "reference", [reference.key, evaluate]), None
+    if isinstance(task, TextTask) and config.evaluation.frontier_samples:
+        frontier = Stage.at(root, "frontier", task.kind, [evaluation.key, config.evaluation.frontier_samples])
     if is_pairwise(config):
         trained = tuple(_compared(one, root, evaluation, config.judge) for one in trained)
     return SeedPlan(
@@ -174,6 +177,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
         samples,
         judge,
         evaluation,
+        frontier,
         trained,
     )
 

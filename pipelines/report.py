@@ -12,8 +12,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pipelines.equal_length import equal_length_row
 from pipelines.evaluate import pairwise_wins
 from pipelines.exact import exact_frontier, exact_optimum, read_trajectory
+from pipelines.frontier import frontier_points, regret_row
 from pipelines.judge_notes import judge_notes
 from pipelines.plan import SeedPlan, Trained
 from pipelines.samples import gather_samples
@@ -79,6 +81,7 @@ def gather(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> Res
         data=_data(plans[0]),
         entries=entries,
         frontier={str(plan.seed): exact_frontier(plan) for plan in plans} if exact else None,
+        estimated_frontier={str(p.seed): points for p in plans if (points := frontier_points(p))},
         win_matrix=_win_matrix(config, plans) if config.evaluation.win_matrix else None,
         curves=_by_entry(config, plans, lambda trained: str(metrics) if (metrics := _metrics(trained)) else None),
         trajectories=_by_entry(config, plans, lambda trained: read_trajectory(trained.evaluation)),
@@ -159,8 +162,10 @@ def _row(stage: Stage) -> dict[str, float]:
 def _entry_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
     row = _row(trained.evaluation)
     if not isinstance(plan.task, LanguageTask):  # sampled policies meet here for the first time
+        row |= equal_length_row(plan, trained)
         if trained.wins is not None:
             return row | _row(trained.wins) | _reward_model_row(trained)
+        row |= regret_row(plan, trained)
         rates, errors = pairwise_wins(plan, [trained.evaluation, plan.evaluation])
         row |= {"win_rate": float(rates[0, 1]), "win_rate_stderr": float(errors[0, 1])}
     return row | _reward_model_row(trained)
@@ -289,8 +294,10 @@ def _costs(plans: list[SeedPlan], reused: set[Stage]) -> list[Cost]:
     per_seed = len({plan.data for plan in plans}) > 1
     for plan in plans:
         seed = plan.seed if per_seed else None
-        for stage in [*plan.shared(), plan.evaluation]:
-            name = f"{stage.kind} (reference)" if stage == plan.evaluation else stage.kind
+        frontier = [plan.frontier] if plan.frontier and plan.frontier.finished else []
+        for stage in [*plan.shared(), plan.evaluation, *frontier]:
+            name = f"evaluation ({'reference' if stage == plan.evaluation else 'frontier'})"
+            name = name if stage in (plan.evaluation, plan.frontier) else stage.kind
             costs.setdefault((stage, None), _cost(stage, name, None, seed, reused))
         for trained in plan.trained:
             named = {  # entries may share a reward model: each would have paid for it alone

@@ -12,9 +12,10 @@ import pytest
 import torch
 from tiny import EOS, save_tiny_policy
 
-from pipelines.evaluate import SampledJob, sampled_job, score_samples
+from pipelines.evaluate import sampled_job
 from pipelines.plan import make_plan
 from pipelines.reference import scoring_options
+from pipelines.sampled import SampledJob, score_samples
 from prefarena.config import Comparison, Evaluation, FunctionJudge, parse_config
 from prefarena.generation.actor import _environment
 from prefarena.judges.spec import JudgeSpec

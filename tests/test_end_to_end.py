@@ -246,7 +246,7 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
             {"name": "best-of-3", "method": {"kind": "best_of_n", "reward": LEARNED, "n": 3}},
             {"name": "kto", "method": {"kind": "kto", "training": {**QUICK, "num_steps": 30}}},
         ],
-        "evaluation": {"num_prompts": 8, "samples_per_prompt": 2},
+        "evaluation": {"num_prompts": 8, "samples_per_prompt": 2, "frontier_samples": 8},
     }  # fmt: skip
     results = run(tree, tmp_path)
     assert not results.exact and results.data["num_train_pairs"] > 60
@@ -254,6 +254,9 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     assert dpo["preference_accuracy"] - 2 * dpo["preference_accuracy_stderr"] > 0.5
     assert dpo["kl_stderr"] > 0 and dpo["win_rate_stderr"] >= 0 and dpo["logp_gap/max"] < 1e-3
     assert results.entry("reference").seeds["0"]["kl"] == pytest.approx(0, abs=1e-6)
+    assert dpo["kl_vocabulary"] > 0 and dpo["forward_kl"] > 0 and dpo["demonstration_gain_stderr"] > 0
+    assert 0 < dpo["win_rate_at_equal_length"] < 1
+    assert len(results.estimated_frontier["0"]) == 33 and any(c.stage == "evaluation (frontier)" for c in results.costs)
     assert any("reward model trained on pairs that no entry saw" in note for note in results.notes)
     assert any("every token of 1 on-policy run log-probs" in note for note in results.notes)
     assert not any("{" in note for note in results.notes)
@@ -262,7 +265,8 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     best = results.entry("best-of-3").seeds["0"]
     assert best["kl_bound"] == pytest.approx(np.log(3) - 2 / 3) and best["win_rate_stderr"] >= 0
     assert "kl" not in best and "preference_accuracy" not in best
-    tokens = {c.entry: c.num_tokens_generated for c in results.costs if c.stage.startswith("evaluation")}
+    evaluations = ("evaluation (reference)", "evaluation")
+    tokens = {c.entry: c.num_tokens_generated for c in results.costs if c.stage in evaluations}
     assert 2 < tokens["best-of-3"] / tokens[None] < 4.5
     rows = [json.loads(line) for line in Path(results.curves["rlhf"]["0"]).read_text().splitlines()]
     assert all("reward/judge" in row for row in rows)

@@ -21,11 +21,11 @@ from on_policy import LocalGenerator, make_job, metric_rows, timeless
 from s3 import BUCKET, fs, server
 from tiny import EOS, save_tiny_policy
 
-from pipelines.evaluate import SampledJob, score_samples
 from pipelines.jobs import judge_spec
 from pipelines.judge_notes import judge_notes
 from pipelines.plan import make_plan
 from pipelines.report import _entry_row, _row
+from pipelines.sampled import SampledJob, score_samples
 from prefarena import mirror
 from prefarena.config import Comparison, EndpointJudge, GRPOTraining, PPOTraining
 from prefarena.errors import JudgeError

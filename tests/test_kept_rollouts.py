@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import EOS, save_tiny_policy
 
-from pipelines import evaluate
-from pipelines.evaluate import SampledJob, score_samples
+from pipelines import policy_scores
 from pipelines.kept_rollouts import PART_ROLLOUTS, KeptRollouts, KeptValues
+from pipelines.sampled import SampledJob, score_samples
 from prefarena.config import Evaluation
 from prefarena.generation.interface import Sampling
 from prefarena.records import Rollout
@@ -123,7 +123,7 @@ def test_an_evaluation_that_dies_while_it_scores_computes_no_log_prob_twice(
     pq.write_table(table, tmp_path / "test_pairs" / "part-0.parquet")
     rollouts = [Rollout([1, 3 + i % 7], [4 + i % 5, EOS], [-1.0, -1.0], True, "0") for i in range(PART_ROLLOUTS + 5)]
     computed: list[tuple[str, int]] = []
-    plain, dies = evaluate.response_logps, [True]
+    plain, dies = policy_scores.response_logps, [True]
 
     def counted(model: Any, prompts: list[list[int]], *others: Any) -> np.ndarray:
         which = "old" if "old" in model.config._name_or_path else "new"
@@ -133,7 +133,7 @@ def test_an_evaluation_that_dies_while_it_scores_computes_no_log_prob_twice(
         computed.append((which, len(prompts)))
         return plain(model, prompts, *others)
 
-    monkeypatch.setattr(evaluate, "response_logps", counted)
+    monkeypatch.setattr(policy_scores, "response_logps", counted)
     (tmp_path / "evaluation").mkdir()
 
     def row(kept: Path | None) -> dict[str, float]:

@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefarena.modeling import chunked_head
-from prefarena.modeling.chunked_head import chunked_logps
+from prefarena.modeling.chunked_head import Head, chunked_kls, chunked_logps
 from prefarena.modeling.logprobs import LogProbs, Sequences, sequence_logps, token_logps, token_logps_and_entropy
 from prefarena.modeling.packing import pack
 
@@ -215,6 +215,50 @@ def test_the_chunked_head_is_a_log_softmax_with_its_gradients(
         losses.append(torch.autograd.grad(loss, wanted))
     for ours, theirs in zip(*losses, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("tiles", [(1024, 2048), (7, 11), (5, 100), (100, 3)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_chunked_divergences_are_those_of_whole_distributions(
+    monkeypatch: pytest.MonkeyPatch, tiles: tuple[int, int], bias: bool
+) -> None:
+    """Of heads of other widths too; rows whose logits are all far above or below the others' change nothing."""
+    monkeypatch.setattr(chunked_head, "TOKENS", tiles[0])
+    monkeypatch.setattr(chunked_head, "VOCABULARY", tiles[1])
+    generator = torch.Generator().manual_seed(0)
+    sides = []
+    for width in (8, 5):
+        hidden, weight, shift = (
+            torch.randn(*shape, generator=generator) for shape in ((29, width), (53, width), (53,))
+        )
+        hidden[3] *= 40.0
+        sides.append((hidden.double(), Head(weight.double(), (shift + 500).double() if bias else None)))
+    p, q = (
+        torch.log_softmax((hidden @ head.weight.t() + (0 if head.bias is None else head.bias)) / 0.6, -1)
+        for hidden, head in sides
+    )
+    found = chunked_kls(*sides[0], *sides[1], temperature=0.6)
+    torch.testing.assert_close(found[0], (p.exp() * (p - q)).sum(-1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found[1], (q.exp() * (q - p)).sum(-1), rtol=1e-10, atol=1e-10)
+    same = chunked_kls(*sides[0], *sides[0])
+    assert not same[0].any() and not same[1].any()
+
+
+def test_divergences_of_half_precision_are_summed_in_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    generator = torch.Generator().manual_seed(0)
+    (hidden, weight), (other, other_weight) = (
+        (torch.randn(40, 64, generator=generator).bfloat16(), torch.randn(3000, 64, generator=generator).bfloat16())
+        for _ in range(2)
+    )
+    found, _ = chunked_kls(hidden, Head(weight, None), other, Head(other_weight, None))
+    p, q = ((a.double() @ b.double().t()).log_softmax(-1) for a, b in ((hidden, weight), (other, other_weight)))
+    torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=1e-5)
+
+
+def test_vocabularies_of_two_sizes_have_no_divergence() -> None:
+    one, other = (Head(torch.ones(size, 4), None) for size in (7, 8))
+    with pytest.raises(ValueError, match="vocabularies of 7 and 8 tokens"):
+        chunked_kls(torch.ones(2, 4), one, torch.ones(2, 4), other)
 
 
 def test_a_frozen_head_gets_no_gradient_and_half_precision_is_summed_in_float32() -> None:

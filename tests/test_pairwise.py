@@ -12,10 +12,11 @@ import pytest
 from judge_server import Server, server
 from tiny import EOS, save_tiny_policy
 
-from pipelines.evaluate import sampled_job, score_samples
+from pipelines.evaluate import sampled_job
 from pipelines.judge_notes import judge_notes
 from pipelines.plan import make_plan
 from pipelines.report import _entry_row, _row, _win_matrix
+from pipelines.sampled import score_samples
 from pipelines.samples import gather_samples
 from pipelines.wins import (
     WinsJob,

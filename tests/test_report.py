@@ -13,9 +13,12 @@ import rich.console
 from PIL import Image
 
 from prefarena.errors import UserError
+from prefarena.report.charts import reward_kl_charts
 from prefarena.report.curves import read_curves
+from prefarena.report.html import write_page
 from prefarena.report.labels import Label, place_labels
 from prefarena.report.leakage import kl_at_gain, leakage, leakage_tables, paired_ratio
+from prefarena.report.measures import divergence_table
 from prefarena.report.page import write_report
 from prefarena.report.plots import grid_figure, reward_kl_figure
 from prefarena.report.results import (
@@ -24,15 +27,17 @@ from prefarena.report.results import (
     Results,
     WinMatrix,
     aggregate,
+    kl_key,
     load_results,
     paired_difference,
     save_results,
     with_gains,
 )
+from prefarena.report.significance import student_coverage
 from prefarena.report.style import write_figure
 from prefarena.report.tables import cost_table, main_table, number, win_table
 from prefarena.report.trajectories import agreement_summary, agreement_table, summary_table, trajectory_table
-from prefarena.report.verdict import student_coverage, verdict
+from prefarena.report.verdict import verdict
 
 
 def best(kl: float) -> float:
@@ -265,6 +270,86 @@ def test_win_table_has_no_diagonal(tmp_path: Path) -> None:
     table = win_table(exact_results(tmp_path))
     assert table is not None
     assert table.rows[2][:4] == ("mpo", "0.600 ± 0.010", "0.550 ± 0.010", "–")
+
+
+def with_divergences(results: Results) -> Results:
+    """A KL of less spread beside k1 in every row, and what else is measured on text."""
+    for place, entry in enumerate(results.entries):
+        for row in entry.seeds.values():
+            row |= {"kl_vocabulary": 2.0 * place, "kl_vocabulary_stderr": 0.02, "kl_k3": 9.0, "forward_kl": 3.0}
+            row |= {"demonstration_logp": -80.0, "demonstration_logp_stderr": 4.0}
+            row |= {"demonstration_gain": -2.5, "demonstration_gain_stderr": 0.25}
+            row |= {"win_rate_at_equal_length": 0.55, "regret": 0.1 * place, "regret_stderr": 0.01}
+    return results
+
+
+def test_the_kl_of_text_is_that_of_least_spread_where_all_policies_have_it() -> None:
+    results = with_divergences(text_results())
+    table = main_table(results)
+    rows = {row[0]: dict(zip(table.header[1:], row[1:], strict=True)) for row in table.rows}
+    assert rows["dpo"]["KL"] == "4.000 ± 0.020" and rows["dpo"]["regret"] == "0.200 ± 0.010"
+    assert rows["dpo"]["win rate at equal length"] == "0.550" and "exact divergences over the voc" in table.caption
+    found = divergence_table(results)
+    assert found is not None
+    assert found.rows[2] == (
+        "dpo",
+        "4.000 ± 0.020",
+        "5.000 ± 0.100",
+        "9.000",
+        "3.000",
+        "-80.000 ± 4.000",
+        "-2.500 ± 0.250",
+    )
+    assert "dpo by mpo" not in "\n".join(verdict(results))  # which has more of either KL, and less score
+    del results.entries[1].seeds["0"]["kl_vocabulary"]  # evaluated by an earlier version
+    assert kl_key(results) == "kl" and divergence_table(results) is None
+    assert {row[0]: row[1:] for row in main_table(results).rows}["dpo"][4] == "5.000 ± 0.100"
+
+
+def test_both_pages_show_the_distances_and_what_they_are(tmp_path: Path) -> None:
+    results = with_divergences(text_results())
+    results.estimated_frontier = {"0": [(0.0, 0.0, 0.01), (1.0, 0.5, 0.02), (3.0, 0.9, 0.1)]}
+    texts = [write_report(results, tmp_path).read_text(encoding="utf-8"), write_page(results, tmp_path).read_text()]
+    for text in texts:
+        for said in ("Distance from the reference", "log π of demonstrations", "-2.500 ± 0.250", "forward KL"):
+            assert said in text, said
+        assert "it ends where so few samples can no longer show it" in text
+    (plane, _) = reward_kl_charts(results)
+    frontier = [line for line in plane["lines"] if line["role"] == "frontier"]
+    assert [line["x"] for line in frontier] == [[0.0, 1.0, 3.0]]
+
+
+def test_wins_that_pass_the_correction_for_all_comparisons_are_marked() -> None:
+    results = text_results()
+    rates, errors = (
+        [[0.5, 0.4, 0.473], [0.6, 0.5, 0.5], [0.527, 0.5, 0.5]],
+        [[0.01, 0.02, 0.013], [0.02] * 3, [0.013] * 3],
+    )
+    results.win_matrix = WinMatrix(rows=["reference", "mpo", "dpo"], win_rate=rates, stderr=errors)
+    table = win_table(results)
+    assert table is not None
+    assert table.rows[0][1:] == ("–", "0.400 ± 0.020 *", "0.473 ± 0.013")  # p is 0.038, twice that too much
+    assert table.rows[1][1] == "0.600 ± 0.020 *" and "Holm's correction for 3 comparisons" in table.caption
+    results.win_matrix = WinMatrix(
+        rows=["reference", "dpo"], win_rate=[[0.5, 0.473], [0.527, 0.5]], stderr=[[0.013] * 2] * 2
+    )
+    (first, _) = win_table(results).rows  # type: ignore[union-attr]
+    assert first[2] == "0.473 ± 0.013 *"  # the only comparison
+
+
+def test_preference_over_the_reference_is_corrected_for_the_number_of_entries() -> None:
+    """Two standard errors and a half are enough for one entry, and not among five."""
+    results = text_results()
+    entry = results.entries[1].model_copy(deep=True)
+    entry.seeds["0"]["win_rate"] = 0.55  # ± 0.02
+    results.entries = [results.entries[0], entry]
+    assert "at the 5 % level: mpo (0.550 ± 0.020)" in "\n".join(verdict(results))
+    for name in "abcd":
+        other = entry.model_copy(deep=True, update={"name": name})
+        other.seeds["0"]["win_rate"] = 0.51
+        results.entries.append(other)
+    text = "\n".join(verdict(results))
+    assert "at the 5 % level, after Holm's correction for 5 comparisons: none" in text
 
 
 def test_zero_has_no_sign() -> None:

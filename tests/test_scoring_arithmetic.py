@@ -25,11 +25,12 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
-from pipelines import evaluate, reference
-from pipelines.evaluate import SampledJob, sampled_job, score_samples
+from pipelines import policy_scores, reference
+from pipelines.evaluate import sampled_job
 from pipelines.jobs import reward_model_job as job_of
 from pipelines.plan import make_plan
 from pipelines.reference import Part, ReferenceLogps, add_reference_logps, write_scores
+from pipelines.sampled import SampledJob, score_samples
 from prefarena.config import Comparison, Evaluation, Resources, RewardModel, parse_config
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import UserError
@@ -84,14 +85,14 @@ def test_a_policy_that_is_its_reference_has_log_ratios_of_exactly_0_in_bfloat16(
 ) -> None:
     if path == "padded":
         monkeypatch.setattr(logprobs, "why_not_packed", lambda *_: "this test pads")
-    plain, computed = evaluate.response_logps, list[tuple[torch.dtype, np.ndarray]]()
+    plain, computed = policy_scores.response_logps, list[tuple[torch.dtype, np.ndarray]]()
 
     def watched(model: PreTrainedModel, *others: Any) -> np.ndarray:
         found = plain(model, *others)
         computed.append((model.dtype, found))
         return found
 
-    monkeypatch.setattr(evaluate, "response_logps", watched)
+    monkeypatch.setattr(policy_scores, "response_logps", watched)
     row = evaluated(tmp_path, "bfloat16")
     assert row["kl"] == row["kl_k3"] == row["kl_stderr"] == 0.0
     assert row["preference_accuracy"] == 0.5  # of five pairs: all are ties

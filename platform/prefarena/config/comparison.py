@@ -179,8 +179,21 @@ class Evaluation(Section):
     num_reference_samples: int = Field(
         512, ge=2, description="Samples of the reference on training prompts, on which learned rewards are normalised."
     )
+    frontier_samples: int = Field(
+        0,
+        ge=0,
+        description="Text tasks: samples of the reference on each held-out prompt, from which the best score at any KL "
+        "is estimated, and each entry's regret; 0: not estimated, else at least 8. n samples show a KL of up to about "
+        "log n - 2 nats.",
+    )
     win_matrix: bool = Field(True, description="Win rates between all entries, not only against the reference.")
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _few_samples_show_no_frontier(self) -> Evaluation:
+        if 0 < self.frontier_samples < 8:
+            raise ValueError("frontier_samples: fewer than 8 samples a prompt show no frontier; give 0 or at least 8")
+        return self
 
 
 class Comparison(Section):
@@ -233,6 +246,10 @@ class Comparison(Section):
             raise ValueError(
                 "resources.scoring.dtype: bfloat16 is for text tasks; the enumerable language is measured exactly, in "
                 "float32"
+            )
+        if self.evaluation.frontier_samples and self.judge.kind == "pairwise" and self.task.kind != "language":
+            raise ValueError(
+                "evaluation.frontier_samples: a frontier is of scores, and judge kind pairwise gives none; set it to 0"
             )
         self._check_weight_sync()
         self._check_gpus()

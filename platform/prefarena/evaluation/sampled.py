@@ -66,6 +66,36 @@ def kl_estimates(logps: np.ndarray, ref_logps: np.ndarray, clusters: np.ndarray)
     return clustered(ratio, clusters), clustered(np.expm1(-ratio) + ratio, clusters)
 
 
+def divergence_metrics(
+    along: np.ndarray, clusters: np.ndarray, beside: np.ndarray, ref_clusters: np.ndarray
+) -> dict[str, float]:
+    """kl_vocabulary, KL(pi || pi_ref), and forward_kl, KL(pi_ref || pi), each with its `_stderr`.
+
+    Means of sums over positions that are exact over the vocabulary (`divergence.sequence_kls`): `along` [N] samples of
+    the policy, `beside` [M] samples of the reference. Both unbiased. Without samples there is no estimate.
+    """
+    row: dict[str, float] = {}
+    for name, values, own in (("kl_vocabulary", along, clusters), ("forward_kl", beside, ref_clusters)):
+        if len(values):
+            row |= _named(name, clustered(values, own))
+    return row
+
+
+def demonstration_metrics(logps: np.ndarray, ref_logps: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    """How likely held-out demonstrations [N] are to the policy, nats a sequence, and what training changed about it.
+
+    demonstration_logp: mean log pi(y|x); demonstration_gain: mean log pi(y|x) - log pi_ref(y|x), paired, so that its
+    error is not that of how likely one demonstration is beside another.
+    """
+    gain = np.subtract(logps, ref_logps, dtype=np.float64)
+    found = {"demonstration_logp": clustered(logps, clusters), "demonstration_gain": clustered(gain, clusters)}
+    return {key: value for name, estimate in found.items() for key, value in _named(name, estimate).items()}
+
+
+def _named(name: str, estimate: Estimate) -> dict[str, float]:
+    return {name: estimate.mean, f"{name}_stderr": estimate.stderr}
+
+
 def sampled_metrics(
     rollouts: list[Rollout], logps: np.ndarray | None, ref_logps: np.ndarray | None, scores: np.ndarray | None
 ) -> dict[str, float]:
@@ -90,7 +120,7 @@ def sampled_metrics(
         if judged.any():
             estimates["judge_score"] = clustered(scores[judged], clusters[judged])
     for name, estimate in estimates.items():
-        row |= {name: estimate.mean, f"{name}_stderr": estimate.stderr}
+        row |= _named(name, estimate)
     return row
 
 

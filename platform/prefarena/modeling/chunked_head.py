@@ -1,4 +1,4 @@
-"""Log-probs and entropies of given tokens from hidden states, without ever holding the logits.
+"""Log-probs and entropies of given tokens, and divergences of two models, from hidden states without their logits.
 
 The vocabulary's projection is done tile by tile (tokens x vocabulary) with a running log-sum-exp, and again tile by
 tile in the backward pass; so memory does not grow with tokens x vocabulary. Tiles are computed and summed in at least
@@ -7,7 +7,7 @@ float32, whatever the precision of the model.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,6 +37,66 @@ def chunked_logps(
     """
     logps, entropies = _ChunkedHead.apply(hidden, weight, bias, targets, 1.0 / temperature, entropy)
     return logps, entropies if entropy else None
+
+
+class Head(NamedTuple):
+    """A linear map to the vocabulary: weight [V, D], bias [V] or none."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+@torch.no_grad()
+def chunked_kls(
+    hidden: Tensor, head: Head, other_hidden: Tensor, other_head: Head, *, temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """KL(p || q) and KL(q || p), [M] each, nats, float64: the exact sums over the vocabulary at M places.
+
+    p and q are softmax((hidden W^T + b) / temperature), of one model's hidden states [M, D] and head, and of the
+    other's. Log-ratios are taken before they are summed, so two models that say the same are exactly 0 apart.
+    """
+    if len(head.weight) != len(other_head.weight):
+        raise ValueError(f"vocabularies of {len(head.weight)} and {len(other_head.weight)} tokens have no divergence")
+    width, (token_tile, vocabulary_tile) = _wide(hidden.dtype), _tiles(hidden)
+    divergences = hidden.new_zeros(2, len(hidden), dtype=torch.float64)
+    for rows in _slices(len(hidden), token_tile):
+        sides: list[Running | None] = [None, None]
+        for columns in _slices(len(head.weight), vocabulary_tile):
+            tiles = [
+                _logits(
+                    states[rows],
+                    own.weight[columns],
+                    None if own.bias is None else own.bias[columns],
+                    1 / temperature,
+                    width,
+                )
+                for states, own in ((hidden, head), (other_hidden, other_head))
+            ]
+            ratio = tiles[0] - tiles[1]
+            sides = [_merge_ratios(side, tile, ratio) for side, tile in zip(sides, tiles, strict=True)]
+        (top, total, ratios), (other_top, other_total, other_ratios) = (_known(side) for side in sides)
+        normaliser = (top + total.log()) - (other_top + other_total.log())
+        divergences[0, rows] = ratios / total - normaliser
+        divergences[1, rows] = normaliser - other_ratios / other_total
+    return divergences[0], divergences[1]
+
+
+def _merge_ratios(running: Running | None, logits: Tensor, ratio: Tensor) -> Running:
+    """The tiles so far, and one more, in float64; third, the sum of exp(z - max) times the ratio of logits."""
+    top = logits.amax(1).double()
+    if running is not None:
+        top = torch.maximum(top, running[0])
+    exponentials = (logits - top[:, None].to(logits.dtype)).exp_()
+    total, weighted = exponentials.sum(1).double(), exponentials.mul_(ratio).sum(1).double()
+    if running is None or running[2] is None:
+        return top, total, weighted
+    factor = (running[0] - top).exp()
+    return top, total + running[1] * factor, weighted + running[2] * factor
+
+
+def _known(running: Running | None) -> tuple[Tensor, Tensor, Tensor]:
+    assert running is not None and running[2] is not None
+    return running[0], running[1], running[2]
 
 
 class _ChunkedHead(torch.autograd.Function):

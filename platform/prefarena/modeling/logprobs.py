@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from prefarena.modeling.chunked_head import chunked_logps
+from prefarena.modeling.chunked_head import Head, chunked_logps
 from prefarena.modeling.compiled_layers import compile_layers, why_not_compiled
 from prefarena.modeling.packing import Ids, PackedBatch, pack
 from prefarena.modeling.support import body_keywords, body_output, has_plain_head, why_not_packed
@@ -140,12 +140,23 @@ class LogProbs(PackedModel):
         `temperature` divides the logits, as sampling does.
         """
         if not self.plain_head:
-            return _from_logits(self._logits(batch), batch.targets, temperature, entropy)
-        head = self.model.get_output_embeddings()
-        hidden = body_output(self.model, batch).index_select(0, batch.sources)
-        return chunked_logps(hidden, head.weight, head.bias, batch.targets, temperature=temperature, entropy=entropy)
+            return _from_logits(self.logits(batch), batch.targets, temperature, entropy)
+        weight, bias = self.head
+        return chunked_logps(
+            self.head_inputs(batch), weight, bias, batch.targets, temperature=temperature, entropy=entropy
+        )
 
-    def _logits(self, batch: PackedBatch) -> Tensor:
+    @property
+    def head(self) -> Head:
+        """Of a model with a plain head."""
+        head = self.model.get_output_embeddings()
+        return Head(head.weight, head.bias)
+
+    def head_inputs(self, batch: PackedBatch) -> Tensor:
+        """The last hidden states [M, D] that score the response tokens: what a plain head takes."""
+        return body_output(self.model, batch).index_select(0, batch.sources)
+
+    def logits(self, batch: PackedBatch) -> Tensor:
         """[M, V] by the model's own head."""
         keywords = body_keywords(batch)
         if batch.trees is not None:

@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from prefarena.report.curves import OFF_POLICY_METRICS, ON_POLICY_METRICS, OWN_SCALE, read_curves
-from prefarena.report.plots import frontier_lines, group_curves
-from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, with_gains
+from prefarena.report.plots import FRONTIER_NOTE, frontier_lines, group_curves
+from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, kl_key, with_gains
 from prefarena.report.style import looks, on_ground
 from prefarena.report.tables import plus_minus, wall_seconds
 from prefarena.report.trajectories import (
@@ -89,8 +89,10 @@ def reward_kl_charts(results: Results) -> list[Chart]:
     return [
         _plane(
             found, "reward-kl", f"{measure.capitalize()} and KL on held-out prompts",
-            ("kl", measure.replace(" ", "_")), (_KL, f"mean {measure}"), [],
-            "Up is better, left is closer to the reference. Bars are one standard error.",
+            (kl_key(found), measure.replace(" ", "_")), (_KL, f"mean {measure}"),
+            _frontier(found, kl_key(found), "all") if scored else [],
+            "Up is better, left is closer to the reference. Bars are one standard error."
+            + (FRONTIER_NOTE if found.estimated_frontier else ""),
         ),
         _bars(
             found, "win-rates", "Win rate against the reference", lambda _, entry: aggregate(entry, "win_rate"),
@@ -157,12 +159,12 @@ def _seeds(*values: Aggregate) -> str:
     return f"<br>mean of {over[0]} seeds" if over else ""
 
 
-def _frontier(results: Results, kl: str) -> list[Line]:
+def _frontier(results: Results, kl: str, prompts: str = "covered") -> list[Line]:
     """The optimal frontiers, up to a little beyond the largest KL that an entry has."""
     measured = [row[kl] for entry in results.entries for row in entry.seeds.values() if kl in row]
     furthest = 1.25 * max(measured, default=0.0)
     lines = []
-    for line in frontier_lines(results, "covered"):
+    for line in frontier_lines(results, prompts):
         shown = line[line[:, 0] <= furthest] if furthest > 0 else line
         if len(shown):
             lines.append(_line(None, "optimal frontier", "frontier", shown[:, 0], shown[:, 1]))

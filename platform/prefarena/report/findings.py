@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from prefarena.report.leakage import baseline_of, leakage
-from prefarena.report.results import Aggregate, Results
+from prefarena.report.results import Aggregate, Results, kl_key
 from prefarena.report.tables import number, plus_minus
 from prefarena.report.verdict import verdict
 
@@ -85,7 +85,7 @@ def limits(results: Results) -> list[str]:
     found = list(results.notes)
     if len(results.seeds) == 1:
         found.append("One seed: the order of methods that lie close together may be chance.")
-    if not results.exact:
+    if not results.exact and kl_key(results) == "kl":
         found.append(
             "The KL estimate is noisy where policies are far apart, and may come out negative where they are near."
         )

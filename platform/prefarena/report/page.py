@@ -9,7 +9,8 @@ from typing import Any
 from prefarena.report.curves import curve_figures
 from prefarena.report.findings import compared, data_lines, findings, limits
 from prefarena.report.leakage import leakage, leakage_tables
-from prefarena.report.plots import drift_figure, reward_kl_figure
+from prefarena.report.measures import divergence_table
+from prefarena.report.plots import FRONTIER_NOTE, drift_figure, reward_kl_figure
 from prefarena.report.results import EntryResult, Results
 from prefarena.report.style import write_figure
 from prefarena.report.tables import Table, cost_table, main_table, win_table
@@ -38,6 +39,7 @@ def write_report(results: Results, folder: str | Path) -> Path:
         f"# {results.name}\n\n{compared(results)}\n",
         _listing("In short", findings(results)),
         _section("Results", main_table(results)),
+        _section("Distance from the reference", divergence_table(results)),
         *_sweep(results, target),
         _figure("Reward and KL", _reward_kl_text(results), target, reward_kl_figure(results), "reward_kl"),
         *_through_training(results, target),
@@ -80,6 +82,7 @@ def _reward_kl_text(results: Results) -> str:
         return (
             "Left: what each policy gains and how far it moves. "
             "Right: who wins against the reference; the line is one half."
+            + (FRONTIER_NOTE if results.estimated_frontier else "")
         )
     return (
         "Left: no policy can lie above the frontier, π* ∝ π_ref·exp(r/β); the vertical distance to it is the regret. "

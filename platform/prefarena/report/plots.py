@@ -7,9 +7,14 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prefarena.report.labels import Label, place_labels
-from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, with_gains
+from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, kl_key, with_gains
 from prefarena.report.style import BLACK, GREY, Look, house_style, looks
 
+#: Of text, behind other sentences.
+FRONTIER_NOTE = (
+    " The line is the best score that any policy could have at its KL, estimated from samples of the reference (π* ∝ "
+    "π_ref·exp(r/β), by importance sampling); it ends where so few samples can no longer show it."
+)
 _MOST_LABELS = 12
 _GAIN_LABEL = "gain in reward on prompts with pairs"
 _DRIFT_LABEL = "KL(π ‖ reference) on prompts without pairs, nats"
@@ -37,7 +42,8 @@ def reward_kl_figure(results: Results) -> Figure:
             title, unit = f"{measure.capitalize()} and KL on held-out prompts", f"mean {measure}"
             _titles(left, title, "KL(π ‖ reference), nats", unit)
             _titles(right, "Win rate against the reference", "share of comparisons won (± standard error)", "")
-            _points(left, found, "kl", measure.replace(" ", "_"), [])
+            shown = frontier_lines(found, "all") if scored else []
+            _points(left, found, kl_key(found), measure.replace(" ", "_"), shown)
             _win_rates(right, found)
     return figure
 
@@ -149,13 +155,15 @@ def _mark(axes: Axes, a: Aggregate, b: Aggregate, look: Look) -> None:
 
 
 def frontier_lines(results: Results, group: str) -> list[np.ndarray]:
-    """The different frontiers among seeds, each [N, 2] of (KL, reward)."""
+    """The different frontiers among seeds, each [N, 2] of (KL, reward); on text the estimated one, of all prompts."""
+    listed = [by_group[group] for by_group in (results.frontier or {}).values() if group in by_group]
+    if group == "all":
+        listed += [[(kl, reward) for kl, reward, _ in points] for points in results.estimated_frontier.values()]
     different: list[np.ndarray] = []
-    for by_group in (results.frontier or {}).values():
-        if group in by_group:
-            line = np.array(sorted(by_group[group]))
-            if not any(line.shape == other.shape and np.allclose(line, other) for other in different):
-                different.append(line)
+    for points in listed:
+        line = np.array(sorted(points))
+        if not any(line.shape == other.shape and np.allclose(line, other) for other in different):
+            different.append(line)
     return different
 
 

@@ -125,6 +125,9 @@ class Results(Part):
     frontier: dict[str, dict[str, list[tuple[float, float]]]] | None = Field(
         None, description="seed -> group of prompts -> [KL, best reward] points."
     )
+    estimated_frontier: dict[str, list[tuple[float, float, float]]] = Field(
+        {}, description="text: seed -> [KL, best reward, its standard error] points, as far as they are to be trusted."
+    )
     win_matrix: WinMatrix | None = None
     curves: dict[str, dict[str, str]] = Field({}, description="entry -> seed -> path of its metrics.jsonl.")
     trajectories: dict[str, dict[str, list[EvalRow]]] = Field(
@@ -210,6 +213,12 @@ def paired_difference(first: EntryResult, second: EntryResult, key: str) -> Aggr
     own = [entry.seeds[seeds[0]].get(f"{key}_stderr") or None for entry in (first, second)]
     within = math.sqrt(sum(error**2 for error in own if error)) if None not in own else None
     return Aggregate(mean, within, 1, False)
+
+
+def kl_key(results: Results) -> str:
+    """What the KL of policies is read from: on text the estimate of least variance that all of them have."""
+    rows = [row for entry in results.entries for row in entry.seeds.values() if "kl" in row]
+    return "kl_vocabulary" if rows and all("kl_vocabulary" in row for row in rows) else "kl"
 
 
 def with_gains(results: Results) -> Results:

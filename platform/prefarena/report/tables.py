@@ -4,10 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import product
 
 import rich.table
 
-from prefarena.report.results import Aggregate, Cost, EntryResult, Results, aggregate, mean_and_error
+from prefarena.report.results import (
+    Aggregate,
+    Cost,
+    EntryResult,
+    Results,
+    WinMatrix,
+    aggregate,
+    kl_key,
+    mean_and_error,
+)
+from prefarena.report.significance import significant
 
 MISSING = "–"
 
@@ -111,8 +122,10 @@ EXACT_COLUMNS = (
 TEXT_COLUMNS = (
     Column("judge score", _measured("judge_score"), 3, optional=True),
     Column("win rate", _measured("win_rate"), 3),
+    Column("win rate at equal length", _measured("win_rate_at_equal_length"), 3, brief=False, optional=True),
+    Column("regret", _measured("regret"), 3, optional=True),
     Column("position bias", _measured("position_bias"), 3, brief=False, optional=True),
-    Column("KL", _measured("kl"), 3),
+    Column("KL", lambda results, entry: aggregate(entry, kl_key(results)), 3),
     Column("KL at most", _measured("kl_bound"), 3, optional=True),
     Column("accuracy", _measured("preference_accuracy"), 3),
     Column("length", _measured("response_length"), 1),
@@ -162,8 +175,20 @@ def _legend(results: Results) -> str:
         "share in which it preferred the one shown second; 0 for a judge that does not look at the place."
     )
     has_bias = any(aggregate(entry, "position_bias") for entry in results.entries)
-    notes = f"{bound if has_bound else ''}{bias if has_bias else ''}"
-    return f"KL(π ‖ ref) in nats a response, estimated from samples.{notes} {common}"
+    equal = (
+        " Win rate at equal length: what a logistic regression of who wins on the difference in tokens says where "
+        "there is none (AlpacaEval 2's, without its term for prompts)."
+    )
+    regret = (
+        " Regret: the best judge score possible at the policy's own KL, as samples of the reference show it, less its "
+        "score; none where so few samples cannot show it."
+    )
+    has_regret = any(aggregate(entry, "regret") for entry in results.entries)
+    has_equal = any(aggregate(entry, "win_rate_at_equal_length") for entry in results.entries)
+    notes = f"{regret if has_regret else ''}{equal if has_equal else ''}{bound if has_bound else ''}"
+    notes += bias if has_bias else ""
+    how = ", the sum along each of the exact divergences over the vocabulary" if kl_key(results) != "kl" else ""
+    return f"KL(π ‖ ref) in nats a response, estimated from samples{how}.{notes} {common}"
 
 
 def _error_note(results: Results, values: list[Aggregate]) -> str:
@@ -197,18 +222,29 @@ def win_table(results: Results) -> Table | None:
     matrix = results.win_matrix
     if matrix is None:
         return None
-    rows = []
-    for i, name in enumerate(matrix.rows):
-        cells = []
-        for j in range(len(matrix.rows)):
-            rate, error = matrix.win_rate[i][j], matrix.stderr[i][j]
-            if i == j or rate is None:
-                cells.append(MISSING)
-            else:
-                cells.append(plus_minus(Aggregate(rate, error or None, 0, True), 3))
-        rows.append((name, *cells))
+    size, num_seeds = len(matrix.rows), len(results.seeds)
+    cells = {place: _win_cell(matrix, place, num_seeds) for place in product(range(size), repeat=2)}
+    pairs = [place for place in cells if place[0] < place[1]]
+    told = dict(zip(pairs, significant([cells[place] for place in pairs], 0.5), strict=True))
+    rows = [
+        (name, *(_marked(cells[i, j], told.get((min(i, j), max(i, j)))) for j in range(size)))
+        for i, name in enumerate(matrix.rows)
+    ]
     caption = "Row beats column: share of judged comparisons, ties half, ± one standard error."
+    if any(told.values()):
+        caption += f" *: other than one half at the 5 % level, after Holm's correction for {len(pairs)} comparisons."
     return Table(f"{results.name}: win rates", ("row beats", *matrix.rows), tuple(rows), caption)
+
+
+def _win_cell(matrix: WinMatrix, place: tuple[int, ...], num_seeds: int) -> Aggregate | None:
+    """None on the diagonal, and where the two were not compared."""
+    i, j = place
+    rate, error = matrix.win_rate[i][j], matrix.stderr[i][j]
+    return None if i == j or rate is None else Aggregate(rate, error or None, num_seeds, num_seeds > 1)
+
+
+def _marked(cell: Aggregate | None, is_told: bool | None) -> str:
+    return plus_minus(cell, 3) + (" *" if is_told else "")
 
 
 # ------------------------------------------------------------------------------------------------ costs

@@ -5,10 +5,18 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
-from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, paired_difference, with_gains
+from prefarena.report.results import (
+    Aggregate,
+    EntryResult,
+    Results,
+    aggregate,
+    kl_key,
+    paired_difference,
+    with_gains,
+)
+from prefarena.report.significance import significant, student_coverage
 from prefarena.report.tables import number, plus_minus, wall_seconds
 
 NEAR_FRONTIER = 0.95  # share of the possible gain
@@ -39,13 +47,14 @@ def _exact(results: Results, entries: list[EntryResult]) -> list[str]:
 
 
 def _judged(results: Results, entries: list[EntryResult]) -> list[str]:
+    kl = kl_key(results)
     by_score = [
         _leader(entries, "judge_score", "the highest judge score", True),
-        _dominated(entries, "kl", "judge_score"),
+        _dominated(entries, kl, "judge_score"),
     ]
     by_wins = [
         _leader(entries, "win_rate", "the highest win rate against the reference", True),
-        _dominated(entries, "kl", "win_rate", "a higher win rate"),
+        _dominated(entries, kl, "win_rate", "a higher win rate"),
     ]
     return [
         _against_chance(entries, "win_rate", "the reference", "responses"),
@@ -155,20 +164,18 @@ def _drift(entries: list[EntryResult]) -> str:
 
 
 def _against_chance(entries: list[EntryResult], key: str, rival: str, of: str) -> str:
-    """Which entries' `key` is clearly over one half, under it, or neither."""
+    """Which entries' `key` is over one half, under it, or neither, at 5 % for all of them together."""
     sides: dict[str, list[str]] = {"above": [], "below": [], "not told from": []}
-    for entry in entries:
-        value = aggregate(entry, key)
-        if value is None:
-            continue
-        clear = is_clear(value._replace(mean=value.mean - 0.5))
-        side = "not told from" if not clear else "above" if value.mean > 0.5 else "below"
+    known = [(entry, value) for entry in entries if (value := aggregate(entry, key)) is not None]
+    for (entry, value), is_more in zip(known, significant([value for _, value in known], 0.5), strict=True):
+        side = "not told from" if not is_more else "above" if value.mean > 0.5 else "below"
         sides[side].append(f"{entry.name} ({plus_minus(value, 3)})")
     if not any(sides.values()):
         return ""
     verb = "Preferred to" if key == "win_rate" else "Orders pairs better than"
+    for_all = f", after Holm's correction for {len(known)} comparisons" if len(known) > 1 else ""
     parts = [
-        f"{verb} {rival} on {of}, beyond two standard errors: {_names(sides['above']) or 'none'}",
+        f"{verb} {rival} on {of}, at the 5 % level{for_all}: {_names(sides['above']) or 'none'}",
         f"worse: {_names(sides['below'])}" if sides["below"] else "",
         f"not told from one half: {_names(sides['not told from'])}" if sides["not told from"] else "",
     ]
@@ -215,15 +222,6 @@ def _strength(results: Results) -> str:
         f"Standard errors are over {num_seeds} seeds; if the seeds' values are normal, ± two of them hold the true "
         f"mean in {student_coverage(2.0, num_seeds - 1):.0%} of cases."
     )
-
-
-def student_coverage(width: float, degrees: int, num_steps: int = 2000) -> float:
-    """P(|t| < width) for Student's t with `degrees` of freedom, by Simpson's rule."""
-    scale = math.exp(math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2)) / math.sqrt(degrees * math.pi)
-    step = width / num_steps
-    weights = [1 if index in (0, num_steps) else 4 if index % 2 else 2 for index in range(num_steps + 1)]
-    heights = [(1 + (index * step) ** 2 / degrees) ** (-(degrees + 1) / 2) for index in range(num_steps + 1)]
-    return 2 * scale * step / 3 * sum(weight * height for weight, height in zip(weights, heights, strict=True))
 
 
 def _names(names: list[str]) -> str:

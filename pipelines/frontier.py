@@ -1,0 +1,57 @@
+"""The estimated frontier of a text task, and how far below it entries lie, from what evaluations kept."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from pipelines.plan import SeedPlan, Trained
+from prefarena.evaluation.estimated_frontier import EstimatedFrontier
+from prefarena.mirror import bring
+from prefarena.stages import Stage
+
+
+def load_frontier(plan: SeedPlan) -> EstimatedFrontier | None:
+    """None where it is not estimated, or its scores could not be had."""
+    if plan.frontier is None or not plan.frontier.finished:
+        return None
+    arrays = _scores(plan.frontier)
+    return EstimatedFrontier(arrays["scores"], arrays["clusters"])
+
+
+def frontier_points(plan: SeedPlan) -> list[tuple[float, float, float]]:
+    """(KL, reward, standard error of the reward) as far as the estimate is to be trusted."""
+    frontier = load_frontier(plan)
+    return [(point.kl, point.reward, point.stderr) for point in frontier.curve()] if frontier else []
+
+
+def regret_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
+    """`frontier_reward` at the entry's own KL and its `regret`, with their errors.
+
+    Empty where there is no frontier, where it is not trusted as far as the entry is from the reference, and for
+    policies whose KL is not known.
+    """
+    frontier, arrays = load_frontier(plan), _scores(trained.evaluation)
+    if frontier is None or "kl" not in arrays:
+        return {}
+    known = ~np.isnan(arrays["scores"])
+    both = np.isin(frontier.prompts, arrays["clusters"][known])
+    if not both.all():  # a prompt to which the entry has no scored answer is no part of its regret
+        frontier = frontier.of(frontier.prompts[both])
+    means = [
+        np.array([values[at & (arrays["clusters"] == prompt)].mean() for prompt in frontier.prompts])
+        for values, at in ((arrays["kl"], np.ones_like(known)), (arrays["scores"], known))
+    ]
+    point, regret = frontier.optimum_at(float(means[0].mean())), frontier.regret(*means)
+    if point is None or regret is None:
+        return {}
+    row = {"frontier_reward": point.reward, "frontier_reward_stderr": point.stderr}
+    return row | {"regret": regret.mean, "regret_stderr": regret.stderr}
+
+
+def _scores(stage: Stage) -> dict[str, np.ndarray]:
+    path = stage.folder / "scores.npz"
+    bring(path)
+    if not path.is_file():
+        return {}
+    with np.load(path) as arrays:
+        return dict(arrays)

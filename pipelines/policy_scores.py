@@ -1,0 +1,97 @@
+"""What a policy says of responses in an evaluation, kept in parts: log-probs, and the divergence from another one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import PreTrainedModel
+
+from pipelines.kept_rollouts import KeptValues, training_of
+from prefarena.evaluation.divergence import Samples, sequence_kls
+from prefarena.evaluation.sampled import response_logps
+from prefarena.modeling.arithmetic import Arithmetic, in_weights, named
+from prefarena.modeling.load import load_policy, load_tokenizer
+from prefarena.modeling.logprobs import LogProbs
+
+#: Responses in a part of divergences, each of which reads the weights of both policies.
+_PART_DIVERGENCES = 2048
+
+
+@dataclass(frozen=True)
+class ScoredWith:
+    """How policies are scored. device: where; arithmetic: see modeling/arithmetic.py; kept: where parts are kept."""
+
+    batch_size: int
+    device: str = "cpu"
+    arithmetic: Arithmetic = "float32"
+    kept: Path | None = None
+
+    def given_by(self) -> list[object]:
+        """What a part's values depend on beside the policies and the responses."""
+        return [self.batch_size, self.device, *named(self.arithmetic)]
+
+
+class Scorer:
+    """A policy's log-probs of responses; its weights are read for the first part that is missing.
+
+    As a context it lets go of them in the end.
+    """
+
+    def __init__(self, policy: str, settings: ScoredWith) -> None:
+        self.policy, self.settings = policy, settings
+        self._model: PreTrainedModel | None = None
+        self._module: LogProbs | None = None
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let go of the weights; they are read again where they are needed again."""
+        self._model = self._module = None
+
+    def logps(self, prompts: list[list[int]], responses: list[list[int]], temperature: float) -> np.ndarray:
+        """log pi(y|x) [N], nats."""
+        given_by = ["logps", training_of(self.policy), temperature, *self.settings.given_by()]
+        return KeptValues(self.settings.kept).complete(given_by, prompts, responses, partial(self._logps, temperature))
+
+    def module(self) -> LogProbs:
+        """The policy as a module."""
+        if self._module is None:
+            self._module = LogProbs(self._loaded())
+        return self._module
+
+    @property
+    def pad_id(self) -> int:
+        return int(load_tokenizer(self.policy).pad_token_id)
+
+    def _logps(self, temperature: float, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
+        batch_size = self.settings.batch_size
+        return response_logps(self._loaded(), prompts, responses, self.pad_id, batch_size, temperature)
+
+    def _loaded(self) -> PreTrainedModel:
+        if self._model is None:
+            self._model = in_weights(load_policy(self.policy), self.settings.arithmetic)
+            torch.nn.Module.to(self._model, self.settings.device)
+        return self._model
+
+
+def divergences(
+    own: Scorer, other: Scorer, prompts: list[list[int]], responses: list[list[int]], temperature: float
+) -> np.ndarray:
+    """[N, 2], nats, as `sequence_kls` has them. Lets go of the weights of `own`; those of `other` stay for later."""
+    policies = [training_of(one.policy) for one in (own, other)]
+    given_by = ["divergences", *policies, temperature, *own.settings.given_by()]
+
+    def compute(prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
+        samples = Samples(prompts, responses, own.pad_id, own.settings.batch_size, temperature)
+        return sequence_kls(own, other, samples)
+
+    kept = KeptValues(own.settings.kept)
+    return kept.complete(given_by, prompts, responses, compute, part_rows=_PART_DIVERGENCES).reshape(-1, 2)

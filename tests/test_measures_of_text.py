@@ -1,0 +1,264 @@
+"""An evaluation from samples, from its Ray task to the report's rows: divergences, frontier, wins at equal length."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from tiny import EOS, save_tiny_policy
+
+from pipelines.equal_length import equal_length_row
+from pipelines.evaluate import _ReferenceSamples, held_out_prompts, sampled_job, sampled_on, sampling_of
+from pipelines.frontier import frontier_points, regret_row
+from pipelines.plan import SeedPlan, make_plan
+from pipelines.report import _entry_row
+from pipelines.sampled import SampledJob, score_frontier, score_samples
+from prefarena.config import Comparison, Evaluation, FunctionJudge, parse_config
+from prefarena.data.tables import write_rows
+from prefarena.errors import UserError
+from prefarena.evaluation.estimated_frontier import EstimatedFrontier
+from prefarena.evaluation.sampled import prompt_clusters, response_logps
+from prefarena.generation.interface import Sampling
+from prefarena.judges.spec import JudgeSpec
+from prefarena.modeling.load import load_policy
+from prefarena.records import PROMPTS, Rollout, content_id
+
+FUNCTION = FunctionJudge(function="rewards_that_fail:short")
+
+
+def rollouts_of(prompts: list[list[int]], seed: int) -> list[Rollout]:
+    """Responses of one to five letters and an eos."""
+    rng = np.random.default_rng(seed)
+    found = []
+    for prompt in prompts:
+        response = [*rng.integers(3, 16, size=rng.integers(1, 6)).tolist(), EOS]
+        found.append(Rollout(prompt, response, [-1.0] * len(response), True, "0"))
+    return found
+
+
+def comparison(tmp_path: Path, **evaluation: Any) -> Comparison:
+    data = tmp_path / "pairs.jsonl"
+    if not data.exists():  # its time of change is a part of addresses
+        data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    return parse_config(
+        {
+            "task": {"kind": "text", "data": str(data)},
+            "output": str(tmp_path / "runs"),
+            "model": {"kind": "scratch", "vocab_size": 300},
+            "judge": FUNCTION.model_dump(),
+            "entries": [{"name": "dpo", "method": {"kind": "dpo"}}],
+            "evaluation": evaluation,
+        }
+    )
+
+
+class Evaluated:
+    """A comparison whose reference and entry were evaluated on `num_prompts` prompts, as its stages hold them."""
+
+    def __init__(self, tmp_path: Path, num_prompts: int = 12, **evaluation: Any) -> None:
+        self.config = comparison(tmp_path, **evaluation)
+        (self.plan,) = make_plan(self.config)
+        (self.trained,) = self.plan.trained
+        policies = [save_tiny_policy(tmp_path / name / "model", seed=seed) for seed, name in enumerate(("ref", "new"))]
+        self._write_inputs(num_prompts)
+        settings, judge = self.config.evaluation, JudgeSpec(FUNCTION, None, policies[0])
+        prompts = sampled_on(self.plan, settings)
+        of_reference = rollouts_of(prompts, seed=0)
+        for stage, trained, policy in (
+            (self.plan.evaluation, None, policies[0]),
+            (self.trained.evaluation, self.trained, policies[1]),
+        ):
+            job = sampled_job(self.config, self.plan, trained, stage.begin())
+            job = replace(job, policy=policy, reference=policies[0], judge=judge, of_reference=tuple(of_reference))
+            rollouts = of_reference if trained is None else rollouts_of(prompts, seed=1)
+            score_samples(rollouts, job, settings, 0.0)
+        if self.plan.frontier is not None:
+            job = replace(sampled_job(self.config, self.plan, None, self.plan.frontier.begin()), judge=judge)
+            many = held_out_prompts(self.plan, settings) * settings.frontier_samples
+            score_frontier(rollouts_of(many, seed=2), replace(job, policy=policies[0]), settings, 0.0)
+
+    def _write_inputs(self, num_prompts: int) -> None:
+        prompts = [[1, 3 + place] for place in range(num_prompts)]
+        rows = [{"id": content_id(p), "prompt_ids": p, "covered": False, "split": "test"} for p in prompts]
+        folder = self.plan.pairs.folder / "prompts"
+        write_rows(pa.Table.from_pylist(rows, schema=PROMPTS), folder / "part-0.parquet", PROMPTS)
+        pairs: dict[str, Any] = {"id": ["a", "b"], "prompt_ids": prompts[:2]}
+        pairs |= {"chosen_ids": [[4, EOS], [5, EOS]], "rejected_ids": [[6, EOS], [7, EOS]]}
+        pairs |= {"ref_chosen_logp": [-5.0, -6.0], "ref_rejected_logp": [-5.0, -6.0]}
+        folder = self.plan.logps.folder / "test_pairs"
+        folder.mkdir(parents=True)
+        pq.write_table(pa.table(pairs), folder / "part-0.parquet")
+
+
+def row_of(folder: Path) -> dict[str, float]:
+    found: dict[str, float] = json.loads((folder / "row.json").read_text(encoding="utf-8"))
+    return found
+
+
+def test_a_row_has_the_divergences_of_the_policy_both_ways(tmp_path: Path) -> None:
+    """Against one pass over each sequence with all logits in float64."""
+    done = Evaluated(tmp_path, temperature=0.7)
+    row, settings = row_of(done.trained.evaluation.folder), done.config.evaluation
+    models = [load_policy(tmp_path / name / "model") for name in ("new", "ref")]
+    prompts = sampled_on(done.plan, settings)
+    for key, seed, order in (("kl_vocabulary", 1, (0, 1)), ("forward_kl", 0, (1, 0))):
+        sums = []
+        for rollout in rollouts_of(prompts, seed):
+            ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+            with torch.no_grad():
+                logits = [model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1] for model in models]
+            p, q = ((logits[i].double() / 0.7).log_softmax(-1) for i in order)
+            sums.append(float((p.exp() * (p - q)).sum()))
+        by_prompt = np.reshape(sums, (2, -1)).mean(axis=0)
+        assert row[key] == pytest.approx(by_prompt.mean(), abs=1e-5)
+        assert row[f"{key}_stderr"] == pytest.approx(by_prompt.std(ddof=1) / math.sqrt(12), abs=1e-5)
+    chosen = response_logps(models[0], [[1, 3], [1, 4]], [[4, EOS], [5, EOS]], 0, 2)
+    assert row["demonstration_logp"] == pytest.approx(chosen.mean(), abs=1e-5)
+    assert row["demonstration_gain"] == pytest.approx(chosen.mean() + 5.5, abs=1e-5)
+    own = row_of(done.plan.evaluation.folder)
+    assert own["kl_vocabulary"] == own["forward_kl"] == own["kl"] == 0.0
+
+
+def test_an_evaluation_without_samples_of_the_reference_has_no_forward_kl(tmp_path: Path) -> None:
+    done = Evaluated(tmp_path)
+    job = sampled_job(done.config, done.plan, done.trained, tmp_path / "again")
+    (tmp_path / "again").mkdir()
+    new, ref = (str(tmp_path / name / "model") for name in ("new", "ref"))
+    prompts = sampled_on(done.plan, done.config.evaluation)
+    job = replace(job, judge=None, policy=new, reference=ref)
+    score_samples(rollouts_of(prompts, 1), job, done.config.evaluation, 0.0)
+    row = row_of(tmp_path / "again")
+    assert "kl_vocabulary" in row and "forward_kl" not in row and not (tmp_path / "again" / "scores.npz").exists()
+
+
+class Drawing:
+    """In place of the sampler: what it was asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[str, str, Sampling]] = []
+        self.forgotten: list[str] = []
+
+    def sample(self, policy: str, version: str, prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
+        self.asked.append((policy, version, sampling))
+        return rollouts_of(prompts, seed=3)
+
+    def forget(self, version: str) -> None:
+        self.forgotten.append(version)
+
+
+@pytest.mark.parametrize("under_way", [True, False])
+def test_the_references_samples_are_drawn_once_for_all_entries(tmp_path: Path, under_way: bool) -> None:
+    """Its own evaluation's where that is under way; else the same draws again, which are forgotten in the end."""
+    done, drawing = Evaluated(tmp_path), Drawing()
+    plan: SeedPlan = done.plan
+    key, settings = plan.evaluation.key, done.config.evaluation
+    samples = _ReferenceSamples(drawing, settings, {key} if under_way else {"another"})  # type: ignore[arg-type]
+    assert samples.of(plan) is samples.of(plan)
+    ((policy, version, sampling),) = drawing.asked
+    assert policy == str(plan.reference.folder / "model") and sampling == sampling_of(plan, settings)
+    samples.forget()
+    assert (version == key) == under_way and drawing.forgotten == ([] if under_way else [version])
+
+
+# --------------------------------------------------------------------------------------------- frontier
+
+
+def test_addresses_do_not_know_of_a_frontier_that_is_not_estimated(tmp_path: Path) -> None:
+    """All other stages keep the addresses that they have without the setting, whatever it is."""
+    plain, few, many = (make_plan(comparison(tmp_path, frontier_samples=number))[0] for number in (0, 8, 9))
+    assert plain.frontier is None and few.frontier is not None and many.frontier is not None
+    assert few.frontier.key != many.frontier.key
+    for other in (few, many):
+        assert other.shared() == plain.shared() and other.evaluation == plain.evaluation
+        assert [one.stages() for one in other.trained] == [one.stages() for one in plain.trained]
+
+
+def test_too_few_samples_and_a_judge_without_scores_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="fewer than 8 samples a prompt show no frontier"):
+        comparison(tmp_path, frontier_samples=7)
+    tree = comparison(tmp_path, frontier_samples=8).model_dump(mode="json")
+    tree["judge"] = {"kind": "pairwise", "base_url": "http://localhost:1/v1", "model": "m"}
+    with pytest.raises(UserError, match="a frontier is of scores"):
+        parse_config(tree)
+
+
+def test_regret_is_the_distance_to_the_frontier_at_the_entrys_own_kl(tmp_path: Path) -> None:
+    done = Evaluated(tmp_path, frontier_samples=64)
+    assert done.plan.frontier is not None
+    with np.load(done.plan.frontier.folder / "scores.npz") as arrays:
+        frontier = EstimatedFrontier(arrays["scores"], arrays["clusters"])
+    row = _entry_row(done.plan, done.trained)
+    point = frontier.optimum_at(row["kl_vocabulary"])
+    assert point is not None and 0 < row["kl_vocabulary"] < frontier.largest_kl
+    assert row["frontier_reward"] == pytest.approx(point.reward, abs=1e-9)
+    assert row["regret"] == pytest.approx(point.reward - row["judge_score"], abs=1e-6)
+    assert row["regret_stderr"] > 0
+    points = np.array(frontier_points(done.plan))
+    assert points.shape == (33, 3) and points[-1, 0] == pytest.approx(frontier.largest_kl)
+
+
+def test_an_entry_further_than_the_frontier_is_trusted_has_no_regret(tmp_path: Path) -> None:
+    done = Evaluated(tmp_path, frontier_samples=64)
+    assert done.plan.frontier is not None
+    for stage, key in ((done.plan.frontier, "scores"), (done.trained.evaluation, "kl")):
+        with np.load(stage.folder / "scores.npz") as arrays:
+            changed = dict(arrays)
+        changed[key] = np.linspace(0, 1, len(changed[key])) + (20 if key == "kl" else 0)  # no two scores are the same
+        np.savez(stage.folder / "scores.npz", **changed)
+    assert regret_row(done.plan, done.trained) == {}
+
+
+def test_prompts_that_an_entry_has_no_score_on_are_no_part_of_its_regret(tmp_path: Path) -> None:
+    """A judge that is silent on two prompts: as if the frontier had been estimated without them."""
+    done = Evaluated(tmp_path, frontier_samples=32)
+    assert done.plan.frontier is not None
+    path = done.trained.evaluation.folder / "scores.npz"
+    with np.load(path) as arrays:
+        changed = dict(arrays)
+    silent = changed["clusters"] < 2
+    changed["scores"][silent] = np.nan
+    np.savez(path, **changed)
+    found = regret_row(done.plan, done.trained)
+    with np.load(done.plan.frontier.folder / "scores.npz") as arrays:
+        kept = arrays["clusters"] >= 2
+        frontier = EstimatedFrontier(arrays["scores"][kept], arrays["clusters"][kept])
+    point = frontier.optimum_at(changed["kl"][~silent].mean())
+    assert point is not None
+    assert found["regret"] == pytest.approx(point.reward - changed["scores"][~silent].mean(), abs=1e-6)
+
+
+# ----------------------------------------------------------------------------------------- equal length
+
+
+def test_a_judge_of_brevity_finds_no_winner_at_equal_length(tmp_path: Path) -> None:
+    """`short` scores by length alone, so whoever is shorter wins; where lengths are equal all pairs are ties."""
+    done = Evaluated(tmp_path, num_prompts=13, samples_per_prompt=8)
+    row = equal_length_row(done.plan, done.trained)
+    assert abs(row["win_rate_at_equal_length"] - 0.5) < 3 * row["win_rate_at_equal_length_stderr"] < 0.2
+    assert _entry_row(done.plan, done.trained)["win_rate_at_equal_length"] == row["win_rate_at_equal_length"]
+
+
+def test_an_evaluation_that_kept_no_samples_has_no_rate_at_equal_length(tmp_path: Path) -> None:
+    done = Evaluated(tmp_path)
+    (done.plan.evaluation.folder / "samples.parquet").unlink()
+    assert equal_length_row(done.plan, done.trained) == {}
+
+
+def test_the_order_of_prompts_is_that_of_every_policy(tmp_path: Path) -> None:
+    """The frontier's prompts and an entry's have the same numbers, in which their means are paired."""
+    done = Evaluated(tmp_path, frontier_samples=8)
+    prompts = held_out_prompts(done.plan, done.config.evaluation)
+    for number in (2, 8):
+        assert prompt_clusters(rollouts_of(prompts * number, 0)).tolist() == list(range(len(prompts))) * number
+
+
+def test_settings_have_the_defaults_that_change_nothing() -> None:
+    assert Evaluation().frontier_samples == 0 and SampledJob("", "", None, Path(), Path()).of_reference == ()
