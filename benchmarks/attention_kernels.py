@@ -19,7 +19,7 @@ from typing import Any
 from absent_gpu import CARDS, Card, assembled, capturing, each_apart, kernels, lowered, pretend
 
 HEADS, KEY_VALUE_HEADS, TOKENS = 32, 8, 1024
-DIMS, KINDS = (64, 128, 256), ("bfloat16", "float32")
+DIMS, KINDS = (64, 128, 256), ("bfloat16", "float32", "tf32")
 
 
 def compiled(card: Card, head_dim: int, kind: str) -> dict[str, Any]:
@@ -29,7 +29,10 @@ def compiled(card: Card, head_dim: int, kind: str) -> dict[str, Any]:
 
     from prefarena.modeling import flex_trees
 
-    graphs = _captured(flex, flex_trees, card, head_dim, getattr(torch, kind))  # on the CPU, before pretending
+    # As `modeling.arithmetic` has it, whose other imports this environment lacks.
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    numbers = torch.bfloat16 if kind == "bfloat16" else torch.float32
+    graphs = _captured(flex, flex_trees, card, head_dim, numbers)  # on the CPU, before pretending
     pretend(card)
     found: dict[str, Any] = {}
     for name, graph, inputs in graphs:
@@ -37,7 +40,7 @@ def compiled(card: Card, head_dim: int, kind: str) -> dict[str, Any]:
         for kernel in kernels(source, "triton_tem"):
             binaries = [kernel._precompile_config(config).kernel for config in kernel.configs]
             found[name] = max((asdict(assembled(one, card)) for one in binaries), key=lambda own: own["shared_memory"])
-    options = flex_trees.options_for(getattr(torch, kind), head_dim, card.capability, card.shared_memory)
+    options = flex_trees.options_for(numbers, head_dim, card.capability, card.shared_memory)
     return {"options": options, "kernels": found}
 
 

@@ -82,7 +82,7 @@ def _advice(config: Comparison, training: Training) -> str:
     found = ["raise resources.num_workers" if sharded else "set resources.sharding: fsdp with several num_workers"]
     if training.settings.lora is None:
         found.append(f"set {training.where}.lora")
-    if training.settings.precision == "float32":
+    if training.settings.precision != "bfloat16":
         found.append(f"set {training.where}.precision: bfloat16")
     if training.on_policy and config.generation.weight_sync == "ipc":
         found.append("lower generation.gpu_memory_utilization")

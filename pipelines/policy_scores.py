@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from pipelines.kept_rollouts import KeptValues, training_of
 from prefarena.evaluation.divergence import Samples, sequence_kls
 from prefarena.evaluation.sampled import response_logps
-from prefarena.modeling.arithmetic import Arithmetic, in_weights, named
+from prefarena.modeling.arithmetic import Arithmetic, in_weights, named, products_of
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs
 
@@ -73,7 +73,8 @@ class Scorer:
 
     def _logps(self, temperature: float, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
         batch_size = self.settings.batch_size
-        return response_logps(self._loaded(), prompts, responses, self.pad_id, batch_size, temperature)
+        with products_of(self.settings.arithmetic):
+            return response_logps(self._loaded(), prompts, responses, self.pad_id, batch_size, temperature)
 
     def _loaded(self) -> PreTrainedModel:
         if self._model is None:
@@ -91,7 +92,8 @@ def divergences(
 
     def compute(prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
         samples = Samples(prompts, responses, own.pad_id, own.settings.batch_size, temperature)
-        return sequence_kls(own, other, samples)
+        with products_of(own.settings.arithmetic):
+            return sequence_kls(own, other, samples)
 
     kept = KeptValues(own.settings.kept)
     return kept.complete(given_by, prompts, responses, compute, part_rows=_PART_DIVERGENCES).reshape(-1, 2)

@@ -34,7 +34,7 @@ from prefarena.config import Resources
 from prefarena.data.plan import within_budget
 from prefarena.errors import UserError
 from prefarena.mirror import bring, push
-from prefarena.modeling.arithmetic import Arithmetic, in_weights, named
+from prefarena.modeling.arithmetic import Arithmetic, in_weights, named, products_of
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import REFERENCED_PAIRS
@@ -208,7 +208,7 @@ class ReferenceLogps:
         self, reference: str, max_length: int | None, device: str, num_threads: int, arithmetic: Arithmetic = "float32"
     ) -> None:
         torch.set_num_threads(num_threads)
-        model = in_weights(load_policy(reference), arithmetic)
+        model, self._arithmetic = in_weights(load_policy(reference), arithmetic), arithmetic
         torch.nn.Module.to(model, device)
         self.module = LogProbs(model, max_length)
         self.pad_id = load_tokenizer(reference).pad_token_id
@@ -226,7 +226,8 @@ class ReferenceLogps:
         logps = np.empty((2, len(lengths)), np.float32)
         for numbers in within_budget(np.argsort(lengths, kind="stable"), lengths, BATCH_TOKENS):
             prompts, chosen, rejected = ([rows[name][i] for i in numbers] for name in _TOKENS)
-            logps[:, numbers] = pair_logps(self.module, prompts, chosen, rejected, self.pad_id)
+            with products_of(self._arithmetic):
+                logps[:, numbers] = pair_logps(self.module, prompts, chosen, rejected, self.pad_id)
         return Scores(logps[0], logps[1], time.perf_counter() - started, int(lengths.sum()))
 
 

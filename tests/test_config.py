@@ -59,7 +59,10 @@ def test_overrides_reach_entries_by_name() -> None:
         ("entries.rlhf.method.reward.training.lora={rnak: 8}", "did you mean 'rank'?"),
         ("model={kind: pretrained, model_name_or_path: x}", "did you mean 'path'?"),
         ("task={kind: text, dataset_name: x}", "did you mean 'data'?"),
-        ("entries.dpo.method.training.precision=bf16", "is not one of float32, bfloat16; did you mean 'bfloat16'?"),
+        (
+            "entries.dpo.method.training.precision=bf16",
+            "is not one of float32, tf32, bfloat16; did you mean 'bfloat16'?",
+        ),
         ("entries.rlhf.method.kind=ppo", "did you mean 'rlhf'?"),
         ("entries.dpo.method.kind=dop", "did you mean 'dpo'?"),
         ("entries.rlhf.method.training.schedule=constant_with_warmup", "did you mean 'constant'?"),

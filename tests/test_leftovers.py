@@ -6,7 +6,7 @@ import gc
 import weakref
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from on_policy import LocalGenerator, make_job
 from torch import Tensor, nn
 
 from prefarena.config import MPO, LoRA, Optimisation, PPOTraining, RewardModel
+from prefarena.modeling.arithmetic import Arithmetic
 from prefarena.stages import failure_of
 from prefarena.training import on_policy
 from prefarena.training.jobs import Job, RewardModelJob
@@ -44,7 +45,7 @@ class Watching(Worker):
         self.before = set(tensors())
         self.seen: list[weakref.ref[Tensor]] = []
 
-    def distribute(self, module: nn.Module, precision: Literal["float32", "bfloat16"]) -> nn.Module:
+    def distribute(self, module: nn.Module, precision: Arithmetic) -> nn.Module:
         trained = shard(module, 1, self.device, precision) if self.one_part else super().distribute(module, precision)
         self.sharded = is_sharded(trained)
         return self.watch(trained)

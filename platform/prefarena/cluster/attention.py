@@ -17,6 +17,7 @@ from prefarena.cluster.capacity import has_labels, labels_of
 from prefarena.cluster.probe import driver_version
 from prefarena.cluster.waiting import failure_of_task
 from prefarena.failures import in_one_line
+from prefarena.modeling.arithmetic import Arithmetic, attends_in, products_of
 from prefarena.modeling.attention_trial import TOLERANCE, Heads, difference
 
 #: The oldest driver of each major version of CUDA.
@@ -66,20 +67,21 @@ def lacking(tools: Toolchain) -> str | None:
     return None
 
 
-def why_not(heads: Heads, dtypes: Sequence[str], device: str = "cuda") -> str | None:
+def why_not(heads: Heads, arithmetics: Sequence[Arithmetic], device: str = "cuda") -> str | None:
     """Why attention does not work on this process's GPU, in one sentence; None: it does. May take a minute."""
-    for name in dtypes:
+    for name in arithmetics:
         try:
-            differs = difference(heads, getattr(torch, name), device)
+            with products_of(name):
+                differs = difference(heads, attends_in(name), device)
         except Exception as error:  # whatever a compiler, a driver or a card raises is what was asked for
             return lacking(toolchain()) or f"{type(error).__name__}: {in_one_line(error)}"
-        if not differs <= TOLERANCE[getattr(torch, name)]:
+        if not differs <= TOLERANCE[attends_in(name)]:
             return f"in {name} its values are others than on a CPU, by {differs:.2g} of the largest"
     return None
 
 
 def ask_gpu_nodes(
-    heads: Heads, dtypes: Sequence[str], share: float, selectors: Sequence[tuple[str, str]], limit_s: float
+    heads: Heads, arithmetics: Sequence[Arithmetic], share: float, selectors: Sequence[tuple[str, str]], limit_s: float
 ) -> tuple[dict[str, str | None], list[str]]:
     """`why_not` of each node that meets the label selectors and has such a share of a GPU; and the names of those that
     have not answered in time, whose GPUs are in use or which still compile. Needs Ray.
@@ -93,7 +95,7 @@ def ask_gpu_nodes(
         if node["Alive"] and node["Resources"].get("GPU", 0.0) >= share and has_labels(labels_of(node), selectors):
             here = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             name = f"{node['NodeManagerAddress']}/{node['NodeID'][:8]}"
-            asked[task.options(scheduling_strategy=here).remote(heads, tuple(dtypes))] = name
+            asked[task.options(scheduling_strategy=here).remote(heads, tuple(arithmetics))] = name
     if not asked:
         return {}, []
     ended, silent = ray.wait(list(asked), num_returns=len(asked), timeout=limit_s)

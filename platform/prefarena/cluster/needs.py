@@ -24,6 +24,7 @@ from prefarena.cluster.capacity import share_beside_engine
 from prefarena.config import BestOfN, Comparison, OffPolicyMethod, OnPolicyMethod, Optimisation, RewardModel
 from prefarena.data.plan import LARGEST_PASS
 from prefarena.judges.spec import JudgeSpec
+from prefarena.modeling.arithmetic import Arithmetic
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.layers import recompute_layers
 from prefarena.modeling.load import scoring_settings
@@ -140,7 +141,7 @@ def least_need(training: Training, settings: PretrainedConfig) -> MemoryNeed | N
     return training.need(settings, Lengths(1, 1), min(training.sizes))
 
 
-def precisions(config: Comparison) -> list[str]:
+def precisions(config: Comparison) -> list[Arithmetic]:
     """Those that a comparison's trainings compute in, and what measures."""
     return sorted({training.settings.precision for training in trainings(config)} | {config.scored_in})
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import Field, model_validator
@@ -43,13 +44,13 @@ class Entry(Section):
 
 
 Dtype = Literal["float32", "bfloat16"]
+#: The same words as `modeling.arithmetic.Arithmetic`, which machines without pydantic import.
+Arithmetic = Literal["float32", "tf32", "bfloat16"]
 
 
-def _decided(dtype: Literal["auto"] | Dtype, use_gpu: bool) -> Dtype:
-    """What a `dtype` says of models on GPUs, or on CPUs."""
-    if dtype == "auto":
-        return "bfloat16" if use_gpu else "float32"
-    return dtype
+def _usual(use_gpu: bool) -> Dtype:
+    """What `auto` is on GPUs, or on CPUs."""
+    return "bfloat16" if use_gpu else "float32"
 
 
 class Generation(Section):
@@ -89,7 +90,7 @@ class Generation(Section):
 
     def dtype_on(self, use_gpu: bool) -> Dtype:
         """What `dtype` says of engines on GPUs, or on CPUs."""
-        return _decided(self.dtype, use_gpu)
+        return _usual(use_gpu) if self.dtype == "auto" else self.dtype
 
 
 class Scoring(Section):
@@ -101,7 +102,7 @@ class Scoring(Section):
         None, gt=0, le=1, description="GPUs of each, when use_gpu is true; none: resources.gpus_per_worker."
     )
     labels: Labels = Field((), description="Labels of the nodes that they run on.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+    dtype: Literal["auto"] | Arithmetic = Field(
         "auto",
         description="Of the weights and products of what measures: an evaluation's policy and reference, learned and "
         "classifier judges (their heads stay in float32), the reference on test pairs. auto: bfloat16 on GPUs, float32 "
@@ -196,6 +197,18 @@ class Evaluation(Section):
         return self
 
 
+def _with_value(section: Section, value: object, where: str = "") -> Iterator[str]:
+    """The settings within a section that have this value, by their full names; entries by their own."""
+    for name, own in section:
+        found = {name: own} if not isinstance(own, tuple) else {f"{name}[{at}]": one for at, one in enumerate(own)}
+        for key, one in found.items():
+            label = f"{name}.{one.name}" if isinstance(one, Entry) else key
+            if isinstance(one, Section):
+                yield from _with_value(one, value, f"{where}{label}.")
+            elif one == value:
+                yield f"{where}{label}"
+
+
 class Comparison(Section):
     """Entries x seeds on one task: what `prefarena compare` runs."""
 
@@ -222,11 +235,12 @@ class Comparison(Section):
     evaluation: Evaluation = Evaluation()
 
     @property
-    def scored_in(self) -> Dtype:
+    def scored_in(self) -> Arithmetic:
         """`resources.scoring.dtype`, decided. The enumerable language is measured exactly, on CPUs, in float32."""
         if self.task.kind == "language":
             return "float32"
-        return _decided(self.resources.scoring.dtype, self.resources.use_gpu)
+        chosen = self.resources.scoring.dtype
+        return _usual(self.resources.use_gpu) if chosen == "auto" else chosen
 
     @model_validator(mode="after")
     def _check(self) -> Comparison:
@@ -242,10 +256,10 @@ class Comparison(Section):
                 raise ValueError(f"entry {entry.name!r}: reward kind gold is the enumerable language's own")
         if self.judge.kind == "gold" and self.task.kind != "language":
             raise ValueError("judge kind gold is the enumerable language's own")
-        if self.task.kind == "language" and self.resources.scoring.dtype == "bfloat16":
+        if self.task.kind == "language" and self.resources.scoring.dtype not in ("auto", "float32"):
             raise ValueError(
-                "resources.scoring.dtype: bfloat16 is for text tasks; the enumerable language is measured exactly, in "
-                "float32"
+                f"resources.scoring.dtype: {self.resources.scoring.dtype} is for text tasks; the enumerable language "
+                "is measured exactly, in float32"
             )
         if self.evaluation.frontier_samples and self.judge.kind == "pairwise" and self.task.kind != "language":
             raise ValueError(
@@ -287,6 +301,8 @@ class Comparison(Section):
         if not resources.use_gpu:
             if generation.batch_invariant:
                 raise ValueError("generation.batch_invariant is of engines on GPUs; it needs resources.use_gpu: true")
+            for where in _with_value(self, "tf32"):
+                raise ValueError(f"{where}: tf32 is how GPUs multiply; it needs resources.use_gpu: true")
             return
         if resources.num_workers > 1 and 2 * resources.gpus_per_worker <= 1:
             raise ValueError(

@@ -13,7 +13,7 @@ from transformers import AutoModelForSequenceClassification, PreTrainedTokenizer
 from prefarena.config import ClassifierJudge
 from prefarena.errors import UserError
 from prefarena.judges.texts import JudgeRow, judge_rows
-from prefarena.modeling.arithmetic import Arithmetic, body_in_weights
+from prefarena.modeling.arithmetic import Arithmetic, body_in_weights, products_of
 from prefarena.modeling.inspection import inspect_classifier
 from prefarena.modeling.load import load_checked, load_tokenizer, read_tokenizer
 from prefarena.modeling.transfer import moved
@@ -49,7 +49,8 @@ class ClassifierScorer:
         # id they would pass over an eos that belongs to the text; no token has the id -1.
         text_config.pad_token_id = -1
         torch.nn.Module.to(body_in_weights(model, arithmetic), device)
-        self._model, self._batch_size, self._policy = model.eval(), batch_size, load_tokenizer(tokenizer)
+        self._model, self._arithmetic = model.eval(), arithmetic
+        self._batch_size, self._policy = batch_size, load_tokenizer(tokenizer)
 
     @torch.no_grad()
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
@@ -65,7 +66,8 @@ class ClassifierScorer:
             for start in range(0, len(rows), self._batch_size):
                 batch = rows[start : start + self._batch_size]
                 (inputs,) = moved([np.array([encoded[index] for index in batch], np.int64)], self._model.device)
-                logits = self._model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
+                with products_of(self._arithmetic):
+                    logits = self._model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits
                 found[len(order) : len(order) + len(batch)] = logits[:, 0]
                 order += batch
         values = np.empty(len(encoded))

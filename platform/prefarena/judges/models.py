@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from prefarena.modeling.arithmetic import Arithmetic, body_in_weights
+from prefarena.modeling.arithmetic import Arithmetic, body_in_weights, products_of
 from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_reward_model
 from prefarena.modeling.logprobs import Sequences
@@ -41,21 +42,27 @@ class RewardModelJudge:
         model = body_in_weights(load_reward_model(path), arithmetic)
         torch.nn.Module.to(model, device)
         self.head: ScalarHead | Role = ScalarHead(model)
-        self._batch_size = batch_size
+        self._arithmetic: Arithmetic | None
+        self._batch_size, self._arithmetic = batch_size, arithmetic
 
     @classmethod
     def of(cls, model: PreTrainedModel | Role, batch_size: int = 64) -> RewardModelJudge:
         """A judge of a model that is in memory; it scores where the model is, with the model's normalisation.
 
-        A role on a shared body scores with its own adapters and head.
+        A role on a shared body scores with its own adapters and head. Products are those of whoever asks.
         """
         judge = cls.__new__(cls)
-        judge.head, judge._batch_size = model if isinstance(model, Role) else ScalarHead(model), batch_size
+        judge.head = model if isinstance(model, Role) else ScalarHead(model)
+        judge._batch_size, judge._arithmetic = batch_size, None
         return judge
 
     @torch.no_grad()
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
         """Normalised scores float64 [N]; sequences of similar length share a batch."""
+        with nullcontext() if self._arithmetic is None else products_of(self._arithmetic):
+            return self._score(prompts, responses)
+
+    def _score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
         device = self.head.model.device
         found = torch.empty(len(prompts), dtype=torch.float64, device=device)
         order = np.argsort([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], kind="stable")

@@ -1,13 +1,16 @@
 """The arithmetics in which a model computes log-probs, one name for each.
 
-float32: weights and products. bfloat16: weights and everything between layers, as `precision: bfloat16` trains,
-whether the copies of the weights are made here (`halves.py`) or by FSDP. The same weights give log-probs that differ
-between arithmetics by up to tenths of a nat a response: a log-ratio of two policies means something only where both
-were computed in the same one.
+float32: weights and products. tf32: the same, but a GPU rounds what goes into a product of matrices to TF32's 10 bits
+of mantissa and adds up in float32; everything else stays. bfloat16: weights and everything between layers, as
+`precision: bfloat16` trains, whether the copies of the weights are made here (`halves.py`) or by FSDP. The same weights
+give log-probs that differ between arithmetics by up to tenths of a nat per response: a log-ratio of two policies means
+something only where both were computed in the same one.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
@@ -16,7 +19,22 @@ from transformers import PreTrainedModel
 
 from prefarena.modeling.layers import decoder_layers, is_linear
 
-Arithmetic = Literal["float32", "bfloat16"]
+Arithmetic = Literal["float32", "tf32", "bfloat16"]
+
+
+@contextmanager
+def products_of(arithmetic: Arithmetic) -> Iterator[None]:
+    """In it float32 products, those of backward passes included, are rounded to TF32 if the arithmetic says so.
+
+    torch keeps this once for the whole process, so whoever computes in an arithmetic says which one, and whoever runs
+    inside (a judge within a training, say) says its own. What was set before is set again afterwards.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if arithmetic == "tf32" else "highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 def in_weights(model: PreTrainedModel, arithmetic: Arithmetic) -> PreTrainedModel:

@@ -133,9 +133,16 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 @cache
 def why_not(
-    device: torch.device, kind: torch.dtype, num_heads: int, num_key_value_heads: int, head_dim: int
+    device: torch.device,
+    kind: torch.dtype,
+    num_heads: int,
+    num_key_value_heads: int,
+    head_dim: int,
+    rounding: str = "highest",
 ) -> str | None:
     """Why this card, or its machine, cannot run the kernel forward and backward; None where it can.
+
+    rounding: what `torch.get_float32_matmul_precision` gives now; another one makes another kernel.
 
     It is tried, on a short row: what a card lacks (shared memory for this head size and kind of numbers), or a machine
     (a C compiler, Python's headers, a driver that is new enough), shows only when the kernel is compiled and run.

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from prefarena.modeling import flex_trees, tree_attention
+from prefarena.modeling.arithmetic import products_of
 from prefarena.modeling.attention_trial import attention_heads
 from prefarena.modeling.packing import PackedBatch, pack
 
@@ -65,6 +66,7 @@ def body_output(model: PreTrainedModel, batch: PackedBatch) -> Tensor:
 
 
 @torch.no_grad()
+@products_of("float32")  # TF32 rounds by more than what is tolerated here
 def has_plain_head(model: PreTrainedModel) -> bool:
     """Whether logits are one linear map of the body's last hidden states."""
     head = model.get_output_embeddings()
@@ -100,11 +102,13 @@ def _kernel_missing(model: PreTrainedModel, device: torch.device, attends_in: to
     heads = attention_heads(model.config)
     if heads is None:
         return None
-    reason = flex_trees.why_not(device, attends_in, heads.queries, heads.keys, heads.size)
+    rounding = torch.get_float32_matmul_precision()
+    reason = flex_trees.why_not(device, attends_in, heads.queries, heads.keys, heads.size, rounding)
     return f"its attention kernel cannot be made for {device} ({reason})" if reason else None
 
 
 @torch.no_grad()
+@products_of("float32")
 def _packing_differs(model: PreTrainedModel) -> str | None:
     """Why packing is not exact; None where it is."""
     if getattr(model, "_is_stateful", False):

@@ -36,8 +36,10 @@ class LearnerSettings(Section):
     weight_decay: float = Field(0.0, ge=0)
     betas: Betas = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
-    precision: Literal["float32", "bfloat16"] = Field(
-        "float32", description="What is computed in; bfloat16 is that of copies, and the weights stay float32."
+    precision: Literal["float32", "tf32", "bfloat16"] = Field(
+        "float32",
+        description="What is computed in. bfloat16: copies of the weights are bfloat16, and the weights stay float32. "
+        "tf32: float32, but GPUs round what enters a product of matrices to TF32's 10 bits of mantissa.",
     )
     lora: LoRA | None = Field(None, description="Train adapters of the model; none: all of its weights.")
     activation_checkpointing: bool = Field(

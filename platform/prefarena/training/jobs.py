@@ -40,6 +40,11 @@ class Job:
     def model_dir(self) -> str:
         return str(Path(self.stage_dir) / "model")
 
+    @property
+    def arithmetic(self) -> Arithmetic:
+        """What it trains in."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class ReferenceJob(Job):
@@ -48,6 +53,10 @@ class ReferenceJob(Job):
     training: Optimisation
     demonstrations: str
     loss_on: Literal["response", "all"] = "response"
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        return self.training.precision
 
 
 @dataclass(frozen=True)
@@ -59,6 +68,10 @@ class OffPolicyJob(Job):
     demonstrations: str | None = None
     pretraining: str | None = None
     responses: str | None = None
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        return self.method.training.precision
 
 
 @dataclass(frozen=True)
@@ -74,6 +87,10 @@ class RewardModelJob(Job):
     test_pairs: str
     samples: str
     scored_in: Arithmetic = "float32"
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        return self.settings.training.precision
 
 
 @dataclass(frozen=True)
@@ -93,3 +110,7 @@ class OnPolicyJob(Job):
     response_limit: int
     critic: str | None = None
     monitor: JudgeSpec | None = None
+
+    @property
+    def arithmetic(self) -> Arithmetic:
+        return self.training.precision

@@ -27,7 +27,7 @@ from prefarena.generation.interface import RolloutSource
 from prefarena.judges.models import RewardModelJudge
 from prefarena.judges.spec import Judge, JudgeSpec, load_judge, usage_of
 from prefarena.judges.usage import total_costs
-from prefarena.modeling.arithmetic import Arithmetic, halve_products
+from prefarena.modeling.arithmetic import halve_products
 from prefarena.modeling.heads import token_values
 from prefarena.modeling.load import load_tokenizer
 from prefarena.modeling.logprobs import token_logps
@@ -195,12 +195,12 @@ class OnPolicyTrainer:
         if self.models.reward is not None and spec == self.job.reward:
             return RewardModelJudge.of(self.models.reward, batch_size)
         if self.worker.shards and isinstance(spec.settings, RewardModel):
-            judge = load_judge(replace(spec, arithmetic="float32"), batch_size)  # sharded layers halve themselves
+            halved = spec.arithmetic == "bfloat16"  # by the layers themselves, since they are sharded
+            judge = load_judge(replace(spec, arithmetic="float32") if halved else spec, batch_size)
             assert isinstance(judge, RewardModelJudge)
-            precision: Arithmetic = "float32" if spec.arithmetic == "float32" else "bfloat16"
-            if precision == "bfloat16":
+            if halved:
                 halve_products(judge.head.requires_grad_(False))
-            self.worker.place(judge.head, precision, head="float32")
+            self.worker.place(judge.head, spec.arithmetic, head="float32")
             return judge
         return load_judge(spec, batch_size, self.worker.device)
 

@@ -14,7 +14,7 @@ from prefarena.data.plan import LARGEST_PASS, within_budget
 from prefarena.data.tables import read_rows
 from prefarena.judges.calibration import calibration
 from prefarena.judges.models import RewardModelJudge
-from prefarena.modeling.arithmetic import attends_in, body_in_weights
+from prefarena.modeling.arithmetic import attends_in, body_in_weights, products_of
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.load import load_tokenizer, new_reward_model, save_policy
 from prefarena.modeling.lora import ADAPTER_FOLDER, add_adapters, merge_adapters, save_adapter
@@ -57,17 +57,21 @@ def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
             merge_adapters(trained)
         nn.Module.to(trained, worker.device)
         save_policy(trained, tokenizer, job.model_dir)
-        body_in_weights(trained, job.scored_in)  # from here on it is only measured
+        contents["reward_model"] = _measure(trained, job, tokenizer.pad_token_id, worker.device)
+        trained.config.save_pretrained(job.model_dir)
+    return {"costs": worker.costs(**counts), **contents}
+
+
+def _measure(trained: PreTrainedModel, job: RewardModelJob, pad_id: int, device: torch.device) -> dict[str, float]:
+    """Normalise the model's scores, in its config, and measure it on held-out pairs: as it will score from here on."""
+    body_in_weights(trained, job.scored_in)
+    with products_of(job.scored_in):
         samples = read_rows(job.samples)
         raw = RewardModelJudge.of(trained).score(samples["prompt_ids"].to_pylist(), samples["response_ids"].to_pylist())
         trained.config.reward_mean = float(raw.mean())
         trained.config.reward_scale = float(max(raw.std(), 1e-6))
-        chosen, rejected = held_out_scores(
-            ScalarHead(trained, job.max_length), job.test_pairs, tokenizer.pad_token_id, worker.device
-        )
-        contents["reward_model"] = calibration(chosen - rejected)
-        trained.config.save_pretrained(job.model_dir)
-    return {"costs": worker.costs(**counts), **contents}
+        chosen, rejected = held_out_scores(ScalarHead(trained, job.max_length), job.test_pairs, pad_id, device)
+    return calibration(chosen - rejected)
 
 
 @torch.no_grad()

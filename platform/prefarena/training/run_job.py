@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from prefarena.failures import reason_of
 from prefarena.generation.interface import GeneratorLostError
-from prefarena.modeling.arithmetic import attends_in
+from prefarena.modeling.arithmetic import attends_in, products_of
 from prefarena.modeling.load import load_policy, load_tokenizer, save_policy
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.modeling.lora import ADAPTER_FOLDER, add_adapters, merge_adapters, save_adapter
@@ -43,7 +43,7 @@ def run_job(job: Job, worker: Worker) -> None:
     Raises StorageFullError where there is no room for what it writes; its last checkpoint is whole then. Raises
     GeneratorLostError, and leaves the stage as it is, where new generation actors may help.
     """
-    with full_disk_named(job.name, worker.stage_dir):
+    with full_disk_named(job.name, worker.stage_dir), products_of(job.arithmetic):
         _run(job, worker)
     worker.drop_garbage()
 
