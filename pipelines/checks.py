@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pipelines.jobs import max_length
-from pipelines.preferences import check_text_task
+from pipelines.prompts import check_rows
 from prefarena.cluster.capacity import generates
 from prefarena.config import (
     BestOfN,
     Comparison,
+    DrawnPairs,
     EndpointJudge,
     OffPolicy,
     OnPolicyMethod,
@@ -28,7 +29,9 @@ def check_input(config: Comparison) -> None:
     if isinstance(config.model, PretrainedModel):
         _check_pretrained(config, config.model)
     if isinstance(config.task, TextTask):
-        check_text_task(config.task, config.model)
+        check_rows(config.task, config.model, _learner_from_answers(config))
+        if config.task.pairs is not None:
+            _check_drawn_pairs(config, config.task, config.task.pairs)
     else:
         Language(config.task)
     if not isinstance(config.model, PretrainedModel):
@@ -62,6 +65,35 @@ def _check_pretrained(config: Comparison, model: PretrainedModel) -> None:
     check_context(model.path, settings, max_length(config.task))
     if generates(config) and not config.resources.use_gpu:
         check_head_size(model.path, settings)
+
+
+def _learner_from_answers(config: Comparison) -> str | None:
+    """The setting of what is trained on the data's own answers; None: nothing is."""
+    if config.reference.train:
+        return "reference.train: true"
+    return "judge.kind: learned" if isinstance(config.judge, RewardModel) else None
+
+
+def _check_drawn_pairs(config: Comparison, task: TextTask, pairs: DrawnPairs) -> None:
+    """Raises UserError where a policy or a judge that pairs are to come from cannot be used."""
+    for judge in pairs.judges(config.judge):
+        check_judge(judge)
+    if pairs.policy is None:
+        return
+    path, revision = pairs.policy.path, pairs.policy.revision
+    settings = inspect_policy(path, revision)
+    check_context(path, settings, max_length(task))
+    if not config.resources.use_gpu:
+        check_head_size(path, settings)
+    same = isinstance(config.model, PretrainedModel) and (
+        load_tokenizer(path, revision).get_vocab()
+        == load_tokenizer(config.model.path, config.model.revision).get_vocab()
+    )
+    if not same:
+        raise UserError(
+            f"task.pairs.policy: {path} has other tokens than `model`, so its responses are none of that model's; name "
+            "a model with the same tokenizer, or reference"
+        )
 
 
 def _optimisations(config: Comparison) -> list[tuple[str, int]]:

@@ -56,8 +56,8 @@ def judge_job(config: Comparison, plan: SeedPlan, judge: Stage) -> RewardModelJo
         policy=model_of(plan.reference),
         seed=config.evaluation.seed,
         settings=config.judge,
-        pairs=str(plan.pairs.folder / "judge_pairs"),
-        test_pairs=str(plan.pairs.folder / "test_pairs"),
+        pairs=str(plan.data.folder / "judge_pairs"),
+        test_pairs=str(plan.data.folder / "test_pairs"),
         samples=_samples(plan),
         scored_in=plan.scored_in,
     )
@@ -99,7 +99,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
             method=method,
             pairs=str((plan.logps if unpaired else plan.scored[arithmetic]).folder / "train_pairs"),
             responses=str(plan.responses[arithmetic].folder / "train_responses") if unpaired else None,
-            demonstrations=str(plan.data.folder / "demonstrations"),
+            demonstrations=str(plan.tables / "demonstrations"),
             pretraining=str(pretraining) if method.pretraining_weight > 0 else None,
         )
     return OnPolicyJob(
@@ -110,7 +110,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
         seed=trained.seed,
         training=method.training,
         reward=judge_spec(plan, method.reward, trained.reward_model),
-        prompts=str(plan.data.folder / "prompts"),
+        prompts=str(plan.tables / "prompts"),
         covered_only=method.prompts == "covered",
         generators=generator_names(config),
         generation=config.generation,
@@ -127,7 +127,9 @@ def _monitor(config: Comparison, plan: SeedPlan, reward: JudgeSettings) -> Judge
     return judge_spec(plan, config.judge, plan.judge) if plan.judge else None
 
 
-def judge_spec(plan: SeedPlan, settings: EvaluationJudge, reward_model: Stage | None) -> JudgeSpec:
+def judge_spec(
+    plan: SeedPlan, settings: EvaluationJudge, reward_model: Stage | None, *, may_be_silent: bool = False
+) -> JudgeSpec:
     """A judge as workers load it; `reward_model` is the stage of a learned one."""
     path = None
     if isinstance(settings, RewardModel):
@@ -137,7 +139,8 @@ def judge_spec(plan: SeedPlan, settings: EvaluationJudge, reward_model: Stage | 
     elif settings.kind == "gold":
         path = str(plan.pairs.folder / "gold.json")
     calls = plan.data.folder.parents[1] / "judge_calls" if isinstance(settings, Endpoint) else None
-    return JudgeSpec(settings, path, model_of(plan.reference), None if calls is None else str(calls), plan.scored_in)
+    kept = None if calls is None else str(calls)
+    return JudgeSpec(settings, path, model_of(plan.reference), kept, plan.scored_in, may_be_silent)
 
 
 def generator_names(config: Comparison) -> tuple[str, ...]:

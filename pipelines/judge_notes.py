@@ -18,6 +18,8 @@ def judge_notes(
 ) -> Iterator[str]:
     """Notes for the report. rows: of finished evaluations; logs: metric rows of finished on-policy trainings."""
     if not isinstance(config.task, LanguageTask):
+        if plans[0].pairs != plans[0].data:
+            yield f"Of the pairs: {'; '.join(plans[0].pairs.manifest()['data']['notes'])}."
         yield _source(config, plans[0])
         if isinstance(config.judge, EndpointJudge):
             yield from _silent(plans, rows)

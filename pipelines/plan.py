@@ -4,7 +4,8 @@
                                         │         └─▶ reward model ─▶ PPO ──────────────────▶ evaluation
                                         └▶ responses ─▶ training of a method on single responses
 
-For text tasks `pairs` is `data`; for the enumerable language pairs are drawn from the reference policy.
+For text tasks `pairs` is `data`, unless they are drawn from a policy (`task.pairs`) or not all prompts have some
+(`task.covered_share`); for the enumerable language pairs are drawn from the reference policy.
 """
 
 from __future__ import annotations
@@ -93,6 +94,13 @@ class SeedPlan:
     evaluation: Stage  # of the reference itself
     frontier: Stage | None  # scores of many samples of the reference, where the frontier is estimated
     trained: tuple[Trained, ...]
+    behaviour: Stage | None = None  # another model than the reference that drawn pairs come from
+    drawn: Stage | None = None  # responses of which pairs are made
+
+    @property
+    def tables(self) -> Path:
+        """Where prompts and demonstrations are: with the pairs of text, and with the data of the language."""
+        return (self.data if isinstance(self.task, LanguageTask) else self.pairs).folder
 
     @property
     def logps(self) -> Stage:
@@ -101,8 +109,8 @@ class SeedPlan:
 
     def shared(self) -> list[Stage]:
         """Stages before any entry's own, in order, without repeats."""
-        stages: list[Stage | None] = [self.data, self.base, self.reference, self.pairs, *self.scored.values()]
-        stages += [*self.responses.values(), self.samples, self.judge]
+        stages: list[Stage | None] = [self.data, self.base, self.reference, self.behaviour, self.drawn, self.pairs]
+        stages += [*self.scored.values(), *self.responses.values(), self.samples, self.judge]
         return list(dict.fromkeys(stage for stage in stages if stage))
 
 
@@ -132,12 +140,16 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     if isinstance(task, LanguageTask):
         pairs = samples = Stage.at(root, "pairs", task.kind, [reference.key, task.model_dump(mode="json")])
     elif learns_a_reward(config):
-        drawn = [config.evaluation.num_reference_samples, config.evaluation.seed, *_engine(config)]
-        samples = Stage.at(root, "reference_samples", task.kind, [data.key, reference.key, drawn])
+        sampled = [config.evaluation.num_reference_samples, config.evaluation.seed, *_engine(config)]
+        samples = Stage.at(root, "reference_samples", task.kind, [data.key, reference.key, sampled])
         if isinstance(config.judge, RewardModel) and learns_judge(config):
-            inputs = [pairs.key, reference.key, samples.key, _dump(config.judge)]
+            inputs = [data.key, reference.key, samples.key, _dump(config.judge)]
             inputs += [_computed(config), *named(config.scored_in)]
             judge = Stage.at(root, "judge", task.kind, inputs)
+    behaviour: Stage | None = None
+    drawn: Stage | None = None
+    if isinstance(task, TextTask):
+        behaviour, drawn, pairs = _pair_stages(config, task, root, data, reference, judge)
     trained_on, scored = dict[Arithmetic, str](), dict[Arithmetic, Stage]()
     for arithmetic in _arithmetics(config, unpaired=False) or ["float32"]:
         inputs = [pairs.key, reference.key, *named(arithmetic)]
@@ -179,7 +191,30 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
         evaluation,
         frontier,
         trained,
+        behaviour,
+        drawn,
     )
+
+
+def _pair_stages(
+    config: Comparison, task: TextTask, root: Path, data: Stage, reference: Stage, judge: Stage | None
+) -> tuple[Stage | None, Stage | None, Stage]:
+    """What drawn pairs come from where that is not the reference, the responses, and the pairs, drawn or not."""
+    if task.pairs is None:
+        if task.covered_share == 1:
+            return None, None, data
+        return None, None, Stage.at(root, "pairs", task.kind, [data.key, task.covered_share, task.split_seed])
+    behaviour = None
+    if task.pairs.policy is not None:
+        behaviour = Stage.at(root, "behaviour", task.kind, [data.key, _model_inputs(task.pairs.policy)])
+    policy = behaviour or reference
+    drawn = Stage.at(root, "drawn", task.kind, [data.key, policy.key, task.pairs.drawing(), *_engine(config)])
+    judges = [
+        [judge.key if judge and isinstance(own, RewardModel) else _judge_inputs(own), annotator.noise]
+        for annotator, own in zip(task.pairs.annotators, task.pairs.judges(config.judge), strict=True)
+    ]
+    inputs = [drawn.key, task.pairs.labelling(), task.covered_share, judges, *named(config.scored_in)]
+    return behaviour, drawn, Stage.at(root, "pairs", task.kind, inputs)
 
 
 def _trained(
@@ -288,7 +323,8 @@ def _data_inputs(config: Comparison, task: LanguageTask | TextTask) -> dict[str,
             files += _marks(found)
         elif name and (version := version_of(name)):
             files.append([name, version])
-    later = {"unpaired_data"} if task.unpaired_data is None else set()  # other data keep the address that they had
+    # Other data keep the address that they had; how pairs are made of the prompts is in those of the pairs' own stages.
+    later = {"pairs", "covered_share", *(["unpaired_data"] if task.unpaired_data is None else [])}
     return {**task.model_dump(mode="json", exclude=later), "files": files, "learns_judge": learns_judge(config)}
 
 

@@ -125,11 +125,11 @@ def prepare_text(
     with TokenTables(folder, own_test=test is not None) as tables:
         if test is not None:
             prepare = functools.partial(prepare_pairs, shares=ALL_TEST)
-            for rows in _stream(task, test.parts, COLUMNS, None, prepare, (path, revision), num_tokenisers):
+            for rows in stream(task, test.parts, COLUMNS, None, prepare, (path, revision), num_tokenisers):
                 tables.add_test(rows)
             tables.check_test(task)
         prepare = functools.partial(prepare_pairs, shares=shares)
-        for rows in _stream(task, first.parts, COLUMNS, task.max_rows, prepare, (path, revision), num_tokenisers):
+        for rows in stream(task, first.parts, COLUMNS, task.max_rows, prepare, (path, revision), num_tokenisers):
             tables.add(rows if task.max_rows is None else rows.slice(0, task.max_rows - tables.num_rows))
             if tables.num_rows == task.max_rows:
                 break
@@ -139,9 +139,9 @@ def prepare_text(
     notes += [*ignored_judge(task, learns_judge), *order_notes(summary), *leakage_notes(summary)]
     summary["notes"] = [*notes, *notes_of(summary, tokenizer.conversations.form)]
     if task.unpaired_data is not None:
-        summary["unpaired"] = _write_singles(task, task.unpaired_data, (path, revision), folder, num_tokenisers)
+        summary["unpaired"] = write_singles(task, task.unpaired_data, (path, revision), folder, num_tokenisers)
     if task.pretraining_text is not None:
-        summary["num_pretraining"] = _write_pretraining(task, path, revision, folder, num_tokenisers)
+        summary["num_pretraining"] = write_pretraining(task, path, revision, folder, num_tokenisers)
     write_json(folder / "summary.json", summary)
     return summary
 
@@ -199,7 +199,7 @@ def _read(batch: pa.Table, columns: tuple[str, ...], most_bytes: int, limit: int
             )
 
 
-def _stream(
+def stream(
     task: TextTask,
     parts: list[Part],
     columns: tuple[str, ...],
@@ -296,7 +296,7 @@ class _Prepare:
 # -------------------------------------------------------------------------------------------------- writing
 
 
-def _write_singles(
+def write_singles(
     task: TextTask, source: str, tokenizer: tuple[str, str | None], folder: Path, most: int | None
 ) -> dict[str, Any]:
     """Write the table of single responses; counts. Raises UserError as `prepare_text` does, and without both kinds.
@@ -308,7 +308,7 @@ def _write_singles(
     table, rejections = ParquetRows(folder / "responses", RESPONSES), Rejections(folder / "dropped_unpaired.jsonl")
     seen, counts = Seen(folder / ".seen_unpaired.sqlite"), Counter[str]()
     try:
-        for rows in _stream(
+        for rows in stream(
             task, find_parts(source, task.split), SINGLE_COLUMNS, None, prepare_responses, tokenizer, most
         ):
             kept = []
@@ -342,13 +342,13 @@ def _write_singles(
             "num_responses": table.count, "num_dropped": sum(dropped.values()), "dropped": dropped}  # fmt: skip
 
 
-def _write_pretraining(task: TextTask, path: str, revision: str | None, folder: Path, most: int | None) -> int:
+def write_pretraining(task: TextTask, path: str, revision: str | None, folder: Path, most: int | None) -> int:
     """Write the pretraining table; the number of its pieces. Raises UserError as `prepare_text` does."""
     table = ParquetRows(folder / "pretraining", PRETRAINING)
     rejections, num_texts, source = Rejections(folder / "dropped_pretraining.jsonl"), 0, str(task.pretraining_text)
     parts = find_parts(source, task.split)
     try:
-        for rows in _stream(task, parts, TEXT_COLUMNS, None, prepare_pieces, (path, revision), most):
+        for rows in stream(task, parts, TEXT_COLUMNS, None, prepare_pieces, (path, revision), most):
             whole = pc.is_null(rows["reason"])
             for row in rows.filter(pc.invert(whole)).to_pylist():
                 rejections.add(row["file"], row["row"], row["reason"], row["detail"])

@@ -11,16 +11,19 @@ from rich.console import Console
 from rich.markup import escape
 
 from pipelines.annotate import annotate_language
+from pipelines.drawn_pairs import make_drawn_pairs
 from pipelines.engine import try_engine
 from pipelines.jobs import judge_job, max_length, reference_job
 from pipelines.plan import SeedPlan, learns_judge, model_of
 from pipelines.preferences import prepare_text
+from pipelines.prompts import prepare_prompt_rows
 from pipelines.reference import add_reference_logps
 from pipelines.reference_samples import draw_reference_samples
 from pipelines.responses import add_responses
 from pipelines.runner import require, run, run_once
 from prefarena.cluster.waiting import Failed, get_within, outcomes_within
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, ScratchModel, TextTask
+from prefarena.data.first_rows import prompts_alone
 from prefarena.data.tables import write_rows
 from prefarena.errors import UserError
 from prefarena.mirror import mirror_of, root_of, workspace
@@ -50,6 +53,13 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
     if config.reference.train:
         run(config.resources, [reference_job(config, plan) for plan in plans], config, console)
         require([plan.reference for plan in plans])
+    if any(plan.drawn for plan in plans):
+        _learn_judges(config, plans, console)  # which may label pairs
+        for plan in plans:
+            if plan.behaviour is not None:
+                write_other = partial(_write_behaviour, config, plan)
+                run_once(console, plan.behaviour, write_other, "a process that makes the model ready")
+    make_drawn_pairs(config, plans, console)
     for plan in plans:
         if isinstance(plan.task, LanguageTask):
             drawn = "pairs to be drawn from the reference policy and labelled"
@@ -59,6 +69,11 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
             run_once(console, stage, partial(_write_logps, config, plan, arithmetic), scored)
         for arithmetic, stage in plan.responses.items():
             run_once(console, stage, partial(_write_responses, config, plan, arithmetic), scored)
+    _learn_judges(config, plans, console)
+
+
+def _learn_judges(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
+    """Finish what learned rewards are normalised on, and the judge where it is a learned one."""
     draw_reference_samples(config, plans, console)
     run(config.resources, [judge_job(config, plan, plan.judge) for plan in plans if plan.judge], config, console)
     require([plan.judge for plan in plans if plan.judge])
@@ -74,33 +89,45 @@ def _write_data(config: Comparison, task: LanguageTask | TextTask, console: Cons
         write_rows(demonstrations, folder / "demonstrations" / "part-0.parquet", DEMONSTRATIONS)
         counts = {"num_demonstrations": demonstrations.num_rows}
     else:
-        counts = prepare_text(
-            task,
-            None,
-            config.model,
-            folder,
-            learns_judge=learns_judge(config),
-            say=lambda sentence: console.print(f"data: {escape(sentence)}"),
-        )
+
+        def say(sentence: str) -> None:
+            console.print(f"data: {escape(sentence)}")
+
+        if isinstance(config.model, PretrainedModel) and prompts_alone(task):
+            counts = prepare_prompt_rows(task, config.model, folder, say=say)
+        else:
+            counts = prepare_text(task, None, config.model, folder, learns_judge=learns_judge(config), say=say)
     wall = time.perf_counter() - started
     write_manifest(folder, {"data": counts, "costs": {"wall_seconds": wall, "device_seconds": wall}})
 
 
 def _write_base(config: Comparison, plan: SeedPlan, folder: Path) -> None:
+    _write_model(config, plan, config.model, "the base model", folder)
+
+
+def _write_behaviour(config: Comparison, plan: SeedPlan, folder: Path) -> None:
+    if not isinstance(plan.task, TextTask) or plan.task.pairs is None or plan.task.pairs.policy is None:
+        raise TypeError("pairs come from the reference here")
+    _write_model(config, plan, plan.task.pairs.policy, "the model of task.pairs.policy", folder)
+
+
+def _write_model(
+    config: Comparison, plan: SeedPlan, settings: PretrainedModel | ScratchModel, what: str, folder: Path
+) -> None:
     import ray
     import ray.exceptions
 
     tokenizer = plan.data.folder / "tokenizer"
     task = ray.remote(num_cpus=1)(write_base)
-    running = task.remote(config.model, str(tokenizer), max_length(plan.task), config.reference.seed, folder)
+    running = task.remote(settings, str(tokenizer), max_length(plan.task), config.reference.seed, folder)
     try:
-        [outcome] = outcomes_within([running], config.resources.task_timeout_s, "the base model to be made ready")
+        [outcome] = outcomes_within([running], config.resources.task_timeout_s, f"{what} to be made ready")
     except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, UserError):  # one sentence, without the task's traceback
             raise UserError(str(error.cause)) from None
         raise
     if isinstance(outcome, Failed):
-        raise UserError(f"the base model cannot be made ready: {outcome.reason}")
+        raise UserError(f"{what} cannot be made ready: {outcome.reason}")
 
 
 def write_base(

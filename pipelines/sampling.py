@@ -21,10 +21,11 @@ from prefarena.records import Rollout
 
 
 class Sampler:
-    """The generation actors of an evaluation; as a context it ends them."""
+    """The generation actors of an evaluation, or of drawn pairs; as a context it ends them."""
 
-    def __init__(self, config: Comparison, plan: SeedPlan, console: Console) -> None:
-        self._config, self._plan, self._console = config, plan, console
+    def __init__(self, config: Comparison, plan: SeedPlan, console: Console, *, made_from: str | None = None) -> None:
+        """made_from: the folder of a model of the policies' architecture; none: the base model's."""
+        self._config, self._plan, self._console, self._made_from = config, plan, console, made_from
         self._generators: Generators | None = None
         self._held = ""  # the version that the actors were given last
         self._kept = KeptRollouts(root_of(config.output, config.resources.cache_dir) / "rollouts")
@@ -59,7 +60,9 @@ class Sampler:
         for _ in range(self._config.resources.max_failures + 1):
             try:
                 if self._generators is None:
-                    self._generators = start_generator(self._config, self._plan, self._console)
+                    self._generators = start_generator(
+                        self._config, self._plan, self._console, made_from=self._made_from
+                    )
                 if self._held != version:
                     self._generators.load_checkpoint(policy, version)
                     self._held = version

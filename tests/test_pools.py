@@ -75,7 +75,7 @@ def test_rows_of_data_come_once_and_in_order_when_an_actor_dies(ray_session: Non
     parts = find_parts(task.data, task.split)
 
     def ids(prepare: preferences.Prepare) -> list[str]:
-        stream = preferences._stream(task, parts, COLUMNS, None, prepare, (str(tmp_path / "tokenizer"), None), 1)
+        stream = preferences.stream(task, parts, COLUMNS, None, prepare, (str(tmp_path / "tokenizer"), None), 1)
         return [one for rows in stream for one in rows["id"].to_pylist()]
 
     assert ids(pools_that_die.prepare_and_die) == ids(pools_that_die.prepare)

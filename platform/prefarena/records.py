@@ -52,6 +52,16 @@ REFERENCED_RESPONSES = pa.schema(
     [*RESPONSES, ("mismatched_ids", _IDS), ("ref_logp", pa.float32()), ("ref_mismatched_logp", pa.float32())]
 )
 DEMONSTRATIONS = pa.schema([("id", pa.string()), ("prompt_ids", _IDS), ("response_ids", _IDS)])
+#: What a policy answered to prompts of which pairs are made; `place`: of the response among those to its prompt.
+DRAWN = pa.schema(
+    [
+        ("id", pa.string()),
+        ("prompt_id", pa.string()),
+        ("place", pa.int32()),
+        ("prompt_ids", _IDS),
+        ("response_ids", _IDS),
+    ]
+)
 #: `covered`: the prompt has training pairs. `split`: train or test.
 PROMPTS = pa.schema([("id", pa.string()), ("prompt_ids", _IDS), ("covered", pa.bool_()), ("split", pa.string())])
 PRETRAINING = pa.schema([("id", pa.string()), ("ids", _IDS)])

@@ -14,6 +14,7 @@ from prefarena.config.comparison import (
     Reference,
     Resources,
 )
+from prefarena.config.drawn_pairs import Annotator, DrawnPairs
 from prefarena.config.judges import (
     ClassifierJudge,
     Endpoint,
@@ -58,9 +59,11 @@ __all__ = [
     "RLHF",
     "RLOO",
     "SFT",
+    "Annotator",
     "BestOfN",
     "ClassifierJudge",
     "Comparison",
+    "DrawnPairs",
     "Endpoint",
     "EndpointJudge",
     "Entry",

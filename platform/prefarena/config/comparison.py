@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import Field, model_validator
 
-from prefarena.config.judges import EvaluationJudge, RewardModel
+from prefarena.config.judges import EvaluationJudge, PairwiseJudge, RewardModel
 from prefarena.config.labels import Labels, kept_apart
 from prefarena.config.models import Model, ScratchModel
 from prefarena.config.on_policy import GRPO, RLHF, RLOO, BestOfN
-from prefarena.config.tasks import LanguageTask, Task
+from prefarena.config.tasks import LanguageTask, Task, TextTask
 from prefarena.methods import discover
 from prefarena.settings.off_policy import OffPolicy
 from prefarena.settings.optimisation import Optimisation
@@ -265,11 +265,23 @@ class Comparison(Section):
             raise ValueError(
                 "evaluation.frontier_samples: a frontier is of scores, and judge kind pairwise gives none; set it to 0"
             )
+        self._check_drawn_pairs()
         self._check_weight_sync()
         self._check_gpus()
         if self.seeds_vary == "task" and self.task.kind != "language":
             raise ValueError("seeds_vary: task is for the enumerable language; a text task has one set of data")
         return self
+
+    def _check_drawn_pairs(self) -> None:
+        pairs = self.task.pairs if isinstance(self.task, TextTask) else None
+        if pairs is None or not any(isinstance(judge, PairwiseJudge) for judge in pairs.judges(self.judge)):
+            return
+        wrong = [("choose", "best_worst"), ("labels", "bradley_terry")]
+        given = next((f"{name}: {value}" for name, value in wrong if getattr(pairs, name) == value), None)
+        if given is None and any(a.noise > 0 and a.judge is None for a in pairs.annotators):
+            given = "noise"
+        if given is not None:
+            raise ValueError(f"task.pairs.{given} needs scores, and a pairwise judge gives none; use another annotator")
 
     def _check_weight_sync(self) -> None:
         resources, generation = self.resources, self.generation

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
+from prefarena.config.drawn_pairs import DrawnPairs
 from prefarena.settings.section import Section
 
 
@@ -85,6 +86,12 @@ class TextTask(Section):
         "that learn from single responses, such as kto; none: the pairs, taken apart.",
     )
     pretraining_text: str | None = Field(None, description="jsonl(.gz) with a `text` column, for gamma > 0.")
+    pairs: DrawnPairs | None = Field(
+        None,
+        description="Pairs are drawn from a policy and labelled by a judge; `data` then gives the prompts, with or "
+        "without answers. None: the pairs are those of `data`.",
+    )
+    covered_share: float = Field(1.0, gt=0, le=1, description="Share of the training prompts that have pairs.")
 
     @property
     def test_source(self) -> tuple[str, str] | None:

@@ -23,6 +23,7 @@ from prefarena.data.template_inputs import TOOLS, Inputs, read_inputs
 from prefarena.modeling.endings import TEMPLATE_FAILURES, AnswerForm, answer_form
 
 _TURNS = {"user": "Human", "assistant": "Assistant", "system": "System", "developer": "System", "tool": "Tool"}
+_ANSWER_LABEL = "\n\nAssistant:"
 _TAG = re.compile(r"<(\w+)>")
 
 
@@ -76,9 +77,24 @@ class Conversations:
             prompt = str(pair.prompt)
             return Texts(prompt, (self._ended(pair.chosen), self._ended(pair.rejected)), self._end_of(prompt))
         if self.tokenizer.chat_template is None:
-            prompt = _transcript(messages) + "\n\nAssistant:"
+            prompt = _transcript(messages) + _ANSWER_LABEL
             return Texts(prompt, (f" {pair.chosen}", f" {pair.rejected}"), self._eos, is_closed=False)
         return self._rendered_pair(messages, pair, inputs)
+
+    def prompt(self, pair: Pair) -> str:
+        """The text of a pair's prompt alone, as generation is given it. Raises Unusable as `texts` does."""
+        messages = pair.messages
+        inputs = read_inputs(pair.inputs, self.tokenizer)
+        if messages is None:
+            return str(pair.prompt)
+        if self.tokenizer.chat_template is None:
+            return _transcript(messages) + _ANSWER_LABEL
+        form = self._form_with(inputs)
+        prompt = self._render(messages, inputs, True)
+        if form is None or not form.header:
+            return prompt
+        whole = self._render([*messages, {"role": "assistant", "content": pair.chosen}], inputs, False)
+        return prompt + form.header if whole.startswith(prompt + form.header) else prompt
 
     # ------------------------------------------------------------------------------------- messages
 

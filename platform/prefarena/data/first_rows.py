@@ -15,7 +15,16 @@ from prefarena.data.fields import LOST, SYSTEM, is_empty
 from prefarena.data.files import listed
 from prefarena.data.formats import Pair
 from prefarena.data.labels import SCORES, check_labels
-from prefarena.data.preparation import COLUMNS, SINGLE_COLUMNS, TEXT_COLUMNS, pair_of, single_of, text_of
+from prefarena.data.preparation import (
+    COLUMNS,
+    PROMPT_COLUMNS,
+    SINGLE_COLUMNS,
+    TEXT_COLUMNS,
+    pair_of,
+    prompt_of,
+    single_of,
+    text_of,
+)
 from prefarena.data.rejections import Rejections, Unusable
 from prefarena.data.renaming import PROMPTS, renaming
 from prefarena.data.sharegpt import CONVERSATION, has_conversation
@@ -27,6 +36,7 @@ NUM_FIRST_ROWS = 1000
 #: The settings that path and split come from.
 DATA, TEXT = ("task.data", "task.split"), ("task.pretraining_text", "task.split")
 SINGLE = ("task.unpaired_data", "task.split")
+_ANSWERS = ("chosen", "rejected")
 _ANY_TYPE = ("source", "tools", "chat_template_kwargs", *SCORES, *PROMPTS, CONVERSATION)
 
 
@@ -48,9 +58,37 @@ class FirstRows:
 
 def look_at_pairs(task: TextTask) -> FirstRows:
     """Of the task's pairs. Raises UserError where the first rows show that they cannot be used."""
-    return _look(
-        task, (task.data, task.split), DATA, COLUMNS, ("chosen", "rejected"), functools.partial(pair_of, task=task)
-    )
+    return _look(task, (task.data, task.split), DATA, COLUMNS, _ANSWERS, functools.partial(pair_of, task=task))
+
+
+def prompts_alone(task: TextTask) -> bool:
+    """Whether the task's rows are prompts without answers, which drawn pairs alone can use.
+
+    Raises UserError where there is nothing to read.
+    """
+    if task.pairs is None:
+        return False
+    try:
+        for part in survey(task.data, task.split, DATA).parts:
+            schema = table_schema(part)
+            if schema is not None:
+                return not set(_ANSWERS) & set(schema.names)
+            for _, row in read_rows_of(part, COLUMNS, task.max_row_bytes, NUM_FIRST_ROWS):
+                if isinstance(row, dict):
+                    return all(row.get(name) is None for name in _ANSWERS)
+    except BrokenFile as error:
+        raise UserError(str(error)) from None
+    return False  # nothing can be read, which is said where pairs are looked for
+
+
+def look_at_prompts(task: TextTask) -> FirstRows:
+    """Of prompts without answers. Raises UserError as `look_at_pairs` does."""
+    return _look(task, (task.data, task.split), DATA, PROMPT_COLUMNS, (), functools.partial(prompt_of, task=task))
+
+
+def look_at_test_prompts(task: TextTask, first: FirstRows) -> FirstRows | None:
+    """Of the prompts to test on, where they are rows of their own. Raises UserError as `look_at_test` does."""
+    return _look_at_test(task, first, PROMPT_COLUMNS, (), functools.partial(prompt_of, task=task))
 
 
 def look_at_test(task: TextTask, first: FirstRows) -> FirstRows | None:
@@ -58,14 +96,22 @@ def look_at_test(task: TextTask, first: FirstRows) -> FirstRows | None:
 
     Raises UserError as `look_at_pairs` does, and where the two have rows in common, or rows of different forms.
     """
+    return _look_at_test(task, first, COLUMNS, _ANSWERS, functools.partial(pair_of, task=task))
+
+
+def _look_at_test(
+    task: TextTask,
+    first: FirstRows,
+    columns: tuple[str, ...],
+    needed: tuple[str, ...],
+    examine: Callable[[dict[str, Any] | Unusable], Any],
+) -> FirstRows | None:
     if task.test_source is None:
         return None
     path, setting = task.test_source[0], "task.test_data" if task.test_data else "task.test_split"
     every = task.model_copy(update={"max_rows": None})
     names = ("task.test_data" if task.test_data else "task.data", "task.test_split")
-    found = _look(
-        every, task.test_source, names, COLUMNS, ("chosen", "rejected"), functools.partial(pair_of, task=task)
-    )
+    found = _look(every, task.test_source, names, columns, needed, examine)
     if both := [part.path for part in found.parts if part in first.parts]:
         raise UserError(
             f"{setting}: {both[0]} is what task.data trains on, whole; name rows of their own in task.test_data"

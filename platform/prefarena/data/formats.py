@@ -47,6 +47,7 @@ from prefarena.data.rejections import (
     WRONG_TYPE,
     Unusable,
 )
+from prefarena.data.renaming import PROMPTS
 from prefarena.data.template_inputs import written_inputs
 from prefarena.data.transcripts import find_prompt
 from prefarena.data.turns import as_messages
@@ -56,6 +57,8 @@ Message = dict[str, str]
 Format = Literal["auto", "standard", "conversational", "hh"]
 Transcripts = Literal["text", "messages"]
 
+#: Stands for the answers of a row that is a prompt alone.
+NO_ANSWER = "."
 _LEADING = ("system", "developer")
 #: The roles behind which a message of each role may stand; "" is the start of the conversation.
 _BEFORE = {
@@ -137,6 +140,18 @@ def normalise_single(row: dict[str, Any], form: Format = "auto", source: str = "
     label = float(row["label"]) if isinstance(row["label"], bool) else row["label"]
     answers = {"chosen": row["completion"], "rejected": row["completion"]}
     return _read({**row, **answers, "label": label}, form, source, "text")
+
+
+def normalise_prompt(row: dict[str, Any], form: Format = "auto", source: str = "") -> Pair:
+    """The prompt of a row that has no answers, as a pair whose answers are both `NO_ANSWER`.
+
+    Raises Unusable as `normalise` does.
+    """
+    if all(is_empty(row.get(name)) for name in ("prompt", *PROMPTS)):
+        raise Unusable(MISSING_COLUMN, "prompt")
+    answer = [{"role": "assistant", "content": NO_ANSWER}] if form == "conversational" else NO_ANSWER
+    answers = {"chosen": answer, "rejected": answer, "label": None}
+    return _read({**row, **answers}, "standard" if form == "hh" else form, source, "text")
 
 
 def _read(row: dict[str, Any], form: Format, source: str, transcripts: Transcripts) -> Pair:

@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 
 from prefarena.config import TextTask
 from prefarena.data.first_rows import FirstRows
-from prefarena.data.preparation import COLUMNS, prepare_pairs
+from prefarena.data.preparation import COLUMNS, PROMPT_COLUMNS, prepare_pairs, prepare_prompts
 from prefarena.data.rejections import PROMPT_TOO_LONG, Rejections
 from prefarena.data.sources import Chunk, raw_rows, read_chunks
 from prefarena.data.splits import NONE_HELD_OUT
@@ -87,12 +87,33 @@ def look_at_limits(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> li
     return said
 
 
-def _first_chunks(task: TextTask, first: FirstRows) -> list[Chunk]:
+def look_at_prompt_limit(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> list[str]:
+    """`look_at_limits` of prompts without answers."""
+    chunks = _first_chunks(task, first, PROMPT_COLUMNS)
+    rows = pa.concat_tables([prepare_prompts(chunk, task, tokenizer, shares=NONE_HELD_OUT) for chunk in chunks])
+    rejections, num_cut = Rejections(), 0
+    for row in rows.slice(0, first.num_rows).to_pylist():
+        num_cut += bool(row["prompt_cut"])
+        if row["reason"] is not None:
+            rejections.add(row["file"], row["row"], row["reason"], row["detail"] or "")
+    rejections.check(first.path, first.num_rows, task.max_rejected_share, first=not first.is_whole)
+    number = num_cut + rejections.reasons[PROMPT_TOO_LONG]
+    if not number:
+        return []
+    fate = "left out" if task.long_prompts == "drop" else "cut at its beginning"
+    return [
+        f"{first.path}: of {'its' if first.is_whole else 'the first'} {first.num_rows:,} prompts, {number} "
+        f"({number / first.num_rows:.1%}) have more than {task.max_prompt_tokens} tokens (task.max_prompt_tokens); "
+        f"each of them is {fate} (task.long_prompts: {task.long_prompts})"
+    ]
+
+
+def _first_chunks(task: TextTask, first: FirstRows, columns: tuple[str, ...] = COLUMNS) -> list[Chunk]:
     """The chunks that hold the first rows, and perhaps some more."""
     chunks: list[Chunk] = []
     left = first.num_rows
     for part in first.parts:
-        for chunk in read_chunks(part, COLUMNS, task.max_row_bytes, left):
+        for chunk in read_chunks(part, columns, task.max_row_bytes, left):
             chunks.append(chunk)
             left -= sum(1 for _ in raw_rows(chunk))
         if left <= 0:

@@ -10,14 +10,14 @@ import pyarrow as pa
 
 from prefarena.config import TextTask
 from prefarena.data.fields import SYSTEM
-from prefarena.data.formats import Pair, normalise, normalise_single, valid_text
+from prefarena.data.formats import Pair, normalise, normalise_prompt, normalise_single, valid_text
 from prefarena.data.labels import SCORES
 from prefarena.data.rejections import NO_ROW, WRONG_TYPE, Unusable
 from prefarena.data.renaming import PROMPTS
 from prefarena.data.sharegpt import CONVERSATION
 from prefarena.data.sources import Chunk, rows_of
 from prefarena.data.splits import Shares
-from prefarena.data.tokenization import Tokenizer, TokenPair
+from prefarena.data.tokenization import Tokenizer, TokenPair, TokenPrompt
 from prefarena.records import PAIRS, PRETRAINING, RESPONSES, content_id
 
 #: What is read of a table of pairs.
@@ -35,6 +35,8 @@ COLUMNS = (
     CONVERSATION,
 )
 TEXT_COLUMNS = ("text",)
+#: What is read of a table of prompts without answers.
+PROMPT_COLUMNS = ("prompt", "source", *SYSTEM, "tools", "chat_template_kwargs", *PROMPTS)
 #: What is read of a table of single responses.
 SINGLE_COLUMNS = ("prompt", "completion", "label", "source", *SYSTEM, "tools", "chat_template_kwargs", *PROMPTS)
 
@@ -57,6 +59,16 @@ PREPARED_PAIRS = pa.schema(
     ]
 )
 PREPARED_RESPONSES = pa.schema([*_REJECTED, *RESPONSES, ("prompt_id", pa.string()), ("is_cut", pa.bool_())])
+PREPARED_PROMPTS = pa.schema(
+    [
+        *_REJECTED,
+        ("id", pa.string()),
+        ("prompt_ids", pa.list_(pa.int32())),
+        ("split", pa.string()),
+        ("opening_id", pa.string()),
+        ("prompt_cut", pa.bool_()),
+    ]
+)
 PREPARED_PIECES = pa.schema([*_REJECTED, ("piece", pa.int32()), *PRETRAINING])
 
 
@@ -84,6 +96,18 @@ def prepare_responses(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.
         row = _single(pair, _embedded(next(tokens), tokenizer)) if isinstance(pair, Pair) else _rejected(pair)
         rows.append({**row, "file": chunk.file, "row": number})
     return pa.Table.from_pylist(rows, schema=PREPARED_RESPONSES)
+
+
+def prepare_prompts(chunk: Chunk, task: TextTask, tokenizer: Tokenizer, *, shares: Shares) -> pa.Table:
+    """One row of PREPARED_PROMPTS for each row of the chunk, in order."""
+    source = Path(chunk.file).name
+    found = [(number, _try(prompt_of, row, task, source)) for number, row in rows_of(chunk, task.max_row_bytes)]
+    tokens = iter(tokenizer.prompts([pair for _, pair in found if isinstance(pair, Pair)]))
+    rows = []
+    for number, pair in found:
+        row = _prompt(pair, next(tokens), tokenizer, shares) if isinstance(pair, Pair) else _rejected(pair)
+        rows.append({**row, "file": chunk.file, "row": number})
+    return pa.Table.from_pylist(rows, schema=PREPARED_PROMPTS)
 
 
 def prepare_pieces(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.Table:
@@ -119,6 +143,13 @@ def single_of(row: dict[str, Any] | Unusable, task: TextTask, source: str = "") 
     if isinstance(row, Unusable):
         raise row
     return normalise_single(row, task.format, source)
+
+
+def prompt_of(row: dict[str, Any] | Unusable, task: TextTask, source: str = "") -> Pair:
+    """The prompt that a row holds, without answers. Raises Unusable as `pair_of` does."""
+    if isinstance(row, Unusable):
+        raise row
+    return normalise_prompt(row, task.format, source)
 
 
 def text_of(row: dict[str, Any] | Unusable) -> str:
@@ -170,6 +201,19 @@ def _single(pair: Pair, tokens: TokenPair | Unusable) -> dict[str, Any]:
         "response_ids": tokens.chosen_ids,
         "prompt_id": content_id(tokens.prompt_ids),
         "is_cut": tokens.prompt_cut or tokens.num_responses_cut > 0,
+    }
+
+
+def _prompt(pair: Pair, tokens: TokenPrompt | Unusable, tokenizer: Tokenizer, shares: Shares) -> dict[str, Any]:
+    if not isinstance(tokens, Unusable):
+        tokens = _without_row(tokenizer, tokens.prompt_ids) or tokens
+    if isinstance(tokens, Unusable):
+        return _rejected(tokens)
+    return {
+        "id": content_id(tokens.prompt_ids),
+        "split": shares.split_of(pair),
+        "opening_id": content_id(pair.opening.strip()),
+        **vars(tokens),
     }
 
 

@@ -46,6 +46,7 @@ END_INSIDE = "response has an end-of-sequence token inside"
 IDENTICAL_CUT = IDENTICAL + " after truncation"
 OTHER_SPLIT = "its truncated prompt is in another split"
 DUPLICATE = "repeats an earlier pair"
+REPEATED_PROMPT = "repeats an earlier prompt"
 IN_TEST_DATA = "its dialogue is in the test data"
 
 #: What mends a row of each reason.
@@ -54,7 +55,8 @@ REMEDIES = {
     NOT_AN_OBJECT: "write one whole JSON object on each line",
     NOT_UTF8: "convert the file to UTF-8, for example with iconv",
     TOO_LARGE: "shorten the row, or raise task.max_row_bytes",
-    MISSING_COLUMN: "give every row the columns `chosen` and `rejected`, or of single responses `completion`, `label`",
+    MISSING_COLUMN: "give every row the columns `chosen` and `rejected`, of single responses `completion` and `label`, "
+    "of prompts alone `prompt`",
     WRONG_TYPE: "give text, or lists of messages with text in `content`, and numbers as labels; "
     "rename a column `label` that is something else",
     BAD_UNICODE: "replace lone surrogates by the characters that are meant",
@@ -83,6 +85,7 @@ REMEDIES = {
     IDENTICAL_CUT: "raise task.max_response_tokens",
     OTHER_SPLIT: "raise task.max_prompt_tokens",
     DUPLICATE: "nothing needs to be done",
+    REPEATED_PROMPT: "nothing needs to be done",
     IN_TEST_DATA: "nothing needs to be done: it would be trained on and tested on",
 }
 #: Reasons that lie in a file's form rather than in one row's content: if all first rows have them, so will the rest.
@@ -103,7 +106,7 @@ STRUCTURAL = {
     NOT_CONTINUED,
 }
 #: Rows that are left out and were none to train on: they do not count as lost.
-_NOT_COUNTED = (DUPLICATE, IN_TEST_DATA)
+_NOT_COUNTED = (DUPLICATE, REPEATED_PROMPT, IN_TEST_DATA)
 _LONGEST_DETAIL = 200  # characters
 _NUM_NAMED = 3  # reasons that the message about too many rejected rows names
 

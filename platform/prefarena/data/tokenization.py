@@ -59,6 +59,14 @@ class TokenPair:
 
 
 @dataclass(frozen=True)
+class TokenPrompt:
+    """Token ids of a prompt without answers, and whether truncation touched it."""
+
+    prompt_ids: list[int]
+    prompt_cut: bool
+
+
+@dataclass(frozen=True)
 class Tokenizer:
     """Prompts and responses to ids, within a task's limits. Raises UserError where these leave no room.
 
@@ -120,6 +128,24 @@ class Tokenizer:
             texts if isinstance(texts, Unusable) else self._try_fit(pair, texts, [next(ids), next(ids)])
             for pair, texts in zip(pairs, found, strict=True)
         ]
+
+    def prompts(self, pairs: Sequence[Pair]) -> list[TokenPrompt | Unusable]:
+        """Ids of each pair's prompt alone within the limit, or why it cannot be used."""
+        found = [self._try_prompt(pair) for pair in pairs]
+        ids = iter(self.encoder.encode([text for text in found if isinstance(text, str)]))
+        return [text if isinstance(text, Unusable) else self._try_fit_prompt(next(ids)) for text in found]
+
+    def _try_prompt(self, pair: Pair) -> str | Unusable:
+        try:
+            return self.conversations.prompt(pair)
+        except Unusable as error:
+            return error
+
+    def _try_fit_prompt(self, ids: list[int]) -> TokenPrompt | Unusable:
+        try:
+            return TokenPrompt(*self._fit_prompt(self._begun(ids)))
+        except Unusable as error:
+            return error
 
     def _try_texts(self, pair: Pair) -> Texts | Unusable:
         try:

@@ -18,10 +18,10 @@ Scorer = Callable[[list[JudgeRow]], Sequence[float]]
 class FunctionScorer:
     """Calls the function once for each batch that it is asked to score."""
 
-    def __init__(self, settings: FunctionJudge, tokenizer: str) -> None:
-        """Raises UserError where the function cannot be imported."""
+    def __init__(self, settings: FunctionJudge, tokenizer: str, may_be_silent: bool = False) -> None:
+        """may_be_silent: a value that is no finite number is nan. Raises UserError where it cannot be imported."""
         self._name, self._function = settings.function, load_scorer(settings.function)
-        self._tokenizer = load_tokenizer(tokenizer)
+        self._tokenizer, self._may_be_silent = load_tokenizer(tokenizer), may_be_silent
 
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
         """The function's numbers float64 [N].
@@ -30,10 +30,12 @@ class FunctionScorer:
         """
         rows = judge_rows(self._tokenizer, prompts, responses)
         try:
-            values = self._function(rows)
+            values: object = self._function(rows)
         except Exception as error:  # the user's function: whatever it raises is shown as it was raised
             raise JudgeError(f"judge function {self._name} raised an error:\n{own_traceback(error)}") from None
-        return checked_numbers(values, len(prompts), self._name)
+        if self._may_be_silent:
+            values = _with_silence(values)
+        return checked_numbers(values, len(prompts), self._name, may_be_silent=self._may_be_silent)
 
 
 def load_scorer(name: str) -> Scorer:
@@ -42,8 +44,24 @@ def load_scorer(name: str) -> Scorer:
     return function
 
 
-def checked_numbers(values: object, number: int, name: str) -> np.ndarray:
-    """`number` finite values as float64. Raises JudgeError naming the function and what it returned."""
+def _with_silence(values: object) -> object:
+    """The list with nan in place of what is no number."""
+    if not isinstance(values, list | tuple | np.ndarray):
+        return values
+    numbers = []
+    for value in values:
+        try:
+            numbers.append(float(value))
+        except (TypeError, ValueError):
+            numbers.append(np.nan)
+    return numbers
+
+
+def checked_numbers(values: object, number: int, name: str, *, may_be_silent: bool = False) -> np.ndarray:
+    """`number` values as float64, finite ones unless it `may_be_silent`: others are nan then.
+
+    Raises JudgeError naming the function and what it returned.
+    """
     try:
         scores = np.asarray(values, dtype=np.float64)
     except (TypeError, ValueError):
@@ -51,6 +69,8 @@ def checked_numbers(values: object, number: int, name: str) -> np.ndarray:
     if scores.shape != (number,):
         raise JudgeError(f"judge function {name}: {number} rows, but it returned an array of shape {scores.shape}")
     bad = np.flatnonzero(~np.isfinite(scores))
-    if len(bad):
+    if may_be_silent:
+        scores[bad] = np.nan
+    elif len(bad):
         raise JudgeError(f"judge function {name}: the score of row {bad[0]} is {scores[bad[0]]}, not a finite number")
     return scores

@@ -30,7 +30,8 @@ class JudgeSpec:
 
     path: the trained reward model's folder (`learned`) or the gold reward's JSON (`gold`); none for the others.
     tokenizer: the folder of the policy's tokenizer, with which judges of text decode. calls: where answers of an
-    endpoint are kept; none: they are not. arithmetic: in which a model's body computes.
+    endpoint are kept; none: they are not. arithmetic: in which a model's body computes. may_be_silent: a function's
+    value that is no finite number is a row without a score (nan), not an error.
     """
 
     settings: EvaluationJudge
@@ -38,6 +39,7 @@ class JudgeSpec:
     tokenizer: str
     calls: str | None = None
     arithmetic: Arithmetic = "float32"
+    may_be_silent: bool = False
 
 
 class Judge(Protocol):
@@ -76,7 +78,7 @@ def load_judge(spec: JudgeSpec, batch_size: int = 64, device: str | torch.device
         case FunctionJudge():
             from prefarena.judges.function import FunctionScorer
 
-            return FunctionScorer(spec.settings, spec.tokenizer)
+            return FunctionScorer(spec.settings, spec.tokenizer, spec.may_be_silent)
         case EndpointJudge():
             from prefarena.judges.endpoint import EndpointScorer
 
