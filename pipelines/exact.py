@@ -160,8 +160,9 @@ def evaluate_exactly(job: ExactJob) -> None:
     row |= preference_accuracy(
         chosen, rejected, float_column(test, "ref_chosen_logp"), float_column(test, "ref_rejected_logp")
     )
-    if job.best_of is not None:
+    if job.best_of is not None and own is not None:
         row["kl_bound"] = kl_bound(job.best_of)
+        write_json(job.folder / "curve.json", [_best_of(number, reference, own) for number in _numbers(job.best_of)])
     if job.keep_logps:
         np.save(job.folder / "logps.npy", policy.logps)
     finish_evaluation(job.folder, row, started)
@@ -206,6 +207,23 @@ def _trajectory(
     yield _at_step(job.num_steps, final, job.group)
 
 
+def _numbers(most: int) -> list[int]:
+    """1, 2, 4, … samples, up to 64 and to `most`: enough of them for a law through what the best of each is worth."""
+    powers = [2**power for power in range(max(6, most.bit_length()))]
+    return sorted({*powers, 64, most})
+
+
+def _best_of(number: int, reference: ExactReference, own: np.ndarray) -> dict[str, float]:
+    """Exact means over all prompts of the best of `number` samples by its own reward."""
+    logps = best_of_n_logps(reference.ref_logps, own, number)
+    probabilities = np.exp(logps)
+    values = {"kl": logps - reference.ref_logps, "reward": reference.rewards, "proxy_reward": own}
+    return {"step": number} | {
+        name: float(np.where(probabilities > 0, probabilities * value, 0.0).sum(axis=1).mean())
+        for name, value in values.items()
+    }
+
+
 def _at_step(step: int, row: dict[str, float], group: str) -> dict[str, float]:
     """A trajectory's row: names without a group are means over the prompts that the entry samples on."""
     plain = {name: row[f"{name}/{group}"] for name in _AT_EACH_STEP if f"{name}/{group}" in row}
@@ -214,7 +232,15 @@ def _at_step(step: int, row: dict[str, float], group: str) -> dict[str, float]:
 
 def read_trajectory(stage: Stage) -> list[dict[str, float]]:
     """The trajectory of an evaluation stage; empty where its entry has none."""
-    path = stage.folder / "trajectory.json"
+    return _read_rows(stage.folder / "trajectory.json")
+
+
+def read_best_of_curve(stage: Stage) -> list[dict[str, float]]:
+    """What the best of ever more samples is worth, of an evaluation stage of best-of-n; else empty."""
+    return _read_rows(stage.folder / "curve.json")
+
+
+def _read_rows(path: Path) -> list[dict[str, float]]:
     bring(path)
     return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else []
 

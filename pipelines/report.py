@@ -14,7 +14,7 @@ import numpy as np
 
 from pipelines.equal_length import equal_length_row
 from pipelines.evaluate import pairwise_wins
-from pipelines.exact import exact_frontier, exact_optimum, read_trajectory
+from pipelines.exact import exact_frontier, exact_optimum, read_best_of_curve, read_trajectory
 from pipelines.frontier import frontier_points, regret_row
 from pipelines.judge_notes import judge_notes
 from pipelines.plan import SeedPlan, Trained
@@ -85,6 +85,7 @@ def gather(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> Res
         win_matrix=_win_matrix(config, plans) if config.evaluation.win_matrix else None,
         curves=_by_entry(config, plans, lambda trained: str(metrics) if (metrics := _metrics(trained)) else None),
         trajectories=_by_entry(config, plans, lambda trained: read_trajectory(trained.evaluation)),
+        best_of_curves=_by_entry(config, plans, lambda trained: read_best_of_curve(trained.evaluation)),
         kl_agreement=_by_entry(config, plans, _agreement),
         costs=_costs(plans, reused),
     )

@@ -345,6 +345,20 @@ def test_best_of_n_is_measured_without_a_policy(stages: Path, tmp_path: Path) ->
     assert np.load(tmp_path / "four" / "logps.npy").shape == (6, 259)
 
 
+@pytest.mark.parametrize("number", [4, 100])
+def test_best_of_n_comes_with_the_curve_of_ever_more_samples(stages: Path, tmp_path: Path, number: int) -> None:
+    """By another reward than the gold one: each point is what that number of samples has by itself."""
+    reward = stages / "scores.npy"
+    row = evaluated(stages, tmp_path / "curve", policy="nowhere", reward=reward, best_of=number)
+    found = {point["step"]: point for point in json.loads((tmp_path / "curve" / "curve.json").read_text())}
+    assert list(found) == ([1, 2, 4, 8, 16, 32, 64] if number == 4 else [1, 2, 4, 8, 16, 32, 64, 100])
+    for name in ("kl", "reward", "proxy_reward"):
+        assert found[number][name] == pytest.approx(row[f"{name}/all"], abs=1e-12)
+    assert found[1]["kl"] == pytest.approx(0, abs=1e-12)
+    proxies = [point["proxy_reward"] for point in found.values()]
+    assert proxies == sorted(proxies) and found[1]["reward"] != found[number]["reward"]
+
+
 # ------------------------------------------------------------------------------------------------- the plan
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from prefarena.report.curves import OFF_POLICY_METRICS, ON_POLICY_METRICS, OWN_SCALE, read_curves
+from prefarena.report.overoptimisation import law_line
 from prefarena.report.plots import FRONTIER_NOTE, frontier_lines, group_curves
 from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, kl_key, with_gains
 from prefarena.report.style import looks, on_ground
@@ -228,6 +229,9 @@ def _exact_trajectories(results: Results) -> list[Chart]:
             if not is_gold(entry) and any("proxy_reward" in row for row in rows):
                 name = f"{entry.name}, seed {seed}: reward learned from"
                 lines.append(_trajectory(key, name, "dashed", rows, "proxy_reward"))
+            law = law_line(results, entry) if seed == next(iter(results.trajectories[entry.name])) else None
+            if law is not None:
+                lines.append(_line(key, f"{entry.name}: the law fitted to it", "law", law[:, 0], law[:, 1]))
             prompts = "covered" if entry.settings.get("prompts") == "covered" else "all"
             before = furthest[prompts][0] if prompts in furthest else 0.0
             furthest[prompts] = (max(before, *(row["kl"] for row in rows)), entry)
@@ -240,7 +244,8 @@ def _exact_trajectories(results: Results) -> list[Chart]:
     note = (
         "Exact, on the prompts that each entry samples on: policies before, during and after training, one line for "
         "each seed. Solid: the gold reward; dashed: the reward that is learned from. Where the dashed line rises and "
-        "the solid one does not follow, the reward is over-optimised."
+        "the solid one does not follow, the reward is over-optimised. Dotted: the law fitted to the gold reward, where "
+        "there are four policies or more."
     )
     title = "Reward and KL through training"
     return [{"id": "through", "title": title, "note": note, "x": _KL, "y": "expected reward", "lines": lines}]

@@ -28,6 +28,7 @@ from prefarena.report.charts import (
 from prefarena.report.findings import compared, data_lines, findings, limits
 from prefarena.report.leakage import leakage, leakage_tables
 from prefarena.report.measures import divergence_table
+from prefarena.report.overoptimisation import law_table
 from prefarena.report.results import Results
 from prefarena.report.samples import SAMPLES_FILE, Samples, load_samples
 from prefarena.report.tables import Table, cost_table, main_table, win_table
@@ -48,6 +49,7 @@ def write_page(results: Results, folder: str | Path) -> Path:
         _section("distance", "Distance from the reference", table_html(divergence_table(results))),
         _section("reward-and-kl", "Reward and KL", '<div class="charts" data-charts="reward"></div>', *_sweep(results)),
         _through_training(results, target),
+        _section("laws", "Laws of over-optimisation", table_html(law_table(results))),
         _section("win-rates-matrix", "Win rates", table_html(win_table(results))),
         _section("training", "Training curves", _charts("training", training_charts(results, target))),
         _samples(results, samples),

@@ -10,6 +10,7 @@ from prefarena.report.curves import curve_figures
 from prefarena.report.findings import compared, data_lines, findings, limits
 from prefarena.report.leakage import leakage, leakage_tables
 from prefarena.report.measures import divergence_table
+from prefarena.report.overoptimisation import law_table
 from prefarena.report.plots import FRONTIER_NOTE, drift_figure, reward_kl_figure
 from prefarena.report.results import EntryResult, Results
 from prefarena.report.style import write_figure
@@ -43,6 +44,7 @@ def write_report(results: Results, folder: str | Path) -> Path:
         *_sweep(results, target),
         _figure("Reward and KL", _reward_kl_text(results), target, reward_kl_figure(results), "reward_kl"),
         *_through_training(results, target),
+        _section("Laws of over-optimisation", law_table(results)),
         _wins(results),
         *_curves(results, target),
         _section("Costs", cost_table(results)),
@@ -111,7 +113,8 @@ def _through_training(results: Results, folder: Path) -> list[str]:
     text = (
         "Exact, on the prompts that each entry samples on: policies before, during and after training, one line for "
         "each seed. Solid: the gold reward; dashed: the reward that is learned from. Where the dashed line rises and "
-        "the solid one does not follow, the reward is over-optimised."
+        "the solid one does not follow, the reward is over-optimised. Dotted: the law fitted to the gold reward, where "
+        "there are four policies or more."
     )
     sections = [_figure("Reward and KL through training", text, folder, trajectory_figure(results), "through_training")]
     sections.append(_section("On-policy methods: peak and end", summary_table(results)))

@@ -133,6 +133,9 @@ class Results(Part):
     trajectories: dict[str, dict[str, list[EvalRow]]] = Field(
         {}, description="entry -> seed -> exact measures before, during and after training; `step` counts updates."
     )
+    best_of_curves: dict[str, dict[str, list[EvalRow]]] = Field(
+        {}, description="entry -> seed -> exact measures of the best of ever more samples; `step` is their number."
+    )
     kl_agreement: dict[str, dict[str, list[EvalRow]]] = Field(
         {}, description="entry -> seed -> logged KL estimates beside the exact KL of the policy that was sampled."
     )

@@ -12,6 +12,7 @@ from matplotlib.figure import Figure
 
 from prefarena.report.curves import read_metrics
 from prefarena.report.labels import Label, place_labels
+from prefarena.report.overoptimisation import law_line
 from prefarena.report.plots import along, frontier_lines
 from prefarena.report.results import Aggregate, EntryResult, Results, mean_and_error
 from prefarena.report.style import BLACK, GREY, house_style, looks
@@ -186,6 +187,9 @@ def _draw_exact(axes: Axes, results: Results, entry: EntryResult, colour: str) -
         furthest = max(furthest, *(row["kl"] for row in rows))
     for line in frontiers_of(results, entry, 1.1 * furthest):
         axes.plot(line[:, 0], line[:, 1], color=BLACK, linewidth=1.1, zorder=1)
+    law = law_line(results, entry)
+    if law is not None:
+        axes.plot(law[:, 0], law[:, 1], color=colour, linewidth=1.0, linestyle=":", zorder=2)
     axes.margins(0.1)
 
 

@@ -63,6 +63,9 @@ function traceOf(line) {
     case "frontier":
       return { ...trace, mode: "lines", line: { color: cssValue("--soft"), width: 1.6 },
         hovertemplate: `${plain(line.name)}<br>%{y:.3f} at KL %{x:.3f}<extra></extra>` };
+    case "law":
+      return { ...trace, mode: "lines", line: { color: colour, width: 1.4, dash: "dot" },
+        hovertemplate: `${plain(line.name)}<br>%{y:.3f} at KL %{x:.3f}<extra></extra>` };
     case "curve":
       return { ...trace, mode: "lines", line: { color: colour, width: 1.5 },
         hovertemplate: `<b>${plain(line.name)}</b><br>step %{x}<br>%{y:.4~g}<extra></extra>` };
