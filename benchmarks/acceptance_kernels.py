@@ -32,7 +32,8 @@ from prefarena.modeling.halves import compute_in_halves
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.modeling.memory import size_of, training_memory
 from prefarena.modeling.packing import pack
-from prefarena.training.sharding import shard, whole
+from prefarena.modeling.parts import whole
+from prefarena.training.sharding import shard
 
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Largest difference of a token's log-prob from float64 (nats), and of all gradients, relative to their norm.

@@ -38,7 +38,8 @@ from prefarena.training.run_job import run_job
 from tests.real_model import smollm2
 from tests.workers import OneOfMany
 
-PROMPT, RESPONSE, ROWS = 128, 64, 16
+#: Few enough for two cores: what is held does not depend on how many passes there are, as long as a step has several.
+PROMPT, RESPONSE, ROWS, PASS = 64, 32, 8, 2
 LORA = LoRA(rank=16)
 #: Which trainings, on how many workers; each is (method, adapters, workers).
 CASES = {
@@ -96,7 +97,11 @@ def job_of(name: str, folder: Path, model: str) -> Job:
         }  # fmt: skip
         write_rows(pa.Table.from_pydict(rows, REFERENCED_PAIRS), folder / "pairs" / "part.parquet", REFERENCED_PAIRS)
         training = Optimisation(
-            num_steps=2, batch_size=ROWS // 2, micro_batch_tokens=4 * (PROMPT + RESPONSE), lora=lora, log_every=1
+            num_steps=2,
+            batch_size=ROWS // 2,
+            micro_batch_tokens=PASS * (PROMPT + 2 * RESPONSE),
+            lora=lora,
+            log_every=1,
         )
         return OffPolicyJob(stage, "dpo", model, 0, DPO(training=training), str(folder / "pairs"))
     prompts = {
@@ -106,7 +111,7 @@ def job_of(name: str, folder: Path, model: str) -> Job:
     write_rows(pa.table(prompts), folder / "prompts.parquet", PROMPTS)
     reward = reward_model(folder, model, lora)
     ppo = PPOTraining(
-        num_iterations=2, rollouts_per_iteration=ROWS, num_epochs=1, num_minibatches=2, micro_batch_size=4, lora=lora
+        num_iterations=1, rollouts_per_iteration=ROWS, num_epochs=1, num_minibatches=2, micro_batch_size=PASS, lora=lora
     )
     return OnPolicyJob(
         stage, "ppo", model, 0, training=ppo, reward=JudgeSpec(RewardModel(), reward, model), critic=reward,

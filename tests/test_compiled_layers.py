@@ -31,8 +31,9 @@ from prefarena.modeling.halves import compute_in_halves
 from prefarena.modeling.layers import decoder_layers, recompute_layers
 from prefarena.modeling.lora import add_adapters
 from prefarena.modeling.packing import PackedBatch, pack
+from prefarena.modeling.parts import whole
 from prefarena.modeling.support import body_output
-from prefarena.training.sharding import shard, whole
+from prefarena.training.sharding import shard
 
 RESULTS = Path(__file__).parents[1] / "benchmarks" / "results"
 CPU = torch.device("cpu")

@@ -16,6 +16,7 @@ from prefarena.modeling.heads import token_values
 from prefarena.modeling.load import load_policy, load_tokenizer, save_policy
 from prefarena.modeling.logprobs import Sequences, token_logps
 from prefarena.training import on_policy_models
+from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.learner import prepare
 from prefarena.training.on_policy import train_on_policy
 from prefarena.training.on_policy_models import OnPolicyModels, load_models
@@ -91,13 +92,12 @@ def test_float32_trainings_hold_float32(tmp_path: Path, tiny_policy: str) -> Non
         assert {one.dtype for one in weights_of(models).values()} == {torch.float32}
 
 
-def run_sharded(rank: int, root: Path, policy: str, halves: bool) -> None:
+def run_sharded(rank: int, jobs: list[OnPolicyJob], root: Path, halves: bool) -> None:
     torch.set_num_threads(1)
     if not halves:
         on_policy_models.halve_products = not_halved  # type: ignore[assignment]
     torch.distributed.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2)
-    for name, training in TRAININGS.items():
-        job = make_job(root / name, policy, training)
+    for job in jobs:
         worker = OneOfMany(job.stage_dir, rank, 2, "fsdp")
         train_on_policy(job, worker, SharedGenerator(job.policy, Path(job.stage_dir).parent, worker))
     torch.distributed.destroy_process_group()
@@ -110,13 +110,13 @@ def test_sharded_workers_compute_the_same_bits(tmp_path: Path, tiny_policy: str)
             parameter.copy_(parameter.bfloat16())  # so that generators in float32 get the same numbers, too
     save_policy(start, load_tokenizer(tiny_policy), tmp_path / "policy")
     tiny_policy = str(tmp_path / "policy")
+    jobs: dict[bool, list[OnPolicyJob]] = {}
     for halves in (True, False):
         root = tmp_path / str(halves)
-        root.mkdir()
-        torch.multiprocessing.spawn(run_sharded, (root, tiny_policy, halves), nprocs=2)
-    for name, training in TRAININGS.items():
-        jobs = [make_job(tmp_path / str(halves) / name, tiny_policy, training) for halves in (True, False)]
-        halved, whole = (metric_rows(job) for job in jobs)
+        jobs[halves] = [make_job(root / name, tiny_policy, training) for name, training in TRAININGS.items()]
+        torch.multiprocessing.spawn(run_sharded, (jobs[halves], root, halves), nprocs=2)
+    for name, *pair in zip(TRAININGS, jobs[True], jobs[False], strict=True):
+        halved, whole = (metric_rows(job) for job in pair)
         assert halved[0]["kl/k3"] == 0.0 and halved[1]["kl/k3"] > 0
         for key in COMPARED:
             assert [row.get(key) for row in halved] == [row.get(key) for row in whole], (name, key)

@@ -15,11 +15,12 @@ from prefarena.config import LoRA
 from prefarena.modeling.arithmetic import in_weights
 from prefarena.modeling.halves import compute_in_halves
 from prefarena.modeling.heads import ScalarHead
-from prefarena.modeling.layers import recompute_layers
+from prefarena.modeling.layers import recompute_layers, take_off_wrappers
 from prefarena.modeling.logprobs import LogProbs, PackedModel
 from prefarena.modeling.lora import add_adapters
 from prefarena.modeling.packing import pack
-from prefarena.training.sharding import on_rank_0, shard, whole
+from prefarena.modeling.parts import whole
+from prefarena.training.sharding import shard
 
 CPU = torch.device("cpu")
 ROWS = ([[1, 4, 5, 6], [1, 7]], [[[8, 9, 3], [5, 2]], [[10, 11, 12, 2]]])
@@ -139,6 +140,5 @@ def test_a_trained_model_computes_in_float32_again() -> None:
     compute_in_halves(module)
     recompute_layers(module)
     assert not torch.equal(module(pack(*ROWS))[0], expected)
-    trained = on_rank_0(module.model, lambda: module.model, rank=0)
-    assert trained is module.model
+    take_off_wrappers(module.model)
     assert torch.equal(LogProbs(module.model)(pack(*ROWS))[0], expected)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any, cast
 
@@ -118,6 +119,11 @@ def test_the_saved_model_is_whole_and_that_of_one_worker(inputs: Path, runs: Pat
     assert start.keys() == one.keys() == sharded.keys()  # no trace of adapters
     for name, value in one.items():
         torch.testing.assert_close(sharded[name], value, rtol=0, atol=1e-5)
+    folders = [runs / where / variant / "model" for where in ("one", "fsdp")]
+    names = [sorted(path.name for path in folder.iterdir()) for folder in folders]
+    assert names[0] == names[1]
+    for name in ("config.json", "generation_config.json", "tokenizer.json"):
+        assert (folders[0] / name).read_bytes() == (folders[1] / name).read_bytes(), name
     moved = {name for name, value in one.items() if not torch.equal(value, start[name])}
     projections = {name for name in start if "_proj" in name}
     assert moved == (projections if variant == "lora" else set(start))
@@ -171,6 +177,11 @@ def test_a_reward_model_with_adapters_is_that_of_one_worker(runs: Path, workers:
     one, two = (read_manifest(runs / where / "rm")["reward_model"] for where in ("one", workers))
     for name in ("accuracy", "log_loss"):
         assert two[name] == pytest.approx(one[name], abs=1e-4)
+    files = [runs / where / "rm" / "model" / "config.json" for where in ("one", workers)]
+    configs = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    assert configs[0].keys() == configs[1].keys()
+    for name, value in configs[0].items():  # mean and scale of the scores among them
+        assert configs[1][name] == (pytest.approx(value, rel=1e-3, abs=1e-4) if isinstance(value, float) else value)
     judge = RewardModelJudge(str(runs / workers / "rm" / "model"))
     assert np.isfinite(judge.score([[1, 3, 4]], [[5, 2]])).all()
 

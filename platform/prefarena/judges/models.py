@@ -46,14 +46,17 @@ class RewardModelJudge:
         self._batch_size, self._arithmetic = batch_size, arithmetic
 
     @classmethod
-    def of(cls, model: PreTrainedModel | Role, batch_size: int = 64) -> RewardModelJudge:
+    def of(
+        cls, model: PreTrainedModel | Role, batch_size: int = 64, arithmetic: Arithmetic | None = None
+    ) -> RewardModelJudge:
         """A judge of a model that is in memory; it scores where the model is, with the model's normalisation.
 
-        A role on a shared body scores with its own adapters and head. Products are those of whoever asks.
+        A role on a shared body scores with its own adapters and head. Products are those of whoever asks, where
+        no arithmetic is named.
         """
         judge = cls.__new__(cls)
         judge.head = model if isinstance(model, Role) else ScalarHead(model)
-        judge._batch_size, judge._arithmetic = batch_size, None
+        judge._batch_size, judge._arithmetic = batch_size, arithmetic
         return judge
 
     @torch.no_grad()

@@ -81,25 +81,46 @@ def check_weights(
 def check_loaded(where: str | Path, model: PreTrainedModel) -> None:
     """Raise UserError where a weight is NaN or infinite, or where a head that is tied by the config is another one."""
     for name, tensor in model.state_dict().items():
-        if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
-            wrong = int((~torch.isfinite(tensor)).sum())
-            raise UserError(
-                f"{where}: {wrong} of the {tensor.numel()} numbers in {name} are NaN or infinite; "
-                "the model is damaged, or its training diverged: use another checkpoint"
-            )
+        _check_finite(where, name, tensor)
+    check_buffers(where, model)
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = model._tied_weights_keys and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
+    if tied and head is not None and head.weight is not embedding.weight:
+        raise not_tied(where)
+
+
+def check_buffers(where: str | Path, model: PreTrainedModel) -> None:
+    """Raise UserError where a buffer that was read is NaN or infinite, or rotary frequencies that were computed."""
+    read = model.state_dict().keys()
     for name, buffer in model.named_buffers():
-        if name.endswith("inv_freq") and not _finite(buffer):
+        if name in read:
+            _check_finite(where, name, buffer)
+        elif name.endswith("inv_freq") and not _finite(buffer):
             raise UserError(
                 f"{where}: the rotary frequencies that follow from its config.json ({name}) are NaN or infinite; mend "
                 "rope_theta, or the other numbers of rope_parameters"
             )
-    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
-    tied = model._tied_weights_keys and getattr(model.config.get_text_config(), "tie_word_embeddings", False)
-    if tied and head is not None and head.weight is not embedding.weight:
-        raise UserError(
-            f"{where}: config.json says that the head is tied to the embedding (tie_word_embeddings), but the weights "
-            "hold a head of its own with other numbers; if that is meant, set tie_word_embeddings to false there"
-        )
+
+
+def _check_finite(where: str | Path, name: str, tensor: torch.Tensor) -> None:
+    if tensor.is_floating_point() and tensor.numel() and not _finite(tensor):
+        raise not_finite(where, name, int((~torch.isfinite(tensor)).sum()), tensor.numel())
+
+
+def not_finite(where: str | Path, name: str, wrong: int, number: int) -> UserError:
+    """The error that `wrong` of the `number` numbers in a tensor are none."""
+    return UserError(
+        f"{where}: {wrong} of the {number} numbers in {name} are NaN or infinite; "
+        "the model is damaged, or its training diverged: use another checkpoint"
+    )
+
+
+def not_tied(where: str | Path) -> UserError:
+    """The error that a head which the config ties to the embedding is another one."""
+    return UserError(
+        f"{where}: config.json says that the head is tied to the embedding (tie_word_embeddings), but the weights "
+        "hold a head of its own with other numbers; if that is meant, set tie_word_embeddings to false there"
+    )
 
 
 @torch.no_grad()

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from prefarena.modeling.awaited import standing_in
 from prefarena.modeling.chunked_head import Head, chunked_logps
 from prefarena.modeling.compiled_layers import compile_layers, why_not_compiled
 from prefarena.modeling.packing import Ids, PackedBatch, pack
@@ -87,7 +88,7 @@ class PackedModel(nn.Module):
     """A transformers model that runs on packed rows where it can, as a module that DDP and FSDP can wrap.
 
     packed: whether prompts may be shared between responses. notes: for the user, why the model takes a slower path. On
-    a GPU its layers are compiled, where they can be.
+    a GPU its layers are compiled, where they can be. Both are tried on its first layers where its weights are awaited.
     """
 
     def __init__(
@@ -104,31 +105,31 @@ class PackedModel(nn.Module):
         """
         super().__init__()
         self.model = model
-        reason = why_not_packed(model, max_length, device, attends_in)
+        tried = standing_in(model)
+        reason = why_not_packed(tried, max_length, device, attends_in)
         self.packed = reason is None
         self.notes = [f"prompts are not shared between responses, and rows are padded: {reason}"] if reason else []
-        where = device or model.device
-        if where.type != "cuda" or model.device.type == "meta":
+        if tried is not model and self.packed:
+            model.set_attn_implementation(tried.config._attn_implementation)
+        self._try_head(tried)
+        where = device or tried.device
+        if where.type != "cuda" or tried.device.type == "meta":
             return
-        slow = why_not_compiled(model, where, attends_in or model.dtype, self.packed)
+        slow = why_not_compiled(tried, where, attends_in or tried.dtype, self.packed)
         if slow is None:
             compile_layers(model)
         else:
             self.notes.append(f"its layers run one operation at a time: they cannot be compiled for {where} ({slow})")
 
+    def _try_head(self, tried: PreTrainedModel) -> None:
+        """Find out on a model like this one what has to be known of its head."""
+
 
 class LogProbs(PackedModel):
     """A causal language model as a module whose forward gives response log-probs."""
 
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        max_length: int | None = None,
-        device: torch.device | None = None,
-        attends_in: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(model, max_length, device, attends_in)
-        self.plain_head = has_plain_head(model)
+    def _try_head(self, tried: PreTrainedModel) -> None:
+        self.plain_head = has_plain_head(tried)
         if not self.plain_head:
             self.notes.append("its head is more than a linear map, so whole rows of logits are held in memory")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from prefarena.config import LoRA
 from prefarena.errors import UserError
 from prefarena.mirror import bring
+from prefarena.modeling.awaited import is_awaited, on_cpu_in_name
 from prefarena.modeling.layers import is_linear
 from prefarena.modeling.parts import whole
 
@@ -51,7 +53,10 @@ def add_adapters(model: PreTrainedModel, lora: LoRA, seed: int, name: str = _ADA
 
 
 def _inject(config: LoraConfig, model: PreTrainedModel, name: str) -> None:
-    with warnings.catch_warnings():  # that there are others already, which is what roles on one body are
+    # peft puts adapters on the device of what they adapt; of a model whose weights are awaited they are there already.
+    awaited = on_cpu_in_name(model) if is_awaited(model) else nullcontext()
+    with awaited, warnings.catch_warnings():
+        # That there are others already, which is what roles on one body are.
         warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
         inject_adapter_in_model(config, model, name)
 
@@ -92,7 +97,7 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
 
 
 def merged_weights(
-    model: PreTrainedModel, name: str, base: Mapping[str, Tensor] | None = None
+    model: PreTrainedModel, name: str = _ADAPTER, base: Mapping[str, Tensor] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights of the model with the adapters of this name merged into them, as if it had never had adapters.
 

@@ -124,7 +124,7 @@ def _peak_of_pass(module: nn.Module, loss: Loss, halved: Callable[[nn.Module], N
     halved: what has the module compute in half precision.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
-    if next(module.parameters()).is_meta:
+    if any(parameter.is_meta for parameter in module.parameters()):
         twin = copy.deepcopy(module)
         with fake:
             twin.to_empty(device="cpu")

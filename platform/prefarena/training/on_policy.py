@@ -21,13 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining, RewardModel
+from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining
 from prefarena.errors import UserError
 from prefarena.generation.interface import RolloutSource
 from prefarena.judges.models import RewardModelJudge
-from prefarena.judges.spec import Judge, JudgeSpec, load_judge, usage_of
+from prefarena.judges.spec import Judge, JudgeSpec, usage_of
 from prefarena.judges.usage import total_costs
-from prefarena.modeling.arithmetic import halve_products
 from prefarena.modeling.heads import token_values
 from prefarena.modeling.load import load_tokenizer
 from prefarena.modeling.logprobs import token_logps
@@ -39,6 +38,7 @@ from prefarena.training.experience import Experience, Scorers, as_many_as_others
 from prefarena.training.guard import stop_if_diverged
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.learner import Learner, Pass, prepare
+from prefarena.training.loading import Loader
 from prefarena.training.on_policy_batch import Batch, experience_metrics, learnable
 from prefarena.training.on_policy_memory import fitting_micro_batch
 from prefarena.training.on_policy_models import load_models, save_adapters, save_models
@@ -194,15 +194,7 @@ class OnPolicyTrainer:
         """A judge on this worker: a role on the policy's body where it can be one, and spread where models are."""
         if self.models.reward is not None and spec == self.job.reward:
             return RewardModelJudge.of(self.models.reward, batch_size)
-        if self.worker.shards and isinstance(spec.settings, RewardModel):
-            halved = spec.arithmetic == "bfloat16"  # by the layers themselves, since they are sharded
-            judge = load_judge(replace(spec, arithmetic="float32") if halved else spec, batch_size)
-            assert isinstance(judge, RewardModelJudge)
-            if halved:
-                halve_products(judge.head.requires_grad_(False))
-            self.worker.place(judge.head, spec.arithmetic, head="float32")
-            return judge
-        return load_judge(spec, batch_size, self.worker.device)
+        return Loader(self.worker).judge(spec, batch_size)
 
     def judge_calls(self) -> dict[str, int]:
         """What was asked of an endpoint that is the reward, by all workers of this attempt; empty for other rewards."""

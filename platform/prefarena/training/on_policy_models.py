@@ -23,11 +23,10 @@ from transformers import (
 
 from prefarena.config import LoRA, PPOTraining, RewardModel
 from prefarena.modeling.arithmetic import Arithmetic, attends_in, halve_products, in_weights
+from prefarena.modeling.awaited import AwaitedTensors
 from prefarena.modeling.heads import ScalarHead, ValueHead
 from prefarena.modeling.load import (
     load_policy,
-    load_reward_model,
-    new_reward_model,
     read_head,
     reward_model_on,
     save_policy,
@@ -45,8 +44,10 @@ from prefarena.modeling.lora import (
 )
 from prefarena.modeling.parts import whole
 from prefarena.modeling.roles import Role, SharedBody
+from prefarena.modeling.shapes_first import WholeOnlyError, policy_shapes
 from prefarena.training.jobs import OnPolicyJob
-from prefarena.training.sharding import kept_on_rank_0
+from prefarena.training.loading import Loader
+from prefarena.training.saving import save_spread
 from prefarena.training.worker import Worker
 
 POLICY, CRITIC, REWARD, REFERENCE = "policy", "critic", "reward", "reference"
@@ -54,7 +55,7 @@ POLICY, CRITIC, REWARD, REFERENCE = "policy", "critic", "reward", "reference"
 
 @dataclass(frozen=True)
 class OnPolicyModels:
-    """On the CPU and whole when they are made; the learners and `place_frozen` distribute them.
+    """On the CPU when they are made, whole or with weights awaited; the learners and `place_frozen` distribute them.
 
     policy, critic: what is trained, a module or a role. reward: the reward model, where it is a role on the policy's
     body; else the worker loads it as it loads any judge.
@@ -123,7 +124,9 @@ class Origin(Protocol):
 
 def load_models(job: OnPolicyJob, worker: Worker) -> OnPolicyModels:
     """The job's models. Raises UserError where one cannot be loaded."""
-    return models_from(_Stored(job), job, (job.max_length, worker.device, attends_in(job.training.precision)))
+    return models_from(
+        _Stored(job, Loader(worker)), job, (job.max_length, worker.device, attends_in(job.training.precision))
+    )
 
 
 def models_from(origin: Origin, job: OnPolicyJob, where: tuple[Any, ...]) -> OnPolicyModels:
@@ -163,17 +166,17 @@ def _roles(
 class _Stored:
     """The models in the job's folders."""
 
-    def __init__(self, job: OnPolicyJob) -> None:
-        self._job = job
+    def __init__(self, job: OnPolicyJob, loader: Loader) -> None:
+        self._job, self._loader = job, loader
 
     def policy(self) -> PreTrainedModel:
-        return load_policy(self._job.policy)
+        return self._loader.policy(self._job.policy)
 
     def critic(self) -> PreTrainedModel:
         job = self._job
         if job.critic:
-            return load_reward_model(job.critic)
-        model = new_reward_model(job.policy, job.seed)
+            return self._loader.reward_model(job.critic)
+        model = self._loader.new_reward_model(job.policy, job.seed)
         nn.init.zeros_(model.get_parameter("score.weight"))
         return model
 
@@ -249,11 +252,17 @@ def save_models(
         if worker.rank == 0:
             save_policy(models.policy.model, tokenizer, folder)
         return
-    plain = load_policy(job.policy) if worker.rank == 0 else None
-    gathered = kept_on_rank_0(models.weights(None if plain is None else plain.state_dict()), worker.rank)
-    if plain is not None:
-        plain.load_state_dict(gathered)
-        save_policy(plain, tokenizer, folder)
+    halved = models.body is not None and job.training.precision == "bfloat16"
+    base = _stored_weights(job.policy) if halved and worker.rank == 0 else None
+    save_spread(models.policy.model, models.weights(base), tokenizer, folder, worker, lambda: load_policy(job.policy))
+
+
+def _stored_weights(policy: str) -> Mapping[str, Tensor]:
+    """A policy's weights in float32; each is read when it is asked for, where it can be."""
+    try:
+        return AwaitedTensors(policy_shapes(policy))
+    except WholeOnlyError:
+        return load_policy(policy).state_dict()
 
 
 def save_adapters(models: OnPolicyModels, job: OnPolicyJob, worker: Worker) -> None:

@@ -85,12 +85,14 @@ def _parts(module: nn.Module, terms: list[Term], training: Optimisation, worker:
 def parts_of(need: MemoryNeed, on_cpu: list[nn.Module], spares: bool, worker: Worker) -> dict[str, float]:
     """MiB by part: what a job needs, what the process holds beside it, and what its allocator keeps of what is freed.
 
-    on_cpu: modules of the job that this process holds already. spares: freed tensors go back to the system at once.
+    on_cpu: modules of the job that this process holds already, but for weights that are awaited. spares: freed tensors
+    go back to the system at once.
     """
     beside, kept = worker.memory_in_use_mib(), 0.0
     if worker.device.type == "cpu":
         for module in on_cpu:
-            beside -= size_of([*module.parameters(), *module.buffers()]) / 2**20
+            there = [one for one in [*module.parameters(), *module.buffers()] if not one.is_meta]
+            beside -= size_of(there) / 2**20
         kept = kept_share(at_once=spares) * need.total / 2**20
     parts = {name: getattr(need, name) / 2**20 for name in ("weights", "gradients", "optimizer", "activations")}
     return parts | {"process": beside, "allocator": kept}

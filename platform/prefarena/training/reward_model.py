@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,13 +13,15 @@ from prefarena.data.plan import LARGEST_PASS, within_budget
 from prefarena.data.tables import read_rows
 from prefarena.judges.calibration import calibration
 from prefarena.judges.models import RewardModelJudge
+from prefarena.mirror import mirror_of
 from prefarena.modeling.arithmetic import attends_in, body_in_weights, products_of
 from prefarena.modeling.heads import ScalarHead
-from prefarena.modeling.load import load_tokenizer, new_reward_model, save_policy
-from prefarena.modeling.lora import ADAPTER_FOLDER, add_adapters, merge_adapters, save_adapter
+from prefarena.modeling.load import load_reward_model, load_tokenizer, new_reward_model
+from prefarena.modeling.lora import add_adapters
 from prefarena.training.jobs import RewardModelJob
+from prefarena.training.loading import Loader
 from prefarena.training.off_policy import train
-from prefarena.training.sharding import on_rank_0
+from prefarena.training.saving import save_trained
 from prefarena.training.terms import Pairs, RewardModelTerm, Shares, pair_scores
 from prefarena.training.worker import Worker
 
@@ -37,41 +38,59 @@ def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
     tokenizer = load_tokenizer(job.policy)
     settings = job.settings
 
-    def start() -> PreTrainedModel:
-        model = new_reward_model(job.policy, job.seed)
-        if settings.training.lora is not None:
-            add_adapters(model, settings.training.lora, job.seed)
-        return model
-
-    model = start()
+    model = Loader(worker).new_reward_model(job.policy, job.seed)
+    if settings.training.lora is not None:
+        add_adapters(model, settings.training.lora, job.seed)
     head = ScalarHead(model, job.max_length, worker.device, attends_in(job.settings.training.precision))
     worker.note_padding(head.notes)
     shares = Shares(settings.training, worker.world_size, job.seed, head.packed)
     term = RewardModelTerm(job.pairs, shares, tokenizer.pad_token_id, centre_weight=settings.centre_weight)
     counts = train(head, [term], settings.training, worker)
-    contents: dict[str, Any] = {}
-    trained = on_rank_0(model, start, worker.rank)
-    if trained is not None:
-        if settings.training.lora is not None:
-            save_adapter(trained, job.policy, Path(job.stage_dir) / ADAPTER_FOLDER)  # for PPO, on the policy's weights
-            merge_adapters(trained)
-        nn.Module.to(trained, worker.device)
-        save_policy(trained, tokenizer, job.model_dir)
-        contents["reward_model"] = _measure(trained, job, tokenizer.pad_token_id, worker.device)
-        trained.config.save_pretrained(job.model_dir)
-    return {"costs": worker.costs(**counts), **contents}
+    trained = save_trained(
+        model,
+        job,
+        tokenizer,
+        worker,
+        lambda: new_reward_model(job.policy, job.seed),
+        has_adapters=settings.training.lora is not None,
+    )
+    del model, head
+    judge = _finished(trained, job, worker)
+    measured = {} if judge is None else _measured(judge, job, tokenizer.pad_token_id, worker)
+    return {"costs": worker.costs(**counts), **measured}
 
 
-def _measure(trained: PreTrainedModel, job: RewardModelJob, pad_id: int, device: torch.device) -> dict[str, float]:
-    """Normalise the model's scores, in its config, and measure it on held-out pairs: as it will score from here on."""
-    body_in_weights(trained, job.scored_in)
+def _finished(trained: PreTrainedModel | None, job: RewardModelJob, worker: Worker) -> RewardModelJudge | None:
+    """The model as it will score; None on workers that have no part in measuring it."""
+    if worker.shards:
+        worker.drop_garbage()  # the trained weights and the optimizer
+        worker.share(None)  # rank 0 has written the model
+        if mirror_of(job.model_dir) is None:  # else the model is on rank 0's node alone
+            return Loader(worker).spread_reward_model(job.model_dir, job.scored_in)
+        trained = load_reward_model(job.model_dir) if worker.rank == 0 else None
+    if trained is None:
+        return None
+    nn.Module.to(trained, worker.device)
+    return RewardModelJudge.of(body_in_weights(trained, job.scored_in))  # from here on it is only measured
+
+
+def _measured(judge: RewardModelJudge, job: RewardModelJob, pad_id: int, worker: Worker) -> dict[str, Any]:
+    """Mean and scale go into the model's config; its quality on held-out pairs into the manifest.
+
+    Where the model is spread every worker makes every pass, and rank 0 writes.
+    """
     with products_of(job.scored_in):
         samples = read_rows(job.samples)
-        raw = RewardModelJudge.of(trained).score(samples["prompt_ids"].to_pylist(), samples["response_ids"].to_pylist())
-        trained.config.reward_mean = float(raw.mean())
-        trained.config.reward_scale = float(max(raw.std(), 1e-6))
-        chosen, rejected = held_out_scores(ScalarHead(trained, job.max_length), job.test_pairs, pad_id, device)
-    return calibration(chosen - rejected)
+        raw = judge.score(samples["prompt_ids"].to_pylist(), samples["response_ids"].to_pylist())
+        assert isinstance(judge.head, ScalarHead)
+        head = judge.head if worker.shards else ScalarHead(judge.head.model, job.max_length)
+        chosen, rejected = held_out_scores(head, job.test_pairs, pad_id, worker.device)
+    if worker.rank == 0:
+        config = judge.head.model.config
+        config.reward_mean = float(raw.mean())
+        config.reward_scale = float(max(raw.std(), 1e-6))
+        config.save_pretrained(job.model_dir)
+    return {"reward_model": calibration(chosen - rejected)}
 
 
 @torch.no_grad()

@@ -6,25 +6,23 @@ cannot be used. The jobs after it go on.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
-
-from transformers import PreTrainedModel
 
 from prefarena.failures import reason_of
 from prefarena.generation.interface import GeneratorLostError
 from prefarena.modeling.arithmetic import attends_in, products_of
-from prefarena.modeling.load import load_policy, load_tokenizer, save_policy
+from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs
-from prefarena.modeling.lora import ADAPTER_FOLDER, add_adapters, merge_adapters, save_adapter
+from prefarena.modeling.lora import add_adapters
 from prefarena.settings.off_policy import Pairwise
 from prefarena.settings.unpaired import Unpaired
 from prefarena.stages import write_failure, write_manifest
 from prefarena.training.guard import TrainingDivergedError
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
+from prefarena.training.loading import Loader
 from prefarena.training.off_policy import train
 from prefarena.training.reward_model import train_reward_model
-from prefarena.training.sharding import on_rank_0
+from prefarena.training.saving import save_trained
 from prefarena.training.storage import full_disk_named
 from prefarena.training.terms import (
     LikelihoodTerm,
@@ -96,22 +94,13 @@ def _train_policy(job: ReferenceJob | OffPolicyJob, worker: Worker) -> dict[str,
     tokenizer = load_tokenizer(job.policy)
     settings = job.training if isinstance(job, ReferenceJob) else job.method.training
 
-    def start() -> PreTrainedModel:
-        model = load_policy(job.policy)
-        if settings.lora is not None:
-            add_adapters(model, settings.lora, job.seed)
-        return model
-
-    model = start()
+    model = Loader(worker).policy(job.policy)
+    if settings.lora is not None:
+        add_adapters(model, settings.lora, job.seed)
     module = LogProbs(model, job.max_length, worker.device, attends_in(settings.precision))
     worker.note_padding(module.notes)
     counts = train(module, _terms(job, worker, tokenizer.pad_token_id, module.packed), settings, worker)
-    trained = on_rank_0(model, start, worker.rank)
-    if trained is not None:
-        if settings.lora is not None:
-            save_adapter(trained, job.policy, Path(job.stage_dir) / ADAPTER_FOLDER)
-            merge_adapters(trained)
-        save_policy(trained, tokenizer, job.model_dir)
+    save_trained(model, job, tokenizer, worker, lambda: load_policy(job.policy), has_adapters=settings.lora is not None)
     return {"costs": worker.costs(**counts)}
 
 

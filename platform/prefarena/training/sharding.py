@@ -6,20 +6,15 @@ head belong to the root, whose forward reads their weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from typing import TypeVar
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 
 from prefarena.modeling.arithmetic import Arithmetic
-from prefarena.modeling.layers import decoder_layers, take_off_wrappers
-from prefarena.modeling.parts import whole
-
-Model = TypeVar("Model", bound=nn.Module)
+from prefarena.modeling.layers import decoder_layers
 
 
 def shard(
@@ -59,22 +54,3 @@ def reduce_after_backward(module: nn.Module, reduce: bool) -> None:
 def kept_on_rank_0(named_tensors: Iterable[tuple[str, Tensor]], rank: int) -> dict[str, Tensor]:
     """Tensors that are made whole one by one, on rank 0's CPU; the others take part in making them and keep none."""
     return {name: tensor.detach().cpu() for name, tensor in named_tensors if rank == 0}
-
-
-@torch.no_grad()
-def on_rank_0(model: Model, fresh: Callable[[], Model], rank: int) -> Model | None:
-    """The trained model as a plain one on rank 0, None on the others; every worker calls it.
-
-    `fresh` makes another of the same shape, which takes the weights where they are spread. One whole tensor at a time
-    is on a device.
-    """
-    state = model.state_dict()
-    if not any(isinstance(tensor, DTensor) for tensor in state.values()):
-        take_off_wrappers(model)  # training's precision and recomputation are its own
-        return model if rank == 0 else None
-    gathered = kept_on_rank_0(((name, whole(tensor)) for name, tensor in state.items()), rank)
-    if rank != 0:
-        return None
-    plain = fresh()
-    plain.load_state_dict(gathered)
-    return plain

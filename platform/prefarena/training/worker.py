@@ -19,7 +19,9 @@ from torch.nn.parallel import DistributedDataParallel
 from prefarena.mirror import CHECKPOINTS, mirror_of, pull, push
 from prefarena.modeling import room
 from prefarena.modeling.arithmetic import Arithmetic
+from prefarena.modeling.awaited import fill, is_awaited
 from prefarena.modeling.parts import like, own_part
+from prefarena.modeling.shapes_first import raise_if_unusable
 from prefarena.training import process_memory
 from prefarena.training.checkpoints import Checkpoint, CheckpointFolder, DamagedCheckpointError
 from prefarena.training.remote_checkpoints import RemoteCheckpointFolder
@@ -58,15 +60,24 @@ class Worker:
     def distribute(self, module: nn.Module, precision: Arithmetic) -> nn.Module:
         """The same, or spread over the workers where `sharding` says so; it then computes in `precision` of itself."""
         if self.shards:
-            return shard(module, self.world_size, self.device, precision)
+            return self._read_awaited(shard(module, self.world_size, self.device, precision))
         return self.wrap(module)
 
     def place(self, module: nn.Module, precision: Arithmetic, head: Arithmetic | None = None) -> None:
         """Put a frozen module on this worker's device, or spread it as `shard` does; it is changed in place."""
         if self.shards:
-            shard(module, self.world_size, self.device, precision, head)
+            self._read_awaited(shard(module, self.world_size, self.device, precision, head))
         else:
             module.to(self.device)
+
+    def _read_awaited(self, module: nn.Module) -> nn.Module:
+        """The module, this worker's rows of its weights read where they are not there yet.
+
+        Raises UserError on all workers where one of them finds numbers that cannot be.
+        """
+        if is_awaited(module):
+            raise_if_unusable(self.gathered(fill(module, self.rank, self.world_size, self.device)))
+        return module
 
     @property
     def shards(self) -> bool:
