@@ -230,7 +230,7 @@ def kernels(source: str, prefix: str = "triton_") -> list[Any]:
 
 @dataclass(frozen=True)
 class Kernel:
-    """shared_memory: bytes a block of threads; registers and spilled: a thread's registers, and bytes beyond them."""
+    """shared_memory: bytes per block of threads; registers and spilled: a thread's registers, and bytes beyond them."""
 
     warps: int
     shared_memory: int

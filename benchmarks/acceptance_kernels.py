@@ -274,7 +274,7 @@ def same_bits(setting: Setting, outcome: Outcome) -> None:
                 found.append(gradients(module))
         seconds[in_rows] = statistics.median(times[2:])
         title = "in order" if in_rows else "as threads come"
-        outcome.note(f"seconds a step, sums {title}", seconds[in_rows])
+        outcome.note(f"seconds per step, sums {title}", seconds[in_rows])
         differing = int((found[1] != found[2]).sum())
         if in_rows:
             outcome.at_most("gradients that differ when the step is repeated, sums in order", differing, 0)

@@ -13,8 +13,8 @@ result, and the others go on.
 Each side cuts its batch into passes of a size of its own. The defaults are for 80 GB at llama-1b, by what a pass was
 counted to hold with shapes in place of numbers (`prefarena.modeling.memory`), at the longest shuffled batch, 753 tokens
 a sequence: weights, gradients, Adam's moments and reference take 23 GiB, and plain PyTorch, which keeps logits of every
-position, 5.3 GiB a pair beside them: 109 GiB for 16 pairs at once, 67 for 8, 46 for 4, which is the default, since
-allocators waste some. TRL takes about 3.1 GiB a pair (73 for 16 were counted): 48 GiB for 8, its own default.
+position, 5.3 GiB per pair beside them: 109 GiB for 16 pairs at once, 67 for 8, 46 for 4, which is the default, since
+allocators waste some. TRL takes about 3.1 GiB per pair (73 for 16 were counted): 48 GiB for 8, its own default.
 
 FLOPs are those that a step needs: of policy and, online, reference; no padding, no recomputation, the head at response
 positions alone. `mfu` counts the prompt once where a side shares it, `mfu_unshared` twice on every side.
@@ -293,7 +293,7 @@ def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=sorted(SHAPES), default="llama-1b")
     parser.add_argument("--tiny", action="store_true", help="the tiny model on the CPU")
-    parser.add_argument("--batch-size", type=int, default=16, help="pairs a step")
+    parser.add_argument("--batch-size", type=int, default=16, help="pairs per step")
     parser.add_argument("--tokens", type=int, default=Passes.tokens, help="most tokens of our passes")
     parser.add_argument("--plain-micro-batch", type=int, default=Passes.plain, help="pairs of plain PyTorch's passes")
     parser.add_argument(

@@ -88,7 +88,7 @@ def block_means(rows: Rows) -> Rows:
 
 
 def timing_lines(setting: Setting, found: dict[str, Rows]) -> list[str]:
-    """A table of medians over blocks: seconds an iteration, whole and by phase."""
+    """A table of medians over blocks: seconds per iteration, whole and by phase."""
     blocks = {side: block_means(rows) for side, rows in found.items()}
 
     def row(title: str, name: str) -> str:
@@ -106,7 +106,7 @@ def timing_lines(setting: Setting, found: dict[str, Rows]) -> list[str]:
         *(row(phase, phase) for phase in (*PHASES, "rest")),
         row("an iteration", "total"),
         f"  {'  of blocks':18}" + "".join(f"{text:>14}" for text in spread),
-        f"  {'samples a second':18}" + "".join(f"{setting.rollouts / total[side]:14.2f}" for side in SIDES),
+        f"  {'samples per second':18}" + "".join(f"{setting.rollouts / total[side]:14.2f}" for side in SIDES),
         f"  faster than TRL, end to end: {faster}",
     ]
 

@@ -80,8 +80,8 @@ ABLATION = (
     Contender("prompt not shared", "ours", PRODUCTION | {"rows": "repeated"}),
     Contender("nor packed: padded rows", "ours", PRODUCTION | {"rows": "padded"}),
     Contender("a pair a pass", "ours", PRODUCTION | {"micro_batch_tokens": 1}),
-    Contender("512 tokens a pass", "ours", PRODUCTION | {"micro_batch_tokens": 512}),
-    Contender("2048 tokens a pass", "ours", PRODUCTION | {"micro_batch_tokens": 2048}),
+    Contender("512 tokens per pass", "ours", PRODUCTION | {"micro_batch_tokens": 512}),
+    Contender("2048 tokens per pass", "ours", PRODUCTION | {"micro_batch_tokens": 2048}),
     Contender("a batch a pass", "ours", PRODUCTION | {"micro_batch_tokens": 8192}),
     Contender("head not chunked", "ours", PRODUCTION | {"chunked_head": False}),
     Contender("no length bucketing", "ours", PRODUCTION | {"order": "shuffled"}),
@@ -201,7 +201,7 @@ def measure(
 
 @dataclass(frozen=True)
 class Measured:
-    """Of one side: seconds a block (median and range), peak memory, and that less what it held before the model."""
+    """Of one side: seconds per block (median and range), peak memory, and that less what it held before the model."""
 
     seconds: float
     fastest: float
@@ -261,7 +261,7 @@ def description(setting: Setting, spec: dict[str, Any], parameters: int, source:
     prompts = sum(len(prompt) for prompt, _, _ in spec["pairs"])
     return (
         f"{setting.title}: {source}; {parameters / 1e6:.1f}M parameters\n  {setting.num_steps} steps of "
-        f"{setting.batch_size} pairs, {tokens / pairs:.0f} tokens a pair (prompt in both sequences: "
+        f"{setting.batch_size} pairs, {tokens / pairs:.0f} tokens per pair (prompt in both sequences: "
         f"{2 * prompts / tokens:.0%}); learning rate {setting.learning_rate:g}, beta {setting.beta}, "
         f"{setting.threads} threads"
     )

@@ -48,7 +48,7 @@ _LAYERS = Path(__file__).with_name("results") / "layer_kernels.json"
 
 @dataclass(frozen=True)
 class Card:
-    """Dense peaks in FLOP/s, and bytes a second of its memory, by the vendor's data sheet."""
+    """Dense peaks in FLOP/s, and bytes per second of its memory, by the vendor's data sheet."""
 
     half: float
     single: float

@@ -166,7 +166,7 @@ def work(path: str, rank: int) -> None:
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one point: seconds a pass, the largest worker's memory, what of it the states are, and losses by step."""
+    """Of one point: seconds per pass, the largest worker's memory, what of it the states are, and losses by step."""
 
     seconds: float
     mib: float
@@ -253,7 +253,7 @@ def main() -> None:
         return
     report = Report(arguments.out)
     report.say(
-        [f"The preference step (MPO, 8 pairs a step, float32): {versions('torch', 'transformers')}", machine(), ""]
+        [f"The preference step (MPO, 8 pairs per step, float32): {versions('torch', 'transformers')}", machine(), ""]
     )
     for series in SERIES:
         if arguments.only not in (None, series.name):

@@ -80,7 +80,7 @@ def status(arguments: argparse.Namespace) -> int:
         print(f"{arguments.job}: {describe(details)}")
         print(f"  started {_when(details.start_time)}, ended {_when(details.end_time)}: {details.entrypoint}")
         return 0
-    found = sorted((job for job in client.list_jobs() if job.submission_id), key=lambda job: job.start_time or 0)
+    found = sorted((job for job in client.jobs() if job.submission_id), key=lambda job: job.start_time or 0)
     for job in found:
         print(f"{job.submission_id}: {describe(job)}; started {_when(job.start_time)}")
     if not found:

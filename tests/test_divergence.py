@@ -163,9 +163,9 @@ def test_twenty_draws_of_each_divergence_agree_with_the_exact_values(arena: Aren
 
 
 def test_its_standard_error_is_at_most_half_of_k1s_at_equal_samples(arena: Arena, along: np.ndarray) -> None:
-    """At the two samples a prompt that an evaluation draws by default; given the prompts it is a third.
+    """At the two samples per prompt that an evaluation draws by default; given the prompts it is a third.
 
-    With many samples a prompt what is left of both is how much prompts differ, which no estimator takes away.
+    With many samples per prompt what is left of both is how much prompts differ, which no estimator takes away.
     """
     ref, policy = arena.exact
     ratio, errors = policy.logps - ref.logps, []

@@ -153,7 +153,7 @@ def test_every_kernel_that_would_be_chosen_fits_its_card() -> None:
         assert set(row["kernels"]) == {"forward", "backward"}
         for kernel in row["kernels"].values():
             assert kernel["shared_memory"] <= shared_memory
-            assert kernel["spilled"] < 1000  # bytes a thread: torch's own tiles spilled up to 55,440
+            assert kernel["spilled"] < 1000  # bytes per thread: torch's own tiles spilled up to 55,440
 
 
 # ---------------------------------------------------------------------------------------------- the head

@@ -182,7 +182,7 @@ def test_addresses_do_not_know_of_a_frontier_that_is_not_estimated(tmp_path: Pat
 
 
 def test_too_few_samples_and_a_judge_without_scores_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="fewer than 8 samples a prompt show no frontier"):
+    with pytest.raises(UserError, match="fewer than 8 samples per prompt show no frontier"):
         comparison(tmp_path, frontier_samples=7)
     tree = comparison(tmp_path, frontier_samples=8).model_dump(mode="json")
     tree["judge"] = {"kind": "pairwise", "base_url": "http://localhost:1/v1", "model": "m"}

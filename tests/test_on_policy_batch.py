@@ -23,7 +23,7 @@ METHODS: dict[str, OnPolicyTraining] = {
 
 
 def judged(scores: list[float], finished: list[bool]) -> Experience:
-    """One prompt token and two response tokens a row; policy, reference and generator agree."""
+    """One prompt token and two response tokens per row; policy, reference and generator agree."""
     sequences = Sequences.of([[1]] * len(scores), [[3, 4]] * len(scores))
     logps = torch.full((len(scores), 2), -1.0)
     return Experience(

@@ -248,7 +248,7 @@ def test_k3_of_a_small_update_is_exact_in_float32() -> None:
 
 
 def test_controller_moves_towards_its_target_by_the_stated_rule() -> None:
-    # Target 2, horizon 1000, 100 rollouts a step. Errors 10 %, 20 % (of 900 %), -20 % (of -150 %), 0, -5 %.
+    # Target 2, horizon 1000, 100 rollouts per step. Errors 10 %, 20 % (of 900 %), -20 % (of -150 %), 0, -5 %.
     controller = KLController(coef=0.1, target=2.0, horizon=1000)
     found = []
     for observed in (2.2, 20.0, -1.0, 2.0, 1.9):

@@ -9,27 +9,33 @@ import asyncio
 import logging
 import os
 import re
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from concurrent.futures import Future
+from concurrent.futures import TimeoutError as FutureTimeoutError
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, TypeVar
 from urllib.parse import urlsplit
 
 import aiohttp
-import ray
 import requests
-from ray.dashboard.modules.dashboard_sdk import SubmissionClient
 from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient
 
 from prefarena.errors import ClusterLostError, UserError
 
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
-_CONNECT_S, _ANSWER_S = 10.0, 60.0  # longest wait for a connection, and for an answer on it
+_CONNECT_S, _ANSWER_S = 10.0, 60.0  # longest wait for a connection, and for an answer
+_UPLOAD_S = 600.0  # and for a job's files to be sent
 _SILENCE_S = 30.0  # without a line of the log, after which the job's state is asked for
 _RETRY_S = 1.0
 STOPPED_STATUS = 143  # what a shell reports of a process that SIGTERM ended
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]*")
+_STATUS = re.compile(r"status code (\d+)")  # in the message of Ray's client, which raises RuntimeError
+
+_Answer = TypeVar("_Answer")
 
 
 class RefusedError(Exception):
@@ -40,40 +46,54 @@ class RefusedError(Exception):
         self.status = status
 
 
-class JobClient(JobSubmissionClient):
-    """Ray's client of one head, with time limits, and errors of one sentence."""
+class JobClient:
+    """Ray's client of one head, with a time limit on each request, and errors of one sentence."""
 
     def __init__(self, address: str, token: str | None) -> None:
-        # Not JobSubmissionClient's own: there RAY_ADDRESS in the environment overrides the address that is given.
-        self._client_ray_version = ray.__version__
+        """Raises UserError where no head answers, or it refuses the token."""
         self.shown, self._has_token = _shown(address), token is not None
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         for name in ("job.sdk", "dashboard_sdk"):
             logging.getLogger(f"ray.dashboard.modules.{name}").setLevel(logging.WARNING)
         logging.getLogger("ray._private.runtime_env.packaging").setLevel(logging.WARNING)
-        SubmissionClient.__init__(self, address=address, headers=headers)
-        self._check_connection_and_version("2.9")
+        with _no_other_address():
+            #: The head's version of Ray.
+            self.cluster_version = self._ask(lambda: _version(address, headers))
+            self._ray = self._ask(lambda: JobSubmissionClient(address, headers=headers))
 
-    @property
-    def cluster_version(self) -> str:
-        """The head's version of Ray."""
-        return str(self._server_ray_version)
+    def _ask(self, request: Callable[[], _Answer], limit_s: float = _ANSWER_S) -> _Answer:
+        """What Ray's client gets from the head. Raises UserError, UnreachableError or RefusedError.
 
-    def _do_request(self, method: str, endpoint: str, **kwargs: Any) -> requests.Response:
+        Ray's client sets no limit of its own, so each request runs in a thread that is left alone when it takes longer.
+        """
+        outcome: Future[_Answer] = Future()
+
+        def run() -> None:
+            try:
+                outcome.set_result(request())
+            except BaseException as error:
+                outcome.set_exception(error)
+
+        threading.Thread(target=run, daemon=True, name=f"request to {self.shown}").start()
         try:
-            response = super()._do_request(method, endpoint, timeout=(_CONNECT_S, _ANSWER_S), **kwargs)
+            return outcome.result(limit_s)
         except AuthenticationError:
             raise UserError(self._denied()) from None
-        except (requests.ConnectionError, requests.Timeout):
+        except (requests.exceptions.JSONDecodeError, _NoHeadError):
+            told = f"{self.shown}: something answers there, but it is not the dashboard of a Ray head"
+            raise UserError(told) from None
+        except (ConnectionError, requests.ConnectionError, requests.Timeout, FutureTimeoutError):
             raise UnreachableError(
                 f"{self.shown}: no Ray head answers there; --address takes its dashboard's address "
                 f"(http://HEAD:8265), and its port must be reachable from here"
             ) from None
         except requests.RequestException as error:
             raise UserError(f"{self.shown}: not an address of a Ray head ({type(error).__name__})") from None
-        if endpoint == "/api/version" and "json" not in response.headers.get("content-type", ""):
-            raise UserError(f"{self.shown}: something answers there, but it is not the dashboard of a Ray head")
-        return response
+        except RuntimeError as error:
+            status = _STATUS.search(str(error))
+            if status is None:
+                raise
+            raise RefusedError(int(status.group(1)), str(error)) from None
 
     def _denied(self) -> str:
         where = "RAY_AUTH_TOKEN to it, or RAY_AUTH_TOKEN_PATH to a file that holds it"
@@ -82,9 +102,6 @@ class JobClient(JobSubmissionClient):
         return (
             f"{self.shown}: the cluster does not accept the token that is set here; set {where} as the cluster has it"
         )
-
-    def _raise_error(self, r: requests.Response) -> NoReturn:
-        raise RefusedError(r.status_code, r.text)
 
     # ---------------------------------------------------------------------------------------------- jobs
 
@@ -97,12 +114,15 @@ class JobClient(JobSubmissionClient):
             raise UserError(f"--name {name}: letters, digits, '.', '_' and '-', and a letter or digit first")
         if self.find(name) is not None:
             raise UserError(f"--name {name}: {self.shown} has a job of this name already; choose another one")
-        self.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env={"working_dir": str(folder)})
+        environment = {"working_dir": str(folder)}
+        self._ask(
+            lambda: self._ray.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=environment), _UPLOAD_S
+        )
 
     def find(self, name: str) -> JobDetails | None:
         """A job by its name, or None."""
         try:
-            return self.get_job_info(name)
+            return self._ask(lambda: self._ray.get_job_info(name))
         except RefusedError as error:
             if error.status == 404:
                 return None
@@ -119,15 +139,23 @@ class JobClient(JobSubmissionClient):
         """All that a job has logged; None where the node that holds it is gone, or nothing was started yet."""
         self.details(name)
         try:
-            return self.get_job_logs(name)
+            return self._ask(lambda: self._ray.get_job_logs(name))
         except RefusedError:
             return None
+
+    def tail_job_logs(self, name: str) -> AsyncIterator[str]:
+        """What a job logs, from its start, as Ray's client follows it."""
+        return self._ray.tail_job_logs(name)
+
+    def jobs(self) -> list[JobDetails]:
+        """All of the cluster's."""
+        return self._ask(self._ray.list_jobs)
 
     def stop(self, name: str, limit_s: float) -> JobDetails:
         """End a job, and wait until it has. Raises ClusterLostError where it takes longer than `limit_s`."""
         details, deadline = self.details(name), time.monotonic() + limit_s
         if not has_ended(details):
-            self.stop_job(name)
+            self._ask(lambda: self._ray.stop_job(name))
         while not has_ended(details):
             if time.monotonic() >= deadline:
                 raise ClusterLostError(f"waited {limit_s:g} s for job {name!r} to end; it is {details.status.value}")
@@ -182,6 +210,31 @@ def read_token(environment: Mapping[str, str], home: Path) -> str | None:
     if not token:
         raise UserError(f"{path}: the token file is empty")
     return token
+
+
+class _NoHeadError(Exception):
+    """What answers is not the dashboard of a Ray head."""
+
+
+def _version(address: str, headers: Mapping[str, str]) -> str:
+    """The head's version of Ray. Asked before Ray's client is made, which would wait for a connection without limit."""
+    response = requests.get(f"{address}/api/version", headers=headers, timeout=(_CONNECT_S, _ANSWER_S))
+    if response.status_code in (401, 403):
+        raise AuthenticationError(response.text)
+    answer = response.json() if "json" in response.headers.get("content-type", "") else None
+    if not isinstance(answer, dict) or "ray_version" not in answer:
+        raise _NoHeadError
+    return str(answer["ray_version"])
+
+
+@contextmanager
+def _no_other_address() -> Iterator[None]:
+    """In it Ray's variables do not override the address that is given, as they do for Ray's client."""
+    kept = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
+    try:
+        yield
+    finally:
+        os.environ.update(kept)
 
 
 def _shown(address: str) -> str:

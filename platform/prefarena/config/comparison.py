@@ -193,7 +193,7 @@ class Evaluation(Section):
     @model_validator(mode="after")
     def _few_samples_show_no_frontier(self) -> Evaluation:
         if 0 < self.frontier_samples < 8:
-            raise ValueError("frontier_samples: fewer than 8 samples a prompt show no frontier; give 0 or at least 8")
+            raise ValueError("frontier_samples: fewer than 8 samples per prompt show no frontier; give 0 or at least 8")
         return self
 
 

@@ -29,7 +29,7 @@ class OnPolicyTraining(LearnerSettings):
     )
     kl_coef: float = Field(0.2, ge=0)
     target_kl: float | None = Field(
-        None, gt=0, description="Adaptive KL controller's target (nats a sequence); none: fixed."
+        None, gt=0, description="Adaptive KL controller's target (nats per sequence); none: fixed."
     )
     kl_horizon: int = Field(2048, ge=1, description="Adaptive KL controller's horizon, in rollouts.")
     clip: float = Field(0.2, gt=0)

@@ -23,7 +23,7 @@ _SEARCHED_STEPS = 256  # for the largest micro-batch
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The plan of one data set. `lengths`: [N], by which rows are sorted; `batch_size`: rows a step over all workers;
+    """The plan of one data set. `lengths`: [N], by which rows are sorted; `batch_size`: rows per step over all workers;
     `sizes`: [N], tokens that a row takes in a forward pass; `micro_batch_tokens`: most of them in a forward pass of one
     worker (a longer row goes alone).
     """

@@ -51,7 +51,7 @@ def _prefix_logps(probabilities: np.ndarray, prefix: np.ndarray) -> np.ndarray:
 def kl_agreement(
     trajectory: Iterable[Mapping[str, float]], metrics: Iterable[Mapping[str, float]], num_rollouts: int
 ) -> list[dict[str, float]]:
-    """One row for each policy that was both enumerated and sampled from; nats a sequence.
+    """One row for each policy that was both enumerated and sampled from; nats per sequence.
 
     `trajectory` rows hold `step` (updates done), `kl`, the exact mean KL over the prompts that are sampled on, and of
     `estimator_spread` k1_std and k3_std; `metrics` rows are those of the training, each from `num_rollouts`. Rows

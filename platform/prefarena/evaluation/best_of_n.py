@@ -36,7 +36,7 @@ def _best_of_n(ref_logps: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
 
 
 def kl_bound(n: int) -> float:
-    """log n - (n - 1) / n, nats a sequence: no less than KL(best of n || reference), whatever the score.
+    """log n - (n - 1) / n, nats per sequence: no less than KL(best of n || reference), whatever the score.
 
     It is the KL where no two samples are ever alike or tied, which on long responses is nearly so (arXiv 2401.01879).
     """

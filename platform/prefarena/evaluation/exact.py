@@ -118,7 +118,7 @@ def exact_metrics(
 ) -> dict[str, float]:
     """Every exact measure of one policy, keyed `measure/group`. `limits` are `frontiers(...)` when at hand.
 
-    reward E_pi[r] · kl KL(pi || ref), forward_kl KL(ref || pi) and entropy, in nats a sequence · best_probability, of
+    reward E_pi[r] · kl KL(pi || ref), forward_kl KL(ref || pi) and entropy, in nats per sequence · best_probability, of
     the response of highest reward · frontier_reward, the best mean reward at this KL · regret, frontier_reward -
     reward · response_length, tokens with eos. Beside them, for tables that hold estimates too: kl, judge_score and
     response_length over all prompts, with standard errors of 0. Groups without prompts have no keys.

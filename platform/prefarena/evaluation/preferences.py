@@ -14,7 +14,7 @@ def preference_accuracy(
 
     `preference_accuracy` orders by the log-ratio log pi(y|x) - log pi_ref(y|x), for every method alike, whatever its
     training used: it measures what alignment changed, and is exactly 1/2 for the reference. `likelihood_accuracy`
-    orders by log pi(y|x). Both with binomial standard errors. Arguments in nats a sequence.
+    orders by log pi(y|x). Both with binomial standard errors. Arguments in nats per sequence.
     """
     margin = chosen_logps - rejected_logps
     ratio_margin = (chosen_logps - ref_chosen_logps) - (rejected_logps - ref_rejected_logps)

@@ -82,7 +82,7 @@ def divergence_metrics(
 
 
 def demonstration_metrics(logps: np.ndarray, ref_logps: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
-    """How likely held-out demonstrations [N] are to the policy, nats a sequence, and what training changed about it.
+    """How likely held-out demonstrations [N] are to the policy, nats per sequence, and what training changed about it.
 
     demonstration_logp: mean log pi(y|x); demonstration_gain: mean log pi(y|x) - log pi_ref(y|x), paired, so that its
     error is not that of how likely one demonstration is beside another.

@@ -67,6 +67,6 @@ def check_served(engine: Tensor, new: Tensor, old: Tensor, dtype: torch.dtype) -
     allowed = _FLOAT32_GAP if dtype == torch.float32 else max(_HALF_GAP, _NEARER * old_gap)
     if not gap <= allowed:  # NaN is no agreement
         raise WeightMismatchError(
-            f"with new weights its log-probs differ from those of transformers by {gap:.2g} nats a token on average "
+            f"with new weights its log-probs differ from those of transformers by {gap:.2g} nats per token on average "
             f"(with the weights before them by {old_gap:.2g}; {allowed:.2g} is allowed)"
         )

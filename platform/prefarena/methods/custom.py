@@ -29,7 +29,7 @@ class Custom(Pairwise):
 
     `objective(policy, reference, labels, num_tokens, **settings)` returns (losses, h), both [B], one number a pair: the
     loss, and what the metrics call the margin. policy, reference, num_tokens: `PairLogps`, which have `.chosen` and
-    `.rejected`, [B]; log-probs are nats a sequence. labels: P(chosen > rejected), [B].
+    `.rejected`, [B]; log-probs are nats per sequence. labels: P(chosen > rejected), [B].
     """
 
     kind: Literal["custom"] = "custom"

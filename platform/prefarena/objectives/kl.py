@@ -40,7 +40,7 @@ def k3(logps: Tensor, reference_logps: Tensor) -> Tensor:
 class KLController:
     """The weight of the KL penalty; fixed without a target.
 
-    With a target (nats a sequence) it adapts in proportion to the relative error, clipped to 20 % and spread over
+    With a target (nats per sequence) it adapts in proportion to the relative error, clipped to 20 % and spread over
     `horizon` rollouts (arXiv 1909.08593, section 2.2).
     """
 

@@ -4,7 +4,7 @@ The objectives themselves are in `prefarena.methods`. Each takes the policy's an
 nats, and `labels` = P(chosen > rejected), all [B] float32. The loss is the mean over pairs. One metric name means the
 same thing for every method:
 
-    logps/chosen, logps/rejected          log pi(y|x), nats a sequence
+    logps/chosen, logps/rejected          log pi(y|x), nats per sequence
     logratio/chosen, logratio/rejected    log pi(y|x) - log pi_ref(y|x)
     preference/accuracy                   share of pairs whose log-ratio to the reference orders them as labelled
     preference/margin                     h, the quantity that the method's loss is a function of

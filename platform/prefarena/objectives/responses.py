@@ -4,7 +4,7 @@ The objectives themselves are in `prefarena.methods`. Each takes the policy's an
 nats and `labels` = P(desirable), all [B], and a baseline [] of the whole optimizer step. Of responses with a soft label
 a metric counts the share that it says:
 
-    logps/desirable, logps/undesirable          log pi(y|x), nats a sequence
+    logps/desirable, logps/undesirable          log pi(y|x), nats per sequence
     logratio/desirable, logratio/undesirable    log pi(y|x) - log pi_ref(y|x)
     response/accuracy                           share of responses whose h has the sign of their label
     response/baseline                           what the log-ratio is held against: KTO's z0, BCO's delta

@@ -1,6 +1,6 @@
 """What a comparison found: the typed form of `results.json`, and its reduction over seeds.
 
-KL, entropies and log-probs are in nats a sequence, lengths in tokens, times in seconds, memory in MiB.
+KL, entropies and log-probs are in nats per sequence, lengths in tokens, times in seconds, memory in MiB.
 """
 
 from __future__ import annotations

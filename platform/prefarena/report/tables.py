@@ -165,7 +165,7 @@ def _legend(results: Results) -> str:
     if results.exact:
         return (
             "Exact values over all responses. `pairs` / `no pairs`: on prompts with / without preference pairs; "
-            "forward KL, KL(ref ‖ π), and entropy on all prompts; KL is KL(π ‖ ref); all in nats a response. "
+            "forward KL, KL(ref ‖ π), and entropy on all prompts; KL is KL(π ‖ ref); all in nats per response. "
             f"Regret: the best reward possible at the policy's own KL, less its reward. {common}"
         )
     bound = " KL at most: best-of-n's analytic bound, log n − (n − 1)/n, in place of an estimate."
@@ -188,7 +188,7 @@ def _legend(results: Results) -> str:
     notes = f"{regret if has_regret else ''}{equal if has_equal else ''}{bound if has_bound else ''}"
     notes += bias if has_bias else ""
     how = ", the sum along each of the exact divergences over the vocabulary" if kl_key(results) != "kl" else ""
-    return f"KL(π ‖ ref) in nats a response, estimated from samples{how}.{notes} {common}"
+    return f"KL(π ‖ ref) in nats per response, estimated from samples{how}.{notes} {common}"
 
 
 def _error_note(results: Results, values: list[Aggregate]) -> str:

@@ -89,8 +89,8 @@ class Pairwise(OffPolicy):
     ) -> tuple[Tensor, Tensor]:
         """(losses, h), both [B], from what `objectives/preference.py` describes; h is what metrics call the margin.
 
-        policy, reference: log-probs of both responses, nats a sequence. labels: P(chosen > rejected), [B]. num_tokens:
-        of both responses.
+        policy, reference: log-probs of both responses, nats per sequence. labels: P(chosen > rejected), [B].
+        num_tokens: of both responses.
         """
 
     def mean_loss(

@@ -38,10 +38,10 @@ class Unpaired(OffPolicy):
 
     @abstractmethod
     def response_losses(self, ratio: Tensor, labels: Tensor, baseline: Tensor) -> tuple[Tensor, Tensor]:
-        """(losses, h), both [B]. ratio: log pi - log pi_ref, nats a sequence. labels: P(desirable). baseline: []."""
+        """(losses, h), both [B]. ratio: log pi - log pi_ref, nats per sequence. labels: P(desirable). baseline: []."""
 
     def mean_loss(self, policy: Tensor, reference: Tensor, labels: Tensor, baseline: Tensor) -> ObjectiveOutput:
-        """The mean over responses, and the metrics. policy, reference: log-probs, nats a sequence, [B]."""
+        """The mean over responses, and the metrics. policy, reference: log-probs, nats per sequence, [B]."""
         ratio = policy - reference
         losses, h = self.response_losses(ratio, labels, baseline)
         return response_output(losses, h, policy, ratio, labels, baseline)

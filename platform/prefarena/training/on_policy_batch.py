@@ -151,7 +151,7 @@ def _with_critic(batch: Batch, experience: Experience, settings: PPOTraining, re
 
 @torch.no_grad()
 def experience_metrics(experience: Experience, targets: Targets, importance_cap: float | None) -> dict[str, float]:
-    """Of one rollout batch: KLs are sums over tokens, in nats a sequence; entropy is nats a token."""
+    """Of one rollout batch: KLs are sums over tokens, in nats per sequence; entropy is nats per token."""
     mask, scored = experience.sequences.response_mask, ~experience.silent_rows
     log_weights = experience.old_logps - experience.generator_logps  # zero outside the response
     gap = log_weights.abs()[mask]
