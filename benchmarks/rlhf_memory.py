@@ -29,8 +29,9 @@ from prefarena.generation.interface import Sampling
 from prefarena.generation.weights import as_arrays
 from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.load import load_tokenizer, new_reward_model, save_policy
-from prefarena.modeling.lora import ADAPTER_FOLDER, add_adapters, merge_adapters, save_adapter
+from prefarena.modeling.lora import add_adapters, merge_adapters, save_adapter
 from prefarena.records import PROMPTS, REFERENCED_PAIRS, Rollout
+from prefarena.stage_files import ADAPTER, MEMORY
 from prefarena.stages import read_manifest
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob
 from prefarena.training.on_policy import train_on_policy
@@ -126,7 +127,7 @@ def reward_model(folder: Path, model: str, lora: LoRA | None) -> str:
     made.config.pad_token_id = load_tokenizer(model).pad_token_id
     if lora is not None:
         add_adapters(made, lora, 0)
-        save_adapter(made, model, folder / "rm" / ADAPTER_FOLDER)
+        save_adapter(made, model, folder / "rm" / ADAPTER)
         merge_adapters(made)
     save_policy(made, load_tokenizer(model), folder / "rm" / "model")
     return str(folder / "rm" / "model")
@@ -147,7 +148,7 @@ def run_one(rank: int, name: str, job: Job, root: str) -> None:
         costs = read_manifest(Path(job.stage_dir))["costs"]
     found = {key: costs[key] for key in ("peak_memory_mib", "predicted_memory_mib")}
     if rank == 0:
-        print((Path(job.stage_dir) / "memory.json").read_text(), flush=True)
+        print((Path(job.stage_dir) / MEMORY).read_text(), flush=True)
     (Path(root) / f"{rank}.json").write_text(json.dumps(found | {"process": worker.first_memory_mib}))
     if number > 1:
         torch.distributed.destroy_process_group()

@@ -19,7 +19,8 @@ from prefarena.evaluation.enumeration import enumerate_responses
 from prefarena.mirror import bring, workspace
 from prefarena.modeling.load import load_policy
 from prefarena.records import DEMONSTRATIONS, PAIRS
-from prefarena.stages import write_manifest
+from prefarena.stage_files import EXACT, GOLD
+from prefarena.stages import costs_of, write_manifest
 from prefarena.tasks.gold import GoldReward
 from prefarena.tasks.language import EOS_ID, Language
 from prefarena.tasks.pairs import reference_samples, sample_pairs
@@ -51,7 +52,7 @@ def annotate_language(task: LanguageTask, reference: str, folder: Path) -> None:
     language = Language(task)
     exact = enumerate_responses(load_policy(reference), language.prompt_ids, task.response_limit, EOS_ID)
     gold = GoldReward.fit(task, language.prompt_ids, exact.sequences, exact.logps)
-    gold.save(folder / "gold.json")
+    gold.save(folder / GOLD)
     rewards = gold.table(language.prompt_ids, exact.sequences)
     for split, number in (("train", task.num_pairs), ("test", task.num_test_pairs)):
         table = sample_pairs(
@@ -69,9 +70,7 @@ def annotate_language(task: LanguageTask, reference: str, folder: Path) -> None:
         write_rows(table, folder / f"{split}_pairs" / "part-0.parquet", PAIRS)
     samples = reference_samples(language.prompt_ids, exact.sequences, exact.logps, _SAMPLES_PER_PROMPT, task.seed)
     write_rows(samples, folder / "reference_samples" / "part-0.parquet", DEMONSTRATIONS)
-    np.savez(
-        folder / "exact.npz", ref_logps=exact.logps, rewards=rewards, lengths=exact.lengths, covered=language.covered
-    )
+    np.savez(folder / EXACT, ref_logps=exact.logps, rewards=rewards, lengths=exact.lengths, covered=language.covered)
     wall = time.perf_counter() - started
     counts: dict[str, float] = {"num_train_pairs": task.num_pairs, "num_test_pairs": task.num_test_pairs}
     counts |= {"num_prompts": len(language.prompt_ids), "num_covered_prompts": int(language.covered.sum())}
@@ -80,4 +79,4 @@ def annotate_language(task: LanguageTask, reference: str, folder: Path) -> None:
     mass = np.exp(source)
     divergence = np.where(mass > 0, mass * (np.where(mass > 0, source, 0) - exact.logps), 0).sum(1).mean()
     counts["kl_source_to_reference"] = float(divergence)
-    write_manifest(folder, {"data": counts, "costs": {"wall_seconds": wall, "device_seconds": wall}})
+    write_manifest(folder, {"data": counts, "costs": costs_of(wall)})

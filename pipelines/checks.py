@@ -22,6 +22,7 @@ from prefarena.modeling.inspection import check_context, check_head_size, inspec
 from prefarena.modeling.load import load_tokenizer
 from prefarena.modeling.vocabulary import check_tokens
 from prefarena.tasks.language import Language
+from prefarena.trackers.make import check_packages
 
 
 def check_input(config: Comparison) -> None:
@@ -46,6 +47,7 @@ def check_input(config: Comparison) -> None:
     for entry in config.entries:
         if isinstance(entry.method, OffPolicy):
             entry.method.check()
+    check_packages(config.tracking)
     workers = config.resources.num_workers
     for name, training in _optimisations(config):
         if training % workers:

@@ -15,6 +15,7 @@ from pipelines.memory import check_memory
 from pipelines.plan import SeedPlan, make_plan
 from pipelines.prepare import prepare
 from pipelines.report import report, run_folder
+from pipelines.tracking import Trackers, tracking
 from pipelines.train import train
 from prefarena.cluster.capacity import check_placement, cluster_nodes
 from prefarena.cluster.session import check_resources, ray_session, requested
@@ -41,10 +42,11 @@ def compare(config: Comparison, console: Console, last: str = "report", *, retry
     with only_once(config.name, run_folder(config, plans)):
         for stage in all_stages(plans) if retry_failed else []:
             forget_failure(stage.folder)
-        return _compare(config, plans, console, last)
+        with tracking(config, plans, run_folder(config, plans).name, console) as trackers:
+            return _compare(config, plans, console, last, trackers)
 
 
-def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: str) -> Path:
+def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: str, trackers: Trackers) -> Path:
     reused = {stage for stage in all_stages(plans) if stage.finished}
     show_plan(config, plans, console)
     wanted = STEPS[: STEPS.index(last) + 1]
@@ -60,7 +62,8 @@ def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: 
                     work(config, plans, console)
     if last != "report":
         return run_folder(config, plans)
-    folder, results = report(config, plans, reused)
+    folder, results = report(config, plans, reused, trackers.catch_up())
+    trackers.summarise(results)
     console.print(main_table(results, brief=console.width < _WIDE).rich())
     console.print(f"report: {shown(folder / 'report.html')}")
     return folder

@@ -34,7 +34,7 @@ from prefarena.errors import EntryError, UserError
 from prefarena.generation.interface import Sampling
 from prefarena.mirror import bring, root_of
 from prefarena.records import DEMONSTRATIONS, DRAWN, PAIRS, PROMPTS, content_id
-from prefarena.stages import Stage, write_json, write_manifest
+from prefarena.stages import Stage, costs_of, write_json, write_manifest
 from prefarena.tasks.annotation import (
     Answered,
     Contest,
@@ -101,7 +101,7 @@ def _draw(config: Comparison, console: Console, waiting: list[tuple[Stage, SeedP
             ]
             write_rows(pa.Table.from_pylist(table, schema=DRAWN), folder / _SAMPLES / "part-0.parquet", DRAWN)
             wall, num_tokens = time.perf_counter() - started, sum(len(rollout.response_ids) for rollout in rollouts)
-            costs = {"wall_seconds": wall, "device_seconds": wall, "num_tokens_generated": num_tokens}
+            costs = costs_of(wall, num_tokens_generated=num_tokens)
             counts = {"num_prompts": len(rows), "num_samples": len(rollouts)}
             counts["num_ended"] = sum(rollout.finished for rollout in rollouts)
             write_manifest(folder, {"data": counts, "costs": costs})
@@ -143,7 +143,7 @@ def _label(config: Comparison, plan: SeedPlan, task: TextTask, pairs: DrawnPairs
         "data": summary,
         "judges": [judge.model_dump(mode="json") for judge in pairs.judges(config.judge)],
     }
-    contents["costs"] = {"wall_seconds": wall, "device_seconds": wall, **costs}
+    contents["costs"] = costs_of(wall, **costs)
     write_manifest(folder, contents)
     if kept.is_dir():
         shutil.rmtree(kept)
@@ -269,4 +269,4 @@ def _keep_covered(plan: SeedPlan, task: TextTask, folder: Path) -> None:
         "prompts (task.covered_share)"
     ]
     wall = time.perf_counter() - started
-    write_manifest(folder, {"data": summary, "costs": {"wall_seconds": wall, "device_seconds": wall}})
+    write_manifest(folder, {"data": summary, "costs": costs_of(wall)})

@@ -12,6 +12,7 @@ from prefarena.evaluation.length_control import Answers, Pairs, all_pairs, win_r
 from prefarena.evaluation.pairwise import pair_values
 from prefarena.mirror import bring
 from prefarena.report.samples import SAMPLES_FILE
+from prefarena.stage_files import GAMES, SAMPLE_SCORES
 from prefarena.stages import Stage
 
 
@@ -22,12 +23,12 @@ def equal_length_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
         return {}
     own, other = (np.asarray(found) for found in lengths)
     if trained.wins is not None:
-        games = _arrays(trained.wins.folder / "games.npz")
+        games = _arrays(trained.wins.folder / GAMES)
         values = pair_values(games["first"], games["second"])
         known = ~np.isnan(values)
         pairs = Pairs(values[known], (own - other)[known], games["clusters"][known])
     else:
-        scores = [_arrays(stage.folder / "scores.npz") for stage in (trained.evaluation, plan.evaluation)]
+        scores = [_arrays(stage.folder / SAMPLE_SCORES) for stage in (trained.evaluation, plan.evaluation)]
         pairs = all_pairs(
             *(Answers(one["scores"], size, one["clusters"]) for one, size in zip(scores, (own, other), strict=True))
         )

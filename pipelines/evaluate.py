@@ -34,6 +34,7 @@ from prefarena.evaluation.sampled import win_rate
 from prefarena.generation.interface import Sampling
 from prefarena.mirror import bring
 from prefarena.records import Rollout
+from prefarena.stage_files import EXACT, LOGPS, SAMPLE_SCORES
 from prefarena.stages import Stage
 
 #: Where the frontier's samples begin in the numbering of requests: they are others than those of any evaluation.
@@ -220,14 +221,14 @@ def sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, fol
 def pairwise_wins(plan: SeedPlan, stages: list[Stage]) -> tuple[np.ndarray, np.ndarray]:
     """Win rates [K, K] between the policies of K evaluation stages (row beats column), and standard errors."""
     if isinstance(plan.task, LanguageTask):
-        rewards = ExactReference.load(plan.pairs.folder / "exact.npz").rewards
+        rewards = ExactReference.load(plan.pairs.folder / EXACT).rewards
         for stage in stages:
-            bring(stage.folder / "logps.npy")
-        wins = win_rates([np.load(stage.folder / "logps.npy") for stage in stages], rewards)
+            bring(stage.folder / LOGPS)
+        wins = win_rates([np.load(stage.folder / LOGPS) for stage in stages], rewards)
         return wins.win_rate, wins.stderr
     for stage in stages:
-        bring(stage.folder / "scores.npz")
-    arrays = [np.load(stage.folder / "scores.npz") for stage in stages]
+        bring(stage.folder / SAMPLE_SCORES)
+    arrays = [np.load(stage.folder / SAMPLE_SCORES) for stage in stages]
     estimates = [[win_rate(a["scores"], a["clusters"], b["scores"], b["clusters"]) for b in arrays] for a in arrays]
     rates = np.array([[cell.mean for cell in row] for row in estimates])
     return rates, np.array([[cell.stderr for cell in row] for row in estimates])

@@ -30,7 +30,8 @@ from prefarena.evaluation.preferences import preference_accuracy
 from prefarena.judges.spec import JudgeSpec, load_judge
 from prefarena.mirror import bring, workspace
 from prefarena.modeling.load import load_policy, load_reward_model
-from prefarena.stages import Stage, write_json, write_manifest
+from prefarena.stage_files import BEST_OF_CURVE, EXACT, LOGPS, ROW, SCORES, SNAPSHOTS, TRAJECTORY
+from prefarena.stages import Stage, costs_of, write_json, write_manifest
 from prefarena.tasks.language import EOS_ID, Language, unpadded
 
 _SHARES = 4  # tasks that share the scoring of one table, which takes far longer than listing a policy
@@ -67,12 +68,12 @@ def exact_job(config: Comparison, plan: SeedPlan, trained: Trained | None, folde
     if trained is None:
         return ExactJob(language_of(plan), model_of(plan.reference), *shared)
     method, policy = trained.entry.method, policy_of(plan, trained)
-    reward = trained.scores.folder / "scores.npy" if trained.scores else "gold" if _is_gold(method) else None
+    reward = trained.scores.folder / SCORES if trained.scores else "gold" if _is_gold(method) else None
     if isinstance(method, BestOfN):
         return ExactJob(language_of(plan), policy, *shared, reward=reward, best_of=method.n)
     if isinstance(method, OnPolicyMethod) and trained.training is not None:
         group = "covered" if method.prompts == "covered" else "all"
-        snapshots, num_steps = trained.training.folder / "snapshots", method.training.num_iterations
+        snapshots, num_steps = trained.training.folder / SNAPSHOTS, method.training.num_iterations
         return ExactJob(language_of(plan), policy, *shared, reward, None, snapshots, num_steps, group)
     return ExactJob(language_of(plan), policy, *shared)
 
@@ -112,8 +113,8 @@ def collect_scores(running: list[Any], stage: Stage, limit_s: float) -> Failed |
     if failed is not None:
         return failed
     folder, seconds = stage.begin(), sum(part[1] for part in parts)
-    np.save(folder / "scores.npy", np.concatenate([part[0] for part in parts]))
-    write_manifest(folder, {"costs": {"wall_seconds": seconds, "device_seconds": seconds}})
+    np.save(folder / SCORES, np.concatenate([part[0] for part in parts]))
+    write_manifest(folder, {"costs": costs_of(seconds)})
     return None
 
 
@@ -144,13 +145,13 @@ def evaluate_exactly(job: ExactJob) -> None:
     for path in (job.reward, job.snapshots):
         if isinstance(path, Path):
             bring(path)
-    language, reference = Language(job.task), ExactReference.load(job.pairs / "exact.npz")
+    language, reference = Language(job.task), ExactReference.load(job.pairs / EXACT)
     limits = frontiers(reference.ref_logps, reference.rewards, reference.covered)
     own = reference.rewards if job.reward == "gold" else np.load(job.reward) if job.reward is not None else None
     policy = _listed(job, language, reference, own)
     row = _measures(policy.logps, reference, limits, own)
     if job.snapshots is not None:
-        write_json(job.folder / "trajectory.json", list(_trajectory(job, language, reference, limits, own, row)))
+        write_json(job.folder / TRAJECTORY, list(_trajectory(job, language, reference, limits, own, row)))
     wins = win_rates([policy.logps, reference.ref_logps], reference.rewards)
     row |= {"win_rate": float(wins.win_rate[0, 1]), "win_rate_stderr": float(wins.stderr[0, 1])}
     test = read_rows(job.logps / "test_pairs")
@@ -162,9 +163,9 @@ def evaluate_exactly(job: ExactJob) -> None:
     )
     if job.best_of is not None and own is not None:
         row["kl_bound"] = kl_bound(job.best_of)
-        write_json(job.folder / "curve.json", [_best_of(number, reference, own) for number in _numbers(job.best_of)])
+        write_json(job.folder / BEST_OF_CURVE, [_best_of(number, reference, own) for number in _numbers(job.best_of)])
     if job.keep_logps:
-        np.save(job.folder / "logps.npy", policy.logps)
+        np.save(job.folder / LOGPS, policy.logps)
     finish_evaluation(job.folder, row, started)
 
 
@@ -232,12 +233,12 @@ def _at_step(step: int, row: dict[str, float], group: str) -> dict[str, float]:
 
 def read_trajectory(stage: Stage) -> list[dict[str, float]]:
     """The trajectory of an evaluation stage; empty where its entry has none."""
-    return _read_rows(stage.folder / "trajectory.json")
+    return _read_rows(stage.folder / TRAJECTORY)
 
 
 def read_best_of_curve(stage: Stage) -> list[dict[str, float]]:
     """What the best of ever more samples is worth, of an evaluation stage of best-of-n; else empty."""
-    return _read_rows(stage.folder / "curve.json")
+    return _read_rows(stage.folder / BEST_OF_CURVE)
 
 
 def _read_rows(path: Path) -> list[dict[str, float]]:
@@ -252,9 +253,8 @@ def float_column(table: Any, column: str) -> np.ndarray:
 
 def finish_evaluation(folder: Path, row: dict[str, float], started: float, **counts: int) -> None:
     """Write row.json and the manifest; `started` is of `time.perf_counter`."""
-    write_json(folder / "row.json", {key: float(value) for key, value in row.items()})
-    wall = time.perf_counter() - started
-    write_manifest(folder, {"costs": {"wall_seconds": wall, "device_seconds": wall, **counts}})
+    write_json(folder / ROW, {key: float(value) for key, value in row.items()})
+    write_manifest(folder, {"costs": costs_of(time.perf_counter() - started, **counts)})
 
 
 # ------------------------------------------------------------------------------------------ the optimum
@@ -262,14 +262,14 @@ def finish_evaluation(folder: Path, row: dict[str, float], started: float, **cou
 
 def exact_frontier(plan: SeedPlan) -> dict[str, list[tuple[float, float]]]:
     """Points (KL, reward) of the optimal frontier by group of prompts."""
-    exact = ExactReference.load(plan.pairs.folder / "exact.npz")
+    exact = ExactReference.load(plan.pairs.folder / EXACT)
     limits = frontiers(exact.ref_logps, exact.rewards, exact.covered)
     return {group: [(float(kl), float(reward)) for kl, reward in limit.curve()] for group, limit in limits.items()}
 
 
 def exact_optimum(plan: SeedPlan, kl_covered: float) -> dict[str, float]:
     """The measures of the best possible policy at a KL on the covered prompts, the same beta on all prompts."""
-    exact = ExactReference.load(plan.pairs.folder / "exact.npz")
+    exact = ExactReference.load(plan.pairs.folder / EXACT)
     limits = frontiers(exact.ref_logps, exact.rewards, exact.covered)
     inverse_temperature = limits["covered"].optimum_at(kl_covered).inverse_temperature
     logps = limits["all"].logps(inverse_temperature)

@@ -7,6 +7,7 @@ import numpy as np
 from pipelines.plan import SeedPlan, Trained
 from prefarena.evaluation.estimated_frontier import EstimatedFrontier
 from prefarena.mirror import bring
+from prefarena.stage_files import SAMPLE_SCORES
 from prefarena.stages import Stage
 
 
@@ -49,7 +50,7 @@ def regret_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
 
 
 def _scores(stage: Stage) -> dict[str, np.ndarray]:
-    path = stage.folder / "scores.npz"
+    path = stage.folder / SAMPLE_SCORES
     bring(path)
     if not path.is_file():
         return {}

@@ -20,6 +20,7 @@ from prefarena.config import (
 from prefarena.judges.spec import JudgeSpec
 from prefarena.mirror import root_of
 from prefarena.settings.unpaired import Unpaired
+from prefarena.stage_files import GOLD
 from prefarena.stages import Stage
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 
@@ -137,7 +138,7 @@ def judge_spec(
             raise TypeError("a learned judge has a stage")
         path = model_of(reward_model)
     elif settings.kind == "gold":
-        path = str(plan.pairs.folder / "gold.json")
+        path = str(plan.pairs.folder / GOLD)
     calls = plan.data.folder.parents[1] / "judge_calls" if isinstance(settings, Endpoint) else None
     kept = None if calls is None else str(calls)
     return JudgeSpec(settings, path, model_of(plan.reference), kept, plan.scored_in, may_be_silent)

@@ -37,6 +37,7 @@ from prefarena.functions import source_digest
 from prefarena.mirror import root_of
 from prefarena.modeling.arithmetic import Arithmetic, named
 from prefarena.settings.unpaired import Unpaired
+from prefarena.stage_files import MODEL
 from prefarena.stages import Stage
 
 
@@ -351,7 +352,7 @@ def _marks(files: list[Path]) -> list[list[Any]]:
 
 
 def model_of(stage: Stage) -> str:
-    return str(stage.folder / "model")
+    return str(stage.folder / MODEL)
 
 
 def policy_of(plan: SeedPlan, trained: Trained) -> str:

@@ -32,7 +32,8 @@ from prefarena.modeling.folders import whole_folder
 from prefarena.modeling.load import base_model, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.records import DEMONSTRATIONS, PROMPTS
-from prefarena.stages import write_manifest
+from prefarena.stage_files import MODEL
+from prefarena.stages import costs_of, write_manifest
 from prefarena.tasks.language import Language
 
 
@@ -97,8 +98,7 @@ def _write_data(config: Comparison, task: LanguageTask | TextTask, console: Cons
             counts = prepare_prompt_rows(task, config.model, folder, say=say)
         else:
             counts = prepare_text(task, None, config.model, folder, learns_judge=learns_judge(config), say=say)
-    wall = time.perf_counter() - started
-    write_manifest(folder, {"data": counts, "costs": {"wall_seconds": wall, "device_seconds": wall}})
+    write_manifest(folder, {"data": counts, "costs": costs_of(time.perf_counter() - started)})
 
 
 def _write_base(config: Comparison, plan: SeedPlan, folder: Path) -> None:
@@ -149,12 +149,11 @@ def write_base(
         model = new_policy(settings, tokenizer, length, seed)
     whole = whole_folder(settings.path) if isinstance(settings, PretrainedModel) else None
     if whole is not None and mirror_of(folder) is None:
-        (folder / "model").symlink_to(whole, target_is_directory=True)
+        (folder / MODEL).symlink_to(whole, target_is_directory=True)
     else:
-        save_policy(model, tokenizer, folder / "model")
+        save_policy(model, tokenizer, folder / MODEL)
     notes = LogProbs(model, length).notes
-    wall = time.perf_counter() - started
-    costs = {"wall_seconds": wall, "device_seconds": wall}
+    costs = costs_of(time.perf_counter() - started)
     write_manifest(folder, {"num_parameters": model.num_parameters(), "notes": notes, "costs": costs})
 
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from prefarena import stage_files
+from prefarena.stage_files import ATTEMPT, MEMORY, METRICS
 from prefarena.stages import Stage, is_finished, is_settled, write_failure
 from prefarena.training.jobs import Job
-from prefarena.training.prediction import FILE as MEMORY_FILE
-from prefarena.training.stage_log import ATTEMPT
 
 _PLAIN_INTERVAL_S = 15.0  # seconds between lines where the output is not a terminal
 _PATIENCE_S = 5.0  # of silence, before the first line that says what is being waited for
@@ -90,7 +90,7 @@ def memory_lines(jobs: list[Job], said: set[Job]) -> list[str]:
     """What jobs that have just begun are predicted to take; each is said once."""
     lines = []
     for job in jobs:
-        path = Path(job.stage_dir) / MEMORY_FILE
+        path = Path(job.stage_dir) / MEMORY
         if job in said or not path.exists():
             continue
         said.add(job)
@@ -176,13 +176,4 @@ def waited_for(jobs: list[Job]) -> str:
 
 def last_row(job: Job) -> dict[str, float] | None:
     """The newest complete metric row of a job."""
-    path = Path(job.stage_dir) / "metrics.jsonl"
-    if not path.exists():
-        return None
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - 8192))
-        lines = file.read().split(b"\n")
-    for line in reversed(lines[:-1]):
-        if line.startswith(b"{"):
-            return json.loads(line)
-    return None
+    return stage_files.last_row(Path(job.stage_dir) / METRICS)

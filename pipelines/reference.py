@@ -38,7 +38,7 @@ from prefarena.modeling.arithmetic import Arithmetic, in_weights, named, product
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import REFERENCED_PAIRS
-from prefarena.stages import write_manifest
+from prefarena.stages import costs_of, write_manifest
 
 SPLITS = TRAIN, TEST = ("train_pairs", "test_pairs")
 PART_ROWS = 1024
@@ -104,13 +104,28 @@ def add_reference_logps(
     in `cache`, and those found there are used.
     """
     arithmetics: dict[str, Arithmetic] = {TRAIN: arithmetic, TEST: scored_in}
-    write_manifest(
-        folder,
-        score_tables(
-            pairs, reference, folder, arithmetics,
-            cache=cache, resources=resources, max_length=max_length, part_rows=part_rows,
-        ),
+    started = time.perf_counter()
+    scored = score_tables(
+        pairs, reference, folder, arithmetics,
+        cache=cache, resources=resources, max_length=max_length, part_rows=part_rows,
     )  # fmt: skip
+    write_manifest(folder, scored.contents(started))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """What scoring took: device seconds of all parts, whenever they were computed, and what of it was computed now."""
+
+    device_seconds: float
+    num_tokens: int
+    num_parts: int
+    num_parts_computed: int
+
+    def contents(self, started: float) -> dict[str, Any]:
+        """Of the manifest of a stage that began at `started`, of `time.perf_counter`."""
+        wall = time.perf_counter() - started
+        costs = costs_of(wall, self.device_seconds, num_tokens_scored=self.num_tokens)
+        return {"costs": costs, "num_parts": self.num_parts, "num_parts_computed": self.num_parts_computed}
 
 
 def score_tables(
@@ -123,12 +138,8 @@ def score_tables(
     resources: Resources,
     max_length: int | None = None,
     part_rows: int = PART_ROWS,
-) -> dict[str, Any]:
-    """Write the tables under `pairs` that `arithmetics` names, each with the two columns, to `folder`.
-
-    Returns costs and numbers of parts, for a manifest.
-    """
-    started = time.perf_counter()
+) -> Scored:
+    """Write the tables under `pairs` that `arithmetics` names, each with the two columns, to `folder`."""
     cache.mkdir(parents=True, exist_ok=True)
     model = [_SCORING, weights_digest(reference), *_scorer(resources), BATCH_TOKENS]
     parts = {
@@ -139,12 +150,8 @@ def score_tables(
     for own in dict.fromkeys(own for _, own in missing):
         _compute([part for part, its in missing if its == own], reference, resources, max_length, own)
     found = [_write_scored(parts[split], folder / split) for split in arithmetics]
-    costs = {
-        "wall_seconds": time.perf_counter() - started,
-        "device_seconds": sum(seconds for seconds, _ in found),  # of all parts, whenever they were computed
-        "num_tokens_scored": sum(num_tokens for _, num_tokens in found),
-    }
-    return {"costs": costs, "num_parts": len(wanted), "num_parts_computed": len(missing)}
+    seconds, num_tokens = (sum(one[place] for one in found) for place in (0, 1))
+    return Scored(seconds, int(num_tokens), len(wanted), len(missing))
 
 
 def find_parts(folder: Path, cache: Path, model: list[Any], part_rows: int) -> list[Part]:

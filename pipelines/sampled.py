@@ -36,6 +36,7 @@ from prefarena.mirror import workspace
 from prefarena.modeling.arithmetic import Arithmetic, named
 from prefarena.modeling.load import load_tokenizer
 from prefarena.records import Rollout
+from prefarena.stage_files import SAMPLE_SCORES
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,7 @@ def score_samples(rollouts: list[Rollout], job: SampledJob, settings: Evaluation
     else:
         row, by_sample["kl"] = _policy_row(rollouts, scores, job, settings)
     if scores is not None:
-        np.savez(job.folder / "scores.npz", clusters=prompt_clusters(rollouts), **by_sample)
+        np.savez(job.folder / SAMPLE_SCORES, clusters=prompt_clusters(rollouts), **by_sample)
     write_samples(job.folder, load_tokenizer(job.policy), rollouts, scores)
     finish_evaluation(job.folder, row, started, num_tokens_generated=num_tokens, **total_costs(usages))
 
@@ -96,7 +97,7 @@ def score_frontier(rollouts: list[Rollout], job: SampledJob, settings: Evaluatio
     if job.judge is None:
         raise TypeError("a frontier is of scores")
     scores, usage = _judged(job.judge, rollouts, settings, job)
-    np.savez(job.folder / "scores.npz", scores=scores, clusters=prompt_clusters(rollouts))
+    np.savez(job.folder / SAMPLE_SCORES, scores=scores, clusters=prompt_clusters(rollouts))
     num_tokens = sum(len(rollout.response_ids) for rollout in rollouts)
     row: dict[str, float] = {"num_silent": int(np.isnan(scores).sum())}
     finish_evaluation(job.folder, row, started, num_tokens_generated=num_tokens, **total_costs([usage]))

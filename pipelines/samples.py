@@ -17,6 +17,7 @@ from prefarena.evaluation.pairwise import pair_values
 from prefarena.mirror import bring
 from prefarena.records import ALL_SAMPLES, SAMPLES, Rollout
 from prefarena.report.samples import SAMPLES_FILE
+from prefarena.stage_files import GAMES
 from prefarena.stages import Stage
 
 
@@ -72,7 +73,7 @@ def _with_verdicts(table: pa.Table, trained: Trained) -> pa.Table:
     """With what each response counts against the reference's as its score, where a pairwise judge has compared them."""
     if trained.wins is None or not trained.wins.finished:
         return table
-    path = trained.wins.folder / "games.npz"
+    path = trained.wins.folder / GAMES
     bring(path)
     with np.load(path) as games:
         values = pair_values(games["first"], games["second"])

@@ -62,6 +62,13 @@ def check_paths(config: Comparison) -> None:
         }
     if isinstance(config.model, PretrainedModel):
         paths["model.path"] = config.model.path
+    for place, tracker in enumerate(config.tracking):
+        folder = getattr(tracker, "folder", None) or getattr(tracker, "uri", None)
+        if folder and not is_url(folder) and not Path(folder).is_absolute():
+            raise UserError(
+                f"tracking.{place}: {folder} would lie in the job's temporary directory; give an absolute path that "
+                "the cluster has, or leave it out: it is then beside the stages, under `output`"
+            )
     for key, path in paths.items():
         if path and not Path(path).is_absolute() and Path(path).exists():
             raise UserError(

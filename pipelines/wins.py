@@ -26,9 +26,8 @@ from prefarena.judges.spec import JudgeSpec, load_comparer
 from prefarena.judges.usage import total_costs
 from prefarena.mirror import bring, workspace
 from prefarena.records import Rollout
+from prefarena.stage_files import GAMES, RESPONSES
 from prefarena.stages import Stage, write_text
-
-_RESPONSES = "responses.json"
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ def compare_pairs(job: WinsJob) -> None:
     comparer = load_comparer(job.judge)
     games = comparer.compare(prompts, [response for _, response in own], [response for _, response in other])
     clusters = clusters_of(prompts)
-    np.savez(job.folder / "games.npz", first=games.first, second=games.second, asked=games.asked, clusters=clusters)
+    np.savez(job.folder / GAMES, first=games.first, second=games.second, asked=games.asked, clusters=clusters)
     row = pairwise_metrics(games.first, games.second, games.asked, clusters)
     finish_evaluation(job.folder, row, started, **total_costs([comparer.usage]))
 
@@ -94,13 +93,13 @@ def compare_pairs(job: WinsJob) -> None:
 def write_responses(folder: Path, rollouts: list[Rollout]) -> None:
     """Keep an evaluation's responses, in order, for `compare_pairs`."""
     rows = [[rollout.prompt_ids, rollout.response_ids] for rollout in rollouts]
-    write_text(folder / _RESPONSES, json.dumps(rows))
+    write_text(folder / RESPONSES, json.dumps(rows))
 
 
 def read_responses(folder: Path) -> list[tuple[list[int], list[int]]]:
     """Prompts and responses of an evaluation, as `write_responses` left them."""
-    bring(folder / _RESPONSES)
-    return [tuple(row) for row in json.loads((folder / _RESPONSES).read_text(encoding="utf-8"))]
+    bring(folder / RESPONSES)
+    return [tuple(row) for row in json.loads((folder / RESPONSES).read_text(encoding="utf-8"))]
 
 
 def reference_column(rows: list[dict[str, float]]) -> tuple[np.ndarray, np.ndarray]:

@@ -182,6 +182,28 @@ def test_python_gives_what_the_command_found(language_run: tuple[Path, Results])
     assert len(found.figures) == 4 and found.page.is_file()
 
 
+def test_trackers_show_every_training_of_a_comparison_and_its_final_numbers(
+    language_run: tuple[Path, Results],
+) -> None:
+    """Those of reused stages too."""
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    folder, results = language_run
+    run({**LANGUAGE, "tracking": [{"kind": "tensorboard"}]}, folder)
+    (comparison,) = (folder / "runs" / "tracking" / "tensorboard").glob("mini-*")
+    assert (folder / "runs" / comparison.name / "results.json").is_file()
+    runs = {path.parent.relative_to(comparison).as_posix(): path for path in comparison.rglob("events.*")}
+    entries = ["dpo", "ipo", "kto", "mpo", "rlhf", "sft"]
+    expected = ["reference", "best-of-4/seed-0", "rlhf/reward_model/seed-0", *(f"{name}/seed-0" for name in entries)]
+    assert sorted(runs) == sorted(expected)
+    for name in entries:
+        events = accumulator.EventAccumulator(str(runs[f"{name}/seed-0"].parent)).Reload()
+        (stage,) = (folder / "runs" / "stages").glob(f"{name}-{name}-s0-*")
+        steps = [point.step for point in events.Scalars("learning_rate")]
+        assert steps == [row["step"] for row in rows_of(stage)]
+        (point,) = events.Scalars("final/reward/all")
+        assert point.value == pytest.approx(results.entry(name).seeds["0"]["reward/all"], rel=1e-6)
+
+
 def test_rlhf_shards_and_trains_adapters(language_run: tuple[Path, Results]) -> None:
     """Two sharded workers, roles on one copy of the weights, a real engine that takes the merged adapters."""
     folder, _ = language_run

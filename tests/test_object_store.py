@@ -20,11 +20,13 @@ from s3 import BUCKET, fs, server
 from test_end_to_end import LANGUAGE, QUICK
 
 from pipelines.compare import compare
+from pipelines.tracking import final_rows
 from prefarena import leases, mirror, stores
 from prefarena.config import parse_config
 from prefarena.errors import UserError
 from prefarena.leases import Leases
 from prefarena.stages import Stage
+from prefarena.training.checkpoints import newest_step
 from prefarena.training.worker import Worker
 
 __all__ = ["fs", "server"]  # fixtures
@@ -96,6 +98,8 @@ def test_a_checkpoint_is_found_from_a_node_that_has_nothing(fs: Any, tmp_path: P
         first.save(step, {"w": torch.full((3,), float(step))}, {"n": step})
     first.log({"step": 4})
     first.flush()
+    assert newest_step(Path(folders[1])) == 3  # for whoever follows the training from elsewhere
+    assert [row["step"] for row in final_rows(Path(folders[1]), 3)] == [1, 2, 3]
     second = Worker(folders[1])
     found = second.restore()
     assert (

@@ -16,6 +16,7 @@ from prefarena.config import Optimisation
 from prefarena.data.plan import LARGEST_PASS, BatchPlan
 from prefarena.modeling.memory import MemoryNeed
 from prefarena.modeling.room import total_mib
+from prefarena.stage_files import MEMORY
 from prefarena.training import prediction
 from prefarena.training.terms import Shares
 from prefarena.training.worker import Worker
@@ -43,7 +44,7 @@ def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, traini
 
     monkeypatch.setattr(prediction, "training_memory", need)
     predicted = prediction.predict_memory(nn.Linear(1, 1), terms, training, worker)
-    found = json.loads((tmp_path / "job" / prediction.FILE).read_text(encoding="utf-8"))
+    found = json.loads((tmp_path / "job" / MEMORY).read_text(encoding="utf-8"))
     assert predicted == pytest.approx(found["predicted_mib"], abs=0.1)
     return found | {"plan": terms[0].plan.micro_batch_tokens}
 
@@ -128,7 +129,7 @@ def passes_of(folder: Path, monkeypatch: pytest.MonkeyPatch, share: float, **tra
     monkeypatch.setattr(worker, "memory_share_mib", lambda: share)
     size, predicted = fitting_micro_batch(on_policy_job(folder, **training), models, 40, worker)
     assert predicted is not None
-    return size, json.loads((folder / "job" / prediction.FILE).read_text(encoding="utf-8"))
+    return size, json.loads((folder / "job" / MEMORY).read_text(encoding="utf-8"))
 
 
 def test_rollouts_in_a_pass_are_halved_until_they_fit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

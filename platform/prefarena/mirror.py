@@ -22,13 +22,12 @@ from urllib.parse import quote, unquote
 
 from prefarena import stores
 from prefarena.errors import UserError
+from prefarena.stage_files import CHECKPOINTS, FAILURE, MANIFEST
 
 _TOP, _WHOLE, _STAGES = "prefarena-mirror", ".whole", "stages"
 _LONGEST_NAME = 240
 #: Of a stage, written last: the one or the other says that there is nothing more to come.
-_LAST = ("manifest.json", "failure.json")
-#: Of a training stage: theirs to keep (training/remote_checkpoints.py).
-CHECKPOINTS = "checkpoints"
+_LAST = (MANIFEST, FAILURE)
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from prefarena import mirror
+from prefarena.stage_files import FAILURE, MANIFEST
 
 #: Raise when the meaning of stored results changes: older stages are then not reused.
 FORMAT_VERSION = 4
-_MANIFEST = "manifest.json"
-_FAILURE = "failure.json"
 
 
 @dataclass(frozen=True)
@@ -74,41 +73,50 @@ class Stage:
 
 
 def is_finished(folder: str | Path) -> bool:
-    return mirror.is_file(Path(folder) / _MANIFEST)
+    return mirror.is_file(Path(folder) / MANIFEST)
 
 
 def read_manifest(folder: str | Path) -> dict[str, Any]:
-    return json.loads(mirror.read_text(Path(folder) / _MANIFEST))
+    return json.loads(mirror.read_text(Path(folder) / MANIFEST))
 
 
 def write_manifest(folder: str | Path, contents: dict[str, Any]) -> None:
     """Mark the stage as finished; on an object store everything else in the folder is published first."""
-    write_json(Path(folder) / _MANIFEST, contents)
-    mirror.publish(Path(folder), _MANIFEST)
+    write_json(Path(folder) / MANIFEST, contents)
+    mirror.publish(Path(folder), MANIFEST)
+
+
+def costs_of(wall_seconds: float, device_seconds: float | None = None, **counts: Any) -> dict[str, Any]:
+    """What a stage cost, as its manifest has it under `costs` and the report reads it.
+
+    device_seconds: added up over the devices that it held; none: it held one, all the time.
+    """
+    held = wall_seconds if device_seconds is None else device_seconds
+    return {"wall_seconds": wall_seconds, "device_seconds": held, **counts}
 
 
 def is_settled(folder: str | Path) -> bool:
     """Whether the stage is finished or has failed."""
-    return is_finished(folder) or mirror.is_file(Path(folder) / _FAILURE)
+    return is_finished(folder) or mirror.is_file(Path(folder) / FAILURE)
 
 
 def failure_of(folder: str | Path) -> str | None:
     """The reason that `write_failure` was given; None where it was not called."""
     try:
-        return str(json.loads(mirror.read_text(Path(folder) / _FAILURE))["reason"])
+        return str(json.loads(mirror.read_text(Path(folder) / FAILURE))["reason"])
     except FileNotFoundError:
         return None
 
 
 def write_failure(folder: str | Path, reason: str, **contents: Any) -> None:
     """Mark the stage as failed."""
-    write_json(Path(folder) / _FAILURE, {"status": "failed", "reason": reason, **contents})
-    mirror.publish(Path(folder), _FAILURE)
+    write_json(Path(folder) / FAILURE, {"status": "failed", "reason": reason, **contents})
+    mirror.publish(Path(folder), FAILURE)
 
 
 def forget_failure(folder: str | Path) -> None:
     """Have a failed stage tried again."""
-    mirror.remove_file(Path(folder) / _FAILURE)
+    mirror.remove_file(Path(folder) / FAILURE)
 
 
 def write_json(path: Path, contents: Any) -> None:

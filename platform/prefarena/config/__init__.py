@@ -42,6 +42,7 @@ from prefarena.config.on_policy import (
     RLOOTraining,
 )
 from prefarena.config.tasks import LanguageTask, Task, TextTask
+from prefarena.config.tracking import Tracking
 from prefarena.methods.dpo import DPO
 from prefarena.methods.ipo import IPO
 from prefarena.methods.mpo import MPO
@@ -96,6 +97,7 @@ __all__ = [
     "Section",
     "Task",
     "TextTask",
+    "Tracking",
     "dump_config",
     "load_config",
     "parse_config",

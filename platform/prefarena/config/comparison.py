@@ -12,6 +12,7 @@ from prefarena.config.labels import Labels, kept_apart
 from prefarena.config.models import Model, ScratchModel
 from prefarena.config.on_policy import GRPO, RLHF, RLOO, BestOfN
 from prefarena.config.tasks import LanguageTask, Task, TextTask
+from prefarena.config.tracking import Tracking
 from prefarena.methods import discover
 from prefarena.settings.off_policy import OffPolicy
 from prefarena.settings.optimisation import Optimisation
@@ -233,6 +234,9 @@ class Comparison(Section):
     generation: Generation = Generation()
     resources: Resources = Resources()
     evaluation: Evaluation = Evaluation()
+    tracking: tuple[Tracking, ...] = Field(
+        (), description="Where trainings are shown beside their own logs: tensorboard, wandb, mlflow, trackio."
+    )
 
     @property
     def scored_in(self) -> Arithmetic:
@@ -248,6 +252,8 @@ class Comparison(Section):
         for name in names:
             if names.count(name) > 1 or name == "reference":
                 raise ValueError(f"entry name {name!r} is used twice or reserved")
+        if len(set(self.tracking)) != len(self.tracking):
+            raise ValueError("tracking holds the same tracker twice")
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds holds a seed twice")
         for entry in self.entries:

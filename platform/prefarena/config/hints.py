@@ -66,6 +66,19 @@ _KEYS: dict[str, tuple[str, ...]] = {
     "num_gpus": ("num_workers",),
     "fsdp": ("sharding",),
     "tensor_parallel_size": ("tensor_parallel",),
+    "trackers": ("tracking",),
+    "tracker": ("tracking",),
+    "report_to": ("tracking",),
+    "logging": ("tracking",),
+    "log_dir": ("folder",),
+    "logdir": ("folder",),
+    "logging_dir": ("folder",),
+    "dir": ("folder",),
+    "tracking_uri": ("uri",),
+    "url": ("uri",),
+    "experiment_name": ("experiment",),
+    "project_name": ("project",),
+    "team": ("entity",),
 }
 #: The same for values.
 _VALUES: dict[str, tuple[str, ...]] = {
@@ -95,6 +108,8 @@ _VALUES: dict[str, tuple[str, ...]] = {
     "fsdp2": ("fsdp",),
     "ddp": ("none",),
     "constant_with_warmup": ("constant",),
+    "tb": ("tensorboard",),
+    "weights_and_biases": ("wandb",),
 }
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +79,10 @@ def parse_config(tree: dict[str, Any], source: str = "config", overrides: Sequen
         raise UserError("\n".join(explain(problem, source) for problem in real)) from None
 
 
-def dump_config(config: Comparison) -> str:
-    """The resolved configuration as YAML, every default written out."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
+def dump_config(config: Comparison, without: Collection[str] = ()) -> str:
+    """The resolved configuration as YAML, every default written out, `without` some keys of its top."""
+    tree = config.model_dump(mode="json", exclude=set(without))
+    return yaml.safe_dump(tree, sort_keys=False, allow_unicode=True)
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:

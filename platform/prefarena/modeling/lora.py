@@ -24,9 +24,8 @@ from prefarena.mirror import bring
 from prefarena.modeling.awaited import is_awaited, on_cpu_in_name
 from prefarena.modeling.layers import is_linear
 from prefarena.modeling.parts import whole
+from prefarena.stage_files import ADAPTER
 
-#: Beside the merged model, in the folder of a stage whose training had adapters.
-ADAPTER_FOLDER = "adapter"
 _ADAPTER, _PREFIX, _WEIGHTS = "default", "base_model.model.", "adapter_model.safetensors"
 
 
@@ -141,7 +140,7 @@ def save_adapter(
 
 def adapter_of(model_dir: str, base: str) -> Path | None:
     """The folder of adapters beside a trained model, where it was trained as adapters of the model at `base`."""
-    folder = Path(model_dir).parent / ADAPTER_FOLDER
+    folder = Path(model_dir).parent / ADAPTER
     bring(folder)
     if not (folder / "adapter_config.json").is_file():
         return None

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 
 from prefarena.errors import UserError
 from prefarena.mirror import bring, read_text, root_of
-from prefarena.report.curves import curve_figures, read_metrics
+from prefarena.report.curves import curve_figures
 from prefarena.report.findings import findings
 from prefarena.report.html import PAGE_FILE, listing_html, table_html
 from prefarena.report.plots import drift_figure, reward_kl_figure
@@ -22,6 +22,7 @@ from prefarena.report.results import load_results as read_results
 from prefarena.report.samples import SAMPLES_FILE
 from prefarena.report.tables import main_columns, main_table
 from prefarena.report.trajectories import estimated_figure, trajectory_figure
+from prefarena.stage_files import read_rows
 from prefarena.stores import is_url
 
 
@@ -90,7 +91,7 @@ class ComparisonResult:
             for seed, name in by_seed.items():
                 path = self.folder / name
                 if path.is_file():
-                    rows += [{"policy": entry, "seed": int(seed), **row} for row in read_metrics(path)]
+                    rows += [{"policy": entry, "seed": int(seed), **row} for row in read_rows(path)]
         return pd.DataFrame(rows)
 
     @cached_property

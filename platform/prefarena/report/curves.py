@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from prefarena.errors import UserError
 from prefarena.report.results import EntryResult, Results
 from prefarena.report.style import GREY, house_style, looks
+from prefarena.stage_files import read_rows
 
 OFF_POLICY_METRICS = (
     *("loss", "preference/accuracy", "preference/margin"),
@@ -28,23 +27,12 @@ def read_curves(paths: list[Path], metrics: tuple[str, ...]) -> Curves:
     """Each metric's rows in every file. Raises UserError naming the file and line that is not JSON."""
     found: Curves = {metric: [] for metric in metrics}
     for path in paths:
-        rows = read_metrics(path)
+        rows = read_rows(path)
         for metric in metrics:
             points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None and "step" in row]
             if points:
                 found[metric].append(np.array(points, dtype=np.float64))
     return found
-
-
-def read_metrics(path: Path) -> list[dict[str, float]]:
-    """The rows of a metrics.jsonl. Raises UserError naming the file and the line that is not JSON."""
-    rows = []
-    for index, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path}: line {index} is not JSON: {error.msg}") from None
-    return rows
 
 
 def curve_figures(results: Results, folder: Path) -> dict[str, Figure]:

@@ -18,7 +18,7 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,6 +29,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from prefarena.mirror import mirror_of
+from prefarena.stage_files import CHECKPOINTS, MANIFEST
 from prefarena.stages import write_json
 from prefarena.training.storage import errno_of, full_disk_named, retried
 
@@ -36,7 +38,6 @@ from prefarena.training.storage import errno_of, full_disk_named, retried
 FORMAT = 2
 #: One that is whole, and one before it for the case that it is not.
 NUM_KEPT = 2
-MANIFEST = "manifest.json"
 STEP = "step-"
 _RECEIPT_POLL_S = 0.05
 #: Longest wait of rank 0 for the files of the other workers, which were saved in the same step.
@@ -143,8 +144,7 @@ class CheckpointFolder:
         """Steps of the finished checkpoints, newest first."""
         if not self._folder.is_dir():
             return []
-        found = (path.name.removeprefix(STEP) for path in self._folder.glob(f"{STEP}*"))
-        return sorted((int(step) for step in found if step.isdigit()), reverse=True)
+        return sorted(steps_of(path.name for path in self._folder.glob(f"{STEP}*")), reverse=True)
 
     def read(self, step: int) -> Checkpoint:
         """This worker's part of a finished checkpoint, on the CPU.
@@ -246,6 +246,23 @@ class Writer:
         self._thread.join()
         if self._error is not None:
             raise self._error
+
+
+def newest_step(stage_dir: Path) -> int:
+    """The step of the newest whole checkpoint of a job, whoever works on it and wherever; 0 where it has none."""
+    folder = stage_dir / CHECKPOINTS
+    mirror = mirror_of(folder)
+    if mirror is not None:
+        names = [name.partition("/")[0] for name in mirror.names(folder) if name.endswith(f"/{MANIFEST}")]
+    else:
+        names = [path.name for path in folder.glob(f"{STEP}*")]
+    return max(steps_of(names), default=0)
+
+
+def steps_of(names: Iterable[str]) -> list[int]:
+    """The steps in the names of checkpoints' folders; other names are passed over."""
+    found = (name.removeprefix(STEP) for name in names)
+    return [int(step) for step in found if step.isdigit()]
 
 
 def name_of(step: int) -> str:

@@ -21,6 +21,7 @@ from prefarena.config import (
 )
 from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.arithmetic import Arithmetic
+from prefarena.stage_files import MODEL
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Job:
 
     @property
     def model_dir(self) -> str:
-        return str(Path(self.stage_dir) / "model")
+        return str(Path(self.stage_dir) / MODEL)
 
     @property
     def arithmetic(self) -> Arithmetic:

@@ -34,6 +34,7 @@ from prefarena.modeling.transfer import rows_on
 from prefarena.objectives.kl import KLController
 from prefarena.objectives.output import Mean, ObjectiveOutput
 from prefarena.objectives.ppo import kl_loss, policy_loss, value_loss
+from prefarena.stage_files import SNAPSHOTS
 from prefarena.training.experience import Experience, Scorers, as_many_as_others, by_length, gather
 from prefarena.training.guard import stop_if_diverged
 from prefarena.training.jobs import OnPolicyJob
@@ -92,11 +93,11 @@ def _train(trainer: OnPolicyTrainer) -> dict[str, Any]:
             worker.save(trainer.iteration, trainer.tensors(), trainer.state())
     save_models(trainer.models, job, worker, trainer.tokenizer, job.model_dir)
     save_adapters(trainer.models, job, worker)
-    counts = {**trainer.counts, **trainer.judge_calls(), "micro_batch_size": trainer.micro_batch_size}
-    costs = worker.costs(num_steps=num_iterations, **counts)
+    counts: dict[str, float] = {**trainer.counts, **trainer.judge_calls(), "micro_batch_size": trainer.micro_batch_size}
     if trainer.predicted_mib is not None:
-        costs["predicted_memory_mib"] = trainer.predicted_mib
-    costs["device_seconds"] += costs["wall_seconds"] * len(job.generators)  # their devices are held all the while
+        counts["predicted_memory_mib"] = trainer.predicted_mib
+    # The generators' devices are held all the while.
+    costs = worker.costs(num_beside=len(job.generators), num_steps=num_iterations, **counts)
     return {"costs": costs} | _verified(trainer.stream.source)
 
 
@@ -238,7 +239,7 @@ class OnPolicyTrainer:
 
     def save_snapshot(self) -> None:
         """Keep the policy as it is at `snapshots/<updates done>`; the folder appears whole. Every worker calls it."""
-        folder = Path(self.job.stage_dir) / "snapshots" / f"{self.iteration:05d}"
+        folder = Path(self.job.stage_dir) / SNAPSHOTS / f"{self.iteration:05d}"
         partial_folder = folder.with_name(f".{folder.name}-{os.getpid()}")
         save_models(self.models, self.job, self.worker, self.tokenizer, partial_folder)
         if self.worker.rank:

@@ -35,7 +35,6 @@ from prefarena.modeling.load import (
 )
 from prefarena.modeling.logprobs import LogProbs, PackedModel
 from prefarena.modeling.lora import (
-    ADAPTER_FOLDER,
     adapter_of,
     add_adapters,
     load_adapter,
@@ -45,6 +44,7 @@ from prefarena.modeling.lora import (
 from prefarena.modeling.parts import whole
 from prefarena.modeling.roles import Role, SharedBody
 from prefarena.modeling.shapes_first import WholeOnlyError, policy_shapes
+from prefarena.stage_files import ADAPTER
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.loading import Loader
 from prefarena.training.saving import save_spread
@@ -268,5 +268,5 @@ def _stored_weights(policy: str) -> Mapping[str, Tensor]:
 def save_adapters(models: OnPolicyModels, job: OnPolicyJob, worker: Worker) -> None:
     """The policy's adapters, where it has any, beside its merged model; every worker calls this."""
     if models.body is not None:
-        folder = Path(job.stage_dir) / ADAPTER_FOLDER
+        folder = Path(job.stage_dir) / ADAPTER
         save_adapter(models.policy.model, job.policy, folder, POLICY, writes=worker.rank == 0)

@@ -13,13 +13,12 @@ from prefarena.config import Optimisation
 from prefarena.data.plan import LARGEST_PASS
 from prefarena.modeling.memory import MemoryNeed, size_of, training_memory
 from prefarena.modeling.room import SMALLEST_PASS
+from prefarena.stage_files import MEMORY
 from prefarena.stages import write_json
 from prefarena.training.process_memory import kept_share
 from prefarena.training.terms import Term
 from prefarena.training.worker import Worker
 
-#: In the job's folder; what the terminal shows is read from it.
-FILE = "memory.json"
 #: Stands for what a process holds beside the model, so that the choice does not depend on what it did before.
 _PROCESS_MIB = 800.0
 
@@ -62,7 +61,7 @@ def write_prediction(parts: dict[str, float] | None, chosen: dict[str, float], w
     sizes = {} if parts is None else {**parts, "predicted": sum(parts.values())}
     if worker.rank == 0 and (sizes or chosen):
         rounded = {f"{name}_mib": round(mib, 1) for name, mib in sizes.items()}
-        write_json(worker.stage_dir / FILE, rounded | {name: round(value) for name, value in chosen.items()})
+        write_json(worker.stage_dir / MEMORY, rounded | {name: round(value) for name, value in chosen.items()})
     return sizes.get("predicted")
 
 

@@ -21,17 +21,17 @@ from torch import Tensor
 
 from prefarena import stores
 from prefarena.mirror import Mirror, mirror_of
+from prefarena.stage_files import MANIFEST
 from prefarena.training.checkpoints import (
     FORMAT,
-    MANIFEST,
     NUM_KEPT,
     RECEIPTS_LIMIT_S,
-    STEP,
     Checkpoint,
     CheckpointFolder,
     DamagedCheckpointError,
     file_of,
     name_of,
+    steps_of,
 )
 from prefarena.training.storage import full_disk_named, retried
 
@@ -105,8 +105,7 @@ class RemoteCheckpointFolder(CheckpointFolder):
         return found
 
     def steps(self) -> list[int]:
-        whole = (name.removeprefix(STEP) for name, files in self._names().items() if MANIFEST in files)
-        return sorted((int(step) for step in whole if step.isdigit()), reverse=True)
+        return sorted(steps_of(name for name, files in self._names().items() if MANIFEST in files), reverse=True)
 
     def _read(self, step: int) -> Checkpoint:
         """Brought to this node for as long as it is read."""

@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prefarena.modeling.layers import take_off_wrappers
 from prefarena.modeling.load import save_policy
-from prefarena.modeling.lora import ADAPTER_FOLDER, merge_adapters, merged_weights, save_adapter
+from prefarena.modeling.lora import merge_adapters, merged_weights, save_adapter
 from prefarena.modeling.parts import whole
 from prefarena.modeling.saving import layout_of, save_by_tensors
+from prefarena.stage_files import ADAPTER
 from prefarena.training.jobs import Job
 from prefarena.training.sharding import kept_on_rank_0
 from prefarena.training.worker import Worker
@@ -54,7 +55,7 @@ def save_trained(
 
     Returns the model where rank 0 has it as a plain one. plain: as in `save_spread`.
     """
-    folder = Path(job.stage_dir) / ADAPTER_FOLDER
+    folder = Path(job.stage_dir) / ADAPTER
     if worker.shards:
         if has_adapters:
             save_adapter(model, job.policy, folder, writes=worker.rank == 0)

@@ -15,12 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from prefarena.mirror import push, read_text
+from prefarena.stage_files import ATTEMPT, FAULTS, METRICS, read_rows
 from prefarena.stages import write_json, write_text
 from prefarena.training.storage import full_disk_named, retried
-
-_METRICS, _FAULTS = "metrics.jsonl", "faults.jsonl"
-#: In the job's folder from the moment its workers have loaded the model and look for a checkpoint.
-ATTEMPT = "attempt.json"
 
 _logger = logging.getLogger(__name__)
 
@@ -53,24 +50,24 @@ class StageLog:
 
     def row(self, row: dict[str, Any]) -> None:
         """Append a row of metrics, without what is not finite, which JSON cannot hold."""
-        self._append(_METRICS, {name: value for name, value in row.items() if _can_be_written(value)})
+        self._append(METRICS, {name: value for name, value in row.items() if _can_be_written(value)})
 
     def fault(self, kind: str, message: str, **details: Any) -> None:
         """Keep a record of what went wrong and was mended, for the report."""
         if self._rank == 0:
             _logger.warning("%s: %s", self._stage_dir.name, message)
-            self._append(_FAULTS, {"kind": kind, "message": message, "time": time.time(), **details})
+            self._append(FAULTS, {"kind": kind, "message": message, "time": time.time(), **details})
 
     def faults(self) -> list[dict[str, Any]]:
         """The records of all attempts at this job."""
-        return _rows(self._stage_dir / _FAULTS)
+        return read_rows(self._stage_dir / FAULTS, under_way=True)
 
     def forget_rows_after(self, step: int) -> None:
         """Drop metric rows that an interrupted attempt logged beyond the checkpoint, and one that it half wrote."""
-        path = self._stage_dir / _METRICS
+        path = self._stage_dir / METRICS
         if self._rank != 0 or not path.exists():
             return
-        rows = _rows(path)
+        rows = read_rows(path, under_way=True)
         kept = [row for row in rows if row["step"] <= step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         last = max((row["step"] for row in rows), default=0)
@@ -97,16 +94,3 @@ class StageLog:
 
 def _can_be_written(value: Any) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
-
-
-def _rows(path: Path) -> list[dict[str, Any]]:
-    """The whole rows of a file of JSON lines; one that a killed process half wrote is left out."""
-    if not path.exists():
-        return []
-    rows = []
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            continue
-    return rows

@@ -16,12 +16,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from prefarena.mirror import CHECKPOINTS, mirror_of, pull, push
+from prefarena.mirror import mirror_of, pull, push
 from prefarena.modeling import room
 from prefarena.modeling.arithmetic import Arithmetic
 from prefarena.modeling.awaited import fill, is_awaited
 from prefarena.modeling.parts import like, own_part
 from prefarena.modeling.shapes_first import raise_if_unusable
+from prefarena.stage_files import CHECKPOINTS
+from prefarena.stages import costs_of
 from prefarena.training import process_memory
 from prefarena.training.checkpoints import Checkpoint, CheckpointFolder, DamagedCheckpointError
 from prefarena.training.remote_checkpoints import RemoteCheckpointFolder
@@ -220,15 +222,14 @@ class Worker:
 
     # ------------------------------------------------------------------------------------------- costs
 
-    def costs(self, **counts: float) -> dict[str, Any]:
-        """What the job has cost so far: seconds, device-seconds, this worker's peak memory, and `counts`."""
+    def costs(self, *, num_beside: float = 0, **counts: Any) -> dict[str, Any]:
+        """What the job has cost so far: seconds, device-seconds, this worker's peak memory, and `counts`.
+
+        num_beside: devices that it held beside those of its workers.
+        """
         wall = time.perf_counter() - self._started
-        return {
-            "wall_seconds": wall,
-            "device_seconds": wall * self.world_size,
-            "peak_memory_mib": self._peak_memory_mib(),
-            **counts,
-        }
+        held = wall * (self.world_size + num_beside)
+        return costs_of(wall, held, peak_memory_mib=self._peak_memory_mib(), **counts)
 
     def _measure_from_here(self) -> None:
         if self.device.type == "cuda":

@@ -1,0 +1,70 @@
+"""Weights & Biases: a run for each training, on its server, or in files that `wandb sync` sends."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import wandb
+
+from prefarena.config.tracking import WandB
+from prefarena.trackers.interface import Row, Run, described, metrics_of
+
+
+class WandBTracker:
+    """folder: where the package keeps its files."""
+
+    def __init__(self, settings: WandB, folder: Path) -> None:
+        self._settings, self._folder = settings, folder
+
+    def open(self, run: Run, rows: Sequence[Row]) -> WandBRun:
+        """On a server the run of this id goes on after its last step. Files cannot go on: they are written anew."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        offline = self._settings.mode == "offline"
+        for old in self._folder.glob(f"wandb/offline-run-*-{run.id}") if offline else ():
+            shutil.rmtree(old)
+        opened = wandb.init(
+            project=self._settings.project,
+            entity=self._settings.entity,
+            id=run.id,
+            name=run.name,
+            group=run.comparison,
+            job_type=run.kind,
+            config={**described(run), "settings": dict(run.settings)},
+            dir=str(self._folder),
+            mode=self._settings.mode,
+            resume=None if offline else "allow",
+            reinit="create_new",  # one process shows several runs
+            settings=_quiet(),
+        )
+        ours = WandBRun(opened, first_step=opened.step)
+        ours.log(rows)
+        return ours
+
+
+def _quiet() -> wandb.Settings:
+    """Numbers alone are kept: nothing of the terminal, the machine, its environment or the code."""
+    return wandb.Settings(
+        silent=True, console="off", save_code=False, disable_code=True, disable_git=True, disable_job_creation=True,
+        x_disable_stats=True, x_disable_meta=True,
+    )  # fmt: skip
+
+
+class WandBRun:
+    """first_step: the server has all before it."""
+
+    def __init__(self, run: Any, first_step: int) -> None:
+        self._run, self._first_step = run, first_step
+
+    def log(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            if row["step"] >= self._first_step:
+                self._run.log(metrics_of(row), step=int(row["step"]))
+
+    def summarise(self, numbers: Mapping[str, float]) -> None:
+        self._run.summary.update({f"final/{name}": value for name, value in numbers.items()})
+
+    def close(self) -> None:
+        self._run.finish()
