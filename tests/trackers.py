@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import os
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from prefarena.config.tracking import MLflow, TensorBoard, Tracking, Trackio, WandB
 
@@ -67,17 +69,16 @@ def _mlflow(folder: Path) -> Stored:
 
 
 def _wandb(folder: Path) -> Stored:
-    from wandb.proto.wandb_internal_pb2 import Record
-
+    record_of = importlib.import_module("wandb.proto.wandb_internal_pb2").Record.FromString
     found: Stored = []
     (log,) = (folder / "tracking" / "wandb").rglob("*.wandb")
     summary: dict[str, float] = {}
     deadline = time.monotonic() + 60
-    records: list[Record] = []
+    records: list[Any] = []
     while not any(record.HasField("exit") for record in records):  # the package's own process writes the file
         assert time.monotonic() < deadline, f"{log} has no end"
         time.sleep(0.1)
-        records = [Record.FromString(data) for data in _records(log.read_bytes())]
+        records = [record_of(data) for data in _records(log.read_bytes())]
     for record in records:
         row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
         found += [(key, row["_step"], value) for key, value in row.items() if not key.startswith("_")]
