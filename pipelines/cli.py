@@ -51,6 +51,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         _add_config(command)
         _add_retry(command)
+    _add_init(commands)
     doctor = commands.add_parser("doctor", help="what is here, what a comparison needs, and what of it will not fit")
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="none: only what is here")
     _add_overrides(doctor)
@@ -59,6 +60,21 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cluster_commands(commands)
     _add_reading_commands(commands)
     return parser
+
+
+def _add_init(commands: Any) -> None:
+    """`init`, which writes a config."""
+    text = "look at a model and at data, and write a config to start from"
+    init = commands.add_parser("init", help=text, description=text + "; a flag that is missing is asked for.")
+    init.add_argument("config", nargs="?", default="mine.yaml", metavar="CONFIG.yaml", help="default: mine.yaml")
+    init.add_argument("--model", help="a transformers folder, or a name on the Hugging Face hub")
+    init.add_argument("--data", help="preference pairs: a file or folder (docs/data.md), a URL, or a name on the hub")
+    init.add_argument("--split", default="train", help="of a saved data set or one on the hub; default: train")
+    init.add_argument("--gpus", type=int, metavar="N", help="GPUs to use, over all machines; 0: CPUs alone")
+    init.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of each GPU")
+    init.add_argument("--cpus", type=int, metavar="N", help="without GPUs: CPUs to use; default: this machine's")
+    init.add_argument("--quick", action="store_true", help="few rows and steps, to see that everything runs")
+    init.add_argument("--force", action="store_true", help="overwrite CONFIG.yaml where it exists")
 
 
 def _add_reading_commands(commands: Any) -> None:
@@ -138,6 +154,10 @@ def main(argv: list[str] | None = None) -> int:
             from pipelines.show import diff, show
 
             return show(arguments.run) if arguments.command == "show" else diff(arguments.first, arguments.second)
+        if arguments.command == "init":
+            from pipelines.init import init
+
+            return init(arguments)
         if arguments.command == "doctor":
             return _doctor(arguments.config, arguments.set)
         if arguments.command in _STEPS:

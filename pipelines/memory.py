@@ -21,7 +21,7 @@ from prefarena.tasks.language import Language
 
 _ANSWER_LIMIT_S = 60.0
 #: Parameters; what trains a smaller model needs 3 GiB at most, and nodes are not asked for its sake.
-_LARGE = 10**8
+LARGE = 10**8
 
 
 def check_memory(config: Comparison, plans: list[SeedPlan]) -> None:
@@ -31,7 +31,7 @@ def check_memory(config: Comparison, plans: list[SeedPlan]) -> None:
     sequences is for the doctor, which warns.
     """
     settings = model_settings(config) if config.resources.check_memory else None
-    if settings is None or num_parameters(settings) < _LARGE:
+    if settings is None or num_parameters(settings) < LARGE:
         return
     waiting = to_do(plans)
     left = [training for training in trainings(config) if training.where in waiting]

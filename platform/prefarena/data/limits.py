@@ -87,6 +87,11 @@ def look_at_limits(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> li
     return said
 
 
+def lengths_of(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """Tokens of each prompt, and of each response, of the first rows that can be used, whatever the task's limits."""
+    return _lengths(_first_chunks(task, first), task, tokenizer, first.num_rows)
+
+
 def look_at_prompt_limit(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> list[str]:
     """`look_at_limits` of prompts without answers."""
     chunks = _first_chunks(task, first, PROMPT_COLUMNS)
