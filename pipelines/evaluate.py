@@ -26,7 +26,7 @@ from pipelines.sampled import SampledJob, score_frontier, score_samples
 from pipelines.sampling import Sampler
 from pipelines.wins import judge_wins
 from prefarena.cluster.waiting import Failed, outcomes_within
-from prefarena.config import BestOfN, Comparison, Evaluation, LanguageTask
+from prefarena.config import BestOfN, Comparison, Evaluation, LanguageTask, TextTask
 from prefarena.data.tables import read_rows
 from prefarena.errors import EntryError, UserError, WaitTimeoutError
 from prefarena.evaluation.exact import win_rates
@@ -180,12 +180,27 @@ class _ReferenceSamples:
 
 
 def sampled_on(plan: SeedPlan, settings: Evaluation) -> list[list[int]]:
-    """The prompt of every sample of a policy, in order."""
-    return held_out_prompts(plan, settings) * settings.samples_per_prompt
+    """The prompt of every sample of a policy, in order: held-out ones, then those of `coverage_prompts`."""
+    groups = [held_out_prompts(plan, settings), *coverage_prompts(plan, settings).values()]
+    return [prompt for group in groups for prompt in group * settings.samples_per_prompt]
 
 
 def sampling_of(plan: SeedPlan, settings: Evaluation) -> Sampling:
     return Sampling(response_limit(plan.task), settings.temperature, settings.seed)
+
+
+def coverage_prompts(plan: SeedPlan, settings: Evaluation) -> dict[str, list[list[int]]]:
+    """Training prompts with pairs, `covered`, and without, `uncovered`: as many of each, the first by their ids.
+
+    Empty where every training prompt has pairs.
+    """
+    if not isinstance(plan.task, TextTask) or plan.task.covered_share == 1:
+        return {}
+    rows = [row for row in read_rows(plan.pairs.folder / "prompts").to_pylist() if row["split"] == "train"]
+    groups = {"covered": [row for row in rows if row["covered"]], "uncovered": [r for r in rows if not r["covered"]]}
+    wanted = settings.num_prompts if settings.num_coverage_prompts is None else settings.num_coverage_prompts
+    number = min(wanted, *map(len, groups.values()))
+    return {name: [row["prompt_ids"] for row in group[:number]] for name, group in groups.items() if number}
 
 
 def held_out_prompts(plan: SeedPlan, settings: Evaluation) -> list[list[int]]:
@@ -208,6 +223,7 @@ def sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, fol
         folder,
         device=config.resources.device,
         arithmetic=plan.scored_in,
+        groups=tuple((name, len(group)) for name, group in coverage_prompts(plan, config.evaluation).items()),
     )
     if trained is None or not isinstance(trained.entry.method, BestOfN):
         return job

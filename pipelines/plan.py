@@ -165,7 +165,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else _judge_inputs(config.judge)
     if is_pairwise(config):
         judged_by = "pairwise"  # which has a stage of its own: responses do not depend on the judge
-    evaluate = [logps.key, judged_by, config.evaluation.model_dump(mode="json", exclude={"frontier_samples"})]
+    evaluate = [logps.key, judged_by, _evaluation_inputs(config)]
     if isinstance(task, TextTask) and _engine(config) != ["float32"]:
         evaluate.append(_engine(config))
     trained = tuple(
@@ -309,6 +309,14 @@ def _computed(config: Comparison) -> list[Any]:
     interrupted goes on with others: they are not in its address.
     """
     return [config.resources.cpus_per_worker, config.resources.use_gpu]
+
+
+def _evaluation_inputs(config: Comparison) -> dict[str, Any]:
+    """The settings that an evaluation depends on; it keeps the address that it had before there were the later ones."""
+    later = {"frontier_samples"}  # a stage of its own
+    if config.evaluation.num_coverage_prompts is None:
+        later.add("num_coverage_prompts")
+    return config.evaluation.model_dump(mode="json", exclude=later)
 
 
 def _data_inputs(config: Comparison, task: LanguageTask | TextTask) -> dict[str, Any]:

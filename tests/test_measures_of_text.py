@@ -14,9 +14,17 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from tiny import EOS, save_tiny_policy
+from transformers import PreTrainedModel
 
 from pipelines.equal_length import equal_length_row
-from pipelines.evaluate import _ReferenceSamples, held_out_prompts, sampled_job, sampled_on, sampling_of
+from pipelines.evaluate import (
+    _ReferenceSamples,
+    coverage_prompts,
+    held_out_prompts,
+    sampled_job,
+    sampled_on,
+    sampling_of,
+)
 from pipelines.frontier import frontier_points, regret_row
 from pipelines.plan import SeedPlan, make_plan
 from pipelines.report import _entry_row
@@ -44,13 +52,14 @@ def rollouts_of(prompts: list[list[int]], seed: int) -> list[Rollout]:
     return found
 
 
-def comparison(tmp_path: Path, **evaluation: Any) -> Comparison:
+def comparison(tmp_path: Path, covered_share: float = 1.0, **evaluation: Any) -> Comparison:
     data = tmp_path / "pairs.jsonl"
+    tmp_path.mkdir(exist_ok=True)
     if not data.exists():  # its time of change is a part of addresses
         data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
     return parse_config(
         {
-            "task": {"kind": "text", "data": str(data)},
+            "task": {"kind": "text", "data": str(data), "covered_share": covered_share},
             "output": str(tmp_path / "runs"),
             "model": {"kind": "scratch", "vocab_size": 300},
             "judge": FUNCTION.model_dump(),
@@ -63,8 +72,8 @@ def comparison(tmp_path: Path, **evaluation: Any) -> Comparison:
 class Evaluated:
     """A comparison whose reference and entry were evaluated on `num_prompts` prompts, as its stages hold them."""
 
-    def __init__(self, tmp_path: Path, num_prompts: int = 12, **evaluation: Any) -> None:
-        self.config = comparison(tmp_path, **evaluation)
+    def __init__(self, tmp_path: Path, num_prompts: int = 12, covered_share: float = 1.0, **evaluation: Any) -> None:
+        self.config = comparison(tmp_path, covered_share, **evaluation)
         (self.plan,) = make_plan(self.config)
         (self.trained,) = self.plan.trained
         policies = [save_tiny_policy(tmp_path / name / "model", seed=seed) for seed, name in enumerate(("ref", "new"))]
@@ -88,6 +97,9 @@ class Evaluated:
     def _write_inputs(self, num_prompts: int) -> None:
         prompts = [[1, 3 + place] for place in range(num_prompts)]
         rows = [{"id": content_id(p), "prompt_ids": p, "covered": False, "split": "test"} for p in prompts]
+        for covered, letter in ((True, 4), (False, 5)):
+            more = [[1, letter, 3 + place] for place in range(6 + covered)]  # one more prompt with pairs than without
+            rows += [{"id": content_id(p), "prompt_ids": p, "covered": covered, "split": "train"} for p in more]
         folder = self.plan.pairs.folder / "prompts"
         write_rows(pa.Table.from_pylist(rows, schema=PROMPTS), folder / "part-0.parquet", PROMPTS)
         pairs: dict[str, Any] = {"id": ["a", "b"], "prompt_ids": prompts[:2]}
@@ -96,6 +108,20 @@ class Evaluated:
         folder = self.plan.logps.folder / "test_pairs"
         folder.mkdir(parents=True)
         pq.write_table(pa.table(pairs), folder / "part-0.parquet")
+
+
+def sums_along(
+    models: list[PreTrainedModel], rollouts: list[Rollout], order: tuple[int, int], temperature: float
+) -> list[float]:
+    """Of each response the sum of KL(one model || the other) over its positions, in float64, one sequence at a time."""
+    sums = []
+    for rollout in rollouts:
+        ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
+        with torch.no_grad():
+            logits = [model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1] for model in models]
+        p, q = ((logits[i].double() / temperature).log_softmax(-1) for i in order)
+        sums.append(float((p.exp() * (p - q)).sum()))
+    return sums
 
 
 def row_of(folder: Path) -> dict[str, float]:
@@ -110,13 +136,7 @@ def test_a_row_has_the_divergences_of_the_policy_both_ways(tmp_path: Path) -> No
     models = [load_policy(tmp_path / name / "model") for name in ("new", "ref")]
     prompts = sampled_on(done.plan, settings)
     for key, seed, order in (("kl_vocabulary", 1, (0, 1)), ("forward_kl", 0, (1, 0))):
-        sums = []
-        for rollout in rollouts_of(prompts, seed):
-            ids = torch.tensor([rollout.prompt_ids + rollout.response_ids])
-            with torch.no_grad():
-                logits = [model(input_ids=ids).logits[0, len(rollout.prompt_ids) - 1 : -1] for model in models]
-            p, q = ((logits[i].double() / 0.7).log_softmax(-1) for i in order)
-            sums.append(float((p.exp() * (p - q)).sum()))
+        sums = sums_along(models, rollouts_of(prompts, seed), order, 0.7)
         by_prompt = np.reshape(sums, (2, -1)).mean(axis=0)
         assert row[key] == pytest.approx(by_prompt.mean(), abs=1e-5)
         assert row[f"{key}_stderr"] == pytest.approx(by_prompt.std(ddof=1) / math.sqrt(12), abs=1e-5)
@@ -166,6 +186,64 @@ def test_the_references_samples_are_drawn_once_for_all_entries(tmp_path: Path, u
     assert policy == str(plan.reference.folder / "model") and sampling == sampling_of(plan, settings)
     samples.forget()
     assert (version == key) == under_way and drawing.forgotten == ([] if under_way else [version])
+
+
+# --------------------------------------------------------------------------------------------- coverage
+
+
+def test_prompts_with_pairs_and_without_are_measured_apart(tmp_path: Path) -> None:
+    """Only where some have none; then as many of each, behind the held-out ones, whose measures stay what they were."""
+    plain, done = Evaluated(tmp_path / "plain", num_prompts=4), Evaluated(tmp_path / "some", 4, covered_share=0.5)
+    assert coverage_prompts(plain.plan, plain.config.evaluation) == {}
+    groups = coverage_prompts(done.plan, done.config.evaluation)
+    assert {name: len(group) for name, group in groups.items()} == {"covered": 6, "uncovered": 6}
+    assert {prompt[1] for prompt in groups["covered"]} == {4} and {prompt[1] for prompt in groups["uncovered"]} == {5}
+    prompts = sampled_on(done.plan, done.config.evaluation)
+    assert len(prompts) == (4 + 6 + 6) * 2 and prompts[8:20] == groups["covered"] * 2
+    before, row = (row_of(one.trained.evaluation.folder) for one in (plain, done))
+    assert {name for name in row if "/" not in name} == {name for name in before if "/" not in name}
+    models = [load_policy(tmp_path / "some" / name / "model") for name in ("new", "ref")]
+    answers, of_reference = rollouts_of(prompts, 1), rollouts_of(prompts, 0)
+    for group, part in (("covered", slice(8, 20)), ("uncovered", slice(20, 32))):
+        for key, rollouts, order in (("kl_vocabulary", answers, (0, 1)), ("forward_kl", of_reference, (1, 0))):
+            sums = sums_along(models, rollouts[part], order, 1.0)
+            by_prompt = np.reshape(sums, (2, -1)).mean(axis=0)
+            assert row[f"{key}/{group}"] == pytest.approx(by_prompt.mean(), abs=1e-5)
+            assert row[f"{key}/{group}_stderr"] == pytest.approx(by_prompt.std(ddof=1) / math.sqrt(6), abs=1e-5)
+        lengths = [len(rollout.response_ids) for rollout in answers[part]]
+        assert row[f"response_length/{group}"] == pytest.approx(np.mean(lengths))
+    assert row["kl_vocabulary"] == pytest.approx(np.mean(sums_along(models, answers[:8], (0, 1), 1.0)), abs=1e-5)
+    with np.load(done.trained.evaluation.folder / "scores.npz") as arrays:
+        assert {len(arrays[name]) for name in ("scores", "clusters", "kl")} == {8}
+        assert row["judge_score"] == pytest.approx(arrays["scores"].mean())
+    assert len(pq.read_table(done.trained.evaluation.folder / "samples.parquet")) == 8
+
+
+@pytest.mark.parametrize(("number", "found"), [(0, {}), (2, {"covered": 2, "uncovered": 2})])
+def test_how_many_prompts_with_pairs_and_without_can_be_set(tmp_path: Path, number: int, found: dict[str, int]) -> None:
+    done = Evaluated(tmp_path, num_prompts=4, covered_share=0.5, num_coverage_prompts=number)
+    groups = coverage_prompts(done.plan, done.config.evaluation)
+    assert {name: len(group) for name, group in groups.items()} == found
+    (default,) = make_plan(comparison(tmp_path, 0.5))
+    assert default.evaluation != done.plan.evaluation and default.shared() == done.plan.shared()
+
+
+def test_best_of_n_is_measured_on_each_group_by_what_it_picks(tmp_path: Path) -> None:
+    done = Evaluated(tmp_path, num_prompts=4, covered_share=0.5)
+    spec = JudgeSpec(FUNCTION, None, str(tmp_path / "ref" / "model"))
+    folder = tmp_path / "best"
+    folder.mkdir()
+    job = replace(sampled_job(done.config, done.plan, None, folder), best_of=3, reward=spec, judge=spec)
+    prompts = [prompt for prompt in sampled_on(done.plan, done.config.evaluation) for _ in range(3)]
+    rollouts = rollouts_of(prompts, 1)
+    score_samples(rollouts, replace(job, policy=spec.tokenizer), done.config.evaluation, 0.0)
+    shortest = np.array([len(rollout.response_ids) for rollout in rollouts]).reshape(-1, 3).min(axis=1)
+    row = row_of(folder)
+    assert row["response_length"] == pytest.approx(shortest[:8].mean())
+    assert row["response_length/covered"] == pytest.approx(shortest[8:20].mean())
+    assert (
+        row["response_length/uncovered"] == pytest.approx(shortest[20:].mean()) and "kl_vocabulary/covered" not in row
+    )
 
 
 # --------------------------------------------------------------------------------------------- frontier

@@ -18,7 +18,7 @@ from prefarena.report.curves import read_curves
 from prefarena.report.html import write_page
 from prefarena.report.labels import Label, place_labels
 from prefarena.report.leakage import kl_at_gain, leakage, leakage_tables, paired_ratio
-from prefarena.report.measures import divergence_table
+from prefarena.report.measures import coverage_table, divergence_table
 from prefarena.report.page import write_report
 from prefarena.report.plots import grid_figure, reward_kl_figure
 from prefarena.report.results import (
@@ -304,6 +304,22 @@ def test_the_kl_of_text_is_that_of_least_spread_where_all_policies_have_it() -> 
     del results.entries[1].seeds["0"]["kl_vocabulary"]  # evaluated by an earlier version
     assert kl_key(results) == "kl" and divergence_table(results) is None
     assert {row[0]: row[1:] for row in main_table(results).rows}["dpo"][4] == "5.000 ± 0.100"
+
+
+def test_what_policies_do_where_there_are_no_pairs_has_a_table(tmp_path: Path) -> None:
+    results = text_results()
+    assert coverage_table(results) is None and coverage_table(exact_results(tmp_path)) is None
+    for entry in results.entries[1:]:
+        entry.seeds["0"] |= {"kl_vocabulary/covered": 3.0, "kl_vocabulary/covered_stderr": 0.2}
+        entry.seeds["0"] |= {"kl_vocabulary/uncovered": 1.5, "kl_vocabulary/uncovered_stderr": 0.1}
+    table = coverage_table(results)
+    assert table is not None and table.header == ("policy", "KL, pairs", "KL, no pairs")
+    assert table.rows[0] == ("reference", "–", "–") and table.rows[2] == ("dpo", "3.000 ± 0.200", "1.500 ± 0.100")
+    for text in (
+        write_report(results, tmp_path).read_text(encoding="utf-8"),
+        write_page(results, tmp_path).read_text(),
+    ):
+        assert "With pairs and without" in text and "leakage" in text
 
 
 def test_both_pages_show_the_distances_and_what_they_are(tmp_path: Path) -> None:

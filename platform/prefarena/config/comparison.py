@@ -188,6 +188,12 @@ class Evaluation(Section):
         "is estimated, and each entry's regret; 0: not estimated, else at least 8. n samples show a KL of up to about "
         "log n - 2 nats.",
     )
+    num_coverage_prompts: int | None = Field(
+        None,
+        ge=0,
+        description="Text tasks with task.covered_share below 1: training prompts with pairs, and as many without, on "
+        "which policies are sampled and measured beside the held-out ones; none: num_prompts.",
+    )
     win_matrix: bool = Field(True, description="Win rates between all entries, not only against the reference.")
     seed: int = 0
 

@@ -66,6 +66,12 @@ def kl_estimates(logps: np.ndarray, ref_logps: np.ndarray, clusters: np.ndarray)
     return clustered(ratio, clusters), clustered(np.expm1(-ratio) + ratio, clusters)
 
 
+def k1_and_k3(logps: np.ndarray, ref_logps: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    """`kl_estimates` as `kl` and `kl_k3`, each with its `_stderr`."""
+    k1, k3 = kl_estimates(logps, ref_logps, clusters)
+    return _named("kl", k1) | _named("kl_k3", k3)
+
+
 def divergence_metrics(
     along: np.ndarray, clusters: np.ndarray, beside: np.ndarray, ref_clusters: np.ndarray
 ) -> dict[str, float]:
@@ -111,9 +117,9 @@ def sampled_metrics(
         "response_length": clustered([len(rollout.response_ids) for rollout in rollouts], clusters),
         "truncation_rate": clustered([not rollout.finished for rollout in rollouts], clusters),
     }
-    if logps is not None and ref_logps is not None:
-        estimates["kl"], estimates["kl_k3"] = kl_estimates(logps, ref_logps, clusters)
     row: dict[str, float] = {}
+    if logps is not None and ref_logps is not None:
+        row = k1_and_k3(logps, ref_logps, clusters)
     if scores is not None:
         judged = ~np.isnan(scores)
         row |= {"num_judged": int(judged.sum()), "num_silent": int((~judged).sum())}

@@ -16,6 +16,35 @@ _COLUMNS = {
 }
 
 
+#: Heading and measure of a group of prompts.
+_BY_COVERAGE = {"judge score": "judge_score", "KL": "kl_vocabulary", "forward KL": "forward_kl"}
+
+
+def coverage_table(results: Results) -> Table | None:
+    """What policies do on training prompts with pairs and without; None where every prompt has pairs.
+
+    And on the language, whose own columns say it.
+    """
+    shown = {
+        f"{heading}, {where}": f"{measure}/{group}"
+        for heading, measure in _BY_COVERAGE.items()
+        for where, group in (("pairs", "covered"), ("no pairs", "uncovered"))
+        if any(f"{measure}/{group}" in row for entry in results.entries for row in entry.seeds.values())
+    }
+    if results.exact or not shown:
+        return None
+    rows = tuple(
+        (entry.shown_name, *(plus_minus(aggregate(entry, key), 3) for key in shown.values()))
+        for entry in results.entries
+    )
+    caption = (
+        "On training prompts that have preference pairs, and on as many that have none, of which no method heard. "
+        "KL(π ‖ ref) and forward KL, KL(ref ‖ π), in nats a response, as above: what a policy moves where there are no "
+        "pairs is leakage."
+    )
+    return Table(f"{results.name}: with pairs and without", ("policy", *shown), rows, caption)
+
+
 def divergence_table(results: Results) -> Table | None:
     """A row for every policy that was sampled; None where what is exact is known, or nothing was measured like this."""
     if results.exact or kl_key(results) == "kl":
