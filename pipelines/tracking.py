@@ -25,7 +25,7 @@ from pipelines.plan import SeedPlan
 from prefarena.config import Comparison
 from prefarena.mirror import mirror_of, push, read_text, root_of
 from prefarena.report.results import Results
-from prefarena.stage_files import METRICS, parse_rows
+from prefarena.stage_files import METRICS, parse_log
 from prefarena.stages import is_settled
 from prefarena.stores import first_line
 from prefarena.trackers.interface import OpenRun, Run, Tracker
@@ -276,7 +276,7 @@ def final_rows(stage_dir: Path, last_step: float) -> list[dict[str, Any]]:
         text = read_text(path) if last_step else ""
     except FileNotFoundError:
         return []
-    return [row for row in parse_rows(text, path, under_way=True) if row["step"] <= last_step]
+    return [row for row in parse_log(text, path, under_way=True) if row["step"] <= last_step]
 
 
 def _final_numbers(run: Run, results: Results) -> dict[str, float]:

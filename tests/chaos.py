@@ -27,6 +27,7 @@ import psutil
 import yaml
 
 from pipelines.plan import make_plan
+from prefarena import stage_files
 from prefarena.config import Comparison, OnPolicyMethod, load_config
 from prefarena.report.results import load_results
 from prefarena.stages import is_finished
@@ -176,11 +177,7 @@ def _share(folder: Path) -> float:
 
 def last_row(folder: Path) -> dict[str, Any] | None:
     """The newest whole metric row of a training stage."""
-    try:
-        lines = (folder / "metrics.jsonl").read_bytes().split(b"\n")[:-1]
-    except FileNotFoundError:
-        return None
-    return json.loads(lines[-1]) if lines else None
+    return stage_files.last_row(folder / stage_files.METRICS)
 
 
 def generating_span(config: Comparison) -> tuple[float, float]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from prefarena.methods.custom import Custom
 from prefarena.modeling.load import load_policy, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import DEMONSTRATIONS, REFERENCED_PAIRS, REFERENCED_RESPONSES
+from prefarena.stage_files import METRICS, read_log
 from prefarena.tasks.language import Language
 from prefarena.training.jobs import OffPolicyJob
 
@@ -83,7 +83,7 @@ def off_policy_job(inputs: Path, folder: Path, method: OffPolicyMethod) -> OffPo
 
 
 def metric_rows(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_log(folder / METRICS)
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.endings import load_ends
 from prefarena.modeling.load import load_policy, load_tokenizer, new_reward_model, save_policy
 from prefarena.records import PROMPTS, Rollout
+from prefarena.stage_files import METRICS, read_log
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.worker import Worker
 
@@ -141,7 +141,7 @@ def make_job(folder: Path, policy: str, training: PPOTraining | GRPOTraining | R
 
 
 def metric_rows(job: OnPolicyJob) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (Path(job.stage_dir) / "metrics.jsonl").read_text().splitlines()]
+    return read_log(Path(job.stage_dir) / METRICS)
 
 
 def timeless(job: OnPolicyJob) -> list[dict[str, Any]]:

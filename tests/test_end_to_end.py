@@ -19,6 +19,7 @@ from prefarena.data.tables import read_rows
 from prefarena.report.html import embedded
 from prefarena.report.results import Results, load_results
 from prefarena.report.samples import load_samples
+from prefarena.stage_files import METRICS, read_log
 from prefarena.stages import read_manifest
 from prefarena.tasks.gold import GoldReward
 
@@ -223,7 +224,7 @@ def test_rlhf_shards_and_trains_adapters(language_run: tuple[Path, Results]) -> 
 
 
 def rows_of(stage: Path) -> list[dict]:
-    return [json.loads(line) for line in (stage / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
+    return read_log(stage / METRICS)
 
 
 def transcripts(path: Path, number: int) -> None:
@@ -290,7 +291,7 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     evaluations = ("evaluation (reference)", "evaluation")
     tokens = {c.entry: c.num_tokens_generated for c in results.costs if c.stage in evaluations}
     assert 2 < tokens["best-of-3"] / tokens[None] < 4.5
-    rows = [json.loads(line) for line in Path(results.curves["rlhf"]["0"]).read_text().splitlines()]
+    rows = read_log(Path(results.curves["rlhf"]["0"]))
     assert all("reward/judge" in row for row in rows)
     (run_folder,) = (path.parent for path in (tmp_path / "runs").glob("*/results.json"))
     samples = load_samples(run_folder)

@@ -32,17 +32,17 @@ GOLD, EXACT = "gold.json", "exact.npz"
 _TAIL_BYTES = 8192
 
 
-def read_rows(path: Path, *, under_way: bool = False) -> list[dict[str, Any]]:
+def read_log(path: Path, *, under_way: bool = False) -> list[dict[str, Any]]:
     """The rows of a file of JSON lines, such as metrics.jsonl; none where there is no such file.
 
     under_way: what is no JSON is left out, since it is being written, or a killed process was writing it. Of a finished
     stage it raises UserError naming the file and the line.
     """
-    return parse_rows(path.read_text(encoding="utf-8", errors="replace"), path, under_way) if path.is_file() else []
+    return parse_log(path.read_text(encoding="utf-8", errors="replace"), path, under_way) if path.is_file() else []
 
 
-def parse_rows(text: str, path: Path, under_way: bool) -> list[dict[str, Any]]:
-    """The rows of a file's text, as `read_rows`."""
+def parse_log(text: str, path: Path, under_way: bool) -> list[dict[str, Any]]:
+    """The rows of a file's text, as `read_log`."""
     rows = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:

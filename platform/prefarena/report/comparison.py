@@ -22,7 +22,7 @@ from prefarena.report.results import load_results as read_results
 from prefarena.report.samples import SAMPLES_FILE
 from prefarena.report.tables import main_columns, main_table
 from prefarena.report.trajectories import estimated_figure, trajectory_figure
-from prefarena.stage_files import read_rows
+from prefarena.stage_files import read_log
 from prefarena.stores import is_url
 
 
@@ -91,7 +91,7 @@ class ComparisonResult:
             for seed, name in by_seed.items():
                 path = self.folder / name
                 if path.is_file():
-                    rows += [{"policy": entry, "seed": int(seed), **row} for row in read_rows(path)]
+                    rows += [{"policy": entry, "seed": int(seed), **row} for row in read_log(path)]
         return pd.DataFrame(rows)
 
     @cached_property

@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from prefarena.report.results import EntryResult, Results
 from prefarena.report.style import GREY, house_style, looks
-from prefarena.stage_files import read_rows
+from prefarena.stage_files import read_log
 
 OFF_POLICY_METRICS = (
     *("loss", "preference/accuracy", "preference/margin"),
@@ -27,7 +27,7 @@ def read_curves(paths: list[Path], metrics: tuple[str, ...]) -> Curves:
     """Each metric's rows in every file. Raises UserError naming the file and line that is not JSON."""
     found: Curves = {metric: [] for metric in metrics}
     for path in paths:
-        rows = read_rows(path)
+        rows = read_log(path)
         for metric in metrics:
             points = [(row["step"], row[metric]) for row in rows if row.get(metric) is not None and "step" in row]
             if points:

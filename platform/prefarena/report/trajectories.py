@@ -16,7 +16,7 @@ from prefarena.report.plots import along, frontier_lines
 from prefarena.report.results import Aggregate, EntryResult, Results, mean_and_error
 from prefarena.report.style import BLACK, GREY, house_style, looks
 from prefarena.report.tables import Table, number, plus_minus
-from prefarena.stage_files import read_rows
+from prefarena.stage_files import read_log
 
 MOST_PANELS = 12
 _COLUMNS = 3
@@ -254,7 +254,7 @@ def rollout_rows(results: Results, folder: Path) -> dict[str, dict[str, Rows]]:
     for entry in results.trained():
         for seed, path in results.curves.get(entry.name, {}).items():
             if (folder / path).is_file():
-                rows = [row for row in read_rows(folder / path) if "kl/k1" in row]
+                rows = [row for row in read_log(folder / path) if "kl/k1" in row]
                 if rows:
                     found.setdefault(entry.name, {})[seed] = rows
     return found

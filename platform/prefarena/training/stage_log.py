@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from prefarena.mirror import push, read_text
-from prefarena.stage_files import ATTEMPT, FAULTS, METRICS, read_rows
+from prefarena.stage_files import ATTEMPT, FAULTS, METRICS, read_log
 from prefarena.stages import write_json, write_text
 from prefarena.training.storage import full_disk_named, retried
 
@@ -60,14 +60,14 @@ class StageLog:
 
     def faults(self) -> list[dict[str, Any]]:
         """The records of all attempts at this job."""
-        return read_rows(self._stage_dir / FAULTS, under_way=True)
+        return read_log(self._stage_dir / FAULTS, under_way=True)
 
     def forget_rows_after(self, step: int) -> None:
         """Drop metric rows that an interrupted attempt logged beyond the checkpoint, and one that it half wrote."""
         path = self._stage_dir / METRICS
         if self._rank != 0 or not path.exists():
             return
-        rows = read_rows(path, under_way=True)
+        rows = read_log(path, under_way=True)
         kept = [row for row in rows if row["step"] <= step]
         write_text(path, "".join(json.dumps(row) + "\n" for row in kept))
         last = max((row["step"] for row in rows), default=0)
