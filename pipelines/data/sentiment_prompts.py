@@ -7,7 +7,7 @@ None of the parts says whether the thing was liked, so that it is the model that
 
 from __future__ import annotations
 
-import itertools
+import hashlib
 import json
 
 #: Things, and openings in which one of them stands.
@@ -96,17 +96,13 @@ _PARTS: list[tuple[list[str], list[str]]] = [
 
 
 def prompts() -> list[str]:
-    """All of them: each opening with each thing it is about."""
-    return [
-        opening.format(thing) for things, openings in _PARTS for opening, thing in itertools.product(openings, things)
-    ]
-
-
-def _sentence(text: str) -> str:
-    """The text with a capital at its beginning."""
-    return text[0].upper() + text[1:]
+    """Each opening with each thing that it is about, in no order, so that the first rows are a sample."""
+    texts = [opening.format(thing) for things, openings in _PARTS for opening in openings for thing in things]
+    return sorted(
+        (text[0].upper() + text[1:] for text in texts), key=lambda text: hashlib.sha256(text.encode()).digest()
+    )
 
 
 if __name__ == "__main__":
-    for text in prompts():
-        print(json.dumps({"prompt": _sentence(text)}))
+    for prompt in prompts():
+        print(json.dumps({"prompt": prompt}))
