@@ -198,9 +198,8 @@ def test_trackers_show_every_training_of_a_comparison_and_its_final_numbers(
     assert sorted(runs) == sorted(expected)
     for name in entries:
         events = accumulator.EventAccumulator(str(runs[f"{name}/seed-0"].parent)).Reload()
-        (stage,) = (folder / "runs" / "stages").glob(f"{name}-{name}-s0-*")
         steps = [point.step for point in events.Scalars("learning_rate")]
-        assert steps == [row["step"] for row in rows_of(stage)]
+        assert steps == [row["step"] for row in read_log(Path(results.curves[name]["0"]))]
         (point,) = events.Scalars("final/reward/all")
         assert point.value == pytest.approx(results.entry(name).seeds["0"]["reward/all"], rel=1e-6)
 
