@@ -40,7 +40,7 @@ from tests.real_model import smollm2
 from tests.workers import OneOfMany
 
 #: Few enough for two cores: what is held does not depend on how many passes there are, as long as a step has several.
-PROMPT, RESPONSE, ROWS, PASS = 64, 32, 8, 2
+PROMPT, RESPONSE, ROWS, PASS = 96, 32, 8, 4
 LORA = LoRA(rank=16)
 #: Which trainings, on how many workers; each is (method, adapters, workers).
 CASES = {
@@ -64,7 +64,8 @@ class RandomRollouts:
     """A rollout source that takes the weights as generation actors do, and answers with random tokens."""
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        as_arrays(dict(named_tensors))  # Ray has them in its object store then, outside of the worker
+        # Ray puts a copy into its object store, which stays mapped into the worker.
+        self.sent = {name: as_arrays({name: tensor})[name].copy() for name, tensor in named_tensors}
 
     def submit(self, prompts: list[list[int]], sampling: Sampling, version: str) -> RandomRollouts:
         self.prompts, self.version = prompts, version
@@ -99,7 +100,7 @@ def job_of(name: str, folder: Path, model: str) -> Job:
         write_rows(pa.Table.from_pydict(rows, REFERENCED_PAIRS), folder / "pairs" / "part.parquet", REFERENCED_PAIRS)
         training = Optimisation(
             num_steps=2,
-            batch_size=ROWS // 2,
+            batch_size=ROWS,
             micro_batch_tokens=PASS * (PROMPT + 2 * RESPONSE),
             lora=lora,
             log_every=1,
@@ -112,7 +113,7 @@ def job_of(name: str, folder: Path, model: str) -> Job:
     write_rows(pa.table(prompts), folder / "prompts.parquet", PROMPTS)
     reward = reward_model(folder, model, lora)
     ppo = PPOTraining(
-        num_iterations=1, rollouts_per_iteration=ROWS, num_epochs=1, num_minibatches=2, micro_batch_size=PASS, lora=lora
+        num_iterations=1, rollouts_per_iteration=ROWS, num_epochs=2, num_minibatches=1, micro_batch_size=PASS, lora=lora
     )
     return OnPolicyJob(
         stage, "ppo", model, 0, training=ppo, reward=JudgeSpec(RewardModel(), reward, model), critic=reward,

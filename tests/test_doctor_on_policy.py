@@ -158,7 +158,7 @@ def test_weights_on_their_way_take_what_gradients_and_passes_left_on_a_gpu() -> 
     assert whole.gradients < 2.01 * weights
     two = {"num_workers": 2, "sharding": "fsdp"}
     spread = trainings(of_gpus({"micro_batch_size": 1}, resources=two))[0].need(SHALLOW, Lengths(1, 1), 1)
-    assert spread is not None and 1.4 * weights < spread.gradients < 1.51 * weights  # one model's whole at a time
+    assert spread is not None and 0.9 * weights < spread.gradients < 1.01 * weights  # a half of two models'
 
 
 def test_only_what_is_still_to_be_trained_is_looked_at(tmp_path: Path) -> None:

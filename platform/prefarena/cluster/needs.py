@@ -128,7 +128,7 @@ def _chosen(training: Training, need: Callable[[int], MemoryNeed | None], room: 
     while smaller < larger:
         middle = (smaller + larger) // 2
         held = need(sizes[middle])
-        spares = training.settings.spares_memory
+        spares = training.settings.spares_memory or num_parts(config) > 1
         if held is None or required_mib(held, on_cpu=on_cpu, spares=spares) * _MIB > room:
             smaller = middle + 1
         else:

@@ -62,7 +62,7 @@ def training_memory(
     """Most memory that a training step takes, over `losses`; nothing is computed, and `module` stays as it is.
 
     bfloat16: whether that is what it computes in; copies of weights are counted while they live. accumulates: whether a
-    step has several micro-batches, so that whole gradients exist while one is run. num_shards: workers that weights,
+    step has several micro-batches, so that gradients exist while one is run. num_shards: workers that weights,
     gradients and optimizer state are spread over. None where shapes depend on numbers, as in a mixture of experts.
     """
     weights = size_of(module.parameters()) + size_of(module.buffers())
@@ -70,7 +70,8 @@ def training_memory(
     try:
         # A sharded module's whole weights are counted apart; it holds halves while it computes.
         halved = None if not bfloat16 else compute_in_halves if num_shards == 1 else halve
-        passes = max(_peak_of_pass(module, loss, halved, accumulates) for loss in losses)
+        # Spread gradients are counted apart, too: those under way are a few layers'.
+        passes = max(_peak_of_pass(module, loss, halved, accumulates or num_shards > 1) for loss in losses)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
         return None
     if num_shards == 1:
@@ -78,10 +79,8 @@ def training_memory(
         step = trained  # gradients are all there when the optimizer moves, and activations are not
         return MemoryNeed(weights, step, _MOMENTS * trained, max(passes - (step - gradients), 0))
     gathered = _gathered(module, bfloat16)
-    gradients = trained if accumulates else trained // num_shards
-    in_pass = trained // 2 if bfloat16 else trained  # whole gradients; a sharded model has a few layers' at once
-    beyond = passes if accumulates else max(passes - in_pass, 0)
-    return MemoryNeed(weights // num_shards + gathered, gradients, _MOMENTS * trained // num_shards, beyond + gathered)
+    own = trained // num_shards
+    return MemoryNeed(weights // num_shards + gathered, own, _MOMENTS * own, passes + gathered)
 
 
 def sum_of_pass(module: nn.Module, prompt: int, responses: Sequence[int], number: int) -> Tensor:

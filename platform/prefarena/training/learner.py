@@ -46,7 +46,7 @@ def prepare(module: nn.Module, settings: LearnerSettings, worker: Worker) -> Non
         compute_in_halves(module)
     if settings.activation_checkpointing:
         recompute_layers(module)
-    if settings.spares_memory:
+    if worker.spares(settings):
         worker.spare_memory()
 
 

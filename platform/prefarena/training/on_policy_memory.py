@@ -32,7 +32,7 @@ def fitting_micro_batch(
     chosen, auto = job.training.micro_batch_size, job.training.micro_batch_size == "auto"
     size = LARGEST_MICRO_BATCH if chosen == "auto" else chosen
     room = min(worker.gathered(worker.memory_share_mib()))
-    spares, on_gpu = job.training.spares_memory, worker.device.type == "cuda"
+    spares, on_gpu = worker.spares(job.training), worker.device.type == "cuda"
     while True:
         need = memory_need(job, models, longest_prompt, size, num_parts=worker.num_parts, on_gpu=on_gpu)
         parts = None if need is None else parts_of(need, models.held(), spares, worker)
@@ -57,12 +57,12 @@ def memory_need(
         return None
     # Roles share their weights, of which the policy's pass has seen all: every adapter, and the moments of each.
     own = held[:1] if models.body is not None else held
-    gradients, after_step = _gradients([need.gradients for need in own], num_parts)
+    gradients = sum(need.gradients for need in own)
     activations = max(need.activations for need in held)
     weights = sum(need.weights for need in own) + _frozen(job, models, num_parts)
     sent = _under_way(job, models, num_parts, on_gpu)
     if on_gpu:  # sent between two steps, when there are no activations; what was freed for them takes it
-        activations = max(activations, sent - (gradients - after_step))
+        activations = max(activations, sent)
     else:  # the object store's copy stays mapped into the process
         weights += sent
     return MemoryNeed(weights, gradients, sum(need.optimizer for need in own), activations)
@@ -74,16 +74,6 @@ def _pass(job: OnPolicyJob, module: nn.Module, longest_prompt: int, size: int, n
         use_adapter(module.module, module.name)
         module = module.module
     return training_memory(module, [loss], bfloat16=job.training.precision == "bfloat16", num_shards=num_parts)
-
-
-def _gradients(whole: list[int], num_parts: int) -> tuple[int, int]:
-    """Bytes of the learners' gradients while one of them moves, and after it did.
-
-    Learners move in turn. Gradients of spread weights are whole until the last pass of a step alone; others stay until
-    their learner's next step.
-    """
-    after = sum(one // num_parts for one in whole)
-    return max(one + after - one // num_parts for one in whole), after
 
 
 def _frozen(job: OnPolicyJob, models: OnPolicyModels, num_parts: int) -> int:

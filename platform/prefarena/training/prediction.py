@@ -52,8 +52,12 @@ def fits(parts: dict[str, float] | None, room: float) -> bool:
 
 def required_mib(need: MemoryNeed, *, on_cpu: bool, spares: bool) -> float:
     """What `fits` compares with a worker's share, for a job whose models are not there yet."""
-    kept = kept_share(at_once=spares) if on_cpu else 0.0
-    return need.total * (1 + kept) / 2**20 + _PROCESS_MIB
+    return (need.total + (_kept(need, spares) if on_cpu else 0)) / 2**20 + _PROCESS_MIB
+
+
+def _kept(need: MemoryNeed, spares: bool) -> float:
+    """Bytes that the allocator of a CPU keeps of what is freed. Weights and moments stay; the rest comes and goes."""
+    return kept_share(at_once=spares) * (need.gradients + need.activations)
 
 
 def write_prediction(parts: dict[str, float] | None, chosen: dict[str, float], worker: Worker) -> float | None:
@@ -78,7 +82,7 @@ def _parts(module: nn.Module, terms: list[Term], training: Optimisation, worker:
     )
     if need is None:
         return None
-    return parts_of(need, [module], training.spares_memory, worker)
+    return parts_of(need, [module], worker.spares(training), worker)
 
 
 def parts_of(need: MemoryNeed, on_cpu: list[nn.Module], spares: bool, worker: Worker) -> dict[str, float]:
@@ -92,7 +96,7 @@ def parts_of(need: MemoryNeed, on_cpu: list[nn.Module], spares: bool, worker: Wo
         for module in on_cpu:
             there = [one for one in [*module.parameters(), *module.buffers()] if not one.is_meta]
             beside -= size_of(there) / 2**20
-        kept = kept_share(at_once=spares) * need.total / 2**20
+        kept = _kept(need, spares) / 2**20
     parts = {name: getattr(need, name) / 2**20 for name in ("weights", "gradients", "optimizer", "activations")}
     return parts | {"process": beside, "allocator": kept}
 

@@ -1,7 +1,8 @@
 """A module whose parameters, gradients and optimizer state are spread over the workers (FSDP2).
 
 Each worker keeps a part of every parameter; a decoder layer is whole only while it runs. The output embedding and the
-head belong to the root, whose forward reads their weights.
+head belong to the root, whose forward reads their weights. Gradients are spread in every backward pass, as they come:
+what adds up over a step's passes is each worker's part.
 """
 
 from __future__ import annotations
@@ -42,13 +43,6 @@ def _policy(precision: Arithmetic) -> MixedPrecisionPolicy:
 
 def is_sharded(module: nn.Module) -> bool:
     return isinstance(module, FSDPModule)
-
-
-def reduce_after_backward(module: nn.Module, reduce: bool) -> None:
-    """Whether the next backward pass of a sharded module ends a step; before that gradients add up in each worker."""
-    assert isinstance(module, FSDPModule)
-    module.set_is_last_backward(reduce)
-    module.set_requires_gradient_sync(reduce)
 
 
 def kept_on_rank_0(named_tensors: Iterable[tuple[str, Tensor]], rank: int) -> dict[str, Tensor]:

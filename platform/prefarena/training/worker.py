@@ -22,12 +22,13 @@ from prefarena.modeling.arithmetic import Arithmetic
 from prefarena.modeling.awaited import fill, is_awaited
 from prefarena.modeling.parts import like, own_part
 from prefarena.modeling.shapes_first import raise_if_unusable
+from prefarena.settings.optimisation import LearnerSettings
 from prefarena.stage_files import CHECKPOINTS
 from prefarena.stages import costs_of
 from prefarena.training import process_memory
 from prefarena.training.checkpoints import Checkpoint, CheckpointFolder, DamagedCheckpointError
 from prefarena.training.remote_checkpoints import RemoteCheckpointFolder
-from prefarena.training.sharding import is_sharded, reduce_after_backward, shard
+from prefarena.training.sharding import shard
 from prefarena.training.stage_log import StageLog
 
 _STORAGE_RETRY_S = 120.0
@@ -92,10 +93,10 @@ class Worker:
         return self.world_size if self.shards else 1
 
     def no_sync(self, module: nn.Module, enabled: bool = True) -> Any:
-        """A context in which backward passes leave the reduction over workers to a later one."""
-        if is_sharded(module):
-            reduce_after_backward(module, not enabled)
-            return nullcontext()
+        """A context in which backward passes leave the reduction over workers to a later one.
+
+        Spread weights are reduced in every pass all the same: whole gradients would take what spreading spares.
+        """
         return module.no_sync() if enabled and isinstance(module, DistributedDataParallel) else nullcontext()
 
     def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
@@ -238,6 +239,10 @@ class Worker:
         process_memory.return_tensors(at_once=False)
         process_memory.give_back_freed()
         process_memory.forget_peak()
+
+    def spares(self, settings: LearnerSettings) -> bool:
+        """Whether memory counts for more than speed in such a training; layers that are gathered come and go, too."""
+        return settings.spares_memory or self.shards
 
     def spare_memory(self) -> None:
         """Until the next job begins memory counts for more than speed, where the two are at odds."""
