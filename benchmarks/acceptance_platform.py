@@ -20,7 +20,7 @@ from prefarena.config import Generation, load_config
 from prefarena.generation.fleet import Generators
 from prefarena.generation.interface import Sampling
 from prefarena.generation.trial import check_served
-from prefarena.generation.weights import Verified, as_arrays
+from prefarena.generation.weights import Verified
 from prefarena.modeling.load import load_policy
 from prefarena.records import Rollout
 from prefarena.report.results import load_results
@@ -100,7 +100,7 @@ def engine(kind: Kind, setting: Setting, outcome: Outcome) -> None:
     old, new = make(folder, "llama", **({} if setting.tiny else _SIZES))
     generation = Generation(dtype=kind, gpu_memory_utilization=_MEMORY)
     with ray_session(), process_for_engine(generation, 0 if setting.tiny else 1) as call:
-        served = call(serve, str(folder), as_arrays(new.state_dict()), generation, not setting.tiny)
+        served = call(serve, str(folder), new.state_dict(), generation, not setting.tiny)
     outcome.note("seconds to start", served.start_seconds)
     note_verified(served.verified, outcome)
     outcome.must(not served.unnoticed, f"wrong numbers went unnoticed in {', '.join(served.unnoticed)}")

@@ -21,8 +21,7 @@ import yaml
 
 from pipelines.cli import main as prefarena
 from prefarena.cluster.session import ray_session
-from prefarena.generation.actor import last_error
-from prefarena.generation.weights import as_arrays
+from prefarena.generation.client import last_error
 from prefarena.modeling.support import why_not_packed
 from prefarena.report.results import load_results
 from tests.families import LARGEST_GAP, compare, engine_process, make
@@ -56,7 +55,7 @@ def try_engine(family: str, scratch: Path, run: Any) -> list[str]:
     """What an engine does with new weights: four cells of the table."""
     old, new = make(scratch / family, family)
     try:
-        outcome = compare(old, new, run(str(scratch / family), as_arrays(new.state_dict())))
+        outcome = compare(old, new, run(str(scratch / family), new.state_dict()))
     except ray.exceptions.RayError as error:  # the others are tried all the same
         return [f"no: {last_error(str(error))}", "", "", ""]
     verified = outcome.verified

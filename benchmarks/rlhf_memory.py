@@ -14,6 +14,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections import deque
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from torch import Tensor
 from prefarena.config import DPO, Generation, LoRA, Optimisation, PPOTraining, RewardModel
 from prefarena.data.tables import write_rows
 from prefarena.generation.interface import Sampling
-from prefarena.generation.weights import as_arrays
+from prefarena.generation.shared import BUCKET_BYTES, MOST_BUCKETS, buckets
 from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.load import load_tokenizer, new_reward_model, save_policy
 from prefarena.modeling.lora import add_adapters, merge_adapters, save_adapter
@@ -64,8 +65,8 @@ class RandomRollouts:
     """A rollout source that takes the weights as generation actors do, and answers with random tokens."""
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        # Ray puts a copy into its object store, which stays mapped into the worker.
-        self.sent = {name: as_arrays({name: tensor})[name].copy() for name, tensor in named_tensors}
+        # Ray puts copies into its object store, which stay mapped into the worker.
+        self.sent = deque(buckets(named_tensors, torch.float32, BUCKET_BYTES), maxlen=MOST_BUCKETS)
 
     def submit(self, prompts: list[list[int]], sampling: Sampling, version: str) -> RandomRollouts:
         self.prompts, self.version = prompts, version

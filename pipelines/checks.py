@@ -18,8 +18,8 @@ from prefarena.config import (
 )
 from prefarena.errors import UserError
 from prefarena.judges.spec import check_judge
-from prefarena.modeling.inspection import check_context, check_head_size, inspect_policy
-from prefarena.modeling.load import load_tokenizer
+from prefarena.modeling.inspection import check_context, check_head_size, check_split, inspect_policy
+from prefarena.modeling.load import load_tokenizer, new_settings
 from prefarena.modeling.vocabulary import check_tokens
 from prefarena.tasks.language import Language
 from prefarena.trackers.make import check_packages
@@ -41,6 +41,8 @@ def check_input(config: Comparison) -> None:
             raise UserError(
                 f"model: hidden_size / num_heads is {width}; vLLM's attention takes 32, 64, 128 or 256 - change one"
             )
+        if generates(config):
+            check_split("model", new_settings(config.model, 1, 1), config.generation.tensor_parallel)
     rewards = [entry.method.reward for entry in config.entries if isinstance(entry.method, OnPolicyMethod | BestOfN)]
     for settings in [*rewards, *([config.judge] if isinstance(config.task, TextTask) else [])]:
         check_judge(settings)
@@ -65,6 +67,8 @@ def _check_pretrained(config: Comparison, model: PretrainedModel) -> None:
     tokenizer = load_tokenizer(model.path, model.revision)
     check_tokens(model.path, tokenizer, settings, model.revision)
     check_context(model.path, settings, max_length(config.task))
+    if generates(config):
+        check_split(model.path, settings, config.generation.tensor_parallel)
     if generates(config) and not config.resources.use_gpu:
         check_head_size(model.path, settings)
 

@@ -17,6 +17,7 @@ from prefarena.cluster.doctor import (
     Finding,
     judge_attention,
     judge_capacity,
+    judge_engine,
     judge_memory,
     judge_nodes,
     judge_reach,
@@ -86,6 +87,8 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
         except UserError as error:
             yield Finding(True, str(error))
     yield from judge_memory(config, reports, memory)
+    if settings is not None:
+        yield from judge_engine(config, reports, num_parameters(settings))
     if config.resources.use_gpu and settings is not None:
         yield from _try_attention(config, settings)
     if reports and not is_url(config.output):

@@ -20,22 +20,19 @@ from prefarena.stages import Stage
 
 
 def start_generator(
-    config: Comparison, plan: SeedPlan, console: Console, *, trainer: bool = False, made_from: str | None = None
+    config: Comparison, plan: SeedPlan, console: Console, *, made_from: str | None = None
 ) -> Generators:
     """The generation actors; whoever uses them sends their weights first.
 
-    made_from: the folder of the model that they are made from; none: the base model's. trainer: whether a training
-    worker sends the weights, by `generation.weight_sync`. Otherwise checkpoints are loaded, which the engines read from
-    storage themselves, whatever that setting is.
+    made_from: the folder of the model that they are made from; none: the base model's.
     """
     names = generator_names(config)
     title = f"starting {len(names)} vLLM generation actor{'s' if len(names) > 1 else ''}"
-    settings = config.generation if trainer else config.generation.model_copy(update={"weight_sync": "host"})
     waiting_for = "vLLM to be imported, to load the model and to set up its memory"
     with stage_line(console, title, waiting_for), telling_capacity():
         return Generators.start(
             made_from or model_of(plan.base),
-            settings,
+            config.generation,
             max_model_len=max_length(plan.task),
             use_gpu=config.resources.use_gpu,
             names=names,

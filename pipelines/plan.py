@@ -298,8 +298,10 @@ def _arithmetics(config: Comparison, *, unpaired: bool) -> list[Arithmetic]:
 
 def _engine(config: Comparison) -> list[str]:
     """What samples depend on beside the policy, the prompts and the sampler."""
-    dtype = config.generation.dtype_on(config.resources.use_gpu)
-    return [dtype, *(["batch_invariant"] if config.generation.batch_invariant else [])]
+    generation = config.generation
+    found: list[str] = [generation.dtype_on(config.resources.use_gpu)]
+    found += ["batch_invariant"] if generation.batch_invariant else []
+    return found + ([f"over {generation.tensor_parallel} devices"] if generation.tensor_parallel > 1 else [])
 
 
 def _computed(config: Comparison) -> list[Any]:

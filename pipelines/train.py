@@ -44,7 +44,7 @@ def _train_on_policy(config: Comparison, console: Console, entries: list[tuple[S
     losses: Counter[str] = Counter()
     while waiting := [job for job in jobs if not is_settled(job.stage_dir)]:
         try:
-            generator = start_generator(config, entries[0][0], console, trainer=True)
+            generator = start_generator(config, entries[0][0], console)
         except GeneratorLostError as error:
             if not cluster_answers():
                 raise

@@ -15,16 +15,17 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import ray
 import torch
 from ray import cloudpickle
 from transformers import PreTrainedModel
 
 from prefarena.config import Generation
-from prefarena.generation.actor import GenerationActor, _environment
+from prefarena.generation.actor import GenerationActor
+from prefarena.generation.checksums import checksums
+from prefarena.generation.client import _environment
 from prefarena.generation.interface import Sampling, WeightMismatchError
-from prefarena.generation.weights import Verified, as_arrays, checksums
+from prefarena.generation.weights import Sums, Verified
 from prefarena.modeling.load import load_policy
 from prefarena.modeling.logprobs import LogProbs, Sequences, token_logps
 from prefarena.modeling.support import why_not_packed
@@ -53,14 +54,13 @@ class Served:
 
 
 def serve(
-    folder: str, arrays: dict[str, np.ndarray], generation: Generation = _DEFAULT, use_gpu: bool = False
+    folder: str, state: dict[str, torch.Tensor], generation: Generation = _DEFAULT, use_gpu: bool = False
 ) -> Served:
     """Start an engine in this process and give it these weights, right ones and wrong ones."""
     began = time.perf_counter()
     actor = GenerationActor(folder, generation, MAX_LENGTH, use_gpu=use_gpu, seed=0)
     start_seconds = time.perf_counter() - began
-    state = {name: torch.tensor(array) for name, array in arrays.items()}
-    sums = checksums(state, getattr(torch, actor.dtype()))
+    sums = Sums(checksums(state, getattr(torch, actor.dtype()), actor.model().transposed))
     unnoticed = []
     for name in state:
         if ".1." in name:  # layers are alike
@@ -69,12 +69,12 @@ def serve(
         changed = state[name].roll(1) + 0.25
         wrong = {other: changed if torch.equal(tensor, state[name]) else tensor for other, tensor in state.items()}
         try:
-            actor.load(as_arrays(wrong), sums, "wrong")
+            actor.load(wrong, sums, "wrong")
         except WeightMismatchError:
             continue
         unnoticed.append(name)
     actor.load_checkpoint(folder, verify=True, version="stored")
-    verified = actor.load(arrays, sums, "new")
+    verified = actor.load(state, sums, "new")
     rollouts = actor.generate(PROMPTS, list(range(len(PROMPTS))), Sampling(8, 1.0, seed=0), "new")
     assert verified is not None
     return Served(start_seconds, rollouts, verified, [name for name in unnoticed if name not in verified.skipped])

@@ -140,6 +140,14 @@ def test_every_shipped_config_loads() -> None:
             "no node meets both resources.labels and generation.labels",
         ),
         (
+            ["generation.weight_sync=ipc", "resources.use_gpu=true", "generation.tensor_parallel=2"],
+            "ipc is for an engine on the trainer's own GPU; use nccl or host with generation.tensor_parallel: 2",
+        ),
+        (
+            [*ON_ONE_GPU, "generation.tensor_parallel=2"],
+            "tensor_parallel: 2 takes whole GPUs, which its ranks join over NCCL; set generation.gpus (0.5) to 1",
+        ),
+        (
             [*ON_ONE_GPU, "generation.weight_sync=nccl"],
             "raise resources.gpus_per_worker (0.5) and generation.gpus (0.5) to more than 1 together",
         ),
@@ -171,6 +179,8 @@ def test_processes_that_cannot_talk_on_the_gpus_they_would_get_are_refused(overr
         [*ON_ONE_GPU, "generation.weight_sync=nccl", *APART],
         ["resources.use_gpu=true", "generation.weight_sync=nccl", "resources.num_workers=2", "generation.num_actors=2"],
         ["resources.use_gpu=true", "generation.weight_sync=nccl", "resources.gpus_per_worker=0.6"],
+        ["resources.use_gpu=true", "generation.weight_sync=nccl", "generation.tensor_parallel=4"],
+        ["generation.tensor_parallel=2"],
         ["resources.num_workers=2", "resources.gpus_per_worker=0.5"],  # without GPUs it asks for nothing
     ],
 )

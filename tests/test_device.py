@@ -17,7 +17,7 @@ from pipelines.plan import make_plan
 from pipelines.reference import scoring_options
 from pipelines.sampled import SampledJob, score_samples
 from prefarena.config import Comparison, Evaluation, FunctionJudge, parse_config
-from prefarena.generation.actor import _environment
+from prefarena.generation.client import _environment
 from prefarena.judges.spec import JudgeSpec
 from prefarena.records import Rollout
 

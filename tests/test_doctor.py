@@ -21,6 +21,7 @@ from pipelines.memory import model_settings
 from prefarena.cluster.capacity import Node
 from prefarena.cluster.doctor import (
     judge_capacity,
+    judge_engine,
     judge_memory,
     judge_nodes,
     judge_storage,
@@ -250,3 +251,20 @@ def test_only_nodes_whose_labels_the_placement_asks_for_are_compared_with_it() -
     bare = replace(large, versions={"python": "3.12.1", "torch": "2.13.0"}, vllm_wants_torch=None)
     told = problems(judge_nodes([bare, small], [], generates=True, engines=(("role", "generate"),)))
     assert "not installed" not in told and "use one image" in told
+
+
+def test_an_engine_that_its_device_cannot_hold_is_told_with_the_setting_that_spreads_it() -> None:
+    def told(use_gpu: bool = True, **generation: object) -> list:
+        asked = config(resources={"use_gpu": use_gpu}, generation=generation)
+        return judge_engine(asked, [NODE], num_parameters(LARGE))
+
+    [found] = told()  # 13 GB in bfloat16, and half of 24 GiB
+    assert found.problem and "12.6 GiB of weights, and has 12.0 GiB" in found.text
+    assert "raise generation.tensor_parallel" in found.text
+    [found] = told(tensor_parallel=2)
+    assert found.problem is False and "each device of 2 of an engine holds 6.3 GiB" in found.text
+    [found] = told(gpu_memory_utilization=0.9)
+    assert found.problem is False
+    [found] = told(tensor_parallel=2, dtype="float32")
+    assert found.problem
+    assert told(use_gpu=False) == [] and told(labels={"role": "serve"}) == []

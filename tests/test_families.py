@@ -11,7 +11,7 @@ import pytest
 
 from prefarena.generation.interface import WeightMismatchError
 from prefarena.generation.layout import ModelLayout
-from prefarena.generation.weights import as_arrays, check_held
+from prefarena.generation.weights import check_held
 from prefarena.modeling.load import load_policy
 from tests.families import LARGEST_GAP, compare, engine_process, make
 from tests.models import FAMILIES, random_model, save_model
@@ -23,7 +23,7 @@ def test_new_weights_reach_engines_of_other_families(ray_session: None, tmp_path
     models = {family: make(tmp_path / family, family) for family in families}
     with engine_process() as run:
         for family, (old, new) in models.items():
-            outcome = compare(old, new, run(str(tmp_path / family), as_arrays(new.state_dict())))
+            outcome = compare(old, new, run(str(tmp_path / family), new.state_dict()))
             assert outcome.gap < LARGEST_GAP < outcome.old_gap, family
             unread = {name for name in outcome.verified.skipped if ".experts." not in name}
             assert unread == set() and bool(outcome.verified.skipped) == (family == "mixtral"), family

@@ -7,6 +7,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -254,10 +255,11 @@ def test_a_killed_actor_comes_back_without_weights_and_serves_after_a_sync(
 # -------------------------------------------------------------------------- what an engine must be sent, and holds
 
 
-def test_a_partial_update_is_refused_and_changes_nothing(generator: Generators, tiny_policy: str) -> None:
+def test_a_partial_update_is_refused_and_leaves_no_version(generator: Generators, tiny_policy: str) -> None:
     weights = load_policy(tiny_policy).state_dict()
     generator.sync(weights.items(), "whole")
     before = generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), "whole")
+    pid = inside(generator, lambda actor: actor.pid())
     without_head = {name: tensor for name, tensor in weights.items() if name != "lm_head.weight"}
     with pytest.raises(WeightUpdateError, match=r"missing: lm_head\.weight"):
         generator.sync(without_head.items(), "partial")
@@ -265,7 +267,46 @@ def test_a_partial_update_is_refused_and_changes_nothing(generator: Generators, 
         generator.sync([*weights.items(), ("lm_head.bias", torch.zeros(16))], "more")
     with pytest.raises(WeightUpdateError, match=r"lm_head\.weight was sent with shape \(64, 16\), .* \(16, 64\)"):
         generator.sync([*without_head.items(), ("lm_head.weight", torch.zeros(64, 16))], "turned")
+    with pytest.raises(StaleWeightsError, match="no weights yet"):
+        generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), "whole")
+    generator.sync(weights.items(), "whole")  # by the same process
     assert generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), "whole") == before
+    assert inside(generator, lambda actor: actor.pid()) == pid
+
+
+Q, K, V = (f"model.layers.1.self_attn.{part}_proj.weight" for part in "qkv")
+
+
+def test_some_layers_are_replaced_alone_on_top_of_the_others(generator: Generators, tiny_policy: str) -> None:
+    policy = load_policy(tiny_policy)
+    generator.sync(policy.state_dict().items(), "base")
+    names = generator.layers_of({Q}, "base")
+    assert names == {Q, K, V} and generator.layers_of({Q}, "other") is None
+    assert generator.layers_of({Q, "model.norm.weight"}, "base") == {Q, K, V, "model.norm.weight"}
+    assert generator.layers_of({Q, "unknown.weight"}, "base") is None
+    for update in range(2):
+        with torch.no_grad():
+            policy.get_parameter(Q).mul_(2)
+            policy.get_parameter(V).add_(0.1)
+        part = {name: tensor for name, tensor in policy.state_dict().items() if name in names}
+        generator.sync(part.items(), f"part@{update}", since="base" if update == 0 else "part@0")
+        rollouts = generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), f"part@{update}")
+        assert logp_gap(policy, rollouts, 1.0) < 1e-4
+    generator.sync(part.items(), "late", since="base")  # which no actor holds any more: none takes it
+    assert generator.versions() == {"test-generator": "part@1"}
+    assert generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), "part@1") == [
+        replace(rollout, weight_version="part@1") for rollout in rollouts
+    ]
+
+
+def test_a_part_of_a_layer_is_refused(generator: Generators, tiny_policy: str) -> None:
+    """vLLM would fill the rest of a fused layer with whatever its buffer held."""
+    weights = load_policy(tiny_policy).state_dict()
+    generator.sync(weights.items(), "base")
+    with pytest.raises(WeightUpdateError, match=rf"hold every tensor of a layer; missing: {re.escape(V)}$"):
+        generator.sync([(name, weights[name]) for name in (Q, K)], "part", since="base")
+    assert generator.versions() == {"test-generator": None}
+    generator.sync(weights.items(), "base")
 
 
 def corrupt_updates(actor: Any, name: str | None) -> None:

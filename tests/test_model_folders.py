@@ -29,7 +29,13 @@ from prefarena.data.tokenization import Tokenizer
 from prefarena.errors import UserError
 from prefarena.judges.classifier import ClassifierScorer, check_classifier
 from prefarena.modeling.checks import check_causal
-from prefarena.modeling.inspection import check_context, check_head_size, inspect_classifier, inspect_policy
+from prefarena.modeling.inspection import (
+    check_context,
+    check_head_size,
+    check_split,
+    inspect_classifier,
+    inspect_policy,
+)
 from prefarena.modeling.load import (
     base_model,
     load_checked,
@@ -729,6 +735,27 @@ def test_a_head_size_that_the_engine_lacks_is_named() -> None:
     small: list[PreTrainedModel] = [config("llama", num_attention_heads=4), config("gpt2", n_head=4)]
     for lacking in (*small, config("qwen3", head_dim=48)):
         refused(lambda lacking=lacking: check_head_size("here", lacking), "vLLM", "resources.use_gpu")  # type: ignore[misc]
+
+
+def test_devices_among_which_a_model_cannot_be_cut_are_named_with_those_that_can() -> None:
+    def heads(number: int, shared: int, inner: int = 96) -> Any:
+        return transformers.LlamaConfig(
+            hidden_size=32 * number, num_attention_heads=number, num_key_value_heads=shared, intermediate_size=inner
+        )
+
+    smollm2, shared = heads(9, 3, 1536), heads(8, 2, 64)
+    for settings, devices in ((smollm2, 1), (smollm2, 3), (shared, 2), (shared, 4), (shared, 8)):
+        check_split("here", settings, devices)
+    refused(
+        lambda: check_split("here", smollm2, 2),
+        "its 9 attention heads cannot be shared evenly by generation.tensor_parallel: 2; possible with this model: 1",
+    )
+    refused(
+        lambda: check_split("here", heads(6, 2), 3), "its 2 key and value heads", "possible with this model: 1, 2, 6"
+    )
+    refused(lambda: check_split("here", heads(4, 4, 98), 4), "its 98 inner dimensions")
+    check_split("here", random_model("gpt2").config, 2)
+    refused(lambda: check_split("here", random_model("gpt2").config, 3), "attention heads")
 
 
 # ------------------------------------------------------------------------------------------ tokens that the data have

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from on_policy import Done, LikedCount, LocalGenerator, make_job, metric_rows, timeless
 from torch import Tensor
 
-from prefarena.config import GRPOTraining, PPOTraining, RLOOTraining
+from prefarena.config import GRPOTraining, LoRA, PPOTraining, RLOOTraining
 from prefarena.generation.interface import Sampling, StaleWeightsError
 from prefarena.modeling.load import load_policy
 from prefarena.records import Rollout
@@ -140,6 +140,49 @@ def test_asynchronous_generation_survives_the_loss_of_weights(tmp_path: Path, ti
     job = make_job(tmp_path, tiny_policy, GRPO.model_copy(update={"mode": "asynchronous"}))
     train_on_policy(job, Worker(job.stage_dir), Forgetful(job.policy), reward=LikedCount())
     assert [row["staleness"] for row in metric_rows(job)] == [0, 1, 0, 1]  # what was lost was made again, fresh
+
+
+class TakesSomeLayers(LocalGenerator):
+    """Takes parts of a state dict, as generation actors do; `sent` is of what each was, and since when."""
+
+    version: str | None
+
+    def __init__(self, policy: str, lost_at: str = "") -> None:
+        super().__init__(policy)
+        self.sent: list[tuple[str | None, frozenset[str]]] = []
+        self.lost_at = lost_at
+
+    def layers_of(self, names: Collection[str], version: str) -> frozenset[str] | None:
+        """Query, key and value go together."""
+        if version != self.version:
+            return None
+        parts = {name.replace("q_proj", f"{part}_proj") for name in names for part in "qkv"}
+        return frozenset(parts)
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str, since: str | None = None) -> None:
+        tensors = {name: tensor.clone() for name, tensor in named_tensors}
+        assert since is None or since == self.version
+        self.model.load_state_dict(tensors, strict=since is None)
+        self.version = version
+        self.sent.append((since, frozenset(tensors)))
+
+    def submit(self, prompts: list[list[int]], sampling: Sampling, version: str) -> Done:
+        if version == self.lost_at:
+            self.version, self.lost_at = None, ""
+        return super().submit(prompts, sampling, version)
+
+
+def test_adapters_are_sent_as_the_layers_that_they_change(tmp_path: Path, tiny_policy: str) -> None:
+    training = GRPO.model_copy(update={"lora": LoRA(rank=2, targets=("q_proj",)), "num_iterations": 4})
+    jobs = [make_job(tmp_path / name, tiny_policy, training) for name in ("whole", "layers")]
+    whole, layers = LocalGenerator(tiny_policy), TakesSomeLayers(tiny_policy, lost_at="rlhf@2")
+    for job, source in zip(jobs, (whole, layers), strict=True):
+        train_on_policy(job, Worker(job.stage_dir), source, reward=LikedCount())
+    assert equal(final_weights(jobs[0]), final_weights(jobs[1]))
+    everything = frozenset(load_policy(tiny_policy).state_dict())
+    changed = frozenset(name for name in everything if any(f"{part}_proj" in name for part in "qkv"))
+    part = [(f"rlhf@{iteration}", changed) for iteration in (0, 1)]
+    assert layers.sent == [(None, everything), *part, (None, everything), ("rlhf@2", changed)]
 
 
 @pytest.mark.parametrize(("mode", "allowed"), [("synchronous", 0), ("asynchronous", 1)])

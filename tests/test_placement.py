@@ -148,6 +148,25 @@ def test_as_many_groups_train_at_once_as_there_is_room_for_and_never_none() -> N
     check_placement(config(resources={"concurrent_runs": 0, "cpus_per_worker": 8}), NODES)
 
 
+def test_an_engine_over_several_devices_needs_them_on_one_node() -> None:
+    def asked(devices: int, **more: object) -> Comparison:
+        generation = {"tensor_parallel": devices, **more}
+        return config(entries=ENTRIES, resources={"use_gpu": True}, generation=generation)
+
+    eight, four = Node("a", {"CPU": 64.0, "GPU": 8.0}), Node("b", {"CPU": 64.0, "GPU": 4.0})
+    engines = demands(asked(4))[1]
+    assert str(engines) == "1 x (4 GPU) for generation actors"
+    assert fitting(engines, [eight, four]) == 3 and fitting(demands(asked(3))[1], [eight, four]) == 3
+    assert not refused(asked(4, num_actors=2), eight, four)
+    assert "2 x (8 GPU) for generation actors, and there is room for 1" in refused(asked(8, num_actors=2), eight, four)
+    beside = refused(asked(8), eight)
+    assert "takes 9 GPUs, and the nodes that may hold them have 8" in beside
+    assert "lower resources.gpus_per_worker or generation.gpus x tensor_parallel" in beside
+    assert not refused(asked(7), eight)
+    on_cpus = config(generation={"tensor_parallel": 2, "cpus": 3})
+    assert str(demands(on_cpus)[1]) == "1 x (6 CPU) for generation actors"
+
+
 def test_stages_that_score_have_resources_of_their_own() -> None:
     scoring = {"num_actors": 3, "cpus": 2, "gpus": 0.25, "labels": {"role": "score"}}
     asked = {demand.setting: demand for demand in demands(config(resources={"use_gpu": True, "scoring": scoring}))}

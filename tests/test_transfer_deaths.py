@@ -25,11 +25,13 @@ from torch import Tensor
 
 from prefarena.config import Generation
 from prefarena.errors import WaitTimeoutError
-from prefarena.generation import transfer
-from prefarena.generation.actor import GenerationActor, Generator
+from prefarena.generation import host_transfer, transfer
+from prefarena.generation.actor import GenerationActor, ServedModel
+from prefarena.generation.client import Generator
 from prefarena.generation.fleet import Generators
 from prefarena.generation.interface import GeneratorLostError, Sampling, TransferLostError
 from prefarena.generation.layout import ModelLayout
+from prefarena.generation.shared import buckets
 from prefarena.generation.transfer import TransferClient, free
 from prefarena.modeling.load import load_policy
 
@@ -71,11 +73,13 @@ class EngineDouble:
             os.kill(os.getpid(), signal.SIGKILL)
         if self.happens("waits-receiving"):
             time.sleep(3600)
+        if self.happens("raises-receiving"):
+            raise RuntimeError("out of memory, say")
 
     def finish_update(self) -> None:
         self.updating = False
 
-    def held_checksums(self, tensors: Any) -> dict[str, int]:
+    def held_checksums(self, tensors: Any, sample: Any) -> dict[str, int]:
         return {}
 
 
@@ -85,6 +89,7 @@ class EnginelessActor(GenerationActor):
     def __init__(self, path: str, folder: Path) -> None:
         self._path, self._max_model_len, self._merged_heads = path, 16, frozenset()
         self._version, self._connected, self._updating = None, False, False
+        self._update, self._failed, self._checked, self._layers = None, False, None, ()
         self._layout = ModelLayout(path)
         self._engine: Any = EngineDouble(folder)
 
@@ -252,6 +257,81 @@ def test_an_update_that_takes_too_long_is_no_end_of_the_next_one(
     assert senders[0].aborted and set(fleet.versions().values()) == {None}
     fleet.sync(weights.items(), "run@1")
     assert set(fleet.versions().values()) == {"run@1"}
+
+
+# ------------------------------------------------------------------------------------------- through host memory
+
+
+@pytest.fixture
+def by_host(actors: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Generators:
+    """A client whose updates are several buckets."""
+    monkeypatch.setattr(host_transfer, "BUCKET_BYTES", 2**15)
+    return Generators.connect(NAMES, Generation(sync_timeout_s=60))
+
+
+def test_an_actor_that_dies_between_buckets_has_no_part_in_the_rest(
+    by_host: Generators, weights: dict[str, Tensor], actors: dict[str, Path]
+) -> None:
+    by_host.sync(weights.items(), "run@0")
+    first, second = pids()
+    (actors[NAMES[0]] / "dies-receiving").touch()
+    by_host.sync(weights.items(), "run@1")
+    wait_for_another(NAMES[0], first)
+    assert by_host.versions() == {NAMES[0]: None, NAMES[1]: "run@1"}
+    by_host.sync(weights.items(), "run@1")
+    assert set(by_host.versions().values()) == {"run@1"} and pids()[1] == second
+
+
+def test_tensors_are_all_asked_for_though_no_actor_is_left(
+    by_host: Generators, weights: dict[str, Tensor], actors: dict[str, Path]
+) -> None:
+    """Where a model is spread over several processes, gathering a tensor takes all of these."""
+    for folder in actors.values():
+        (folder / "dies-receiving").touch()
+    asked = []
+    by_host.sync(((name, asked.append(name) or tensor) for name, tensor in weights.items()), "run@2")  # type: ignore[func-returns-value]
+    assert asked == [*weights]
+    by_host.sync(weights.items(), "run@2")
+    assert set(by_host.versions().values()) == {"run@2"}
+
+
+def test_an_update_whose_trainer_died_between_buckets_is_ended_by_the_next(
+    by_host: Generators, weights: dict[str, Tensor]
+) -> None:
+    before = pids()
+    members = [Generator.connect(name, Generation()) for name in NAMES]
+    [bucket, *_] = buckets(weights.items(), torch.float32, 2**15)
+    for member in members:
+        member.call_update("begin_host_update", "to begin", "dead", None).result()
+        member.call_update("take_bucket", "to take", "dead", bucket, step=True).result()
+    assert set(by_host.versions().values()) == {None}
+    by_host.sync(weights.items(), "run@3")
+    for member in members:
+        with pytest.raises(TransferLostError, match="in the middle of an update"):
+            member.call_update("end_host_update", "to end", "dead", None, "dead", step=True).result()
+    assert set(by_host.versions().values()) == {"run@3"} and pids() == before
+
+
+def test_an_engine_that_raised_in_an_update_is_restarted_for_the_next(
+    by_host: Generators, weights: dict[str, Tensor], actors: dict[str, Path]
+) -> None:
+    """vLLM has layers then of which a part was replaced."""
+    first, second = pids()
+    (actors[NAMES[0]] / "raises-receiving").touch()
+    with pytest.raises(RuntimeError, match="out of memory, say"):
+        by_host.sync(weights.items(), "run@4")
+    assert by_host.versions()[NAMES[0]] is None and pids() == [first, second]
+    by_host.sync(weights.items(), "run@4")
+    assert set(by_host.versions().values()) == {"run@4"}
+    assert pids()[0] != first and pids()[1] == second
+
+
+def test_the_limit_of_an_update_grows_with_the_model() -> None:
+    generator = Generator(None, "g", Generation(sync_timeout_s=10))
+    generator.served = ServedModel("", frozenset(), num_bytes=14 * 2**30)
+    assert generator.sync_limit_s == 10 + 448
+    generator.served = ServedModel("", frozenset(), num_bytes=2**20)
+    assert generator.sync_limit_s == 10
 
 
 # ------------------------------------------------------------------------------------------------ vLLM's own engine

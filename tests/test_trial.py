@@ -18,7 +18,8 @@ from pipelines.plan import make_plan
 from prefarena.config import Comparison, parse_config
 from prefarena.errors import UserError
 from prefarena.generation import transfer as transfer_module
-from prefarena.generation.actor import ServedModel, last_error
+from prefarena.generation.actor import ServedModel
+from prefarena.generation.client import last_error
 from prefarena.generation.fleet import Generators
 from prefarena.generation.interface import GeneratorLostError, WeightMismatchError, WeightUpdateError
 from prefarena.generation.layout import ModelLayout
@@ -172,17 +173,6 @@ def test_reference_samples_that_are_drawn_before_training_are_the_trial(
         engine.try_engine(trained, make_plan(trained), Console(quiet=True))
 
 
-@pytest.mark.parametrize(("trainer", "backend"), [(False, "host"), (True, "nccl")])
-def test_checkpoints_are_loaded_without_the_trainers_transfer(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, trainer: bool, backend: str
-) -> None:
-    asked = refuses(monkeypatch)
-    config = text_task(tmp_path, resources={"use_gpu": True}, generation={"weight_sync": "nccl"})
-    with pytest.raises(GeneratorLostError):
-        engine.start_generator(config, make_plan(config)[0], Console(quiet=True), trainer=trainer)
-    assert [settings.weight_sync for settings in asked] == [backend]
-
-
 # --------------------------------------------------------------------------------- what a trainer sends between GPUs
 
 
@@ -192,12 +182,10 @@ def test_trainers_send_what_a_checkpoint_holds(tmp_path: Path, monkeypatch: pyte
     state = load_policy(path).state_dict()
     layout, sent = ModelLayout(path), dict[str, torch.Tensor]()
     merged = layout.tied if family == "gemma2" else frozenset()
-    member: Any = SimpleNamespace(
-        call=lambda method, *_: SimpleNamespace(result=lambda: {"model": ServedModel(path, merged)}[method])
-    )
+    member: Any = SimpleNamespace(served=ServedModel(path, merged), sync_limit_s=30)
     sender = SimpleNamespace(send=sent.update)
     monkeypatch.setattr(transfer_module, "join_transfer", lambda *_: sender)
-    settings: Any = SimpleNamespace(weight_sync="nccl", sync_timeout_s=30)
+    settings: Any = SimpleNamespace(weight_sync="nccl", tensor_parallel=1)
     transfer = DeviceTransfer([member], settings, torch.float32)
     transfer.send(state, None, "new")
     expected = {name: tensor for name, tensor in layout.as_checkpoint(state).items() if name not in merged}

@@ -21,20 +21,22 @@ import ray
 import torch
 from ray import cloudpickle
 from test_generation import PROMPTS, logp_gap, perturbed
+from tiny import save_tiny_policy
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
 from prefarena.errors import WaitTimeoutError
+from prefarena.generation.checksums import checksums
 from prefarena.generation.fleet import Generators
 from prefarena.generation.interface import Sampling, TransferLostError, UpdateInfo, WeightMismatchError
 from prefarena.generation.transfer import TransferClient, within
-from prefarena.generation.weights import checksums
+from prefarena.generation.weights import Sums
 from prefarena.modeling.load import load_policy
 
 
 class Loopback:
     """The control plane of a transfer (TransferClient's methods), to the actor in whose process it runs."""
 
-    def __init__(self, actor: Any, sums: dict[str, int], version: str) -> None:
+    def __init__(self, actor: Any, sums: Sums | None, version: str) -> None:
         self.actor, self.sums, self.version = actor, sums, version
         self.calls: list[tuple[str, Any]] = []
 
@@ -111,22 +113,27 @@ def exchange_transfer_engine(wrapper: Any, backend: str) -> None:
     from vllm.config import WeightTransferConfig
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
+    from prefarena.generation.engine_rank import BACKENDS
+
     worker.weight_transfer_engine = WeightTransferEngineFactory.create_engine(
-        WeightTransferConfig(backend=backend), worker.vllm_config, worker.device, worker.model_runner.get_model()
+        WeightTransferConfig(backend=BACKENDS[backend]),
+        worker.vllm_config,
+        worker.device,
+        worker.model_runner.get_model(),
     )
 
 
 def transfer(
-    actor: Any, backend: str, weights: list[dict[str, torch.Tensor]], sums: list[dict[str, int]]
+    actor: Any, backend: str, weights: list[dict[str, torch.Tensor]], sums: list[Sums]
 ) -> list[tuple[str, Any]]:
     """Send each of `weights` through both sides of `backend`; what was asked of the engine."""
-    from prefarena.generation.engine import DeviceSender
+    from prefarena.generation.engine_sender import DeviceSender
 
     llm = actor._engine._llm
     try:
         with carried_by(backend):
             llm.collective_rpc(exchange_transfer_engine, args=(backend,))
-            client = Loopback(actor, {}, "")
+            client = Loopback(actor, None, "")
             sizes = [tensor.numel() for tensor in weights[0].values()]
             sender = DeviceSender(backend, client, 3, torch.float32, "10.0.0.1", sizes)
             for update, tensors in enumerate(weights):
@@ -151,7 +158,7 @@ def inside(generator: Generators, *args: Any) -> Any:
 def test_weights_go_through_both_sides_of_vllms_transfer(generator: Generators, tiny_policy: str, backend: str) -> None:
     policies = [perturbed(load_policy(tiny_policy), update) for update in range(2)]
     weights = [policy.state_dict() for policy in policies]
-    sums = [checksums(tensors, torch.float32) for tensors in weights]
+    sums = [Sums(checksums(tensors, torch.float32)) for tensors in weights]
     calls = inside(generator, transfer, backend, weights, sums)
     version = f"{backend}@1"
     assert generator.versions() == {generator.names[0]: version}
@@ -169,6 +176,41 @@ def test_weights_go_through_both_sides_of_vllms_transfer(generator: Generators, 
     assert generator.versions() == {generator.names[0]: None}
     generator.sync(weights[0].items(), "host-again")  # the host's way works as before
     assert logp_gap(policies[0], generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), "host-again"), 1.0) < 1e-4
+
+
+def load_checkpoint(actor: Any, backend: str, path: str) -> None:
+    """Load a checkpoint in an engine that takes a trainer's weights over `backend`."""
+    llm = actor._engine._llm
+    llm.collective_rpc(exchange_transfer_engine, args=(backend,))
+    try:
+        with patch("torch.accelerator.synchronize", side_effect=AssertionError("of a GPU")):
+            actor.load_checkpoint(path, True, f"stored-{backend}")
+    finally:
+        llm.collective_rpc(exchange_transfer_engine, args=("host",))
+
+
+@pytest.mark.parametrize("backend", ["host", "nccl", "ipc"])
+def test_a_checkpoint_is_loaded_whichever_way_a_trainers_weights_come(
+    generator: Generators, tmp_path: Path, backend: str
+) -> None:
+    path = save_tiny_policy(tmp_path, seed=11)
+    inside(generator, load_checkpoint, backend, path)
+    rollouts = generator.generate(PROMPTS, Sampling(4, 1.0, seed=0), f"stored-{backend}")
+    assert logp_gap(load_policy(path), rollouts, 1.0) < 1e-4
+
+
+def test_each_way_is_a_class_of_vllms_own(generator: Generators) -> None:
+    def kinds(actor: Any) -> dict[str, list[str]]:
+        from vllm.distributed.weight_transfer import WeightTransferEngineFactory
+
+        from prefarena.generation.engine_rank import BACKENDS
+
+        registry = WeightTransferEngineFactory._registry
+        return {kind: [each.__name__ for each in registry[name]().__mro__] for kind, name in BACKENDS.items()}
+
+    found = inside(generator, kinds)
+    assert found.keys() == {"host", "nccl", "ipc"}
+    assert "NCCLWeightTransferEngine" in found["nccl"] and "IPCWeightTransferEngine" in found["ipc"]
 
 
 #: Models with embeddings of more than a GiB. Two layers: the others are like them.
@@ -205,7 +247,7 @@ def chunks_of(actor: Any, config: Any, dtype: torch.dtype, folder: str) -> tuple
     from transformers import AutoModelForCausalLM
     from vllm.distributed.weight_transfer import packed_tensor
 
-    from prefarena.generation.engine import DeviceSender
+    from prefarena.generation.engine_sender import DeviceSender
     from prefarena.generation.layout import ModelLayout
 
     config.save_pretrained(folder)
@@ -296,10 +338,17 @@ def test_every_actor_joins_nccl_with_a_rank_of_its_own(ray_session: None) -> Non
     assert members[2].calls[1] == ("connect", ({"packed": True},))
 
 
+def test_an_actor_whose_engine_has_several_ranks_joins_with_as_many(ray_session: None) -> None:
+    """Each rank adds its own number to the actor's offset, as vLLM does."""
+    members: list[Any] = [Recorder("a"), Recorder("b")]
+    TransferClient(members, 30, ranks_each=4).init_weight_transfer_engine({"rank_offset": 1, "world_size": 9})
+    assert [member.calls[0][1][0]["rank_offset"] for member in members] == [1, 5]
+
+
 def test_the_version_and_checksums_travel_with_the_end_of_an_update(ray_session: None) -> None:
     member: Any = Recorder("a")
     client = TransferClient([member], 30)
-    client.begin({"x": 1}, "run@7")
+    client.begin(Sums({"x": 1}), "run@7")
     client.start_weight_update()
     client.update_weights({"names": []})
     client.finish_weight_update()
@@ -307,7 +356,7 @@ def test_the_version_and_checksums_travel_with_the_end_of_an_update(ray_session:
         ("check_joined", ()),
         ("start_update", ()),
         ("update", ({"names": []},)),
-        ("finish_update", ({"x": 1}, "run@7")),
+        ("finish_update", (Sums({"x": 1}), "run@7")),
     ]
 
 
@@ -349,7 +398,7 @@ def broken_off(actor: Any, weights: dict[str, torch.Tensor]) -> tuple[bool, bool
 
     Returns whether the broadcast goes on then, whether `close` ends it, and what sending raises in the end.
     """
-    from prefarena.generation.engine import DeviceSender
+    from prefarena.generation.engine_sender import DeviceSender
 
     aborted, under_way, outcome = threading.Event(), threading.Event(), queue.Queue[BaseException]()
 

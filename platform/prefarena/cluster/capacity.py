@@ -30,7 +30,8 @@ class Node:
 class Demand:
     """So many processes at once, each with these resources, on nodes with these labels.
 
-    setting: the group of settings that asks for it; counted: its keys that say how many, none where it is one.
+    setting: the group of settings that asks for it; counted: its keys that say how many, none where it is one. spread:
+    whether each is over several devices (`tensor_parallel`).
     """
 
     what: str
@@ -39,6 +40,7 @@ class Demand:
     labels: tuple[tuple[str, str], ...]
     setting: str
     counted: str = ""
+    spread: bool = False
 
     def __str__(self) -> str:
         where = f" on nodes labelled {_pairs(dict(self.labels))}" if self.labels else ""
@@ -84,17 +86,19 @@ def _parts(config: Comparison) -> tuple[Demand, Demand, Demand]:
     """Training workers, generation actors, and what scores, each at its most."""
     resources, generation, scoring = config.resources, config.generation, config.resources.scoring
     worker = {"CPU": resources.cpus_per_worker}
-    scorer, actor = {"CPU": scoring.cpus}, {"CPU": generation.cpus}
+    devices = generation.tensor_parallel
+    scorer, actor = {"CPU": scoring.cpus}, {"CPU": generation.cpus * devices}
     if resources.use_gpu:
         worker["GPU"] = resources.gpus_per_worker
         scorer["GPU"] = scoring.gpus if scoring.gpus is not None else resources.gpus_per_worker
-        actor = {"GPU": generation.gpus}
+        actor = {"GPU": generation.gpus * devices}
     groups, num_scorers = max(1, resources.num_groups), scoring.num_actors or resources.num_workers
     counted = "num_workers" if groups == 1 else "num_workers x concurrent_runs"
     number = resources.num_workers * groups
+    engines = ("generation actors", generation.num_actors, actor, generation.labels, "generation", "num_actors")
     return (
         Demand("training workers", number, worker, resources.labels, "resources", counted),
-        Demand("generation actors", generation.num_actors, actor, generation.labels, "generation", "num_actors"),
+        Demand(*engines, spread=devices > 1),
         Demand("reference log-probs", num_scorers, scorer, scoring.labels, "resources.scoring", "num_actors"),
     )
 
@@ -153,7 +157,10 @@ def needed(parts: Sequence[Demand], kind: str) -> float:
     in_all = sum(part.number * share for part, share in zip(parts, shares, strict=True))
     if kind != "GPU" or not all(shares):
         return in_all
-    alone = [math.ceil(part.number / _on_one(share)) for part, share in zip(parts, shares, strict=True)]
+    alone = [
+        part.number * share if share > 1 else math.ceil(part.number / _on_one(share))
+        for part, share in zip(parts, shares, strict=True)
+    ]
     return sum(alone) if sum(shares) > 1 + _ROUNDING else max(in_all, *alone)
 
 
@@ -168,7 +175,8 @@ def settings_of(part: Demand, kind: str) -> str:
 
 
 def _key(part: Demand, kind: str) -> str:
-    return f"{kind.lower()}s" + ("_per_worker" if part.setting == "resources" else "")
+    key = f"{kind.lower()}s" + ("_per_worker" if part.setting == "resources" else "")
+    return f"{key} x tensor_parallel" if part.spread else key
 
 
 def groups_at_once(config: Comparison, nodes: Sequence[Node]) -> int:
@@ -195,7 +203,7 @@ def fitting(demand: Demand, nodes: Sequence[Node]) -> int:
 
 def _room(there: float, kind: str, amount: float) -> int:
     """How many processes that take `amount` fit; none takes its share of a GPU from two of them."""
-    if kind == "GPU":
+    if kind == "GPU" and amount <= 1:
         return math.floor(there + _ROUNDING) * _on_one(amount)
     return math.floor(there / amount + _ROUNDING)
 

@@ -5,7 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from prefarena.cluster.capacity import Demand, Node, demands, describe, fitting, has_labels, share_beside_engine
+from prefarena.cluster.capacity import (
+    Demand,
+    Node,
+    demands,
+    describe,
+    fitting,
+    generates,
+    has_labels,
+    share_beside_engine,
+)
 from prefarena.cluster.needs import Heaviest
 from prefarena.cluster.probe import PACKAGES, NodeReport
 from prefarena.config import Comparison
@@ -167,6 +176,25 @@ def judge_memory(config: Comparison, reports: Sequence[NodeReport], memory: Heav
         text += f" beside an engine (generation.gpu_memory_utilization: {config.generation.gpu_memory_utilization:g})"
     if memory.memory > share:
         return [Finding(True, f"{text}; lower {memory.key}" + (" or the engine's part" if beside else ""))]
+    return [Finding(False, text)]
+
+
+def judge_engine(config: Comparison, reports: Sequence[NodeReport], num_parameters: int) -> list[Finding]:
+    """On GPUs: whether a device of an engine has room for its part of the weights, on the smallest that it may get."""
+    generation = config.generation
+    cards = [size for report in on_nodes(reports, generation.labels) for _, size in report.gpus]
+    if not generates(config) or not config.resources.use_gpu or not cards:
+        return []
+    width = 2 if generation.dtype_on(use_gpu=True) == "bfloat16" else 4
+    weights = num_parameters * width // generation.tensor_parallel
+    room = int(min(cards) * generation.gpu_memory_utilization)
+    over = f" of {generation.tensor_parallel}" if generation.tensor_parallel > 1 else ""
+    text = (
+        f"each device{over} of an engine holds {gibibytes(weights)} of weights, and has {gibibytes(room)} for them and "
+        f"its cache (generation.gpu_memory_utilization: {generation.gpu_memory_utilization:g})"
+    )
+    if weights > room:
+        return [Finding(True, f"{text}; raise generation.tensor_parallel, or the engine's part")]
     return [Finding(False, text)]
 
 

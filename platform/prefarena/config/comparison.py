@@ -58,12 +58,20 @@ class Generation(Section):
     """The vLLM engines behind the generation actors."""
 
     num_actors: int = Field(1, ge=1, description="Generation actors; prompts are balanced over them.")
-    cpus: float = Field(1, ge=0, description="CPUs (and OpenMP threads) of the actor; used when use_gpu is false.")
+    tensor_parallel: int = Field(
+        1,
+        ge=1,
+        description="Devices of one node that each actor's engine is spread over: vLLM's tensor parallelism, every "
+        "layer cut among them. For models that one device does not hold, or is slow with.",
+    )
+    cpus: float = Field(
+        1, ge=0, description="CPUs (and OpenMP threads) of each of the actor's devices; used when use_gpu is false."
+    )
     gpus: float = Field(
         1,
         gt=0,
         le=1,
-        description="GPUs of the actor, when use_gpu is true; a share where trainer and engine share one.",
+        description="Of each of the actor's devices, when use_gpu is true; a share where trainer and engine share one.",
     )
     labels: Labels = Field((), description="Labels of the nodes that hold generation actors, e.g. {role: generate}.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
@@ -76,7 +84,7 @@ class Generation(Section):
         description="Engines on GPUs compute a sequence in the same way whatever shares its batch (vLLM's "
         "VLLM_BATCH_INVARIANT), so that the same seed gives the same samples; it is slower.",
     )
-    kv_cache_gib: int = Field(1, ge=1, description="KV cache on CPU, whole GiB.")
+    kv_cache_gib: int = Field(1, ge=1, description="KV cache on CPU, whole GiB, of each device.")
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     max_num_seqs: int = Field(256, ge=1)
     weight_sync: Literal["host", "nccl", "ipc"] = Field(
@@ -87,7 +95,11 @@ class Generation(Section):
     verify_weights: bool = Field(True, description="Compare a checksum of what each engine holds with what was sent.")
     start_timeout_s: float = Field(300, gt=0)
     generate_timeout_s: float = Field(600, gt=0)
-    sync_timeout_s: float = Field(120, gt=0)
+    sync_timeout_s: float = Field(
+        120,
+        gt=0,
+        description="Longest wait for a step of an update of weights; with a second for every 32 MiB of them.",
+    )
 
     def dtype_on(self, use_gpu: bool) -> Dtype:
         """What `dtype` says of engines on GPUs, or on CPUs."""
@@ -301,6 +313,11 @@ class Comparison(Section):
             raise ValueError(f"generation.weight_sync: {generation.weight_sync} needs resources.use_gpu: true")
         if generation.weight_sync != "ipc":
             return
+        if generation.tensor_parallel > 1:
+            raise ValueError(
+                "generation.weight_sync: ipc is for an engine on the trainer's own GPU; use nccl or host with "
+                f"generation.tensor_parallel: {generation.tensor_parallel}"
+            )
         if resources.num_workers > 1 or generation.num_actors > 1:
             raise ValueError(
                 "generation.weight_sync: ipc is for one worker and one actor on the same GPU; use nccl or host with "
@@ -328,6 +345,11 @@ class Comparison(Section):
             for where in _with_value(self, "tf32"):
                 raise ValueError(f"{where}: tf32 is how GPUs multiply; it needs resources.use_gpu: true")
             return
+        if generation.tensor_parallel > 1 and generation.gpus != 1:
+            raise ValueError(
+                f"generation.tensor_parallel: {generation.tensor_parallel} takes whole GPUs, which its ranks join over "
+                f"NCCL; set generation.gpus ({generation.gpus:g}) to 1"
+            )
         if resources.num_workers > 1 and 2 * resources.gpus_per_worker <= 1:
             raise ValueError(
                 f"resources.gpus_per_worker: {resources.gpus_per_worker:g} puts several of resources.num_workers: "

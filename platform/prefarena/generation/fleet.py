@@ -4,22 +4,23 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-import ray
 import torch
 from ray.exceptions import RayTaskError
 from torch import Tensor
 
 from prefarena.config import Generation
 from prefarena.failures import in_one_line
-from prefarena.generation.actor import Call, Generator, deadline_after
+from prefarena.generation.checksums import ColumnSample, checksums
+from prefarena.generation.client import Call, Generator, deadline_after
+from prefarena.generation.host_transfer import HostUpdate
 from prefarena.generation.interface import EngineError, GeneratorLostError, Sampling, TransferLostError
 from prefarena.generation.transfer import DeviceTransfer, free
-from prefarena.generation.weights import Verified, checksums, to_host
+from prefarena.generation.weights import Sums, Verified
 from prefarena.records import Rollout
 
 #: One update is sent over so many transfers at most: each time an actor was lost in it, and Ray restarts it thrice.
@@ -71,6 +72,7 @@ class Generators:
         self._members = list(members)
         self._settings = settings
         self._transfer: DeviceTransfer | None = None
+        self._turn = 0  # updates that were sent
         #: How much of the weights was read back after the last `sync`, by the actor that read least; None: nothing.
         self.verified: Verified | None = None
 
@@ -107,22 +109,38 @@ class Generators:
 
     # ------------------------------------------------------------------------------------------ weights
 
-    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
+    def layers_of(self, names: Collection[str], version: str) -> frozenset[str] | None:
+        """What `sync` can replace of `version` in place of everything, where these tensors alone have changed: they and
+        those that engines fuse with them. None where some actor does not hold it, or everything must be sent.
+        """
+        if self._settings.weight_sync != "host" or set(self.versions().values()) != {version}:
+            return None
+        return self._members[0].served.whole_layers(names)
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str, since: str | None = None) -> None:
         """Replace all weights of all actors, in memory: a whole state dict with a tied head written out.
+
+        With `since` it is a part of one, as `layers_of` that version tells, and the rest stays.
 
         Raises WeightUpdateError where names or shapes are not the model's, WeightMismatchError where an engine then
         holds something else (`generation.verify_weights`); the actor it is about holds no version afterwards.
         """
+        self._turn += 1
         if self._settings.weight_sync != "host":
             self._note(self._send(dict(named_tensors), version))
             return
-        arrays, sums = to_host(named_tensors, self.dtype if self._settings.verify_weights else None)
-        stored, what = ray.put(arrays), f"to take weights {version!r}"  # put once, however many actors read it
-        calls = [member.call("load", what, "sync_timeout_s", stored, sums, version) for member in self._members]
-        self._note(self._wait(calls, self._settings.sync_timeout_s))
+        update = HostUpdate(list(self._members), version, self.dtype, since)
+        self._note(update.send(named_tensors, verify=self._settings.verify_weights, turn=self._turn))
 
-    def _sums(self, tensors: Mapping[str, Tensor]) -> dict[str, int] | None:
-        return checksums(tensors, self.dtype) if self._settings.verify_weights else None
+    def _sums(self, tensors: Mapping[str, Tensor]) -> Sums | None:
+        """Of what goes from device to device: samples, where every actor has compared a whole update."""
+        if not self._settings.verify_weights:
+            return None
+        calls = [
+            member.call("checked_whole", "to tell what it has checked", "sync_timeout_s") for member in self._members
+        ]
+        sample = ColumnSample(self._turn) if all(self._wait(calls, self._settings.sync_timeout_s)) else None
+        return Sums(checksums(tensors, self.dtype, self._members[0].served.transposed, sample), sample)
 
     def _send(self, tensors: Mapping[str, Tensor], version: str) -> list[Verified | None]:
         """Over a transfer between devices; where an actor is lost before the update ends, over another one."""
@@ -157,26 +175,25 @@ class Generators:
 
     def load_checkpoint(self, path: str, version: str) -> None:
         """Replace all weights by those of a transformers folder that the actors' nodes can read."""
-        arguments = (path, self._settings.verify_weights, version)
-        calls = [
-            member.call("load_checkpoint", f"to load {path}", "sync_timeout_s", *arguments) for member in self._members
-        ]
-        self._wait(calls, self._settings.sync_timeout_s)
+        self._update("load_checkpoint", f"to load {path}", path, self._settings.verify_weights, version)
 
     def try_weights(self, path: str) -> None:
         """Have every actor take weights that are unlike those of the transformers folder `path`, and use them.
 
         Afterwards the actors hold no version. Raises EngineError with whatever vLLM raised, and the errors of `sync`.
         """
-        arguments = (path, self._settings.verify_weights)
         what = "to take other weights of the model, as a trial"
-        calls = [member.call("try_weights", what, "sync_timeout_s", *arguments) for member in self._members]
         try:
-            self._note(self._wait(calls, self._settings.sync_timeout_s))
+            self._note(self._update("try_weights", what, path, self._settings.verify_weights))
         except RayTaskError as error:
             raise EngineError(
                 f"given new weights, it raised {type(error.cause).__name__}: {in_one_line(error.cause)}"
             ) from error
+
+    def _update(self, method: str, what: str, *args: Any) -> list[Any]:
+        """A whole update of every actor, which reads the weights itself."""
+        limit = max(member.sync_limit_s for member in self._members)
+        return self._wait([member.call_update(method, what, *args) for member in self._members], limit)
 
     def versions(self) -> dict[str, str | None]:
         """The version that each actor holds, by its name; None: no weights that may be used."""

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -84,4 +84,17 @@ class RolloutSource(Protocol):
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
         """One rollout per prompt, in order. Raises StaleWeightsError where it does not hold `version`."""
+        ...
+
+
+@runtime_checkable
+class TakesLayers(Protocol):
+    """A rollout source that can replace some layers of the weights that it holds."""
+
+    def layers_of(self, names: Collection[str], version: str) -> frozenset[str] | None:
+        """The tensors to be sent where these alone have changed since `version`; None: all."""
+        ...
+
+    def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str, since: str | None = None) -> None:
+        """`RolloutSource.sync`; with `since` of these tensors alone, and the rest stays as in that version."""
         ...

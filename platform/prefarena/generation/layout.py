@@ -68,8 +68,13 @@ class ModelLayout:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         return {name: layout.shape for name, layout in self.tensors.items()}
 
+    @property
+    def transposed(self) -> frozenset[str]:
+        """Tensors that an engine holds the other way round."""
+        return frozenset(name for name, layout in self.tensors.items() if layout.transposed)
+
     def as_checkpoint(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A whole state dict with the names and parts of a checkpoint, a tied head included."""
+        """A state dict, or a part of one, with the names and parts of a checkpoint, a tied head included."""
         return revert_weight_conversion(self._model, dict(tensors)) if self._converted else tensors
 
     def to_send(self, tensors: Mapping[str, Tensor], merged_heads: Collection[str]) -> Mapping[str, Tensor]:
@@ -78,6 +83,10 @@ class ModelLayout:
         merged_heads: those of `tied`. Raises WeightUpdateError unless names and shapes are those of the model.
         """
         check_complete({name: tuple(tensor.shape) for name, tensor in tensors.items()}, self.shapes)
+        return self.as_sent(tensors, merged_heads)
+
+    def as_sent(self, tensors: Mapping[str, Tensor], merged_heads: Collection[str]) -> Mapping[str, Tensor]:
+        """What an engine is sent of a part of a state dict."""
         return {name: tensor for name, tensor in self.as_checkpoint(tensors).items() if name not in merged_heads}
 
     def sent_sizes(self, merged_heads: Collection[str]) -> list[int]:

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from prefarena.config import Generation
 from prefarena.errors import WaitTimeoutError
-from prefarena.generation.actor import Generator, all_of, deadline_after
+from prefarena.generation.client import Generator, all_of, deadline_after
 from prefarena.generation.interface import TransferLostError, UpdateInfo
 from prefarena.generation.layout import ModelLayout
-from prefarena.generation.weights import Verified
+from prefarena.generation.weights import Sums, Verified
 
 
 def free(members: Sequence[Generator], settings: Generation) -> None:
@@ -46,19 +46,19 @@ def free(members: Sequence[Generator], settings: Generation) -> None:
 class TransferClient:
     """What vLLM's trainer side asks of the engines (its VLLMWeightSyncClient protocol), asked of all actors.
 
-    Unlike vLLM's own client for Ray it has time limits, and gives every actor a rank of its own.
+    Unlike vLLM's own client for Ray it has time limits, and gives every actor ranks of its own.
     """
 
-    def __init__(self, members: Sequence[Generator], limit_s: float) -> None:
-        """limit_s: of each step."""
-        self._members, self._limit_s = members, limit_s
-        self.sums: dict[str, int] | None = None
+    def __init__(self, members: Sequence[Generator], limit_s: float, ranks_each: int = 1) -> None:
+        """limit_s: of each step. ranks_each: processes of each actor's engine that receive, each with a rank."""
+        self._members, self._limit_s, self._ranks_each = members, limit_s, ranks_each
+        self.sums: Sums | None = None
         self.version = ""
         self.verified: list[Verified | None] = []
         #: What a step raised. vLLM asks for some in threads, whose errors it sees when its own part is done, if ever.
         self.failed: Future[None] = Future()
 
-    def begin(self, sums: dict[str, int] | None, version: str) -> None:
+    def begin(self, sums: Sums | None, version: str) -> None:
         """The next update is of this version."""
         self.sums, self.version, self.verified = sums, version, []
         self.failed = Future()
@@ -67,7 +67,7 @@ class TransferClient:
         """Have every actor join. Ranks from `rank_offset` on, where the backend counts ranks."""
         first = init_info.get("rank_offset")
         infos = [
-            init_info if first is None else init_info | {"rank_offset": first + place}
+            init_info if first is None else init_info | {"rank_offset": first + place * self._ranks_each}
             for place in range(len(self._members))
         ]
         self._all("connect", "to join the weight transfer", [(info,) for info in infos])
@@ -100,12 +100,12 @@ class TransferClient:
 
 
 def join_transfer(
-    backend: str, client: TransferClient, num_actors: int, dtype: torch.dtype, sizes: Sequence[int]
+    backend: str, client: TransferClient, num_ranks: int, dtype: torch.dtype, sizes: Sequence[int]
 ) -> Any:
-    """This process's side of a transfer, an engine.DeviceSender; returns when all actors have joined."""
-    from prefarena.generation.engine import DeviceSender
+    """This process's side of a transfer, an engine_sender.DeviceSender; returns when all actors have joined."""
+    from prefarena.generation.engine_sender import DeviceSender
 
-    return DeviceSender(backend, client, num_actors, dtype, ray.util.get_node_ip_address(), sizes)
+    return DeviceSender(backend, client, num_ranks, dtype, ray.util.get_node_ip_address(), sizes)
 
 
 class DeviceTransfer:
@@ -117,16 +117,18 @@ class DeviceTransfer:
 
     def __init__(self, members: Sequence[Generator], settings: Generation, dtype: torch.dtype) -> None:
         """Raises TransferLostError where an actor is lost while it joins. All have to be `free`."""
-        self._settings, self._client = settings, TransferClient(members, settings.sync_timeout_s)
-        model = members[0].call("model", "to tell its model", "sync_timeout_s").result()
+        num_ranks = len(members) * settings.tensor_parallel
+        model, self._limit_s = members[0].served, members[0].sync_limit_s
+        self._settings = settings
+        self._client = TransferClient(members, self._limit_s, settings.tensor_parallel)
         self._layout, self._without = ModelLayout(model.path), model.merged_heads
         sizes = self._layout.sent_sizes(self._without)
         self._sender = self._within(
             "generators to join the weight transfer",
-            lambda: join_transfer(settings.weight_sync, self._client, len(members), dtype, sizes),
+            lambda: join_transfer(settings.weight_sync, self._client, num_ranks, dtype, sizes),
         )
 
-    def send(self, tensors: Mapping[str, Tensor], sums: dict[str, int] | None, version: str) -> list[Verified | None]:
+    def send(self, tensors: Mapping[str, Tensor], sums: Sums | None, version: str) -> list[Verified | None]:
         """One update of all actors, and what they verified.
 
         `tensors` is a whole state dict; the engines get what a checkpoint would hold. Errors are those of
@@ -144,7 +146,7 @@ class DeviceTransfer:
         self._sender.close()
 
     def _within(self, what: str, call: Callable[[], Any]) -> Any:
-        return within(self._settings.sync_timeout_s, what, call, self._client.failed)
+        return within(self._limit_s, what, call, self._client.failed)
 
 
 def within(seconds: float, what: str, call: Callable[[], Any], failed: Future[None] | None = None) -> Any:

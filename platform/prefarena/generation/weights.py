@@ -1,50 +1,14 @@
-"""Weights on their way to an engine: as arrays, what an engine must be sent, and checksums of it. No Ray, no vLLM."""
+"""What an engine must be sent, and what it is found to hold. No Ray, no vLLM."""
 
 from __future__ import annotations
 
 import math
-import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
+from prefarena.generation.checksums import ColumnSample
 from prefarena.generation.interface import WeightMismatchError, WeightUpdateError
-
-_BITS = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
-_MIX = 0x2545F4914F6CDD1D  # odd, so that multiplying by it mod 2^64 loses nothing
-_BLOCK = 1 << 22  # elements mixed at once: bounds the memory that a checksum takes
-
-
-def as_arrays(tensors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Float32 arrays in host memory, which Ray's object store holds without pickling them."""
-    return {name: tensor.detach().float().cpu().numpy() for name, tensor in tensors.items()}
-
-
-def to_host(
-    named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype | None
-) -> tuple[dict[str, np.ndarray], dict[str, int] | None]:
-    """`as_arrays` and `checksums` (none without a dtype) of tensors that come one by one and need not be kept.
-
-    So what is gathered or merged for the engines is on a device one tensor at a time.
-    """
-    arrays: dict[str, np.ndarray] = {}
-    sums: dict[str, int] = {}
-    for name, tensor in named_tensors:
-        if dtype is not None:
-            sums |= checksums({name: tensor}, dtype)
-        arrays |= as_arrays({name: tensor})
-    return arrays, None if dtype is None else sums
-
-
-def as_tensors(arrays: Mapping[str, np.ndarray]) -> dict[str, Tensor]:
-    """Views of arrays that Ray shares read-only; they may only be read."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*not writable")
-        return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 
 def check_complete(sent: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
@@ -53,39 +17,42 @@ def check_complete(sent: Mapping[str, tuple[int, ...]], expected: Mapping[str, t
     A partial update is not harmless: vLLM fuses layers (q, k, v), and fills what was not sent of a fused one with
     whatever its buffer held.
     """
-    missing, unknown = sorted(expected.keys() - sent.keys()), sorted(sent.keys() - expected.keys())
+    missing = sorted(expected.keys() - sent.keys())
     if missing:
         raise WeightUpdateError(f"a weight update must hold every tensor of the model; missing: {_listed(missing)}")
+    check_known(sent, expected)
+
+
+def check_known(sent: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise WeightUpdateError unless what is sent is among the expected tensors, with their shapes."""
+    unknown = sorted(sent.keys() - expected.keys())
     if unknown:
         raise WeightUpdateError(f"a weight update holds tensors that the model does not have: {_listed(unknown)}")
-    for name, shape in expected.items():
-        if tuple(sent[name]) != shape:
-            raise WeightUpdateError(f"{name} was sent with shape {tuple(sent[name])}, but the engine's is {shape}")
+    for name, shape in sent.items():
+        if tuple(shape) != expected[name]:
+            raise WeightUpdateError(f"{name} was sent with shape {tuple(shape)}, but the engine's is {expected[name]}")
+
+
+def check_layers(sent: Collection[str], layers: Sequence[frozenset[str]]) -> None:
+    """Raise WeightUpdateError unless what is sent makes up whole ones of these layers, as `check_complete` says why."""
+    touched = [layer for layer in layers if not layer.isdisjoint(sent)]
+    missing = sorted(frozenset[str]().union(*touched) - set(sent))
+    unknown = sorted(set(sent) - frozenset[str]().union(*touched))
+    if missing or unknown:
+        wrong = f"missing: {_listed(missing)}" if missing else f"of no layer that is known: {_listed(unknown)}"
+        raise WeightUpdateError(f"a part of a weight update must hold every tensor of a layer; {wrong}")
 
 
 def _listed(names: list[str]) -> str:
     return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
-def checksum(tensor: Tensor) -> int:
-    """A 64-bit sum over the bit patterns of the elements, each multiplied by a number of its own place.
+@dataclass(frozen=True)
+class Sums:
+    """Checksums of what was sent, by name; with a sample, of some columns of wide tensors."""
 
-    So it tells tensors apart that hold the same numbers in another order. Negative zero counts as zero: an engine
-    whose weights are read back through a product cannot tell them apart.
-    """
-    bits = (tensor.detach().contiguous().reshape(-1) + 0.0).view(_BITS[tensor.dtype])
-    total = 0
-    for start in range(0, bits.numel(), _BLOCK):
-        block = bits[start : start + _BLOCK]
-        place = torch.arange(start + 1, start + 1 + len(block), device=block.device, dtype=torch.int64).mul_(_MIX)
-        place ^= place >> 29
-        total += int((block * (place | 1)).sum().item())
-    return total % 2**64
-
-
-def checksums(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, int]:
-    """Checksums of tensors as an engine of this dtype must hold them. Computed where the tensors are."""
-    return {name: checksum(tensor.detach().to(dtype)) for name, tensor in tensors.items()}
+    of: dict[str, int]
+    sample: ColumnSample | None = None
 
 
 @dataclass(frozen=True)

@@ -138,6 +138,31 @@ def check_head_size(path: str, config: PretrainedConfig) -> None:
         )
 
 
+def check_split(path: str, config: PretrainedConfig, num_devices: int) -> None:
+    """Raise UserError where vLLM cannot cut this model's layers among so many devices."""
+    text = config.get_text_config(decoder=True)
+    heads, inner = getattr(text, "num_attention_heads", None), getattr(text, "intermediate_size", None)
+    shared = getattr(text, "num_key_value_heads", None) if not getattr(text, "kv_lora_rank", None) else None
+    counts = [
+        (count, what)
+        for count, what in ((heads, "attention heads"), (shared, "key and value heads"), (inner, "inner dimensions"))
+        if isinstance(count, int)
+    ]
+
+    def cut(count: int, what: str, among: int) -> bool:
+        """Key and value heads may also be held by several devices each."""
+        return count % among == 0 or (what.startswith("key") and among % count == 0)
+
+    for count, what in counts:
+        if not cut(count, what, num_devices):
+            largest = heads if isinstance(heads, int) else num_devices
+            possible = [among for among in range(1, largest + 1) if all(cut(*one, among) for one in counts)]
+            raise UserError(
+                f"{path}: its {count} {what} cannot be shared evenly by generation.tensor_parallel: {num_devices}; "
+                f"possible with this model: {', '.join(map(str, possible))}"
+            )
+
+
 def _settings(path: str, revision: str | None) -> tuple[PretrainedConfig, dict[str, TensorHeader] | None]:
     """The config, and the weights' headers where the files are on this machine."""
     folder = local_folder(path)

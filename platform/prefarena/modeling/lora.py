@@ -7,7 +7,7 @@ An adapter adds nothing at first (its second factor is zero), so a policy starts
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -95,19 +95,29 @@ def adapter_parameters(model: nn.Module, name: str) -> dict[str, nn.Parameter]:
     return dict(sorted(found.items()))
 
 
+def adapted_weights(model: nn.Module) -> frozenset[str]:
+    """The names of the weights that adapters change, as if the model had never had any."""
+    return frozenset(f"{key}.weight" for key, layer in model.named_modules() if isinstance(layer, LoraLayer))
+
+
 def merged_weights(
-    model: PreTrainedModel, name: str = _ADAPTER, base: Mapping[str, Tensor] | None = None
+    model: PreTrainedModel,
+    name: str = _ADAPTER,
+    base: Mapping[str, Tensor] | None = None,
+    names: Collection[str] | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
     """The weights of the model with the adapters of this name merged into them, as if it had never had adapters.
 
     Nothing of the model is changed; each tensor is whole, and one that was adapted is new. base: what they are merged
-    into in place of the model's own weights, where it holds halves of them.
+    into in place of the model's own weights, where it holds halves of them. names: of the weights that are asked for;
+    None: all.
     """
     layers = {f"{key}.base_layer.weight": layer for key, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     for key, tensor in model.state_dict().items():
-        if "lora_" in key:
+        plain = key.replace(".base_layer.", ".")
+        if "lora_" in key or (names is not None and plain not in names):
             continue
-        plain, weight = key.replace(".base_layer.", "."), whole(tensor)
+        weight = whole(tensor)
         if base is not None:
             weight = base[plain].to(weight.device)
         if key in layers:

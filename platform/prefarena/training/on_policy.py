@@ -158,7 +158,7 @@ class OnPolicyTrainer:
         self.tokenizer = load_tokenizer(job.policy)
         self.models = load_models(job, worker)
         worker.note_padding(self.models.policy.notes)
-        self.stream = RolloutStream(job, worker, source, self.models.weights)
+        self.stream = RolloutStream(job, worker, source, self.models)
         for module in self.models.to_prepare():
             prepare(module, self.settings, worker)
         self.micro_batch_size, self.predicted_mib = fitting_micro_batch(

@@ -7,6 +7,7 @@ from functools import partial
 from torch import nn
 
 from prefarena.config import ClassifierJudge, RewardModel
+from prefarena.generation.shared import BUCKET_BYTES, MOST_BUCKETS
 from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.lora import use_adapter
 from prefarena.modeling.memory import MemoryNeed, size_of, sum_of_pass, training_memory
@@ -89,15 +90,15 @@ def _frozen(job: OnPolicyJob, models: OnPolicyModels, num_parts: int) -> int:
 
 
 def _under_way(job: OnPolicyJob, models: OnPolicyModels, num_parts: int, on_gpu: bool) -> int:
-    """Bytes of the copy of the policy that is made for the generation actors.
+    """Bytes of what is copied of the policy for the generation actors.
 
-    Through host memory tensors leave a GPU one by one. From GPU to GPU they are sent together, which takes a copy of
-    what is gathered or merged.
+    Through host memory tensors leave a GPU one by one, and are in that memory in buckets. From GPU to GPU they are sent
+    together, which takes a copy of what is gathered or merged.
     """
     copied = num_parts > 1 or models.body is not None
     if on_gpu and (job.generation.weight_sync == "host" or not copied):
         return max(_FLOAT * one.numel() for one in models.policy.model.parameters()) if copied else 0
-    return _policy_size(models)
+    return _policy_size(models) if on_gpu else min(_policy_size(models), MOST_BUCKETS * BUCKET_BYTES)
 
 
 def _policy_size(models: OnPolicyModels) -> int:

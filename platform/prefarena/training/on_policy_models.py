@@ -6,7 +6,7 @@ In full training each is a model of its own. With adapters all of them are roles
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -35,6 +35,7 @@ from prefarena.modeling.load import (
 )
 from prefarena.modeling.logprobs import LogProbs, PackedModel
 from prefarena.modeling.lora import (
+    adapted_weights,
     adapter_of,
     add_adapters,
     load_adapter,
@@ -94,13 +95,21 @@ class OnPolicyModels:
             in_weights(self.reference.model, precision)
         worker.place(self.reference if self.body is None else self.body, precision)
 
-    def weights(self, base: Mapping[str, Tensor] | None = None) -> Iterator[tuple[str, Tensor]]:
+    @property
+    def changing(self) -> frozenset[str] | None:
+        """The names of the policy's weights that training changes; None: all of them."""
+        return adapted_weights(self.policy.model) if isinstance(self.policy, Role) else None
+
+    def weights(
+        self, base: Mapping[str, Tensor] | None = None, names: Collection[str] | None = None
+    ) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights, whole, by name. Every worker goes through all of it.
 
-        Adapters are merged into them: into those of `base` where it is given, since a body may hold halves.
+        Adapters are merged into them: into those of `base` where it is given, since a body may hold halves. names: of
+        those that are asked for, of a policy with adapters; None: all.
         """
         if isinstance(self.policy, Role):
-            yield from merged_weights(self.policy.model, POLICY, base)
+            yield from merged_weights(self.policy.model, POLICY, base, names)
         else:
             for name, tensor in self.policy.model.state_dict().items():
                 yield name, whole(tensor)

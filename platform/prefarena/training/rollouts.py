@@ -6,7 +6,8 @@ iteration.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Collection, Iterable
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor
 from prefarena.config import GroupTraining, OnPolicyTraining
 from prefarena.data.tables import read_rows
 from prefarena.errors import UserError
-from prefarena.generation.interface import Pending, RolloutSource, Sampling, StaleWeightsError
+from prefarena.generation.interface import Pending, RolloutSource, Sampling, StaleWeightsError, TakesLayers
 from prefarena.records import Rollout
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.worker import Worker
@@ -70,13 +71,24 @@ def read_prompts(job: OnPolicyJob) -> list[list[int]]:
     return prompts
 
 
+class HasWeights(Protocol):
+    """The policy, as generators get it."""
+
+    @property
+    def changing(self) -> frozenset[str] | None:
+        """The names of the weights that training changes; None: all of them."""
+
+    def weights(self, *, names: Collection[str] | None = None) -> Iterable[tuple[str, Tensor]]:
+        """Whole, by name, these alone or all; every worker goes through it at the same time."""
+
+
 class RolloutStream:
     """This worker's share of each iteration's rollouts, from a source that holds the weights of a named version.
 
     In synchronous mode the batch of iteration i is made by the weights of iteration i. In asynchronous mode it is asked
     for before update i - 1 and so made by the weights of iteration i - 1, while that update runs; the first batch, and
-    the first after a restart, is made when it is needed. `weights` gives the
-    current policy, by name; every worker goes through it at the same time.
+    the first after a restart, is made when it is needed. Where adapters are trained, the layers that they change are
+    sent alone, once the source holds the others.
     """
 
     def __init__(
@@ -84,9 +96,10 @@ class RolloutStream:
         job: OnPolicyJob,
         worker: Worker,
         source: RolloutSource,
-        weights: Callable[[], Iterable[tuple[str, Tensor]]],
+        policy: HasWeights,
     ) -> None:
-        self._job, self._worker, self.source, self._weights = job, worker, source, weights
+        self._job, self._worker, self.source, self._policy = job, worker, source, policy
+        self._sent: str | None = None  # the version that was pushed last
         self._prompts = read_prompts(job)
         self._ahead: Pending | None = None
         self.max_staleness = 1 if job.training.mode == "asynchronous" else 0
@@ -103,13 +116,26 @@ class RolloutStream:
     def push(self, iteration: int) -> None:
         """Give the source the policy that `iteration` starts with; no worker goes on before it has it."""
         self._barrier()  # a slower worker may still wait for rollouts of the weights that the source holds
-        weights = self._weights()
-        if self._worker.rank == 0:
-            self.source.sync(weights, self.version(iteration))
-        else:
+        names = self._changed()
+        weights, version = self._policy.weights(names=names), self.version(iteration)
+        if self._worker.rank != 0:
             for _ in weights:  # a sharded model's are gathered tensor by tensor, which takes every worker
                 pass
+        elif names is not None and isinstance(self.source, TakesLayers):
+            self.source.sync(weights, version, since=self._sent)
+        else:
+            self.source.sync(weights, version)
+        self._sent = version
         self._barrier()
+
+    def _changed(self) -> frozenset[str] | None:
+        """The weights to be sent; None: all. Every worker decides the same, and takes part in gathering them."""
+        changing, names = self._policy.changing, None
+        if changing is None or self._sent is None:
+            return None
+        if isinstance(self.source, TakesLayers):
+            names = self.source.layers_of(changing, self._sent)
+        return None if self._worker.on_any(names is None) else names
 
     def take_ahead(self, iteration: int) -> list[Rollout] | None:
         """The batch of `iteration` if it was asked for one update ago; the policy is by now that of `iteration`."""
