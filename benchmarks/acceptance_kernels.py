@@ -38,7 +38,7 @@ from prefarena.training.sharding import shard
 KINDS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 #: Largest difference of a token's log-prob from float64 (nats), and of all gradients, relative to their norm.
 _LIMITS = {"float32": (1e-4, 1e-4), "bfloat16": (0.1, 0.05)}
-#: As tests/test_memory.py has it for CPUs.
+#: As tests/integration/test_memory.py has it for CPUs.
 _MEMORY = 0.2
 
 
@@ -404,7 +404,9 @@ def no_second_gpu(setting: Setting) -> str | None:
     return None
 
 
-_MEASURED = "a GPU's allocator is measured; tests/test_memory.py holds the prediction against a process on a CPU"
+_MEASURED = (
+    "a GPU's allocator is measured; tests/integration/test_memory.py holds the prediction against a process on a CPU"
+)
 CHECKS = [
     *(Check(f"packed and padded rows, {kind}", partial(packed_and_padded, kind)) for kind in KINDS),
     *(

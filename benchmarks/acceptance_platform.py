@@ -25,9 +25,9 @@ from prefarena.modeling.load import load_policy
 from prefarena.records import Rollout
 from prefarena.report.results import load_results
 from prefarena.stages import read_manifest
-from tests.chaos import Disturbed, Kill, differences, generating_span, run_folder, steps_lost, training_folders
-from tests.chaos import write_config as write_comparison
-from tests.families import (
+from tests.helpers.chaos import Disturbed, Kill, differences, generating_span, run_folder, steps_lost, training_folders
+from tests.helpers.chaos import write_config as write_comparison
+from tests.helpers.families import (
     LARGEST_GAP,
     MAX_LENGTH,
     PROMPTS,
@@ -285,7 +285,7 @@ def unbuilt(_: Setting) -> str:
 
 
 _NO_KERNELS = "vLLM's batch-invariant kernels are Triton's: its engines for CPUs end in an error with them"
-_QUEUED = "CUDA IPC needs a GPU; tests/test_weight_transfer.py runs both sides with a queue in its place"
+_QUEUED = "CUDA IPC needs a GPU; tests/integration/test_weight_transfer.py runs both sides with a queue in its place"
 CHECKS = [
     *(Check(f"engine, host sync, log-probs, {kind}", partial(engine, kind), limit_s=420) for kind in KINDS),
     Check("IPC sync", partial(device_sync, "ipc"), on_gpus(_QUEUED), limit_s=420),

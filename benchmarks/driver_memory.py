@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prefarena.training.process_memory import peak_mib
-from tests.real_model import smollm2
+from tests.helpers.real_model import smollm2
 
 NUM_PAIRS, NUM_STEPS = 60, 2
 RESULTS = Path(__file__).parent / "results" / "driver_memory.txt"

@@ -24,11 +24,11 @@ from prefarena.cluster.session import ray_session
 from prefarena.generation.client import last_error
 from prefarena.modeling.support import why_not_packed
 from prefarena.report.results import load_results
-from tests.families import LARGEST_GAP, compare, engine_process, make
-from tests.models import random_model, save_model
-from tests.tiny import FIRST_LETTER, VOCABULARY
+from tests.helpers.families import LARGEST_GAP, compare, engine_process, make
+from tests.helpers.models import random_model, save_model
+from tests.helpers.tiny import FIRST_LETTER, VOCABULARY
 
-#: As the table calls them, and as tests.models does.
+#: As the table calls them, and as tests.helpers.models does.
 TABLE = {
     "Llama": "llama", "GPT-2": "gpt2", "GPT-NeoX (Pythia)": "gpt-neox", "Gemma-2": "gemma2", "Gemma-3 (text)": "gemma3",
     "OLMo-2": "olmo2", "Qwen-2": "qwen2", "Qwen-3": "qwen3", "Phi-3": "phi3", "Mistral": "mistral", "OPT": "opt",

@@ -37,8 +37,8 @@ from prefarena.stages import read_manifest
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob
 from prefarena.training.on_policy import train_on_policy
 from prefarena.training.run_job import run_job
-from tests.real_model import smollm2
-from tests.workers import OneOfMany
+from tests.helpers.real_model import smollm2
+from tests.helpers.workers import OneOfMany
 
 #: Few enough for two cores: what is held does not depend on how many passes there are, as long as a step has several.
 PROMPT, RESPONSE, ROWS, PASS = 96, 32, 8, 4

@@ -20,7 +20,7 @@ from prefarena.config import Generation
 from prefarena.generation.checksums import ColumnSample, checksums
 from prefarena.generation.fleet import Generators
 from prefarena.modeling.load import load_policy
-from tests.real_model import smollm2
+from tests.helpers.real_model import smollm2
 
 
 def main() -> None:

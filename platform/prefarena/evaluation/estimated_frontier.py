@@ -21,7 +21,8 @@ from prefarena.evaluation.statistics import Estimate, mean_and_stderr
 
 _MOST_STEPS = 100
 #: The estimate is trusted where on all but this share of the prompts the weight lies on as many samples as that, by
-#: their effective number. With fewer the jackknife no longer keeps up with the bias (tests/test_estimated_frontier.py).
+#: their effective number. With fewer the jackknife no longer keeps up with the bias, as
+#: tests/unit/test_estimated_frontier.py shows.
 _FEW_PROMPTS, _LEAST_SAMPLES = 0.1, 3.0
 #: The largest inverse temperature that is looked at, in units of the reward's spread: all weight on the best samples.
 _MOST_SPREADS = 1e3

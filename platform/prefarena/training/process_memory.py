@@ -29,8 +29,8 @@ def return_tensors(at_once: bool) -> None:
 def kept_share(at_once: bool) -> float:
     """What glibc keeps of freed tensors, as a share of what comes and goes in a step: gradients and activations.
 
-    From tests/test_memory.py and benchmarks/rlhf_memory.py: 0.2 to 0.8 was measured where tensors stay in the process,
-    0.0 to 0.2 where they go back at once. Weights and moments are never freed.
+    Measured by tests/integration/test_memory.py and benchmarks/rlhf_memory.py: 0.2 to 0.8 where tensors stay in the
+    process, 0.0 to 0.2 where they go back at once. Weights and moments are never freed.
     """
     return 0.2 if at_once else 0.45
 
