@@ -27,11 +27,12 @@ from prefarena.cluster.doctor import (
     judge_storage,
     room_of_worker,
 )
-from prefarena.cluster.needs import Heaviest, Lengths, disk_needed, heaviest_training, num_parameters
+from prefarena.cluster.needs import Heaviest, Lengths, disk_needed, heaviest_training, num_parameters, trainings
 from prefarena.cluster.probe import NodeReport, versions, vllm_wants_torch
 from prefarena.config import Comparison, parse_config
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.modeling.memory import training_memory
+from prefarena.training.process_memory import kept_share
 
 ROOT = Path(__file__).parents[2]
 GIB = 2**30
@@ -215,9 +216,12 @@ def test_passes_set_to_auto_are_those_that_the_smallest_node_has_room_for() -> N
     reward = {"name": "rlhf", "method": {"kind": "rlhf", "reward": {"kind": "gold"}}}
     for entry in ({"name": "dpo", "method": {"kind": "dpo"}}, reward):
         asked = config(reference={"train": False}, entries=[entry])
-        found = heaviest_training(asked, settings, LENGTHS)
-        assert found is not None
-        room = int(1.3 * found.memory + 800 * 2**20) + 1  # as a worker counts on a CPU
+        found, (training,) = heaviest_training(asked, settings, LENGTHS), trainings(asked)
+        held = training.need(settings, LENGTHS, training.sizes[0])
+        assert found is not None and held is not None and held.total == found.memory
+        # As a worker counts on a CPU, whose allocator keeps a share of what comes and goes.
+        kept = kept_share(at_once=False) * (held.gradients + held.activations)
+        room = int(held.total + kept + 800 * 2**20) + 1
         assert heaviest_training(asked, settings, LENGTHS, room=room) == found
         less = heaviest_training(asked, settings, LENGTHS, room=room - 2)
         assert less is not None and less.memory < found.memory and less.key == found.key
