@@ -39,7 +39,12 @@ LAYOUTS: tuple[tuple[int, Sharding], ...] = ((2, "none"), (2, "fsdp"), (4, "none
 #: What four workers do as well: each kind of body, trained whole and by adapters, with a critic and without.
 BY_FOUR = (("ppo", "plain"), ("ppo", "lora recomputed"), ("grpo", "lora"))
 CASES = [
-    pytest.param(method, variant, f"{number} {sharding}", marks=[pytest.mark.long] if number > 2 else [])
+    pytest.param(
+        method,
+        variant,
+        f"{number} {sharding}",
+        marks=[pytest.mark.long] if number > 2 or variant.endswith("recomputed") else [],
+    )
     for number, sharding in LAYOUTS
     for method in METHODS
     for variant in VARIANTS
@@ -65,9 +70,7 @@ def run_as_one_of(rank: int, jobs: Jobs, root: Path, world_size: int, sharding: 
     if world_size > 1:
         rendezvous = f"file://{root}/rendezvous"
         torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=world_size)
-    for which, job in jobs.items():
-        if world_size > 2 and which not in BY_FOUR:
-            continue
+    for job in jobs.values():
         worker = OneOfMany(job.stage_dir, rank, world_size, sharding)
         train_on_policy(job, worker, SharedGenerator(job.policy, Path(job.stage_dir).parent, worker))
     if world_size > 1:
@@ -75,22 +78,29 @@ def run_as_one_of(rank: int, jobs: Jobs, root: Path, world_size: int, sharding: 
 
 
 class Runs:
-    """All methods and variants, done by each layout of workers when it is first asked for."""
+    """All methods, done by each layout of workers when it is first asked for: with recomputation, or without."""
 
     def __init__(self, folders: pytest.TempPathFactory, policy: str) -> None:
         self._folders, self._policy = folders, policy
-        self._done: dict[str, Jobs] = {}
+        self._done: dict[tuple[str, bool], Jobs] = {}
 
-    def __getitem__(self, layout: str) -> Jobs:
-        if layout not in self._done:
+    def job(self, method: str, variant: str, layout: str) -> OnPolicyJob:
+        """One that has ended, with others of its layout."""
+        recomputes = variant.endswith("recomputed")
+        if (layout, recomputes) not in self._done:
             number, sharding = int(layout.split()[0]), layout.split()[1]
-            root = self._folders.mktemp(layout.replace(" ", "-"))
-            jobs = self._done[layout] = make_jobs(root, self._policy)
+            root = self._folders.mktemp(f"{layout} {recomputes}".replace(" ", "-"))
+            jobs = {
+                which: job
+                for which, job in make_jobs(root, self._policy).items()
+                if which[1].endswith("recomputed") == recomputes and (number < 4 or which in BY_FOUR)
+            }
+            self._done[layout, recomputes] = jobs
             if number == 1:
                 run_as_one_of(0, jobs, root, 1, "none")
             else:
                 torch.multiprocessing.spawn(run_as_one_of, (jobs, root, number, sharding), nprocs=number)
-        return self._done[layout]
+        return self._done[layout, recomputes][method, variant]
 
 
 @pytest.fixture(scope="module")
@@ -100,7 +110,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory, tiny_policy: str) -> Runs:
 
 @pytest.mark.parametrize(("method", "variant", "layout"), CASES)
 def test_many_workers_have_the_losses_of_one(runs: Runs, method: str, variant: str, layout: str) -> None:
-    one, many = (metric_rows(runs[name][method, variant]) for name in ("1 none", layout))
+    one, many = (metric_rows(runs.job(method, variant, name)) for name in ("1 none", layout))
     assert len(one) == len(many) == NUM_ITERATIONS
     for name in ("policy/loss", "kl/k3", "reward/mean", *(["value/loss"] if method == "ppo" else [])):
         np.testing.assert_allclose(column(many, name), column(one, name), rtol=0, atol=1e-5, err_msg=name)
@@ -109,15 +119,15 @@ def test_many_workers_have_the_losses_of_one(runs: Runs, method: str, variant: s
 @pytest.mark.parametrize(("method", "variant", "layout"), [*CASES, *ALONE])
 def test_the_generator_has_the_weights_that_the_trainer_has(runs: Runs, method: str, variant: str, layout: str) -> None:
     """Gathered, and with adapters merged: the rollouts' own log-probs are those that the trainer computes."""
-    rows = metric_rows(runs[layout][method, variant])
+    rows = metric_rows(runs.job(method, variant, layout))
     assert max(column(rows, "logp_gap/max")) < 1e-5
     assert rows[-1]["kl/k3"] > 1e-3  # so that the reference's weights would not do
 
 
 @pytest.mark.parametrize(("method", "variant", "layout"), CASES)
 def test_the_saved_policy_is_that_of_one_worker(runs: Runs, method: str, variant: str, layout: str) -> None:
-    job = runs[layout][method, variant]
-    one, many = (load_policy(runs[name][method, variant].model_dir).state_dict() for name in ("1 none", layout))
+    job = runs.job(method, variant, layout)
+    one, many = (load_policy(runs.job(method, variant, name).model_dir).state_dict() for name in ("1 none", layout))
     start = load_policy(job.policy).state_dict()
     assert one.keys() == many.keys() == start.keys()  # no trace of adapters
     for name, value in one.items():
@@ -164,7 +174,7 @@ def test_a_sharded_run_that_was_killed_goes_on_with_other_workers(
     for variant, job in jobs.items():
         (fault,) = Worker(job.stage_dir).stage_log.faults()
         assert fault["kind"] == "resumed" and fault["step"] == 8
-        one, many = metric_rows(runs["1 none"]["ppo", variant]), metric_rows(job)
+        one, many = metric_rows(runs.job("ppo", variant, "1 none")), metric_rows(job)
         assert len(one) == len(many) == NUM_ITERATIONS
         for name in ("policy/loss", "value/loss", "kl/k3"):
             np.testing.assert_allclose(column(many, name), column(one, name), rtol=0, atol=1e-5, err_msg=name)

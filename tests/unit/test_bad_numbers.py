@@ -195,7 +195,7 @@ def test_an_on_policy_method_passes_over_a_bad_batch_and_fails_after_too_many(
     monkeypatch.setattr("prefarena.training.on_policy._connect", lambda job: LocalGenerator(job.policy))
     for name, bad in (("once", {2}), ("always", set(range(4, 100)))):
         judge = Judge(bad)
-        monkeypatch.setattr("prefarena.training.on_policy.load_judge", lambda *_, judge=judge: judge)
+        monkeypatch.setattr("prefarena.training.loading.load_judge", lambda *_, judge=judge: judge)
         run_job(replace(job, stage_dir=str(tmp_path / name)), Worker(str(tmp_path / name)))
     rows = metric_rows(replace(job, stage_dir=str(tmp_path / "once")))
     assert [row["steps_skipped"] for row in rows] == [0, 4, 4, 4, 4, 4, 4]  # two steps of each model

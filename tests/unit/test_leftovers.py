@@ -20,7 +20,7 @@ from prefarena.stages import failure_of
 from prefarena.training import on_policy
 from prefarena.training.jobs import Job, RewardModelJob
 from prefarena.training.run_job import run_job
-from prefarena.training.sharding import is_sharded, shard
+from prefarena.training.sharding import is_sharded
 from prefarena.training.worker import Worker
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -45,8 +45,13 @@ class Watching(Worker):
         self.before = set(tensors())
         self.seen: list[weakref.ref[Tensor]] = []
 
+    @property
+    def shards(self) -> bool:
+        """Also where it is alone, and its part is all of a model."""
+        return self.one_part
+
     def distribute(self, module: nn.Module, precision: Arithmetic) -> nn.Module:
-        trained = shard(module, 1, self.device, precision) if self.one_part else super().distribute(module, precision)
+        trained = super().distribute(module, precision)
         self.sharded = is_sharded(trained)
         return self.watch(trained)
 
