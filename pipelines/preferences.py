@@ -15,7 +15,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,7 +24,7 @@ import pyarrow.compute as pc
 
 from prefarena.cluster.pools import map_in_pool, through_deaths
 from prefarena.config import Model, PretrainedModel, TextTask
-from prefarena.data.first_rows import FirstRows, look_at_pairs, look_at_singles, look_at_test, look_at_text
+from prefarena.data.first_rows import FirstRows, look_at_others, look_at_pairs, look_at_test
 from prefarena.data.labels import EVEN, order_notes
 from prefarena.data.limits import look_at_limits
 from prefarena.data.notes import notes_of, transcript_notes
@@ -129,19 +129,15 @@ def prepare_text(
                 tables.add_test(rows)
             tables.check_test(task)
         prepare = functools.partial(prepare_pairs, shares=shares)
-        for rows in stream(task, first.parts, COLUMNS, task.max_rows, prepare, (path, revision), num_tokenisers):
-            tables.add(rows if task.max_rows is None else rows.slice(0, task.max_rows - tables.num_rows))
-            if tables.num_rows == task.max_rows:
-                break
+        prepared = stream(task, first.parts, COLUMNS, task.max_rows, prepare, (path, revision), num_tokenisers)
+        for rows in first_of(prepared, task.max_rows):
+            tables.add(rows)
     summary = {**tables.summary(task, shares), "tokenizer": path, "rules": _rules(task, shares)}
     summary["ends"] = tokenizer.ends_in_words()
     notes = [*first.notes, *(test.notes if test else []), *transcript_notes(first, task, tokenizer.tokenizer)]
     notes += [*ignored_judge(task, learns_judge), *order_notes(summary), *leakage_notes(summary)]
     summary["notes"] = [*notes, *notes_of(summary, tokenizer.conversations.form)]
-    if task.unpaired_data is not None:
-        summary["unpaired"] = write_singles(task, task.unpaired_data, (path, revision), folder, num_tokenisers)
-    if task.pretraining_text is not None:
-        summary["num_pretraining"] = write_pretraining(task, path, revision, folder, num_tokenisers)
+    summary |= write_others(task, (path, revision), folder, num_tokenisers)
     write_json(folder / "summary.json", summary)
     return summary
 
@@ -153,11 +149,19 @@ def _look(task: TextTask) -> tuple[FirstRows, FirstRows | None]:
     """At the pairs, the test set where it is one of its own, single responses and pretraining text."""
     first = look_at_pairs(task)
     test = look_at_test(task, first)
-    if task.unpaired_data is not None:
-        look_at_singles(task, task.unpaired_data)
-    if task.pretraining_text is not None:
-        look_at_text(task, task.pretraining_text)
+    look_at_others(task)
     return first, test
+
+
+def first_of(tables: Iterable[pa.Table], limit: int | None) -> Iterator[pa.Table]:
+    """Their first `limit` rows, or all; no table is asked for beyond them."""
+    num_rows = 0
+    for rows in tables:
+        rows = rows if limit is None else rows.slice(0, limit - num_rows)
+        yield rows
+        num_rows += rows.num_rows
+        if num_rows == limit:
+            return
 
 
 def _training_texts(task: TextTask, shares: Shares) -> Iterator[str]:
@@ -296,7 +300,20 @@ class _Prepare:
 # -------------------------------------------------------------------------------------------------- writing
 
 
-def write_singles(
+def write_others(task: TextTask, loaded: tuple[str, str | None], folder: Path, most: int | None) -> dict[str, Any]:
+    """The tables of single responses and of pretraining text, where the task has them, and what a summary says of them.
+
+    loaded: the tokenizer's path and revision. most: actors that tokenise at once.
+    """
+    told: dict[str, Any] = {}
+    if task.unpaired_data is not None:
+        told["unpaired"] = _write_singles(task, task.unpaired_data, loaded, folder, most)
+    if task.pretraining_text is not None:
+        told["num_pretraining"] = _write_pretraining(task, *loaded, folder, most)
+    return told
+
+
+def _write_singles(
     task: TextTask, source: str, tokenizer: tuple[str, str | None], folder: Path, most: int | None
 ) -> dict[str, Any]:
     """Write the table of single responses; counts. Raises UserError as `prepare_text` does, and without both kinds.
@@ -342,7 +359,7 @@ def write_singles(
             "num_responses": table.count, "num_dropped": sum(dropped.values()), "dropped": dropped}  # fmt: skip
 
 
-def write_pretraining(task: TextTask, path: str, revision: str | None, folder: Path, most: int | None) -> int:
+def _write_pretraining(task: TextTask, path: str, revision: str | None, folder: Path, most: int | None) -> int:
     """Write the pretraining table; the number of its pieces. Raises UserError as `prepare_text` does."""
     table = ParquetRows(folder / "pretraining", PRETRAINING)
     rejections, num_texts, source = Rejections(folder / "dropped_pretraining.jsonl"), 0, str(task.pretraining_text)

@@ -14,14 +14,13 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.preferences import check_text_task, stream, write_pretraining, write_singles
+from pipelines.preferences import check_text_task, first_of, stream, write_others
 from prefarena.config import Model, PretrainedModel, TextTask
 from prefarena.data.first_rows import (
     FirstRows,
+    look_at_others,
     look_at_prompts,
-    look_at_singles,
     look_at_test_prompts,
-    look_at_text,
     prompts_alone,
 )
 from prefarena.data.limits import look_at_prompt_limit
@@ -83,18 +82,13 @@ def prepare_prompt_rows(
             for rows in stream(task, test.parts, PROMPT_COLUMNS, None, prepare, loaded, num_tokenisers):
                 table.add(rows, table.test_rejections)
         prepare, num_rows = functools.partial(prepare_prompts, shares=shares), 0
-        for rows in stream(task, first.parts, PROMPT_COLUMNS, task.max_rows, prepare, loaded, num_tokenisers):
-            rows = rows if task.max_rows is None else rows.slice(0, task.max_rows - num_rows)
+        prepared = stream(task, first.parts, PROMPT_COLUMNS, task.max_rows, prepare, loaded, num_tokenisers)
+        for rows in first_of(prepared, task.max_rows):
             table.add(rows, table.rejections)
             num_rows += rows.num_rows
-            if num_rows == task.max_rows:
-                break
     summary = table.summary(task, num_rows) | {"tokenizer": model.path, "ends": tokenizer.ends_in_words()}
     summary["notes"] = [*first.notes, *(test.notes if test else []), *leakage_notes(summary)]
-    if task.unpaired_data is not None:
-        summary["unpaired"] = write_singles(task, task.unpaired_data, loaded, folder, num_tokenisers)
-    if task.pretraining_text is not None:
-        summary["num_pretraining"] = write_pretraining(task, *loaded, folder, num_tokenisers)
+    summary |= write_others(task, loaded, folder, num_tokenisers)
     write_json(folder / "summary.json", summary)
     return summary
 
@@ -102,10 +96,7 @@ def prepare_prompt_rows(
 def _look(task: TextTask) -> tuple[FirstRows, FirstRows | None]:
     first = look_at_prompts(task)
     test = look_at_test_prompts(task, first)
-    if task.unpaired_data is not None:
-        look_at_singles(task, task.unpaired_data)
-    if task.pretraining_text is not None:
-        look_at_text(task, task.pretraining_text)
+    look_at_others(task)
     return first, test
 
 

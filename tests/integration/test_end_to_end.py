@@ -226,27 +226,28 @@ def rows_of(stage: Path) -> list[dict]:
     return read_log(stage / METRICS)
 
 
+WORDS = ["tea", "bread", "rain", "music", "garden", "river", "winter", "paper"]
+
+
 def transcripts(path: Path, number: int) -> None:
     """Raw HH-RLHF rows in which polite answers are preferred."""
     rng = random.Random(0)
-    words = ["tea", "bread", "rain", "music", "garden", "river", "winter", "paper"]
     with path.open("w", encoding="utf-8") as file:
         for i in range(number):
-            question = f"\n\nHuman: tell me about {' '.join(rng.choices(words, k=3))} number {i}\n\nAssistant:"
-            chosen = f" Gladly, {' and '.join(rng.choices(words, k=3))} are lovely."
-            rejected = f" No, {' or '.join(rng.choices(words, k=rng.randint(1, 4)))}."
+            question = f"\n\nHuman: tell me about {' '.join(rng.choices(WORDS, k=3))} number {i}\n\nAssistant:"
+            chosen = f" Gladly, {' and '.join(rng.choices(WORDS, k=3))} are lovely."
+            rejected = f" No, {' or '.join(rng.choices(WORDS, k=rng.randint(1, 4)))}."
             file.write(json.dumps({"chosen": question + chosen, "rejected": question + rejected}) + "\n")
 
 
 def singles(path: Path, number: int) -> None:
     """Rows of one response each: the polite ones are desirable."""
     rng = random.Random(1)
-    words = ["tea", "bread", "rain", "music", "garden", "river", "winter", "paper"]
     with path.open("w", encoding="utf-8") as file:
         for i in range(number):
-            prompt = f"\n\nHuman: what of {' '.join(rng.choices(words, k=3))} number {i}\n\nAssistant:"
-            polite = f" Gladly, {' and '.join(rng.choices(words, k=3))} are lovely."
-            answer = polite if i % 2 else f" No, {' or '.join(rng.choices(words, k=3))}."
+            prompt = f"\n\nHuman: what of {' '.join(rng.choices(WORDS, k=3))} number {i}\n\nAssistant:"
+            polite = f" Gladly, {' and '.join(rng.choices(WORDS, k=3))} are lovely."
+            answer = polite if i % 2 else f" No, {' or '.join(rng.choices(WORDS, k=3))}."
             file.write(json.dumps({"prompt": prompt, "completion": answer, "label": bool(i % 2)}) + "\n")
 
 

@@ -133,6 +133,14 @@ def look_at_text(task: TextTask, path: str) -> FirstRows:
     return _look(task, (path, task.split), TEXT, TEXT_COLUMNS, TEXT_COLUMNS, text_of)
 
 
+def look_at_others(task: TextTask) -> None:
+    """At single responses and pretraining text, where the task has them."""
+    if task.unpaired_data is not None:
+        look_at_singles(task, task.unpaired_data)
+    if task.pretraining_text is not None:
+        look_at_text(task, task.pretraining_text)
+
+
 def look_at_singles(task: TextTask, path: str) -> FirstRows:
     """Of single responses. Raises UserError as `look_at_pairs` does."""
     every, needed = task.model_copy(update={"max_rows": None}), ("completion", "label")
