@@ -21,6 +21,7 @@ from prefarena.judges.spec import check_judge
 from prefarena.modeling.inspection import check_context, check_head_size, check_split, inspect_policy
 from prefarena.modeling.load import load_tokenizer, new_settings
 from prefarena.modeling.vocabulary import check_tokens
+from prefarena.settings.on_policy import CriticTraining
 from prefarena.tasks.language import Language
 from prefarena.trackers.make import check_packages
 
@@ -62,7 +63,7 @@ def _check_pretrained(config: Comparison, model: PretrainedModel) -> None:
     methods = [entry.method for entry in config.entries if isinstance(entry.method, OnPolicyMethod | BestOfN)]
     rewards = [config.judge, *(method.reward for method in methods)]
     scored = any(isinstance(reward, RewardModel) for reward in rewards)
-    scored = scored or any(method.kind == "rlhf" for method in methods)  # its critic
+    scored = scored or any(isinstance(getattr(method, "training", None), CriticTraining) for method in methods)
     settings = inspect_policy(model.path, model.revision, scored=scored)
     tokenizer = load_tokenizer(model.path, model.revision)
     check_tokens(model.path, tokenizer, settings, model.revision)

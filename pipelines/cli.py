@@ -56,7 +56,9 @@ def build_parser() -> argparse.ArgumentParser:
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="none: only what is here")
     _add_overrides(doctor)
     methods = commands.add_parser("methods", help="the methods and their settings with defaults")
-    methods.add_argument("--table", action="store_true", help="the off-policy ones, as the table in docs/methods.md")
+    methods.add_argument(
+        "--table", action="store_true", help="those that are trained, as the tables in docs/methods.md"
+    )
     _add_cluster_commands(commands)
     _add_reading_commands(commands)
     return parser
@@ -146,9 +148,9 @@ def main(argv: list[str] | None = None) -> int:
     arguments = build_parser().parse_args(argv)
     try:
         if arguments.command == "methods":
-            from pipelines.methods import list_methods, table
+            from pipelines.methods import list_methods, on_policy_table, table
 
-            print(table() if arguments.table else list_methods())
+            print(f"{table()}\n\n{on_policy_table()}" if arguments.table else list_methods())
             return 0
         if arguments.command in ("show", "diff"):
             from pipelines.show import diff, show

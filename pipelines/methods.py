@@ -1,6 +1,6 @@
 """What `prefarena methods` prints: every method and its settings, from the types that check them.
 
-`--table` prints the off-policy ones as a table in Markdown, which docs/methods.md holds.
+`--table` prints tables in Markdown, which docs/methods.md holds: the off-policy ones, and the on-policy ones.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from prefarena.config import OffPolicy
+from prefarena.config import OffPolicy, OnPolicy, OnPolicyTraining
 from prefarena.config.comparison import METHODS
-from prefarena.methods import discover
+from prefarena.methods import discover, on_policy
 from prefarena.settings.off_policy import Pairwise
+from prefarena.settings.on_policy import CriticTraining
 
 
 def list_methods() -> str:
-    """Name, first line of the description, and settings of each; what all off-policy ones share stands at the end."""
-    return "\n".join([line for method in METHODS for line in (*_lines(method), "")] + list(_shared()))
+    """Name, first line of the description, and settings of each; what many share stands at the end."""
+    own = [line for method in METHODS for line in (*_lines(method), "")]
+    return "\n".join([*own, *_shared(), "", *_shared_on_policy()])
 
 
 def table() -> str:
@@ -32,6 +34,16 @@ def table() -> str:
         settings = ", ".join(f"`{name}` {default}" for name, default, _ in _own_settings(method))
         needs = "yes" if _with_defaults(method).needs_reference else "no"
         cells = [f"`{kind}`", _what(method), formula, needs, settings or "none"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def on_policy_table() -> str:
+    """The on-policy methods likewise."""
+    lines = ["| `kind` | what it is | advantage | critic | its own settings, in `training` |", "|---|---|---|---|---|"]
+    for kind, method in on_policy.discover().items():
+        own = (f"`{name.removeprefix('training.')}` {default}" for name, default, _ in _own_on_policy(method))
+        cells = [f"`{kind}`", _what(method), f"$`{method.formula}`$", _critic(method), ", ".join(own) or "none"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -52,6 +64,20 @@ def _with_defaults(method: type[OffPolicy]) -> OffPolicy:
     return method.model_construct()
 
 
+def _critic(method: type[OnPolicy]) -> str:
+    return "yes" if isinstance(method.model_fields["training"].default, CriticTraining) else "no"
+
+
+def _own_on_policy(method: type[OnPolicy]) -> list[tuple[str, Any, str]]:
+    """Those that not every on-policy method has, or not with this default."""
+    shared = [setting[:2] for setting in _all_on_policy()]
+    return [setting for setting in _settings(method) if setting[:2] not in shared]
+
+
+def _all_on_policy() -> list[tuple[str, Any, str]]:
+    return _settings(OnPolicy) + _settings(OnPolicyTraining, "training.")
+
+
 def _own_settings(method: type[OffPolicy]) -> list[tuple[str, Any, str]]:
     """Those that not every off-policy method has, or not with this default."""
     shared = [setting[:2] for setting in _settings(Pairwise)]
@@ -63,6 +89,9 @@ def _lines(method: type[BaseModel]) -> Iterator[str]:
     if issubclass(method, OffPolicy):
         yield f"    (learns from {_reads(method)})"
         yield from (_line(*setting) for setting in _own_settings(method))
+    elif issubclass(method, OnPolicy):
+        yield f"    (learns from its own responses by a reward{', and a critic' if _critic(method) == 'yes' else ''})"
+        yield from (_line(*setting) for setting in _own_on_policy(method))
     else:
         yield from (_line(*setting) for setting in _settings(method))
 
@@ -73,6 +102,11 @@ def _shared() -> Iterator[str]:
     yield from (_line(*setting) for setting in shared)
     yield "and of them those that learn from pairs:"
     yield from (_line(*setting) for setting in _settings(Pairwise) if setting not in shared)
+
+
+def _shared_on_policy() -> Iterator[str]:
+    yield "all on-policy methods (those that learn from their own responses) also have:"
+    yield from (_line(*setting) for setting in _all_on_policy())
 
 
 def _line(name: str, default: Any, text: str) -> str:

@@ -233,6 +233,8 @@ def _trained(
     """trained_on: what scored training pairs depend on, by the arithmetic of training."""
     method, label, reward_model, scores = entry.method, f"{entry.name}-s{seed}", None, None
     pairs, settings = logps.key, _dump(method)
+    if isinstance(method, OnPolicyMethod):
+        settings = method.address()
     if isinstance(method, OffPolicyMethod):
         arithmetic, settings = method.training.precision, method.address()
         pairs = responses[arithmetic].key if isinstance(method, Unpaired) else trained_on[arithmetic]

@@ -30,7 +30,7 @@ ALLOWED: dict[str, set[str]] = {
 #: What `config` is made of, and may therefore not import it.
 BELOW_CONFIG = {
     "objectives": {"objectives"},
-    "settings": {"settings", "objectives"},
+    "settings": {"settings", "objectives", "functions"},
     "methods": {"methods", "settings", "objectives", "errors", "functions"},
 }
 

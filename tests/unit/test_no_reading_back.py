@@ -104,7 +104,10 @@ def batch_of(experience: Experience, training: OnPolicyTraining) -> Batch:
         return learnable(experience, training, kl_coef=0.1).batch
     logps, values = experience.old_logps, experience.values
     mask = experience.sequences.response_mask
-    return Batch(experience.sequences, mask, logps, logps, logps, values=values, returns=values)
+    return Batch(
+        sequences=experience.sequences, mask=mask, old_logps=logps, advantages=logps, weights=logps, values=values,
+        returns=values,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("packed", [True, False])

@@ -32,6 +32,7 @@ from prefarena.modeling.logprobs import LogProbs
 from prefarena.modeling.lora import add_adapters
 from prefarena.modeling.memory import MemoryNeed, on_shapes, sum_of_pass, training_memory
 from prefarena.modeling.room import LARGEST_MICRO_BATCH, SMALLEST_PASS
+from prefarena.settings.on_policy import CriticTraining
 from prefarena.settings.optimisation import LearnerSettings
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.on_policy_memory import memory_need
@@ -277,7 +278,7 @@ def disk_needed(config: Comparison, num_parameters: int, data_bytes: int) -> int
     """Bytes under `output`: models, snapshots, checkpoints of trainings under way, tables.
 
     Every trained stage leaves its weights. A training under way keeps two checkpoints of weights and both moments
-    (PPO's also of the critic). Tables: the data as pairs, and again with log-probs; every seed adds models.
+    (with a critic also of that). Tables: the data as pairs, and again with log-probs; every seed adds models.
     """
     weights = _FLOAT * num_parameters
     models = 2.0  # base and reference
@@ -287,7 +288,7 @@ def disk_needed(config: Comparison, num_parameters: int, data_bytes: int) -> int
         each += isinstance(getattr(method, "reward", None), RewardModel)
         if not isinstance(method, BestOfN):
             each += 1 + getattr(method.training, "num_snapshots", 0)
-        if method.kind == "rlhf":
+        if isinstance(method, OnPolicyMethod) and isinstance(method.training, CriticTraining):
             checkpoint = 6.0
         models += each * len(config.seeds)
     if config.task.kind == "text" and isinstance(config.judge, RewardModel):

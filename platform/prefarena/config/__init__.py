@@ -4,6 +4,7 @@ A comparison is `entries x seeds` on one `task`. Unknown keys are errors that su
 `load_config`). Every model here is frozen: a resolved configuration is a value, and stages hash it.
 """
 
+from prefarena.config.best_of_n import BestOfN
 from prefarena.config.comparison import (
     Comparison,
     Entry,
@@ -11,11 +12,23 @@ from prefarena.config.comparison import (
     Generation,
     Method,
     OffPolicyMethod,
+    OnPolicyMethod,
     Reference,
     Resources,
 )
 from prefarena.config.drawn_pairs import Annotator, DrawnPairs
-from prefarena.config.judges import (
+from prefarena.config.loading import DEFAULT_CONFIG, dump_config, load_config, parse_config
+from prefarena.config.models import Model, PretrainedModel, ScratchModel
+from prefarena.config.tasks import LanguageTask, Task, TextTask
+from prefarena.config.tracking import Tracking
+from prefarena.methods.dpo import DPO
+from prefarena.methods.ipo import IPO
+from prefarena.methods.mpo import MPO
+from prefarena.methods.on_policy.grpo import GRPO, GRPOTraining
+from prefarena.methods.on_policy.rlhf import RLHF, PPOTraining
+from prefarena.methods.on_policy.rloo import RLOO, RLOOTraining
+from prefarena.methods.sft import SFT
+from prefarena.settings.judges import (
     ClassifierJudge,
     Endpoint,
     EndpointJudge,
@@ -26,28 +39,8 @@ from prefarena.config.judges import (
     PairwiseJudge,
     RewardModel,
 )
-from prefarena.config.loading import DEFAULT_CONFIG, dump_config, load_config, parse_config
-from prefarena.config.models import Model, PretrainedModel, ScratchModel
-from prefarena.config.on_policy import (
-    GRPO,
-    RLHF,
-    RLOO,
-    BestOfN,
-    GroupTraining,
-    GRPOTraining,
-    OnPolicy,
-    OnPolicyMethod,
-    OnPolicyTraining,
-    PPOTraining,
-    RLOOTraining,
-)
-from prefarena.config.tasks import LanguageTask, Task, TextTask
-from prefarena.config.tracking import Tracking
-from prefarena.methods.dpo import DPO
-from prefarena.methods.ipo import IPO
-from prefarena.methods.mpo import MPO
-from prefarena.methods.sft import SFT
 from prefarena.settings.off_policy import OffPolicy
+from prefarena.settings.on_policy import GroupTraining, OnPolicy, OnPolicyTraining
 from prefarena.settings.optimisation import LoRA, Optimisation
 from prefarena.settings.section import Section
 

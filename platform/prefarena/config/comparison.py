@@ -7,22 +7,25 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 
 from pydantic import Field, model_validator
 
-from prefarena.config.judges import EvaluationJudge, PairwiseJudge, RewardModel
+from prefarena import methods
+from prefarena.config.best_of_n import BestOfN
 from prefarena.config.labels import Labels, kept_apart
 from prefarena.config.models import Model, ScratchModel
-from prefarena.config.on_policy import GRPO, RLHF, RLOO, BestOfN
 from prefarena.config.tasks import LanguageTask, Task, TextTask
 from prefarena.config.tracking import Tracking
-from prefarena.methods import discover
+from prefarena.methods import on_policy
+from prefarena.settings.judges import EvaluationJudge, PairwiseJudge, RewardModel
 from prefarena.settings.off_policy import OffPolicy
+from prefarena.settings.on_policy import OnPolicy
 from prefarena.settings.optimisation import Optimisation
 from prefarena.settings.section import Section
 
-#: Every method, the off-policy ones as their files are found.
-METHODS: tuple[type[Section], ...] = (*discover().values(), RLHF, GRPO, RLOO, BestOfN)
+#: Every method, as their files are found.
+METHODS: tuple[type[Section], ...] = (*methods.discover().values(), *on_policy.discover().values(), BestOfN)
 OffPolicyMethod = OffPolicy
+OnPolicyMethod = OnPolicy
 if TYPE_CHECKING:  # a union that is made of what is found means nothing to a type checker
-    Method = OffPolicy | RLHF | GRPO | RLOO | BestOfN
+    Method = OffPolicy | OnPolicy | BestOfN
 else:
     Method = Annotated[Union[METHODS], Field(discriminator="kind")]  # noqa: UP007
 

@@ -6,8 +6,8 @@ from typing import Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from prefarena.config.judges import EvaluationJudge, PairwiseJudge
 from prefarena.config.models import PretrainedModel
+from prefarena.settings.judges import EvaluationJudge, PairwiseJudge
 from prefarena.settings.section import Section
 
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
+import torch
 from torch import Tensor
 
+from prefarena.objectives.kl import k1
 from prefarena.objectives.ppo import (
     explained_variance,
     generalised_advantages,
@@ -11,12 +15,15 @@ from prefarena.objectives.ppo import (
     penalised_rewards,
     whiten,
 )
+from prefarena.objectives.rollouts import Judged
 
 __all__ = [
+    "among_scored",
     "explained_variance",
     "generalised_advantages",
     "group_advantages",
     "leave_one_out_advantages",
+    "less_kl",
     "masked_moments",
     "penalised_rewards",
     "whiten",
@@ -40,3 +47,26 @@ def leave_one_out_advantages(scores: Tensor, group_size: int) -> Tensor:
     groups = scores.view(-1, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).flatten()
+
+
+def less_kl(rollouts: Judged, kl_coef: float) -> Tensor:
+    """Scores [B] less the penalty for each response's k1 to the reference."""
+    token_kl = k1(rollouts.old_logps, rollouts.reference_logps)
+    return rollouts.scores - kl_coef * (token_kl * rollouts.mask).sum(1)
+
+
+def among_scored(
+    compare: Callable[[Tensor, int], Tensor], rewards: Tensor, scored: Tensor | None, group_size: int
+) -> Tensor:
+    """`compare` of rewards [B] in groups of `group_size` rows, each among those of its group that have a score.
+
+    scored: [B] bool; none: all have a score. Rows without one, and the only row with one in its group, get 0.
+    """
+    if scored is None or scored.all():
+        return compare(rewards, group_size)
+    found = torch.zeros_like(rewards)
+    for rows in torch.arange(len(rewards), device=rewards.device).split(group_size):
+        there = rows[scored[rows]]
+        if len(there) > 1:
+            found[there] = compare(rewards[there], len(there))
+    return found

@@ -31,6 +31,10 @@ class ObjectiveOutput:
     loss: Mean
     metrics: dict[str, Mean]
 
+    def plus(self, penalty: ObjectiveOutput, weight: float) -> ObjectiveOutput:
+        """With a weighted penalty in the loss, which is a mean over the same things; the metrics stay."""
+        return ObjectiveOutput(Mean(self.loss.total + weight * penalty.loss.total, self.loss.count), self.metrics)
+
 
 def inside(values: Tensor, mask: Tensor) -> Tensor:
     """`values` inside the bool mask, zero outside: not even NaN or infinity there reaches a sum or a gradient.

@@ -12,12 +12,10 @@ from typing import Literal
 
 from prefarena.config import (
     Generation,
-    GRPOTraining,
     OffPolicyMethod,
+    OnPolicyTraining,
     Optimisation,
-    PPOTraining,
     RewardModel,
-    RLOOTraining,
 )
 from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.arithmetic import Arithmetic
@@ -96,13 +94,13 @@ class RewardModelJob(Job):
 
 @dataclass(frozen=True)
 class OnPolicyJob(Job):
-    """PPO, GRPO or RLOO (by the type of `training`) from `policy`, with rollouts from the named generation actors.
+    """An on-policy method (`training` is of its kind) from `policy`, with rollouts from the named generation actors.
 
     reward: what is maximised. monitor: another judge whose mean score on the rollouts is logged as `reward/judge` and
     never learned from. critic: the reward model that the critic starts from; none: the policy's body, a head of zeros.
     """
 
-    training: PPOTraining | GRPOTraining | RLOOTraining
+    training: OnPolicyTraining
     reward: JudgeSpec
     prompts: str
     covered_only: bool

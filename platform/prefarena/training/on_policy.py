@@ -1,8 +1,8 @@
 """The loop of all on-policy methods: rollouts from generators with versioned weights, a judge, a policy update.
 
-PPO learns a critic as well; GRPO and RLOO hold none. Nothing here draws from a global random state: prompts, samples
-and minibatches are pure functions of the job's seed and the iteration, so a checkpoint's iteration number is the whole
-state of the data and of the randomness.
+A method's advantages and losses are in its own file of `methods/on_policy`. Nothing here draws from a global random
+state: prompts, samples and minibatches are pure functions of the job's seed and the iteration, so a checkpoint's
+iteration number is the whole state of the data and of the randomness.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining
+from prefarena.config import OnPolicyTraining
 from prefarena.errors import UserError
 from prefarena.generation.interface import RolloutSource
 from prefarena.judges.models import RewardModelJudge
@@ -33,7 +33,7 @@ from prefarena.modeling.logprobs import token_logps
 from prefarena.modeling.transfer import rows_on
 from prefarena.objectives.kl import KLController
 from prefarena.objectives.output import Mean, ObjectiveOutput
-from prefarena.objectives.ppo import kl_loss, policy_loss, value_loss
+from prefarena.settings.on_policy import CriticTraining
 from prefarena.stage_files import SNAPSHOTS
 from prefarena.training.experience import Experience, Scorers, as_many_as_others, by_length, gather
 from prefarena.training.guard import stop_if_diverged
@@ -297,7 +297,7 @@ class OnPolicyTrainer:
             return warmed_up(base, settings.schedule, self.iteration - after, length, settings.warmup_iterations)
 
         rates = {"policy": 0.0 if self.policy_frozen() else rate(settings.learning_rate, frozen)}
-        if isinstance(settings, PPOTraining):
+        if isinstance(settings, CriticTraining):
             rates["critic"] = rate(settings.critic_learning_rate, 0)
         return rates
 
@@ -341,41 +341,25 @@ class OnPolicyTrainer:
         return parts
 
     def count(self, batch: Batch, rows: Tensor) -> Tensor:
-        """What a loss's sum over a minibatch, on all workers, is divided by: its tokens, its sequences, or the tokens
-        that these would have at the limit.
-        """
+        """What a loss's sum over a minibatch, on all workers, is divided by."""
         mask = batch.mask[rows_on(batch.mask.device, rows)]
-        mean = self.settings.loss_mean if isinstance(self.settings, GRPOTraining) else "tokens"
-        if mean == "tokens":
-            return mask.sum()
-        return mask.any(1).sum() * (self.job.response_limit if mean == "limit" else 1)
+        return self.settings.loss_count(mask, self.job.response_limit)
 
     def _policy_term(self, batch: Batch, module: nn.Module, *, kl_coef: float) -> ObjectiveOutput:
-        """Sum of the clipped losses of a micro-batch, with GRPO's KL penalty where it is part of the loss."""
-        logps = token_logps(module, batch.sequences, self.settings.temperature)
-        settings = self.settings
-        output = policy_loss(
-            logps, batch.old_logps, batch.advantages, batch.mask,
-            clip=settings.clip, clip_high=settings.clip_high, weights=batch.weights,
-        )  # fmt: skip
-        if batch.reference_logps is None or not isinstance(self.settings, GRPOTraining):
-            return output
-        penalty = kl_loss(
-            logps, batch.reference_logps, batch.mask, estimator=self.settings.kl_estimator, weights=batch.weights
+        """The method's sum over a micro-batch, and its metrics."""
+        return self.settings.policy_loss(
+            token_logps(module, batch.sequences, self.settings.temperature), batch, kl_coef
         )
-        total = output.loss.total + kl_coef * penalty.loss.total
-        return ObjectiveOutput(Mean(total, output.loss.count), output.metrics)
 
     def _value_term(self, batch: Batch, module: nn.Module) -> ObjectiveOutput:
-        """Sum of the clipped squared errors of a micro-batch, and its metrics."""
-        if not isinstance(self.settings, PPOTraining) or batch.values is None or batch.returns is None:
+        """The same of the critic."""
+        if not isinstance(self.settings, CriticTraining):
             raise TypeError("there is no critic")
-        values = token_values(module, batch.sequences)
-        return value_loss(values, batch.values, batch.returns, batch.mask, clip=self.settings.value_clip)
+        return self.settings.value_loss(token_values(module, batch.sequences), batch)
 
 
 def _critic_warmup(settings: OnPolicyTraining) -> int:
-    return settings.critic_warmup_iterations if isinstance(settings, PPOTraining) else 0
+    return settings.critic_warmup_iterations if isinstance(settings, CriticTraining) else 0
 
 
 def _check_sizes(settings: OnPolicyTraining, world_size: int) -> None:

@@ -1,53 +1,31 @@
-"""What an update learns from: each method's advantages over a whole rollout batch, and the batch's metrics."""
+"""What an update learns from: the method's advantages over a whole rollout batch, and the batch's metrics."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining, RLOOTraining
+from prefarena.config import OnPolicyTraining
 from prefarena.modeling.logprobs import Sequences
 from prefarena.modeling.transfer import rows_on
-from prefarena.objectives.advantages import (
-    explained_variance,
-    generalised_advantages,
-    group_advantages,
-    leave_one_out_advantages,
-    masked_moments,
-    penalised_rewards,
-    whiten,
-)
+from prefarena.objectives.advantages import explained_variance, masked_moments
 from prefarena.objectives.kl import k1, k3
-from prefarena.objectives.ppo import (
-    effective_sample_size,
-    importance_weights,
-    overlong_penalties,
-    sequence_mean_weights,
-)
+from prefarena.objectives.ppo import effective_sample_size, importance_weights, overlong_penalties
+from prefarena.objectives.rollouts import Judged, Minibatch
 from prefarena.training.experience import Experience
 
 
-@dataclass(frozen=True)
-class Batch:
-    """Targets of the update. Tensors are [B, T-1], zero outside the response.
+@dataclass(frozen=True, kw_only=True)
+class Batch(Minibatch):
+    """Rollouts, and what the update's losses read of them: tensors [B, T-1], zero outside the response.
 
-    weights: of each token's loss, without gradient: the truncated importance weight, and 1 / length where the loss is
-    a mean over sequences. reference_logps: where the KL penalty is part of the loss. values and returns: with a critic.
+    weights: the truncated importance weight of each token, times what the method weighs it with.
     """
 
     sequences: Sequences
-    mask: Tensor
-    old_logps: Tensor
-    advantages: Tensor
-    weights: Tensor
-    reference_logps: Tensor | None = None
-    values: Tensor | None = None
-    returns: Tensor | None = None
 
     def select(self, rows: Tensor) -> Batch:
         """Some rollouts, padding that none of them needs cut off. rows: on the host."""
@@ -75,16 +53,40 @@ class Targets:
 def learnable(
     experience: Experience, settings: OnPolicyTraining, kl_coef: float, response_limit: int | None = None
 ) -> Targets:
-    """Clip and penalise the scores, and turn them into advantages as the method does.
+    """Clip and penalise the scores, and turn them into the method's advantages.
 
-    PPO: the KL penalty per token, GAE, advantages whitened over the whole batch. GRPO: the score against its group's
-    mean. RLOO: the score less the sequence's KL penalty, against the mean of the others in its group. Rollouts that the
-    judge is silent about are in no baseline and no loss. response_limit: most tokens of a response, for the penalty of
-    long ones.
+    Rollouts that the judge is silent about are in no baseline and no loss. response_limit: most tokens of a response,
+    for the penalty of long ones.
     """
-    mask, silent = experience.sequences.response_mask, experience.silent_rows
+    mask, scored = experience.sequences.response_mask, None
     if experience.silent is not None:
-        mask = mask & ~silent[:, None]
+        scored = ~experience.silent_rows
+        mask = mask & scored[:, None]
+    rollouts = Judged(
+        scores=_penalised(experience, settings, response_limit),
+        mask=mask,
+        old_logps=experience.old_logps,
+        reference_logps=experience.reference_logps,
+        values=experience.values,
+        scored=scored,
+    )
+    found = settings.advantages(rollouts, kl_coef)
+    weights = importance_weights(experience.old_logps, experience.generator_logps, settings.importance_cap) * mask
+    batch = Batch(
+        sequences=experience.sequences,
+        mask=mask,
+        old_logps=experience.old_logps,
+        advantages=found.advantages,
+        weights=weights if found.weights is None else weights * found.weights,
+        reference_logps=found.reference_logps,
+        values=None if found.returns is None else experience.values,
+        returns=found.returns,
+    )
+    return Targets(batch, found.rewards)
+
+
+def _penalised(experience: Experience, settings: OnPolicyTraining, response_limit: int | None) -> Tensor:
+    """The scores [B], clipped, less the penalties of responses that were cut off or are long."""
     scores = experience.scores.clamp(-settings.reward_clip, settings.reward_clip)
     scores = scores - settings.missing_eos_penalty * (1 - experience.finished)
     if settings.overlong_penalty > 0:
@@ -93,60 +95,7 @@ def learnable(
         lengths = experience.sequences.response_mask.sum(1)
         long = overlong_penalties(lengths, response_limit, settings.overlong_tokens)
         scores = scores - settings.overlong_penalty * long
-    token_kl = k1(experience.old_logps, experience.reference_logps)
-    batch = Batch(
-        sequences=experience.sequences,
-        mask=mask,
-        old_logps=experience.old_logps,
-        advantages=torch.zeros_like(experience.old_logps),
-        weights=importance_weights(experience.old_logps, experience.generator_logps, settings.importance_cap) * mask,
-    )
-    match settings:
-        case PPOTraining():
-            return _with_critic(batch, experience, settings, penalised_rewards(scores, token_kl, mask, kl_coef))
-        case GRPOTraining():
-            in_loss = settings.kl_in == "loss"
-            rewards = scores if in_loss else scores - kl_coef * (token_kl * mask).sum(1)
-            if settings.loss_mean == "sequences":
-                batch = replace(batch, weights=batch.weights * sequence_mean_weights(mask))
-            if in_loss:
-                batch = replace(batch, reference_logps=experience.reference_logps)
-            normalised = partial(group_advantages, normalise_std=settings.normalise_std)
-            advantages = _among_scored(normalised, rewards, experience, settings.group_size)
-        case RLOOTraining():
-            rewards = scores - kl_coef * (token_kl * mask).sum(1)
-            advantages = _among_scored(leave_one_out_advantages, rewards, experience, settings.group_size)
-        case _:
-            raise TypeError(f"no advantages for {type(settings).__name__}")
-    return Targets(replace(batch, advantages=advantages[:, None] * mask), rewards)
-
-
-def _among_scored(
-    advantages: Callable[[Tensor, int], Tensor], rewards: Tensor, experience: Experience, group_size: int
-) -> Tensor:
-    """`advantages` of rewards [B] in groups of `group_size` rows, each among those of its group that have a score.
-
-    Rows without one, and the only row with one in its group, have the advantage 0.
-    """
-    silent = experience.silent_rows
-    if experience.silent is None or not silent.any():
-        return advantages(rewards, group_size)
-    found = torch.zeros_like(rewards)
-    for rows in torch.arange(len(rewards), device=rewards.device).split(group_size):
-        scored = rows[~silent[rows]]
-        if len(scored) > 1:
-            found[scored] = advantages(rewards[scored], len(scored))
-    return found
-
-
-def _with_critic(batch: Batch, experience: Experience, settings: PPOTraining, rewards: Tensor) -> Targets:
-    if experience.values is None:
-        raise TypeError("PPO needs the critic's values")
-    advantages, returns = generalised_advantages(
-        rewards, experience.values, batch.mask, discount=settings.discount, gae_lambda=settings.gae_lambda
-    )
-    advantages = whiten(advantages, batch.mask, *masked_moments(advantages, batch.mask))
-    return Targets(replace(batch, advantages=advantages, values=experience.values, returns=returns), rewards.sum(1))
+    return scores
 
 
 @torch.no_grad()

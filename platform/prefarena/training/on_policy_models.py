@@ -21,7 +21,7 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from prefarena.config import LoRA, PPOTraining, RewardModel
+from prefarena.config import LoRA, RewardModel
 from prefarena.modeling.arithmetic import Arithmetic, attends_in, halve_products, in_weights
 from prefarena.modeling.awaited import AwaitedTensors
 from prefarena.modeling.heads import ScalarHead, ValueHead
@@ -45,6 +45,7 @@ from prefarena.modeling.lora import (
 from prefarena.modeling.parts import whole
 from prefarena.modeling.roles import Role, SharedBody
 from prefarena.modeling.shapes_first import WholeOnlyError, policy_shapes
+from prefarena.settings.on_policy import CriticTraining
 from prefarena.stage_files import ADAPTER
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.loading import Loader
@@ -143,7 +144,7 @@ def models_from(origin: Origin, job: OnPolicyJob, where: tuple[Any, ...]) -> OnP
     policy, halved = origin.policy(), job.training.precision == "bfloat16"
     if job.training.lora is not None:
         return _roles(job, policy, origin, where, halved)
-    critic = ValueHead(origin.critic(), *where) if isinstance(job.training, PPOTraining) else None
+    critic = ValueHead(origin.critic(), *where) if isinstance(job.training, CriticTraining) else None
     reference = LogProbs(origin.policy(), *where)
     if halved:
         halve_products(reference.requires_grad_(False))
@@ -158,7 +159,7 @@ def _roles(
     assert lora is not None
     roles: dict[str, PackedModel] = {POLICY: LogProbs(policy, *where), REFERENCE: LogProbs(policy, *where)}
     add_adapters(policy, lora, job.seed, POLICY)
-    if isinstance(job.training, PPOTraining):
+    if isinstance(job.training, CriticTraining):
         roles[CRITIC] = ValueHead(origin.critic_on(policy), *where)
     if (reward := origin.reward_on(policy)) is not None:
         roles[REWARD] = ScalarHead(reward, *where)

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefarena.config import GroupTraining, OnPolicyTraining
 from prefarena.data.tables import read_rows
 from prefarena.errors import UserError
 from prefarena.generation.interface import Pending, RolloutSource, Sampling, StaleWeightsError, TakesLayers
@@ -47,11 +46,6 @@ def minibatches(num_rows: int, num_minibatches: int, seed: int, iteration: int, 
 def share(num_rows: int, rank: int, world_size: int) -> slice:
     """The contiguous rows of one worker."""
     return slice(num_rows * rank // world_size, num_rows * (rank + 1) // world_size)
-
-
-def group_size(training: OnPolicyTraining) -> int:
-    """Rollouts of a prompt; those of one prompt are consecutive."""
-    return training.group_size if isinstance(training, GroupTraining) else 1
 
 
 def snapshot_iterations(num_iterations: int, num_snapshots: int) -> list[int]:
@@ -173,7 +167,7 @@ class RolloutStream:
 
     def _submit(self, batch: int, weights_of: int) -> Pending:
         training, worker = self._job.training, self._worker
-        size = group_size(training)
+        size = training.samples_per_prompt
         groups = prompt_indices(len(self._prompts), self.num_rollouts() // size, batch, self._job.seed)
         mine = share(self.num_rollouts(), worker.rank, worker.world_size)
         sampling = Sampling(

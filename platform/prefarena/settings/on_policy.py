@@ -1,18 +1,29 @@
-"""The on-policy methods: PPO, GRPO and RLOO on fresh samples, and best-of-n, which trains nothing."""
+"""What every on-policy method is: a reward, the loop's settings, advantages and losses; what groups and critics add."""
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from abc import abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
+from torch import Tensor
 
-from prefarena.config.judges import JudgeSettings, RewardModel
+from prefarena.objectives.advantages import among_scored
+from prefarena.objectives.output import ObjectiveOutput
+from prefarena.objectives.ppo import policy_loss
+from prefarena.objectives.rollouts import Advantages, Judged, Minibatch
+from prefarena.settings.judges import JudgeSettings, RewardModel
 from prefarena.settings.optimisation import LearnerSettings
 from prefarena.settings.section import Section
 
 
 class OnPolicyTraining(LearnerSettings):
-    """The loop that every on-policy method shares; docs/methods.md says what is done exactly."""
+    """The loop that every on-policy method shares, and its formulas; docs/methods.md says what is done exactly.
+
+    Losses are sums over the tokens of a micro-batch. The loop divides them by `loss_count` of the whole optimizer step,
+    so micro-batches and workers change nothing.
+    """
 
     num_iterations: int = Field(40, ge=1, description="Rollout batches.")
     rollouts_per_iteration: int = Field(256, ge=2)
@@ -73,17 +84,43 @@ class OnPolicyTraining(LearnerSettings):
             raise ValueError("mode: asynchronous needs importance_cap, which corrects for samples one step old")
         return self
 
+    @property
+    def samples_per_prompt(self) -> int:
+        """Rollouts of a prompt; those of one prompt are consecutive."""
+        return 1
 
-class PPOTraining(OnPolicyTraining):
-    """Proximal Policy Optimization with a critic (arXiv 1707.06347); the KL penalty is part of the reward."""
+    @abstractmethod
+    def advantages(self, rollouts: Judged, kl_coef: float) -> Advantages:
+        """Of a whole rollout batch, all workers' rollouts in it; kl_coef: of this iteration."""
+
+    def policy_loss(self, logps: Tensor, batch: Minibatch, kl_coef: float) -> ObjectiveOutput:
+        """The sum over a micro-batch, and its metrics: PPO's clipped loss. logps: of the policy in training, [B, T]."""
+        return policy_loss(
+            logps,
+            batch.old_logps,
+            batch.advantages,
+            batch.mask,
+            clip=self.clip,
+            clip_high=self.clip_high,
+            weights=batch.weights,
+        )
+
+    def loss_count(self, mask: Tensor, response_limit: int) -> Tensor:
+        """What the losses of an optimizer step are divided by, []: its tokens. mask: [B, T] of all its rollouts."""
+        return mask.sum()
+
+
+class CriticTraining(OnPolicyTraining):
+    """A method that learns a critic, too: a model of values at every token, with an optimizer of its own."""
 
     critic_learning_rate: float = Field(2e-3, gt=0)
     critic_warmup_iterations: int = Field(
         0, ge=0, description="First iterations, in which the critic learns and the policy stays as it is."
     )
-    value_clip: float = Field(0.2, gt=0)
-    discount: float = Field(1.0, gt=0, le=1)
-    gae_lambda: float = Field(0.95, ge=0, le=1)
+
+    @abstractmethod
+    def value_loss(self, values: Tensor, batch: Minibatch) -> ObjectiveOutput:
+        """The sum over a micro-batch, and its metrics. values: of the critic in training, [B, T]."""
 
 
 class GroupTraining(OnPolicyTraining):
@@ -100,62 +137,37 @@ class GroupTraining(OnPolicyTraining):
             )
         return self
 
+    @property
+    def samples_per_prompt(self) -> int:
+        return self.group_size
 
-class GRPOTraining(GroupTraining):
-    """Group Relative Policy Optimization (arXiv 2402.03300)."""
-
-    normalise_std: bool = Field(True, description="Divide advantages by the group's standard deviation, as the paper.")
-    kl_in: Literal["loss", "reward"] = Field("loss", description="Where the KL penalty stands.")
-    kl_estimator: Literal["k2", "k3", "k3_straight_through"] = Field(
-        "k3_straight_through",
-        description="Of the penalty in the loss: k3 as the paper has a biased gradient; straight-through has k3's "
-        "value and k2's gradient.",
-    )
-    loss_mean: Literal["tokens", "sequences", "limit"] = Field(
-        "tokens",
-        description="Mean over all tokens; over sequences of their token means, as the paper; or the sum over tokens, "
-        "by the tokens that as many responses of the greatest length have (Dr. GRPO, arXiv 2503.20783).",
-    )
-
-
-class RLOOTraining(GroupTraining):
-    """REINFORCE with a leave-one-out baseline (arXiv 2402.14740); the KL penalty is part of the reward."""
+    def in_groups(self, compare: Callable[[Tensor, int], Tensor], rewards: Tensor, rollouts: Judged) -> Tensor:
+        """`compare` of rewards [B] in groups of a size, each among those of its group that have a score, [B]."""
+        return among_scored(compare, rewards, rollouts.scored, self.group_size)
 
 
 class OnPolicy(Section):
-    """Settings that every on-policy method shares."""
+    """A method that learns from what its policy says, by a reward: `training` holds the loop's settings and formulas.
+
+    `prefarena.methods.on_policy` has one file for each; docs/architecture.md says how one is added.
+    """
+
+    #: The advantage of a token or response, in TeX, in the notation of docs/methods.md, for its table.
+    formula: ClassVar[str] = ""
+
+    if TYPE_CHECKING:
+
+        @property
+        def kind(self) -> str:
+            """The method's name in a configuration: a field that each method declares, as a literal."""
+
+        @property
+        def training(self) -> OnPolicyTraining:
+            """A field of each method's own kind, with its default."""
 
     reward: JudgeSettings = RewardModel()
     prompts: Literal["covered", "all"] = Field("covered", description="Prompts to sample on.")
 
-
-class RLHF(OnPolicy):
-    """Reward model on the pairs, then PPO with vLLM rollouts."""
-
-    kind: Literal["rlhf"] = "rlhf"
-    training: PPOTraining = PPOTraining()
-
-
-class GRPO(OnPolicy):
-    """Reward model on the pairs, then GRPO with vLLM rollouts."""
-
-    kind: Literal["grpo"] = "grpo"
-    training: GRPOTraining = GRPOTraining()
-
-
-class RLOO(OnPolicy):
-    """Reward model on the pairs, then RLOO with vLLM rollouts."""
-
-    kind: Literal["rloo"] = "rloo"
-    training: RLOOTraining = RLOOTraining()
-
-
-class BestOfN(Section):
-    """The best of n samples of the reference, by the reward model: no training of the policy."""
-
-    kind: Literal["best_of_n"] = "best_of_n"
-    reward: JudgeSettings = RewardModel()
-    n: int = Field(4, ge=1)
-
-
-OnPolicyMethod = RLHF | GRPO | RLOO
+    def address(self) -> dict[str, Any]:
+        """What results depend on, for the address of stages."""
+        return self.model_dump(mode="json")
