@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import platform
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -47,6 +48,12 @@ def imported(path: Path) -> set[str]:
 
 def modules() -> list[Path]:
     return sorted(PACKAGE.rglob("*.py"))
+
+
+def test_every_package_is_installed() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    found = {".".join(path.parent.relative_to(PACKAGE.parent).parts) for path in PACKAGE.rglob("__init__.py")}
+    assert found <= set(project["tool"]["setuptools"]["packages"])
 
 
 def test_the_source_root_does_not_shadow_the_standard_library() -> None:

@@ -10,7 +10,11 @@ import torch
 from torch import Tensor
 
 from prefarena.config import GRPOTraining, OnPolicyTraining, PPOTraining, RLOOTraining
+from prefarena.methods.on_policy import discover
+from prefarena.methods.on_policy.reinforce_pp import ReinforcePPTraining
 from prefarena.modeling.logprobs import Sequences
+from prefarena.objectives.rollouts import Minibatch
+from prefarena.settings.on_policy import CriticTraining
 from prefarena.training.experience import Experience
 from prefarena.training.on_policy_batch import Batch, experience_metrics, learnable
 
@@ -19,7 +23,9 @@ METHODS: dict[str, OnPolicyTraining] = {
     "ppo": PPOTraining(rollouts_per_iteration=4),
     "grpo": GRPOTraining(**SIZES),
     "rloo": RLOOTraining(**SIZES),
+    "reinforce_pp": ReinforcePPTraining(rollouts_per_iteration=4),
 }
+WITHOUT_GROUPS = ("ppo", "reinforce_pp")
 
 
 def judged(scores: list[float], finished: list[bool]) -> Experience:
@@ -73,7 +79,7 @@ def test_a_long_response_is_worth_less_whether_it_ended_or_not(method: str) -> N
 @pytest.mark.parametrize("method", METHODS)
 def test_nothing_is_learnt_from_a_rollout_without_a_score(method: str) -> None:
     """The others learn what they would without it, and its group's mean is of those that have a score."""
-    settings = METHODS[method].model_copy(update={"group_size": 3} if method != "ppo" else {})
+    settings = METHODS[method].model_copy(update={} if method in WITHOUT_GROUPS else {"group_size": 3})
     scores, ended = [2.0, 0.0, -1.0, 3.0, 0.0, 0.0], [True] * 6
     silent = torch.tensor([0.0, 1, 0, 0, 1, 1])
     whole = replace(judged(scores, ended), silent=silent)
@@ -83,7 +89,7 @@ def test_nothing_is_learnt_from_a_rollout_without_a_score(method: str) -> None:
     row = experience_metrics(whole, targets, None)
     assert row["reward/num_silent"] == 3 and row["reward/mean"] == pytest.approx(4 / 3)
     assert all(math.isfinite(value) for value in row.values()) and row["response_length"] == 2
-    if method == "ppo":
+    if method in WITHOUT_GROUPS:
         kept = [0, 2, 3]
         alone = learnable(judged([scores[place] for place in kept], [True] * 3), settings, kl_coef=0.3)
     else:
@@ -167,6 +173,82 @@ def test_rloo_compares_penalised_scores_with_the_others_of_the_group() -> None:
     assert targets.rewards.tolist() == [2, -0.5, -3, 7]
     torch.testing.assert_close(targets.batch.advantages, over_tokens([[2.5], [-2.5] * 2, [-10] * 3, [10] * 2]))
     assert targets.batch.reference_logps is None and targets.batch.values is None
+
+
+def whitened(rows: list[list[float]]) -> Tensor:
+    """Less the mean of all tokens, over their population deviation."""
+    flat = torch.tensor([value for row in rows for value in row], dtype=torch.float64)
+    mean, deviation = float(flat.mean()), float(flat.std(correction=0))
+    return over_tokens([[(value - mean) / deviation for value in row] for row in rows])
+
+
+def test_reinforce_pp_whitens_the_score_less_the_kl_from_each_token_on() -> None:
+    experience = ragged([3.0, 1.0, -1.0, 5.0])
+    targets = learnable(experience, with_settings("reinforce_pp"), kl_coef=2.0)
+    assert targets.rewards.tolist() == [2, -0.5, -3, 7]
+    to_go: list[list[float]] = [
+        [2],
+        [1 - 2 * 0.75, 1 + 2 * 0.25],
+        [-1 - 2 * 1.0, -1 - 2 * 0.75, -1 - 2 * 0.5],
+        [5 + 2 * 1.0, 5.0],
+    ]
+    torch.testing.assert_close(targets.batch.advantages, whitened(to_go), rtol=1e-5, atol=1e-6)
+    assert targets.batch.reference_logps is None and targets.batch.values is None
+
+
+def test_reinforce_pp_with_groups_compares_within_them_and_whitens_over_all() -> None:
+    settings = with_settings("reinforce_pp", group_size=2, kl_in="loss")
+    experience = ragged([3.0, 1.0, -1.0, 5.0])
+    targets = learnable(experience, settings, kl_coef=2.0)
+    assert targets.rewards.tolist() == [3, 1, -1, 5]  # the penalty is in the loss
+    expected = whitened([[1], [-1, -1], [-3, -3, -3], [3, 3]])
+    torch.testing.assert_close(targets.batch.advantages, expected, rtol=1e-5, atol=1e-6)
+    assert targets.batch.reference_logps is experience.reference_logps
+    in_reward = learnable(experience, with_settings("reinforce_pp", group_size=2), kl_coef=2.0)
+    to_go: list[list[float]] = [[0], [-2.5, -0.5], [-5, -4.5, -4], [5, 3]]
+    torch.testing.assert_close(in_reward.batch.advantages, whitened(to_go), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("in_loss", [False, True])
+def test_reinforce_pp_adds_the_kl_to_the_clipped_loss_where_it_is_told_to(in_loss: bool) -> None:
+    settings = ReinforcePPTraining(kl_in="loss" if in_loss else "reward", clip=0.2)
+    experience = ragged([3.0, 1.0, -1.0, 5.0])
+    batch = learnable(experience, settings, kl_coef=0.5).batch
+    logps, expected = batch.old_logps + 0.1 * batch.mask, 0.0
+    ratio = math.exp(0.1)
+    for weight, advantage, kl in zip(
+        batch.weights[batch.mask], batch.advantages[batch.mask], over_tokens(KL)[batch.mask], strict=True
+    ):
+        expected -= float(weight * ratio * advantage)  # within the clip
+        expected += 0.5 * float(weight) * 0.5 * (float(kl) + 0.1) ** 2 if in_loss else 0.0
+    assert float(settings.policy_loss(logps, batch, 0.5).loss.total) == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.parametrize("kind", discover())
+def test_losses_of_every_method_are_sums_over_rows(kind: str) -> None:
+    """So that micro-batches and workers change nothing: in float64, totals and gradients add up exactly."""
+    training = discover()[kind]().training.model_copy(update={"kl_estimator": "k3", "loss_mean": "sequences"})
+    random = torch.Generator().manual_seed(0)
+    lengths = torch.tensor([1, 4, 2, 3, 4, 1])
+    mask = torch.arange(4) < lengths[:, None]
+    tensors = {
+        name: torch.randn(6, 4, generator=random, dtype=torch.float64) * mask
+        for name in ("old_logps", "advantages", "weights", "reference_logps", "values", "returns")
+    }
+    logps = torch.randn(6, 4, generator=random, dtype=torch.float64).requires_grad_()
+
+    def loss(rows: slice) -> Tensor:
+        part = Minibatch(mask=mask[rows], **{name: tensor[rows] for name, tensor in tensors.items()})
+        total = training.policy_loss(logps[rows], part, 0.3).loss.total
+        if isinstance(training, CriticTraining):
+            total = total + training.value_loss(logps[rows], part).loss.total
+        return total
+
+    whole, parts = loss(slice(None)), loss(slice(0, 2)) + loss(slice(2, 5)) + loss(slice(5, 6))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=1e-12)
+    torch.testing.assert_close(*(torch.autograd.grad(one, logps)[0] for one in (parts, whole)), rtol=0, atol=1e-12)
+    counts = [training.loss_count(mask[rows], 9) for rows in (slice(0, 2), slice(2, 6))]
+    assert sum(counts) == training.loss_count(mask, 9) > 0
 
 
 def test_ppo_learns_whitened_advantages_and_keeps_what_the_critic_needs() -> None:

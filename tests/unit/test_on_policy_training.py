@@ -14,6 +14,7 @@ from torch import Tensor
 
 from prefarena.config import GRPOTraining, LoRA, PPOTraining, RLOOTraining
 from prefarena.generation.interface import Sampling, StaleWeightsError
+from prefarena.methods.on_policy.reinforce_pp import ReinforcePPTraining
 from prefarena.modeling.load import load_policy
 from prefarena.records import Rollout
 from prefarena.training.jobs import OnPolicyJob
@@ -27,6 +28,7 @@ SIZES: dict[str, Any] = {
 PPO = PPOTraining(**SIZES, target_kl=0.1, kl_horizon=200)
 GRPO = GRPOTraining(**SIZES, group_size=6)
 RLOO = RLOOTraining(**SIZES, group_size=6)
+REINFORCE_PP = ReinforcePPTraining(**SIZES, group_size=6, kl_in="loss")
 
 
 def final_weights(job: OnPolicyJob) -> dict[str, Tensor]:
@@ -63,8 +65,9 @@ class Dying:
         GRPO.model_copy(update={"kl_in": "reward", "normalise_std": False, "loss_mean": "sequences"}),
         GRPO.model_copy(update={"kl_estimator": "k3"}),
         RLOO,
+        REINFORCE_PP,
     ],
-    ids=["grpo", "grpo-kl-in-reward", "grpo-k3", "rloo"],
+    ids=["grpo", "grpo-kl-in-reward", "grpo-k3", "rloo", "reinforce_pp"],
 )
 def test_group_methods_learn_without_a_critic(tmp_path: Path, tiny_policy: str, training: Any) -> None:
     job = make_job(tmp_path, tiny_policy, training.model_copy(update={"num_iterations": 6}))

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from prefarena.objectives.kl import k1
+from prefarena.objectives.output import inside
 from prefarena.objectives.ppo import (
     explained_variance,
     generalised_advantages,
@@ -26,6 +27,7 @@ __all__ = [
     "less_kl",
     "masked_moments",
     "penalised_rewards",
+    "rewards_to_go",
     "whiten",
 ]
 
@@ -47,6 +49,11 @@ def leave_one_out_advantages(scores: Tensor, group_size: int) -> Tensor:
     groups = scores.view(-1, group_size)
     others = (groups.sum(1, keepdim=True) - groups) / (group_size - 1)
     return (groups - others).flatten()
+
+
+def rewards_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
+    """[B, T], the sum of a row's rewards [B, T] from each token on, zero outside the mask."""
+    return inside(inside(rewards, mask).flip(1).cumsum(1).flip(1), mask)
 
 
 def less_kl(rollouts: Judged, kl_coef: float) -> Tensor:
