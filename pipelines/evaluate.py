@@ -22,7 +22,8 @@ from pipelines.jobs import judge_spec, response_limit
 from pipelines.plan import SeedPlan, Trained, is_pairwise, model_of, policy_of, unique
 from pipelines.progress import fail, stage_line
 from pipelines.reference import scoring_options
-from pipelines.sampled import SampledJob, score_frontier, score_samples
+from pipelines.sampled import score_frontier, score_samples
+from pipelines.sampled_values import Kind, SampledJob, start_filling
 from pipelines.sampling import Sampler
 from pipelines.wins import judge_wins
 from prefarena.cluster.waiting import Failed, outcomes_within
@@ -39,6 +40,9 @@ from prefarena.stages import Stage
 
 #: Where the frontier's samples begin in the numbering of requests: they are others than those of any evaluation.
 _FRONTIER_INDEX = 1 << 40
+#: What models are asked in an evaluation, and for the frontier.
+_OF_FEW: tuple[Kind, ...] = ("reward", "judge", "policy")
+_OF_MANY: tuple[Kind, ...] = ("judge",)
 #: An evaluation, and the entry that it is of; none: the reference's own, or the scores behind the frontier.
 Work = list[tuple[Stage, SeedPlan, Trained | None]]
 
@@ -115,7 +119,8 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
 
     settings, outcomes = config.evaluation, dict[Stage, Any]()
     # Scorers run beside the generators, which hold their own share of the GPUs.
-    options, running = scoring_options(config.resources), dict[Stage, Any]()
+    options, running = scoring_options(config.resources), dict[Stage, list[Any]]()
+    num_scorers = config.resources.scoring.num_actors or config.resources.num_workers
     of_few, of_many = ray.remote(**options)(score_samples), ray.remote(**options)(score_frontier)
     with Sampler(config, waiting[0][1], console) as sampler:
         references = _ReferenceSamples(sampler, settings, {stage.key for stage, _, _ in waiting})
@@ -136,17 +141,27 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
             except (EntryError, WaitTimeoutError) as error:
                 outcomes[stage] = Failed(str(error))
                 continue
-            scorer = of_many if stage == plan.frontier else of_few
-            running[stage] = scorer.remote(rollouts, job, settings, spent)
-        what = _title([stage for stage, _, _ in waiting])
-        scored = outcomes_within(list(running.values()), config.resources.task_timeout_s, what)
-        outcomes |= zip(running, scored, strict=True)
+            scorer, kinds = (of_many, _OF_MANY) if stage == plan.frontier else (of_few, _OF_FEW)
+            there = ray.put(rollouts)
+            ahead = start_filling(there, job, settings, kinds, options, num_scorers)
+            running[stage] = [*ahead, scorer.remote(there, job, settings, spent, *ahead)]
+        outcomes |= _ended(running, config.resources.task_timeout_s)
         fail_entries(waiting, [outcomes[stage] for stage, _, _ in waiting], console)
         for stage, outcome in outcomes.items():
             if not isinstance(outcome, Failed):  # else they are there when it is tried again
                 sampler.forget(stage.key)
         if not any(isinstance(outcome, Failed) for outcome in outcomes.values()):
             references.forget()
+
+
+def _ended(running: dict[Stage, list[Any]], limit_s: float) -> dict[Stage, Any]:
+    """How the evaluations ended whose tasks these are; where one of its tasks failed, an evaluation has."""
+    tasks = [task for own in running.values() for task in own]
+    ended = iter(outcomes_within(tasks, limit_s, _title(list(running))))
+    outcomes = {stage: [next(ended) for _ in own] for stage, own in running.items()}
+    return {
+        stage: next((one for one in found if isinstance(one, Failed)), found[-1]) for stage, found in outcomes.items()
+    }
 
 
 class _ReferenceSamples:

@@ -251,10 +251,16 @@ def float_column(table: Any, column: str) -> np.ndarray:
     return table[column].to_numpy().astype(np.float64)
 
 
-def finish_evaluation(folder: Path, row: dict[str, float], started: float, **counts: int) -> None:
-    """Write row.json and the manifest; `started` is of `time.perf_counter`."""
+def finish_evaluation(
+    folder: Path, row: dict[str, float], started: float, ahead: tuple[float, float] = (0.0, 0.0), /, **counts: int
+) -> None:
+    """Write row.json and the manifest; `started` is of `time.perf_counter`.
+
+    ahead: what was done before that, in seconds that passed, and in seconds of all devices.
+    """
     write_json(folder / ROW, {key: float(value) for key, value in row.items()})
-    write_manifest(folder, {"costs": costs_of(time.perf_counter() - started, **counts)})
+    own = time.perf_counter() - started
+    write_manifest(folder, {"costs": costs_of(own + ahead[0], own + ahead[1], **counts)})
 
 
 # ------------------------------------------------------------------------------------------ the optimum

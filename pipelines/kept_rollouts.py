@@ -11,8 +11,9 @@ import gzip
 import json
 import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,36 +70,76 @@ class KeptRollouts:
             shutil.rmtree(folder)
 
 
+@dataclass(frozen=True)
+class Wanted:
+    """Values of N responses: log-probs, divergences or scores; a number for each, or a row of numbers.
+
+    given_by: everything that they depend on beside prompts and responses (JSON-able). They are computed in parts of 256
+    responses, whether these are kept or not and whoever computes them, so that neither a stop nor the number of
+    processes changes a bit.
+    """
+
+    given_by: Any
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    compute: Compute
+
+    def parts(self) -> Iterator[Part]:
+        for start in range(0, len(self.prompts), PART_ROLLOUTS):
+            own = slice(start, start + PART_ROLLOUTS)
+            prompts, responses = self.prompts[own], self.responses[own]
+            name = f"{content_id(self.given_by, prompts, responses)}.npy"
+            yield Part(name, partial(self.compute, prompts, responses))
+
+
+@dataclass(frozen=True)
+class Part:
+    """The file of a part's values, and what computes them."""
+
+    name: str
+    compute: Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Share:
+    """The `place`-th of `number` equal shares, places counted from 0."""
+
+    place: int
+    number: int
+
+
 class KeptValues:
-    """Log-probs, divergences or scores of responses, kept in parts; without a folder nothing is kept."""
+    """Values of responses, kept in parts; without a folder nothing is kept."""
 
     def __init__(self, folder: Path | None) -> None:
         self._folder = folder
 
-    def complete(
-        self,
-        given_by: Any,
-        prompts: list[list[int]],
-        responses: list[list[int]],
-        compute: Compute,
-        part_rows: int = PART_ROLLOUTS,
-    ) -> np.ndarray:
-        """The values [N] of N responses: those that are kept, and of the parts that are missing what `compute` gives.
-
-        given_by: everything that the values depend on beside prompts and responses (JSON-able). Parts of `part_rows`
-        are computed apart, whether they are kept or not, so that a stop changes no bit.
-        """
-        parts = []
-        for start in range(0, len(prompts), part_rows):
-            own = [rows[start : start + part_rows] for rows in (prompts, responses)]
-            path = self._folder / f"{content_id(given_by, *own)}.npy" if self._folder is not None else None
-            found = None if path is None else _read_values(path)
-            if found is None:
-                found = compute(*own)
-                if path is not None:
-                    _write_values(path, found)
-            parts.append(found)
+    def complete(self, wanted: Wanted) -> np.ndarray:
+        """The values [N]: those that are kept, and of the parts that are missing what is computed now."""
+        parts = [self._value(part) for part in wanted.parts()]
         return np.concatenate(parts) if parts else np.zeros(0)
+
+    def fill(self, wanted: Iterable[Wanted], share: Share) -> Share:
+        """Compute what is missing of a share of all parts, for whoever completes the values later.
+
+        Parts are dealt out one by one, so shares of the same values differ by one part at most. Returns the share of
+        what comes next, so that dealing goes on from here.
+        """
+        if self._folder is None:
+            raise TypeError("what is not kept cannot be computed ahead")
+        parts = [part for one in wanted for part in one.parts()]
+        for part in parts[share.place :: share.number]:
+            self._value(part)
+        return replace(share, place=(share.place - len(parts)) % share.number)
+
+    def _value(self, part: Part) -> np.ndarray:
+        path = None if self._folder is None else self._folder / part.name
+        found = None if path is None else _read_values(path)
+        if found is None:
+            found = part.compute()
+            if path is not None:
+                _write_values(path, found)
+        return found
 
 
 def training_of(policy: str) -> Any:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from pipelines.kept_rollouts import PART_ROLLOUTS, KeptValues, training_of
+from pipelines.kept_rollouts import PART_ROLLOUTS, KeptValues, Wanted, training_of
 from pipelines.reference import scoring_options
 from prefarena.cluster.pools import map_in_pool, through_deaths
 from prefarena.config import Endpoint, PairwiseJudge, Resources
@@ -125,7 +125,7 @@ class Labeller:
             return self.score(prompts, responses)
         training = training_of(self._spec.path) if self._spec.path else None
         given_by = ["labels", self._spec.settings.model_dump(mode="json"), training, self._batch_size, self._device]
-        return self._kept.complete([*given_by, *named(self._spec.arithmetic)], prompts, responses, self.score)
+        return self._kept.complete(Wanted([*given_by, *named(self._spec.arithmetic)], prompts, responses, self.score))
 
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
         """New scores [N], nan where the judge has none."""

@@ -1,34 +1,33 @@
-"""What a policy says of responses in an evaluation, kept in parts: log-probs, and the divergence from another one."""
+"""What a policy says of responses in an evaluation: log-probs, and the divergence from another one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pipelines.kept_rollouts import KeptValues, training_of
-from prefarena.evaluation.divergence import Samples, sequence_kls
+from pipelines.kept_rollouts import Wanted, training_of
+from prefarena.evaluation.divergence import Samples, along_samples
 from prefarena.evaluation.sampled import response_logps
 from prefarena.modeling.arithmetic import Arithmetic, in_weights, named, products_of
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs
 
-#: Responses in a part of divergences, each of which reads the weights of both policies.
-_PART_DIVERGENCES = 2048
+#: Weights of no more bytes are held beside another policy's: to read them again for every part would take longer than
+#: what is done with them.
+_SMALL = 1 << 30
 
 
 @dataclass(frozen=True)
 class ScoredWith:
-    """How policies are scored. device: where; arithmetic: see modeling/arithmetic.py; kept: where parts are kept."""
+    """How policies are scored. device: where; arithmetic: see modeling/arithmetic.py."""
 
     batch_size: int
     device: str = "cpu"
     arithmetic: Arithmetic = "float32"
-    kept: Path | None = None
 
     def given_by(self) -> list[object]:
         """What a part's values depend on beside the policies and the responses."""
@@ -50,16 +49,17 @@ class Scorer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.release()
-
-    def release(self) -> None:
-        """Let go of the weights; they are read again where they are needed again."""
         self._model = self._module = None
 
-    def logps(self, prompts: list[list[int]], responses: list[list[int]], temperature: float) -> np.ndarray:
+    def release(self) -> None:
+        """Let go of the weights, unless they are small; they are read again where they are needed again."""
+        if self._model is not None and self._model.get_memory_footprint(return_buffers=False) > _SMALL:
+            self._model = self._module = None
+
+    def logps(self, prompts: list[list[int]], responses: list[list[int]], temperature: float) -> Wanted:
         """log pi(y|x) [N], nats."""
         given_by = ["logps", training_of(self.policy), temperature, *self.settings.given_by()]
-        return KeptValues(self.settings.kept).complete(given_by, prompts, responses, partial(self._logps, temperature))
+        return Wanted(given_by, prompts, responses, partial(self._logps, temperature))
 
     def module(self) -> LogProbs:
         """The policy as a module."""
@@ -83,17 +83,19 @@ class Scorer:
         return self._model
 
 
-def divergences(
+def along(
     own: Scorer, other: Scorer, prompts: list[list[int]], responses: list[list[int]], temperature: float
-) -> np.ndarray:
-    """[N, 2], nats, as `sequence_kls` has them. Lets go of the weights of `own`; those of `other` stay for later."""
+) -> Wanted:
+    """[N, 4], nats, as `along_samples` has them. Computing a part lets go of the weights of `own`; those of `other`
+    stay for later.
+    """
     policies = [training_of(one.policy) for one in (own, other)]
-    given_by = ["divergences", *policies, temperature, *own.settings.given_by()]
+    given_by = ["along", *policies, temperature, *own.settings.given_by()]
 
     def compute(prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
         samples = Samples(prompts, responses, own.pad_id, own.settings.batch_size, temperature)
+        other.release()
         with products_of(own.settings.arithmetic):
-            return sequence_kls(own, other, samples)
+            return along_samples(own, other, samples)
 
-    kept = KeptValues(own.settings.kept)
-    return kept.complete(given_by, prompts, responses, compute, part_rows=_PART_DIVERGENCES).reshape(-1, 2)
+    return Wanted(given_by, prompts, responses, compute)

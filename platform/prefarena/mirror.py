@@ -185,6 +185,14 @@ def bring(path: str | Path) -> None:
             marks[1].write_text(digest, encoding="ascii")
 
 
+def bring_anew(path: str | Path) -> None:
+    """Have what the store has of a stage under way, in place of what an earlier attempt left on this node."""
+    path = Path(path)
+    if (mirror := mirror_of(path)) is not None:
+        with _alone(mirror, path.relative_to(mirror.root).parts[1]):
+            _download(mirror, path)
+
+
 def pull(folder: Path) -> None:
     """Have on this node what the store knows of a stage under way, without checkpoints; other files stay."""
     mirror = mirror_of(folder)

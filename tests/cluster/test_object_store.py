@@ -51,6 +51,9 @@ def test_a_stage_is_finished_when_its_manifest_is_there_and_other_nodes_bring_wh
     assert there.finished and there.manifest()["number"] == 1 and not there.folder.exists()
     mirror.bring(there.folder / "model")
     assert (there.folder / "model" / "weights").read_text() == "1"
+    (there.folder / "model" / "weights").write_text("of an attempt that was lost")
+    mirror.bring_anew(there.folder / "model")
+    assert (there.folder / "model" / "weights").read_text() == "1"
     time.sleep(0.01)
     (there.begin() / "model").mkdir()  # done again elsewhere: what the first node has is no longer the stage's
     (there.folder / "model" / "weights").write_text("2")

@@ -270,6 +270,7 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
             {"name": "kto", "method": {"kind": "kto", "training": {**QUICK, "num_steps": 30}}},
         ],
         "evaluation": {"num_prompts": 8, "samples_per_prompt": 2, "frontier_samples": 8},
+        "resources": {"scoring": {"num_actors": 2}},  # each evaluation is scored by two tasks
     }  # fmt: skip
     results = run(tree, tmp_path)
     assert not results.exact and results.data["num_train_pairs"] > 60

@@ -152,7 +152,7 @@ def test_a_reward_model_learns_and_its_scores_are_normalised(inputs: Path, tmp_p
     normalised_on = judge.score(samples["prompt_ids"], samples["response_ids"])
     assert np.mean(normalised_on) == pytest.approx(0, abs=1e-4) and np.std(normalised_on) == pytest.approx(1, abs=1e-3)
     scores = judge.score(table["prompt_ids"] * 2, table["chosen_ids"] + table["rejected_ids"])
-    raw = np.concatenate(held_out_scores(ScalarHead(model.eval()), job.pairs, 0, torch.device("cpu")))
+    raw = np.concatenate(held_out_scores(ScalarHead(model.eval()), job.pairs, 0, Worker(str(tmp_path / "measured"))))
     expected = (raw - model.config.reward_mean) / model.config.reward_scale
     np.testing.assert_allclose(scores, expected, atol=1e-4)  # the same mean and scale on other rows
     alone = judge.score(table["prompt_ids"][:1], table["chosen_ids"][:1])

@@ -15,7 +15,8 @@ from tiny import EOS, save_tiny_policy
 from pipelines.evaluate import sampled_job
 from pipelines.plan import make_plan
 from pipelines.reference import scoring_options
-from pipelines.sampled import SampledJob, score_samples
+from pipelines.sampled import score_samples
+from pipelines.sampled_values import SampledJob
 from prefarena.config import Comparison, Evaluation, FunctionJudge, parse_config
 from prefarena.generation.client import _environment
 from prefarena.judges.spec import JudgeSpec

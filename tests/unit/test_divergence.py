@@ -12,7 +12,7 @@ from test_sampled import SIZES, TASK, Arena
 from transformers import PreTrainedModel
 
 from prefarena.evaluation import divergence
-from prefarena.evaluation.divergence import Samples, sequence_kls
+from prefarena.evaluation.divergence import Samples, along_samples
 from prefarena.evaluation.enumeration import Enumeration
 from prefarena.evaluation.exact import Frontier, exact_metrics
 from prefarena.evaluation.sampled import demonstration_metrics, divergence_metrics
@@ -50,14 +50,14 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Arena:
 
 @pytest.fixture(scope="module")
 def along(arena: Arena) -> np.ndarray:
-    """[2, P, N]: the two sums along every response to every prompt."""
+    """[4, P, N]: the two sums along every response to every prompt, and its log-probs."""
     every = [unpadded(row) for row in arena.exact[0].sequences]
     prompts = [prompt for prompt in arena.language.prompt_ids for _ in every]
     held: list[Held] = []
-    found = sequence_kls(
+    found = along_samples(
         Held(arena.models[1], held), Held(arena.models[0], held), samples_of(prompts, every * TASK.num_prompts)
     )
-    return found.T.reshape(2, TASK.num_prompts, len(every))
+    return found.T.reshape(4, TASK.num_prompts, len(every))
 
 
 def samples_of(prompts: list[list[int]], responses: list[list[int]], temperature: float = 1.0) -> Samples:
@@ -70,19 +70,24 @@ def test_the_sums_along_all_responses_are_the_exact_divergences(arena: Arena, al
     exact = exact_metrics(policy.logps, ref.logps, arena.rewards, arena.language.covered, ref.lengths)
     assert (np.exp(policy.logps) * along[0]).sum(1).mean() == pytest.approx(exact["kl/all"], abs=1e-5)
     assert (np.exp(ref.logps) * along[1]).sum(1).mean() == pytest.approx(exact["forward_kl/all"], abs=1e-5)
-    assert exact["kl/all"] > 0.5 and along.min() > 0
+    assert exact["kl/all"] > 0.5 and along[:2].min() > 0
+
+
+def test_log_probs_of_the_same_passes_are_the_exact_ones(arena: Arena, along: np.ndarray) -> None:
+    for logps, exact in zip(along[2:], reversed(arena.exact), strict=True):
+        np.testing.assert_allclose(logps, exact.logps, atol=1e-5)
 
 
 def test_each_position_is_taken_at_the_temperature_of_sampling(arena: Arena) -> None:
     prompt = arena.language.prompt_ids[0]
     held: list[Held] = []
     first, second = (Held(model, held) for model in reversed(arena.models))
-    found = sequence_kls(first, second, samples_of([prompt], [[2]], 0.5))
+    found = along_samples(first, second, samples_of([prompt], [[2]], 0.5))
     with torch.no_grad():
         ids = torch.tensor([prompt])
         p, q = ((model(input_ids=ids).logits[0, -1] / 0.5).log_softmax(-1) for model in reversed(arena.models))
     expected = [float((p.exp() * (p - q)).sum()), float((q.exp() * (q - p)).sum())]
-    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    np.testing.assert_allclose(found[0], [*expected, float(p[2]), float(q[2])], atol=1e-5)
 
 
 def test_one_model_is_held_at_a_time_whatever_fits_on_the_host(arena: Arena, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +98,7 @@ def test_one_model_is_held_at_a_time_whatever_fits_on_the_host(arena: Arena, mon
         monkeypatch.setattr(divergence, "_MOST_NUMBERS", most_tokens * SIZES["hidden_size"])
         together: list[Held] = []
         held = [Held(model, together) for model in reversed(arena.models)]
-        found.append(sequence_kls(held[0], held[1], samples))
+        found.append(along_samples(held[0], held[1], samples))
         assert max(one.most_together for one in held) == 1
         assert (held[0].num_loads > 1) == (most_tokens == 20)
     np.testing.assert_allclose(found[0], found[1], atol=1e-6)
@@ -110,11 +115,13 @@ def test_a_head_that_is_more_than_a_linear_map_has_the_same_divergences(
     held: list[Held] = []
     first, second = (Held(model, held) for model in models)
     assert not first.module().plain_head
-    found = sequence_kls(first, second, samples_of([prompt] * 3, responses))
+    found = along_samples(first, second, samples_of([prompt] * 3, responses))
     for response, sums in zip(responses, found, strict=True):
         with torch.no_grad():
             ids = torch.tensor([prompt + response])
             p, q = (model(input_ids=ids).logits[0, 1:-1].log_softmax(-1) for model in models)
+            given = [float(one[torch.arange(len(response)), torch.tensor(response)].sum()) for one in (p, q)]
+        np.testing.assert_allclose(sums[2:], given, atol=1e-5)
         assert sums[0] == pytest.approx(float((p.exp() * (p - q)).sum()), abs=1e-5)
         assert sums[1] == pytest.approx(float((q.exp() * (q - p)).sum()), abs=1e-5)
 
@@ -129,7 +136,8 @@ def test_a_policy_that_is_its_reference_is_exactly_0_away(arena: Arena, tmp_path
     )
     rollouts, _ = arena.sample(arena.exact[1], 2, seed=0)
     samples = samples_of([r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts])
-    assert (sequence_kls(first, second, samples) == 0).all()
+    found = along_samples(first, second, samples)
+    assert (found[:, :2] == 0).all() and (found[:, 2] == found[:, 3]).all()
 
 
 # -------------------------------------------------------------------------------------------- estimates

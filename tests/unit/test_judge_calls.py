@@ -25,7 +25,8 @@ from pipelines.jobs import judge_spec
 from pipelines.judge_notes import judge_notes
 from pipelines.plan import make_plan
 from pipelines.report import _entry_row, _row
-from pipelines.sampled import SampledJob, score_samples
+from pipelines.sampled import score_samples
+from pipelines.sampled_values import SampledJob
 from prefarena import mirror
 from prefarena.config import Comparison, EndpointJudge, GRPOTraining, PPOTraining
 from prefarena.errors import JudgeError

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,16 @@ import pytest
 from tiny import EOS, save_tiny_policy
 
 from pipelines import policy_scores
-from pipelines.kept_rollouts import PART_ROLLOUTS, KeptRollouts, KeptValues
-from pipelines.sampled import SampledJob, score_samples
-from prefarena.config import Evaluation
+from pipelines.kept_rollouts import PART_ROLLOUTS, KeptRollouts, KeptValues, Share, Wanted
+from pipelines.sampled import score_samples
+from pipelines.sampled_values import Filled, Kind, SampledJob, fill_share, seconds_of, start_filling
+from prefarena.config import Evaluation, FunctionJudge, RewardModel
 from prefarena.generation.interface import Sampling
+from prefarena.judges.models import RewardModelJudge
+from prefarena.judges.spec import JudgeSpec
+from prefarena.modeling.load import load_tokenizer, new_reward_model, save_policy
 from prefarena.records import Rollout
-from prefarena.stages import write_manifest
+from prefarena.stages import read_manifest, write_manifest
 
 SAMPLING = Sampling(max_tokens=5, temperature=1.0, seed=3)
 PROMPTS = [[index, 7] for index in range(2 * PART_ROLLOUTS + 10)]
@@ -95,59 +100,147 @@ def test_values_of_a_stopped_evaluation_go_on_with_the_missing_parts(tmp_path: P
             raise ConnectionError("the node is gone")
         return np.array([float(sum(prompt) + sum(ids)) for prompt, ids in zip(prompts, responses, strict=True)])
 
-    kept = KeptValues(tmp_path / "kept")
+    wanted, path = Wanted("model", PROMPTS, responses, compute), tmp_path / "kept"
     with pytest.raises(ConnectionError):
-        kept.complete("model", PROMPTS, responses, compute)
-    values = KeptValues(tmp_path / "kept").complete("model", PROMPTS, responses, compute)
+        KeptValues(path).complete(wanted)
+    values = KeptValues(path).complete(wanted)
     assert values.tolist() == [sum(p) + sum(ids) for p, ids in zip(PROMPTS, responses, strict=True)]
     assert asked == [PART_ROLLOUTS, PART_ROLLOUTS, PART_ROLLOUTS, 10]  # the first part is not computed again
-    KeptValues(tmp_path / "kept").complete("another model", PROMPTS[:3], responses[:3], compute)
-    KeptValues(None).complete("model", PROMPTS[:2], responses[:2], compute)
+    KeptValues(path).complete(Wanted("another model", PROMPTS[:3], responses[:3], compute))
+    KeptValues(None).complete(Wanted("model", PROMPTS[:2], responses[:2], compute))
     assert asked[4:] == [3, 2]
 
 
-def test_an_evaluation_that_dies_while_it_scores_computes_no_log_prob_twice(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folders = {name: save_tiny_policy(tmp_path / name / "model", seed=seed) for seed, name in enumerate(("new", "old"))}
-    for name in folders:
-        write_manifest(tmp_path / name, {"name": name})
-    columns: dict[str, Any] = {
-        "id": ["a"],
-        "prompt_ids": [[1, 3]],
-        "chosen_ids": [[4, EOS]],
-        "rejected_ids": [[5, EOS]],
-    }
-    (tmp_path / "test_pairs").mkdir()
-    table = pa.table(columns | {"ref_chosen_logp": [-1.0], "ref_rejected_logp": [-2.0]})
-    pq.write_table(table, tmp_path / "test_pairs" / "part-0.parquet")
-    rollouts = [Rollout([1, 3 + i % 7], [4 + i % 5, EOS], [-1.0, -1.0], True, "0") for i in range(PART_ROLLOUTS + 5)]
-    computed: list[tuple[str, int]] = []
-    plain, dies = policy_scores.response_logps, [True]
+@pytest.mark.parametrize("number", [1, 2, 3, 7])
+def test_shares_compute_every_part_once_and_as_many_each(tmp_path: Path, number: int) -> None:
+    computed: list[int] = []
 
-    def counted(model: Any, prompts: list[list[int]], *others: Any) -> np.ndarray:
-        which = "old" if "old" in model.config._name_or_path else "new"
-        if which == "old" and dies:
-            dies.clear()
-            raise MemoryError("the scorer's process is gone")
-        computed.append((which, len(prompts)))
-        return plain(model, prompts, *others)
+    def wanted(model: str, size: int) -> Wanted:
+        def compute(prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
+            computed.append(len(prompts))
+            return np.full(len(prompts), float(size))
 
-    monkeypatch.setattr(policy_scores, "response_logps", counted)
-    (tmp_path / "evaluation").mkdir()
+        return Wanted(model, PROMPTS[:size], PROMPTS[:size], compute)
 
-    def row(kept: Path | None) -> dict[str, float]:
-        job = SampledJob(folders["new"], folders["old"], None, tmp_path, tmp_path / "evaluation", kept=kept)
-        score_samples(rollouts, job, Evaluation(), 0.0)
-        found: dict[str, float] = json.loads((tmp_path / "evaluation" / "row.json").read_text(encoding="utf-8"))
-        return found
+    groups = [[wanted("a", 300)], [wanted("b", 512), wanted("c", 10)], [], [wanted("d", 257)]]
+    numbers = []
+    for place in range(number):
+        computed.clear()
+        share = Share(place, number)
+        for group in groups:
+            share = KeptValues(tmp_path / "kept").fill(group, share)
+        numbers.append(len(computed))
+    assert sum(numbers) == 7 and max(numbers) - min(numbers) <= 1
+    computed.clear()
+    for one in (one for group in groups for one in group):
+        assert set(KeptValues(tmp_path / "kept").complete(one)) == {float(len(one.prompts))}
+    assert not computed
 
+
+class Scored:
+    """Two policies and a learned judge as stages, what an evaluation reads, and who computed what."""
+
+    def __init__(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = tmp_path
+        self.models = {
+            name: save_tiny_policy(tmp_path / name / "model", seed=seed) for seed, name in enumerate(("new", "old"))
+        }
+        for name in self.models:
+            write_manifest(tmp_path / name, {"name": name})
+        judge = new_reward_model(self.models["old"], 0)
+        save_policy(judge, load_tokenizer(self.models["old"]), tmp_path / "judge" / "model")
+        write_manifest(tmp_path / "judge", {"name": "judge"})
+        self.judge = JudgeSpec(RewardModel(), str(tmp_path / "judge" / "model"), self.models["old"])
+        columns: dict[str, Any] = {"id": ["a"], "prompt_ids": [[1, 3]]}
+        columns |= {"chosen_ids": [[4, EOS]], "rejected_ids": [[5, EOS]]}
+        table = pa.table(columns | {"ref_chosen_logp": [-1.0], "ref_rejected_logp": [-2.0]})
+        (tmp_path / "test_pairs").mkdir()
+        pq.write_table(table, tmp_path / "test_pairs" / "part-0.parquet")
+        (tmp_path / "evaluation").mkdir()
+        #: (what, number of responses) in the order in which parts were computed.
+        self.computed: list[tuple[str, int]] = []
+        self.dies_at: int | None = None
+        for where, name in (
+            (policy_scores, "response_logps"),
+            (policy_scores, "along_samples"),
+            (RewardModelJudge, "score"),
+        ):
+            monkeypatch.setattr(where, name, self._watched(name, getattr(where, name)))
+
+    def _watched(self, name: str, plain: Any) -> Any:
+        def compute(*arguments: Any, **keywords: Any) -> np.ndarray:
+            if len(self.computed) == self.dies_at:
+                self.dies_at = None
+                raise MemoryError("the scorer's process is gone")
+            rows = arguments[2].prompts if name == "along_samples" else arguments[1]
+            self.computed.append((name, len(rows)))
+            found: np.ndarray = plain(*arguments, **keywords)
+            return found
+
+        return compute
+
+    def job(self, kept: Path | None, **changed: Any) -> SampledJob:
+        job = SampledJob(
+            self.models["new"], self.models["old"], self.judge, self.folder, self.folder / "evaluation", kept=kept
+        )
+        return replace(job, **changed)
+
+    def row(self, job: SampledJob, *filled: Filled) -> dict[str, float]:
+        """The evaluation's row, without the seconds."""
+        score_samples(ROLLOUTS, job, Evaluation(), 0.0, *filled)
+        found: dict[str, float] = json.loads((self.folder / "evaluation" / "row.json").read_text(encoding="utf-8"))
+        return {name: value for name, value in found.items() if "seconds" not in name}
+
+
+ROLLOUTS = [Rollout([1, 3 + i % 7], [4 + i % 5, EOS], [-1.0, -1.0], True, "0") for i in range(PART_ROLLOUTS * 2 + 6)]
+
+
+@pytest.fixture
+def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scored:
+    return Scored(tmp_path, monkeypatch)
+
+
+@pytest.mark.parametrize("dies_at", [0, 4, 7])
+def test_an_evaluation_that_dies_while_it_scores_computes_no_part_twice(scored: Scored, dies_at: int) -> None:
+    expected = scored.row(scored.job(None))
+    once, scored.dies_at = list(scored.computed), dies_at
+    scored.computed.clear()
+    kept = scored.job(scored.folder / "kept")
     with pytest.raises(MemoryError):
-        row(tmp_path / "kept")
-    resumed = row(tmp_path / "kept")
-    parts = [PART_ROLLOUTS, 5]
-    assert computed == [*(("new", size) for size in (*parts, 1, 1)), *(("old", size) for size in parts)]
-    undisturbed = row(None)
-    assert {name: value for name, value in resumed.items() if "seconds" not in name} == {
-        name: value for name, value in undisturbed.items() if "seconds" not in name
-    }
+        scored.row(kept)
+    assert scored.row(kept) == expected and scored.computed == once
+    sizes = [PART_ROLLOUTS, PART_ROLLOUTS, 6]
+    assert once == [
+        *(("score", size) for size in sizes),
+        *(("response_logps", size) for size in (1, 1)),
+        *(("along_samples", size) for size in sizes),
+    ]
+
+
+@pytest.mark.parametrize("number", [2, 3])
+@pytest.mark.parametrize("best_of", [1, 2])
+def test_what_several_tasks_computed_ahead_is_what_one_computes(scored: Scored, number: int, best_of: int) -> None:
+    """To the last bit, and nothing twice; of best-of-n the reward first, then the judge of what it picks."""
+    changed = {"best_of": best_of, "reward": scored.judge if best_of > 1 else None}
+    expected = scored.row(scored.job(None, **changed))
+    once, job, filled = sorted(scored.computed), scored.job(scored.folder / "kept", **changed), list[Filled]()
+    scored.computed.clear()
+    phases: list[tuple[Kind, ...]] = [("judge", "policy")] if best_of == 1 else [("reward",), ("judge",)]
+    for phase, kinds in enumerate(phases):
+        for place in range(number):
+            filled.append(fill_share(ROLLOUTS, job, Evaluation(), kinds, phase, Share(place, number), *filled))
+    assert sorted(scored.computed) == once
+    assert scored.row(job, *filled) == expected and sorted(scored.computed) == once
+    costs = read_manifest(scored.folder / "evaluation")["costs"]
+    wall, device = seconds_of(filled)
+    assert costs["device_seconds"] - costs["wall_seconds"] == pytest.approx(device - wall) and device > wall > 0
+
+
+def test_who_is_asked_by_an_endpoints_reward_is_not_found_out_by_several_tasks(scored: Scored) -> None:
+    """Each of them would pay for its answers. A function sees all rows at once, so it is no part of a share either."""
+    function = replace(scored.judge, settings=FunctionJudge(function="rewards_that_fail:short"))
+    job = scored.job(scored.folder / "kept", best_of=2, reward=function)
+    assert start_filling(None, job, Evaluation(), ("reward", "judge", "policy"), {}, 4) == []
+    for kinds in (("judge",), ("reward", "judge")):
+        assert start_filling(None, replace(job, judge=function), Evaluation(), kinds, {}, 4) == []
+    assert start_filling(None, scored.job(None), Evaluation(), ("judge",), {}, 1) == []

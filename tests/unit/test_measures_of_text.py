@@ -28,7 +28,8 @@ from pipelines.evaluate import (
 from pipelines.frontier import frontier_points, regret_row
 from pipelines.plan import SeedPlan, make_plan
 from pipelines.report import _entry_row
-from pipelines.sampled import SampledJob, score_frontier, score_samples
+from pipelines.sampled import score_frontier, score_samples
+from pipelines.sampled_values import SampledJob
 from prefarena.config import Comparison, Evaluation, FunctionJudge, parse_config
 from prefarena.data.tables import write_rows
 from prefarena.errors import UserError

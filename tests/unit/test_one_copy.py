@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,7 +20,8 @@ from prefarena.modeling import load
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.load import load_policy, new_reward_model
 from prefarena.records import PAIRS
-from prefarena.training.reward_model import held_out_scores
+from prefarena.training.reward_model import held_out_scores, over_workers
+from prefarena.training.worker import Worker
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -65,11 +69,49 @@ def test_held_out_pairs_are_scored_in_bounded_passes(tmp_path: Path, most_tokens
     head.packed = packed and head.packed
     sizes: list[int] = []
     head.register_forward_pre_hook(lambda _, inputs: sizes.append(inputs[0].input_ids.numel()))
-    whole = np.stack(held_out_scores(head, str(tmp_path / "pairs"), 0, torch.device("cpu")))
+    worker = Worker(str(tmp_path / "stage"))
+    whole = np.stack(held_out_scores(head, str(tmp_path / "pairs"), 0, worker))
     sizes.clear()
-    found = np.stack(held_out_scores(head, str(tmp_path / "pairs"), 0, torch.device("cpu"), most_tokens))
+    found = np.stack(held_out_scores(head, str(tmp_path / "pairs"), 0, worker, most_tokens))
     np.testing.assert_allclose(found, whole, atol=1e-5)
     assert len(sizes) > (most_tokens < 8192) and max(sizes) <= max(most_tokens, 48)
+
+
+class OneOfThree(Worker):
+    """A worker in a thread beside two others."""
+
+    def __init__(self, stage_dir: str, rank: int, given: list[Any], meet: threading.Barrier) -> None:
+        super().__init__(stage_dir)
+        self.rank, self.world_size, self._given, self._meet = rank, 3, given, meet
+
+    def gathered(self, value: Any) -> list[Any]:
+        self._given[self.rank] = value
+        self._meet.wait(10)
+        return list(self._given)
+
+
+@pytest.mark.parametrize("number", [1, 3, 5, 9])
+def test_passes_are_dealt_to_workers_which_all_make_as_many_and_have_all_values(tmp_path: Path, number: int) -> None:
+    """As many: the passes of a model that is spread need every worker."""
+    random = np.random.default_rng(0)
+    passes = np.array_split(random.permutation(4 * number), number)
+    made: list[list[int]] = [[], [], []]
+    meet, given = threading.Barrier(3), [None] * 3
+
+    def run(rank: int) -> np.ndarray:
+        def compute(rows: np.ndarray) -> np.ndarray:
+            made[rank].append(int(rows[0]))
+            return np.stack([rows * 2.0, rows + 0.5], 1)
+
+        return over_workers(passes, compute, OneOfThree(str(tmp_path), rank, given, meet))
+
+    with ThreadPoolExecutor(3) as threads:
+        found = list(threads.map(run, range(3)))
+    rows = np.arange(4 * number)
+    for one in found:
+        np.testing.assert_array_equal(one, np.stack([rows * 2.0, rows + 0.5], 1))
+    assert {len(one) for one in made} == {-(-number // 3)}
+    assert {first for one in made for first in one} == {int(rows[0]) for rows in passes}
 
 
 def _filler(kind: pa.DataType) -> object:

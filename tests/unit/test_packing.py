@@ -13,7 +13,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from prefarena.modeling import chunked_head
-from prefarena.modeling.chunked_head import Head, chunked_kls, chunked_logps
+from prefarena.modeling.chunked_head import Head, chunked_comparison, chunked_logps
 from prefarena.modeling.logprobs import LogProbs, Sequences, sequence_logps, token_logps, token_logps_and_entropy
 from prefarena.modeling.packing import pack
 
@@ -237,11 +237,14 @@ def test_chunked_divergences_are_those_of_whole_distributions(
         torch.log_softmax((hidden @ head.weight.t() + (0 if head.bias is None else head.bias)) / 0.6, -1)
         for hidden, head in sides
     )
-    found = chunked_kls(*sides[0], *sides[1], temperature=0.6)
-    torch.testing.assert_close(found[0], (p.exp() * (p - q)).sum(-1), rtol=1e-10, atol=1e-10)
-    torch.testing.assert_close(found[1], (q.exp() * (q - p)).sum(-1), rtol=1e-10, atol=1e-10)
-    same = chunked_kls(*sides[0], *sides[0])
-    assert not same[0].any() and not same[1].any()
+    targets = torch.randint(53, (29,), generator=generator)
+    found = chunked_comparison(*sides[0], *sides[1], targets, temperature=0.6)
+    torch.testing.assert_close(found.kl, (p.exp() * (p - q)).sum(-1), rtol=1e-10, atol=1e-10)
+    torch.testing.assert_close(found.reverse_kl, (q.exp() * (q - p)).sum(-1), rtol=1e-10, atol=1e-10)
+    for logps, expected in ((found.logps, p), (found.other_logps, q)):
+        torch.testing.assert_close(logps, expected[torch.arange(29), targets], rtol=1e-10, atol=1e-10)
+    same = chunked_comparison(*sides[0], *sides[0], targets)
+    assert not same.kl.any() and not same.reverse_kl.any() and torch.equal(same.logps, same.other_logps)
 
 
 def test_divergences_of_half_precision_are_summed_in_more(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -250,15 +253,17 @@ def test_divergences_of_half_precision_are_summed_in_more(monkeypatch: pytest.Mo
         (torch.randn(40, 64, generator=generator).bfloat16(), torch.randn(3000, 64, generator=generator).bfloat16())
         for _ in range(2)
     )
-    found, _ = chunked_kls(hidden, Head(weight, None), other, Head(other_weight, None))
+    targets = torch.arange(40) * 70
+    found, _, logps, _ = chunked_comparison(hidden, Head(weight, None), other, Head(other_weight, None), targets)
     p, q = ((a.double() @ b.double().t()).log_softmax(-1) for a, b in ((hidden, weight), (other, other_weight)))
     torch.testing.assert_close(found, (p.exp() * (p - q)).sum(-1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logps, p[torch.arange(40), targets], rtol=1e-5, atol=1e-5)
 
 
 def test_vocabularies_of_two_sizes_have_no_divergence() -> None:
     one, other = (Head(torch.ones(size, 4), None) for size in (7, 8))
     with pytest.raises(ValueError, match="vocabularies of 7 and 8 tokens"):
-        chunked_kls(torch.ones(2, 4), one, torch.ones(2, 4), other)
+        chunked_comparison(torch.ones(2, 4), one, torch.ones(2, 4), other, torch.zeros(2, dtype=torch.long))
 
 
 def test_a_frozen_head_gets_no_gradient_and_half_precision_is_summed_in_float32() -> None:

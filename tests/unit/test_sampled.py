@@ -16,6 +16,7 @@ from transformers import (
 )
 
 from prefarena.config import LanguageTask
+from prefarena.data.plan import bounded_passes
 from prefarena.evaluation.enumeration import Enumeration, enumerate_responses
 from prefarena.evaluation.exact import exact_metrics, win_rates
 from prefarena.evaluation.sampled import (
@@ -80,6 +81,14 @@ def test_response_logps_agree_with_the_enumeration(arena: Arena) -> None:
     prompts, responses = [r.prompt_ids for r in rollouts], [r.response_ids for r in rollouts]
     found = response_logps(arena.models[1], prompts, responses, PAD_ID, batch_size=7)
     np.testing.assert_allclose(found, arena.exact[1].logps[prompt_clusters(rollouts), rows], atol=1e-5)
+
+
+def test_passes_are_bounded_by_rows_and_tokens_and_are_those_of_rows_alone_where_they_fit() -> None:
+    lengths = np.array([3000, 10, 5000, 9000, 20, 4000])
+    assert [rows.tolist() for rows in bounded_passes(lengths, 2)] == [[1, 4], [0, 5], [2], [3]]
+    assert [rows.tolist() for rows in bounded_passes(lengths, 2, 10**9)] == [[1, 4], [0, 5], [2, 3]]
+    assert [rows.tolist() for rows in bounded_passes(lengths, 100)] == [[1, 4, 0, 5], [2], [3]]
+    assert bounded_passes(np.zeros(0, np.int64), 4) == []
 
 
 def test_response_logps_at_a_temperature(arena: Arena) -> None:

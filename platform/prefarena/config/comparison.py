@@ -112,7 +112,12 @@ class Generation(Section):
 class Scoring(Section):
     """What scores finished text: the reference's log-probs of pairs, and evaluations from samples."""
 
-    num_actors: int | None = Field(None, ge=1, description="Actors for log-probs; none: resources.num_workers.")
+    num_actors: int | None = Field(
+        None,
+        ge=1,
+        description="How many score at the same time: actors for log-probs and labels, and tasks of each evaluation "
+        "from samples; none: resources.num_workers.",
+    )
     cpus: float = Field(1, gt=0, description="CPUs of each; its torch threads, and at least one.")
     gpus: float | None = Field(
         None, gt=0, le=1, description="GPUs of each, when use_gpu is true; none: resources.gpus_per_worker."
@@ -192,7 +197,9 @@ class Evaluation(Section):
     num_prompts: int = Field(128, ge=1, description="Held-out prompts to sample on.")
     samples_per_prompt: int = Field(2, ge=1)
     temperature: float = Field(1.0, gt=0)
-    batch_size: int = Field(64, ge=1, description="Sequences per forward pass.")
+    batch_size: int = Field(
+        64, ge=1, description="Most sequences in a forward pass, which has 8,192 tokens at most, or one sequence."
+    )
     num_reference_samples: int = Field(
         512, ge=2, description="Samples of the reference on training prompts, on which learned rewards are normalised."
     )

@@ -93,6 +93,21 @@ class BatchPlan:
         return np.concatenate([batches[i] for i in generator.permutation(len(batches))])
 
 
+def bounded_passes(
+    lengths: NDArray[np.int64], most_rows: int, most_tokens: int = LARGEST_PASS
+) -> list[NDArray[np.int64]]:
+    """Row numbers of the passes over N rows, those of similar length together. `lengths`: [N], in tokens.
+
+    A pass has at most `most_rows` rows, and at most `most_tokens` tokens or one row.
+    """
+    order = np.argsort(lengths, kind="stable")
+    return [
+        rows
+        for start in range(0, len(order), most_rows)
+        for rows in within_budget(order[start : start + most_rows], lengths, most_tokens)
+    ]
+
+
 def within_budget(rows: NDArray[np.int64], sizes: NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:
     """`rows` in consecutive parts of at most `budget` tokens; a longer row goes alone. `sizes`: [N], of all rows."""
     parts, start, total = [], 0, 0

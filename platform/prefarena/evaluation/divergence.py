@@ -1,9 +1,9 @@
-"""KL divergences of two policies along sampled responses, exact over the vocabulary at every position.
+"""KL divergences of two policies along sampled responses, exact over the vocabulary at every position; and log-probs.
 
 By the chain rule the divergence of two policies is the expectation, over responses of the first, of the sum over
 positions of the divergence of their next-token distributions. Each term of that sum is computed exactly, so only the
 responses are sampled (the Rao-Blackwellised estimator of arXiv 2504.10637): unbiased like k1, which adds the noise of
-every token that was drawn.
+every token that was drawn. The log-probs of the responses, of which k1 is made, come from the same passes.
 
 One model is held at a time: what the first one's head takes is kept on the host, with the head, until the second one
 has run. A model whose head is more than a linear map has to be held beside the other.
@@ -19,8 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefarena.data.plan import LARGEST_PASS, within_budget
-from prefarena.modeling.chunked_head import chunked_kls
+from prefarena.data.plan import bounded_passes
+from prefarena.modeling.chunked_head import Compared, chunked_comparison
 from prefarena.modeling.logprobs import LogProbs, at_least_float32, can_pack
 from prefarena.modeling.packing import PackedBatch, pack
 
@@ -51,10 +51,8 @@ class Samples:
     def passes(self, rows: np.ndarray) -> Iterator[np.ndarray]:
         """Indices of these rows, those of similar length together."""
         lengths = np.array([len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)], np.int64)
-        order = rows[np.argsort(lengths[rows], kind="stable")]
-        for within in within_budget(order, lengths, LARGEST_PASS):
-            for start in range(0, len(within), self.batch_size):
-                yield np.asarray(within[start : start + self.batch_size])
+        for places in bounded_passes(lengths[rows], self.batch_size):
+            yield rows[places]
 
     def batch(self, module: LogProbs, rows: np.ndarray) -> PackedBatch:
         prompts, responses = [self.prompts[i] for i in rows], [[self.responses[i]] for i in rows]
@@ -62,13 +60,14 @@ class Samples:
 
 
 @torch.no_grad()
-def sequence_kls(policy: Loaded, other: Loaded, samples: Samples) -> np.ndarray:
-    """[N, 2], nats: along each response the sum over positions of KL(policy || other), and of KL(other || policy).
+def along_samples(policy: Loaded, other: Loaded, samples: Samples) -> np.ndarray:
+    """[N, 4], nats: along each response y to x the sums over positions of KL(policy || other) and of
+    KL(other || policy), and log policy(y|x) and log other(y|x).
 
     The mean of the first over samples of the policy estimates KL(policy || other), that of the second over samples of
-    the other KL(other || policy); both at the temperature that the samples were drawn at.
+    the other KL(other || policy); all at the temperature that the samples were drawn at.
     """
-    found = np.empty((len(samples.prompts), 2))
+    found = np.empty((len(samples.prompts), 4))
     if not policy.module().plain_head:
         for rows in samples.passes(np.arange(len(found))):
             found[rows] = _by_logits(policy.module(), other.module(), samples, rows)
@@ -84,7 +83,10 @@ def sequence_kls(policy: Loaded, other: Loaded, samples: Samples) -> np.ndarray:
         for rows, states in zip(passes, hidden, strict=True):
             batch = samples.batch(module, rows)
             there = states.to(module.model.device)
-            values = chunked_kls(there, head, module.head_inputs(batch), module.head, temperature=samples.temperature)
+            own_states = module.head_inputs(batch)
+            values = chunked_comparison(
+                there, head, own_states, module.head, batch.targets, temperature=samples.temperature
+            )
             found[rows] = _sums(batch, values)
         del module
         if block[-1] + 1 < len(found):
@@ -105,7 +107,7 @@ def _blocks(samples: Samples, most_tokens: int) -> Iterator[np.ndarray]:
 
 
 def _by_logits(policy: LogProbs, other: LogProbs, samples: Samples, rows: np.ndarray) -> np.ndarray:
-    """[n, 2] of some rows by whole rows of logits, a few responses at a time."""
+    """[n, 4] of some rows by whole rows of logits, a few responses at a time."""
     size = policy.model.config.get_text_config().vocab_size
     longest = max(len(samples.responses[i]) for i in rows)
     step = max(1, _MOST_LOGITS // (size * longest))
@@ -116,8 +118,9 @@ def _by_logits(policy: LogProbs, other: LogProbs, samples: Samples, rows: np.nda
             torch.log_softmax(at_least_float32(module.logits(batch)) / samples.temperature, -1)
             for module, batch in zip((policy, other), batches, strict=True)
         ]
-        values = _expected_ratio(logps[0], logps[1]), _expected_ratio(logps[1], logps[0])
-        found.append(_sums(batches[0], values))
+        given = [own.gather(-1, batches[0].targets[:, None])[:, 0].double() for own in logps]
+        divergences = _expected_ratio(logps[0], logps[1]), _expected_ratio(logps[1], logps[0])
+        found.append(_sums(batches[0], Compared(*divergences, *given)))
     return np.concatenate(found)
 
 
@@ -127,5 +130,5 @@ def _expected_ratio(logps: Tensor, other_logps: Tensor) -> Tensor:
     return torch.where(probs > 0, probs * (logps - other_logps), 0.0).sum(-1).double()
 
 
-def _sums(batch: PackedBatch, values: tuple[Tensor, Tensor]) -> np.ndarray:
+def _sums(batch: PackedBatch, values: Compared) -> np.ndarray:
     return np.stack([batch.sums(value).cpu().numpy() for value in values], axis=1)

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from prefarena.data.plan import bounded_passes
 from prefarena.evaluation.statistics import Estimate, clustered, mean_and_stderr
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import Rollout
@@ -36,12 +37,16 @@ def response_logps(
     batch_size: int,
     temperature: float = 1.0,
 ) -> np.ndarray:
-    """log pi(y|x) [N], by the trainer's own code; sequences of similar length share a batch."""
+    """log pi(y|x) [N], by the trainer's own code.
+
+    Passes are of sequences of similar length: at most `batch_size` of them, and 8,192 tokens or one sequence.
+    """
     module, logps = LogProbs(model), np.empty(len(prompts))
     there = torch.empty(len(prompts), dtype=torch.float64, device=model.device)
-    order = np.argsort([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], kind="stable")
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
+    lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], np.int64)
+    passes = bounded_passes(lengths, batch_size)
+    start = 0
+    for rows in passes:
         found, _ = sequence_logps(
             module,
             [prompts[i] for i in rows],
@@ -51,7 +56,9 @@ def response_logps(
             pad_id=pad_id,
         )
         there[start : start + len(rows)] = found
-    logps[order] = there.cpu().numpy()  # once: every copy to the host waits for all that came before
+        start += len(rows)
+    # Once: every copy to the host waits for all that came before.
+    logps[np.concatenate(passes) if passes else []] = there.cpu().numpy()
     return logps
 
 
@@ -77,7 +84,7 @@ def divergence_metrics(
 ) -> dict[str, float]:
     """kl_vocabulary, KL(pi || pi_ref), and forward_kl, KL(pi_ref || pi), each with its `_stderr`.
 
-    Means of sums over positions that are exact over the vocabulary (`divergence.sequence_kls`): `along` [N] samples of
+    Means of sums over positions that are exact over the vocabulary (`divergence.along_samples`): `along` [N] samples of
     the policy, `beside` [M] samples of the reference. Both unbiased. Without samples there is no estimate.
     """
     row: dict[str, float] = {}

@@ -11,6 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from prefarena.config import ClassifierJudge
+from prefarena.data.plan import bounded_passes
 from prefarena.errors import UserError
 from prefarena.judges.texts import JudgeRow, judge_rows
 from prefarena.modeling.arithmetic import Arithmetic, body_in_weights, products_of
@@ -21,7 +22,10 @@ from prefarena.modeling.vocabulary import check_tokens
 
 
 class ClassifierScorer:
-    """The model's one logit. Only sequences of one length share a batch, so that there is no padding at all."""
+    """The model's one logit. Only sequences of one length share a pass, so that there is no padding at all.
+
+    A pass has at most `batch_size` of them, and 8,192 tokens or one sequence.
+    """
 
     def __init__(
         self,
@@ -63,8 +67,8 @@ class ClassifierScorer:
         found = torch.empty(len(encoded), dtype=torch.float64, device=self._model.device)
         for length in sorted(same_length):
             rows = same_length[length]
-            for start in range(0, len(rows), self._batch_size):
-                batch = rows[start : start + self._batch_size]
+            for places in bounded_passes(np.full(len(rows), length), self._batch_size):
+                batch = [rows[place] for place in places]
                 (inputs,) = moved([np.array([encoded[index] for index in batch], np.int64)], self._model.device)
                 with products_of(self._arithmetic):
                     logits = self._model(input_ids=inputs, attention_mask=torch.ones_like(inputs)).logits

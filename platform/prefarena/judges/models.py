@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
+from prefarena.data.plan import LARGEST_PASS, bounded_passes
 from prefarena.modeling.arithmetic import Arithmetic, body_in_weights, products_of
 from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_reward_model
@@ -30,7 +32,11 @@ class GoldRewardJudge:
 
 
 class RewardModelJudge:
-    """A reward model (a transformers sequence-classification folder)."""
+    """A reward model (a transformers sequence-classification folder).
+
+    It scores in passes of at most `batch_size` sequences and 8,192 tokens; one `of` a model in memory by their number
+    alone, as workers that hold a part of it each must make equally many.
+    """
 
     def __init__(
         self,
@@ -43,7 +49,7 @@ class RewardModelJudge:
         torch.nn.Module.to(model, device)
         self.head: ScalarHead | Role = ScalarHead(model)
         self._arithmetic: Arithmetic | None
-        self._batch_size, self._arithmetic = batch_size, arithmetic
+        self._batch_size, self._most_tokens, self._arithmetic = batch_size, LARGEST_PASS, arithmetic
 
     @classmethod
     def of(
@@ -56,23 +62,25 @@ class RewardModelJudge:
         """
         judge = cls.__new__(cls)
         judge.head = model if isinstance(model, Role) else ScalarHead(model)
-        judge._batch_size, judge._arithmetic = batch_size, arithmetic
+        judge._batch_size, judge._most_tokens, judge._arithmetic = batch_size, sys.maxsize, arithmetic
         return judge
 
     @torch.no_grad()
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-        """Normalised scores float64 [N]; sequences of similar length share a batch."""
+        """Normalised scores float64 [N]; sequences of similar length share a pass."""
         with nullcontext() if self._arithmetic is None else products_of(self._arithmetic):
             return self._score(prompts, responses)
 
     def _score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
         device = self.head.model.device
         found = torch.empty(len(prompts), dtype=torch.float64, device=device)
-        order = np.argsort([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], kind="stable")
-        for start in range(0, len(order), self._batch_size):
-            rows = order[start : start + self._batch_size]
+        lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], np.int64)
+        passes, start = bounded_passes(lengths, self._batch_size, self._most_tokens), 0
+        for rows in passes:
             batch = Sequences.of([prompts[i] for i in rows], [responses[i] for i in rows], device)
             found[start : start + len(rows)] = scores(self.head, batch)
+            start += len(rows)
         values = np.empty(len(prompts))
-        values[order] = found.cpu().numpy()  # once: every copy to the host waits for all that came before
+        # Once: every copy to the host waits for all that came before.
+        values[np.concatenate(passes) if passes else []] = found.cpu().numpy()
         return values

@@ -46,11 +46,23 @@ class Head(NamedTuple):
     bias: Tensor | None
 
 
+class Compared(NamedTuple):
+    """Of two models' distributions p and q at M places: KL(p || q), KL(q || p), log p(target), log q(target).
+
+    [M] each, nats, float64; divergences are exact sums over the vocabulary.
+    """
+
+    kl: Tensor
+    reverse_kl: Tensor
+    logps: Tensor
+    other_logps: Tensor
+
+
 @torch.no_grad()
-def chunked_kls(
-    hidden: Tensor, head: Head, other_hidden: Tensor, other_head: Head, *, temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """KL(p || q) and KL(q || p), [M] each, nats, float64: the exact sums over the vocabulary at M places.
+def chunked_comparison(
+    hidden: Tensor, head: Head, other_hidden: Tensor, other_head: Head, targets: Tensor, *, temperature: float = 1.0
+) -> Compared:
+    """How far two models are apart at M places, and what each gives the targets [M] there.
 
     p and q are softmax((hidden W^T + b) / temperature), of one model's hidden states [M, D] and head, and of the
     other's. Log-ratios are taken before they are summed, so two models that say the same are exactly 0 apart.
@@ -58,7 +70,7 @@ def chunked_kls(
     if len(head.weight) != len(other_head.weight):
         raise ValueError(f"vocabularies of {len(head.weight)} and {len(other_head.weight)} tokens have no divergence")
     width, (token_tile, vocabulary_tile) = _wide(hidden.dtype), _tiles(hidden)
-    divergences = hidden.new_zeros(2, len(hidden), dtype=torch.float64)
+    found = Compared(*hidden.new_zeros(4, len(hidden), dtype=torch.float64))
     for rows in _slices(len(hidden), token_tile):
         sides: list[Running | None] = [None, None]
         for columns in _slices(len(head.weight), vocabulary_tile):
@@ -72,13 +84,17 @@ def chunked_kls(
                 )
                 for states, own in ((hidden, head), (other_hidden, other_head))
             ]
+            for picked, tile in zip(found[2:], tiles, strict=True):
+                picked[rows] += _picked(tile, targets[rows] - columns.start)
             ratio = tiles[0] - tiles[1]
             sides = [_merge_ratios(side, tile, ratio) for side, tile in zip(sides, tiles, strict=True)]
         (top, total, ratios), (other_top, other_total, other_ratios) = (_known(side) for side in sides)
-        normaliser = (top + total.log()) - (other_top + other_total.log())
-        divergences[0, rows] = ratios / total - normaliser
-        divergences[1, rows] = normaliser - other_ratios / other_total
-    return divergences[0], divergences[1]
+        own, other = top + total.log(), other_top + other_total.log()
+        found.kl[rows] = ratios / total - (own - other)
+        found.reverse_kl[rows] = (own - other) - other_ratios / other_total
+        found.logps[rows] -= own
+        found.other_logps[rows] -= other
+    return found
 
 
 def _merge_ratios(running: Running | None, logits: Tensor, ratio: Tensor) -> Running:

@@ -1,7 +1,13 @@
-"""The reward model: trained on pairs, normalised on the reference's samples, measured on held-out pairs."""
+"""The reward model: trained on pairs, normalised on the reference's samples, measured on held-out pairs.
+
+All workers have a part in measuring it, whether each holds the model or a part of it.
+"""
 
 from __future__ import annotations
 
+import socket
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,24 +15,24 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefarena.data.plan import LARGEST_PASS, within_budget
+from prefarena.data.plan import LARGEST_PASS, bounded_passes, within_budget
 from prefarena.data.tables import read_rows
 from prefarena.judges.calibration import calibration
 from prefarena.judges.models import RewardModelJudge
-from prefarena.mirror import mirror_of
+from prefarena.mirror import bring_anew, push
 from prefarena.modeling.arithmetic import attends_in, body_in_weights, products_of
 from prefarena.modeling.heads import ScalarHead
-from prefarena.modeling.load import load_reward_model, load_tokenizer, new_reward_model
+from prefarena.modeling.load import load_tokenizer, new_reward_model
 from prefarena.modeling.lora import add_adapters
 from prefarena.training.jobs import RewardModelJob
 from prefarena.training.loading import Loader
 from prefarena.training.off_policy import train
 from prefarena.training.saving import save_trained
-from prefarena.training.terms import Pairs, RewardModelTerm, Shares, pair_scores
+from prefarena.training.terms import Pairs, RewardModelTerm, Rows, Shares, pair_scores
 from prefarena.training.worker import Worker
 
-#: In one pass over held-out pairs.
-_MOST_PAIRS = 256
+#: In one pass over held-out pairs, and over samples.
+_MOST_PAIRS, _MOST_SAMPLES = 256, 64
 
 
 def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
@@ -56,35 +62,31 @@ def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
     )
     del model, head
     judge = _finished(trained, job, worker)
-    measured = {} if judge is None else _measured(judge, job, tokenizer.pad_token_id, worker)
-    return {"costs": worker.costs(**counts), **measured}
+    return {"costs": worker.costs(**counts), **_measured(judge, job, tokenizer.pad_token_id, worker)}
 
 
-def _finished(trained: PreTrainedModel | None, job: RewardModelJob, worker: Worker) -> RewardModelJudge | None:
-    """The model as it will score; None on workers that have no part in measuring it."""
-    if worker.shards:
-        worker.drop_garbage()  # the trained weights and the optimizer
-        worker.share(None)  # rank 0 has written the model
-        if mirror_of(job.model_dir) is None:  # else the model is on rank 0's node alone
-            return Loader(worker).spread_reward_model(job.model_dir, job.scored_in)
-        trained = load_reward_model(job.model_dir) if worker.rank == 0 else None
+def _finished(trained: PreTrainedModel | None, job: RewardModelJob, worker: Worker) -> RewardModelJudge:
+    """The model as it will score, on every worker."""
     if trained is None:
-        return None
+        worker.drop_garbage()  # the trained weights and the optimizer
+        if worker.rank == 0:
+            push(Path(job.model_dir))
+        if worker.share(socket.gethostname()) != socket.gethostname():  # it was written on another node
+            bring_anew(job.model_dir)
+        worker.gathered(None)  # nobody reads it while it is replaced
+        return Loader(worker).spread_reward_model(job.model_dir, job.scored_in)
     nn.Module.to(trained, worker.device)
     return RewardModelJudge.of(body_in_weights(trained, job.scored_in))  # from here on it is only measured
 
 
 def _measured(judge: RewardModelJudge, job: RewardModelJob, pad_id: int, worker: Worker) -> dict[str, Any]:
-    """Mean and scale go into the model's config; its quality on held-out pairs into the manifest.
-
-    Where the model is spread every worker makes every pass, and rank 0 writes.
-    """
+    """Mean and scale go into the model's config; its quality on held-out pairs into the manifest."""
     with products_of(job.scored_in):
         samples = read_rows(job.samples)
-        raw = judge.score(samples["prompt_ids"].to_pylist(), samples["response_ids"].to_pylist())
+        raw = _scores(judge, samples["prompt_ids"].to_pylist(), samples["response_ids"].to_pylist(), worker)
         assert isinstance(judge.head, ScalarHead)
         head = judge.head if worker.shards else ScalarHead(judge.head.model, job.max_length)
-        chosen, rejected = held_out_scores(head, job.test_pairs, pad_id, worker.device)
+        chosen, rejected = held_out_scores(head, job.test_pairs, pad_id, worker)
     if worker.rank == 0:
         config = judge.head.model.config
         config.reward_mean = float(raw.mean())
@@ -93,11 +95,23 @@ def _measured(judge: RewardModelJudge, job: RewardModelJob, pad_id: int, worker:
     return {"reward_model": calibration(chosen - rejected)}
 
 
+def _scores(
+    judge: RewardModelJudge, prompts: list[list[int]], responses: list[list[int]], worker: Worker
+) -> np.ndarray:
+    """[N], the same on all workers."""
+    lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], np.int64)
+
+    def score(rows: Rows) -> np.ndarray:
+        return judge.score([prompts[i] for i in rows], [responses[i] for i in rows])
+
+    return over_workers(bounded_passes(lengths, _MOST_SAMPLES), score, worker)
+
+
 @torch.no_grad()
 def held_out_scores(
-    head: ScalarHead, path: str, pad_id: int, device: torch.device, most_tokens: int = LARGEST_PASS
+    head: ScalarHead, path: str, pad_id: int, worker: Worker, most_tokens: int = LARGEST_PASS
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Raw scores of the chosen and the rejected responses of a table of pairs, [N] float64 each.
+    """Raw scores of the chosen and the rejected responses of a table of pairs, [N] float64 each, on all workers.
 
     A pass has at most 256 pairs, and at most `most_tokens` tokens, padding included; a longer pair goes alone.
     """
@@ -112,6 +126,27 @@ def held_out_scores(
         for part in np.array_split(np.arange(number), -(-number // _MOST_PAIRS))
         for rows in within_budget(part, lengths, most_tokens)
     ]
-    found = [pair_scores(head, pairs, rows, device, pad_id) for rows in passes]
-    chosen, rejected = (torch.cat([getattr(part, side) for part in found]) for side in ("chosen", "rejected"))
-    return chosen.double().cpu().numpy(), rejected.double().cpu().numpy()
+
+    def score(rows: Rows) -> np.ndarray:
+        both = pair_scores(head, pairs, rows, worker.device, pad_id)
+        return torch.stack([both.chosen, both.rejected], 1).double().cpu().numpy()
+
+    found = over_workers(passes, score, worker)
+    return found[:, 0], found[:, 1]
+
+
+def over_workers(passes: list[Rows], compute: Callable[[Rows], np.ndarray], worker: Worker) -> np.ndarray:
+    """What `compute` gives for the rows of each pass, in the order of the rows 0 to N - 1, the same on all workers.
+
+    Each pass is made by one worker, so their number changes no bit. Where one has no pass left it makes the last one
+    in vain: a model that is spread needs every worker in every pass.
+    """
+    own: list[tuple[Rows, np.ndarray]] = []
+    for start in range(0, len(passes), worker.world_size):
+        place = start + worker.rank
+        found = compute(passes[min(place, len(passes) - 1)])
+        if place < len(passes):
+            own.append((passes[place], found))
+    together = [one for part in worker.gathered(own) for one in part]
+    rows, values = (np.concatenate([one[side] for one in together]) for side in (0, 1))
+    return values[np.argsort(rows)]

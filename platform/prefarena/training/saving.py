@@ -53,7 +53,7 @@ def save_trained(
 ) -> PreTrainedModel | None:
     """What a job has trained, adapters merged and kept beside it; every worker calls this.
 
-    Returns the model where rank 0 has it as a plain one. plain: as in `save_spread`.
+    Returns the plain model where every worker has it whole. plain: as in `save_spread`.
     """
     folder = Path(job.stage_dir) / ADAPTER
     if worker.shards:
@@ -65,10 +65,10 @@ def save_trained(
         save_spread(model, weights, tokenizer, job.model_dir, worker, plain)
         return None
     take_off_wrappers(model)  # training's precision and recomputation are its own
-    if worker.rank != 0:
-        return None
     if has_adapters:
-        save_adapter(model, job.policy, folder)
+        if worker.rank == 0:
+            save_adapter(model, job.policy, folder)
         merge_adapters(model)
-    save_policy(model, tokenizer, job.model_dir)
+    if worker.rank == 0:
+        save_policy(model, tokenizer, job.model_dir)
     return model

@@ -1,0 +1,246 @@
+"""What models say of an evaluation's samples, part by part: the policy's and the reference's log-probs, and scores.
+
+The Ray task that makes measures of them computes what is missing (`sampled.score_samples`). Before it, several tasks
+may each compute a share of all parts (`start_filling`), which it then finds. Parts are the same, whoever computes them.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+
+from pipelines.kept_rollouts import KeptValues, Share, Wanted, training_of
+from pipelines.policy_scores import ScoredWith, Scorer, along
+from prefarena.config import Evaluation
+from prefarena.data.tables import read_rows
+from prefarena.errors import JudgeError
+from prefarena.evaluation.best_of_n import pick_best
+from prefarena.judges.spec import Judge, JudgeSpec, load_judge, may_be_silent, usage_of
+from prefarena.judges.usage import Usage
+from prefarena.modeling.arithmetic import Arithmetic, named
+from prefarena.records import Rollout
+
+#: The reward that best-of-n picks by, the judge, and policy and reference themselves.
+Kind = Literal["reward", "judge", "policy"]
+
+
+@dataclass(frozen=True)
+class SampledJob:
+    """One evaluation from samples, as it is sent to a Ray task.
+
+    judge: none where the policy is compared with the reference rather than scored (pipelines/wins.py); its responses
+    are kept then. best_of: samples of which the one that `reward` scores highest is kept; 1 for a policy, which keeps
+    them all. device: of the models that score. arithmetic: of the policies; judges name theirs. kept: where log-probs
+    and scores are kept until it has ended. of_reference: what the reference answers to the same prompts, for the
+    forward KL; without it there is none. groups: behind the held-out prompts, names of groups of other prompts and the
+    number of prompts in each, all with as many samples; they are measured apart.
+    """
+
+    policy: str
+    reference: str
+    judge: JudgeSpec | None
+    logps: Path
+    folder: Path
+    best_of: int = 1
+    reward: JudgeSpec | None = None
+    device: str = "cpu"
+    arithmetic: Arithmetic = "float32"
+    kept: Path | None = None
+    of_reference: Sequence[Rollout] = ()
+    groups: tuple[tuple[str, int], ...] = ()
+
+    def parts(self, num_samples: int, settings: Evaluation) -> dict[str, slice]:
+        """Where the samples of each group lie among `num_samples` of them; those on held-out prompts are named ""."""
+        sizes = {name: number * settings.samples_per_prompt for name, number in self.groups}
+        found, start = {"": slice(0, num_samples - sum(sizes.values()))}, num_samples - sum(sizes.values())
+        for name, size in sizes.items():
+            found[name], start = slice(start, start + size), start + size
+        return found
+
+
+def prompts_and_responses(rollouts: Sequence[Rollout]) -> tuple[list[list[int]], list[list[int]]]:
+    """[N] token ids each."""
+    return [rollout.prompt_ids for rollout in rollouts], [rollout.response_ids for rollout in rollouts]
+
+
+# --------------------------------------------------------------------------------------------- judges
+
+
+class _Scores:
+    """A judge that is a model; its weights are read for the first part that is missing."""
+
+    def __init__(self, spec: JudgeSpec, settings: Evaluation, device: str) -> None:
+        self._spec, self._batch_size, self._device = spec, settings.batch_size, device
+        self._judge: Judge | None = None
+
+    def wanted(self, rollouts: list[Rollout]) -> Wanted:
+        spec = self._spec
+        training = training_of(spec.path) if spec.path else None
+        given_by = ["scores", spec.settings.model_dump(mode="json"), training, self._batch_size, self._device]
+        return Wanted([*given_by, *named(spec.arithmetic)], *prompts_and_responses(rollouts), self._score)
+
+    def _score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
+        if self._judge is None:
+            self._judge = load_judge(self._spec, self._batch_size, self._device)
+        return self._judge.score(prompts, responses)
+
+
+def _is_model(spec: JudgeSpec) -> bool:
+    return spec.settings.kind in ("learned", "classifier")
+
+
+def judged(
+    spec: JudgeSpec, rollouts: list[Rollout], settings: Evaluation, job: SampledJob
+) -> tuple[np.ndarray, Usage | None]:
+    """A judge's scores [N] of rollouts, nan where it is silent, and what it was asked for them.
+
+    Those of a model are kept in parts. An endpoint keeps its answers itself, and a function sees all rows at once.
+    """
+    silent, usage = False, None
+    if _is_model(spec):
+        scores = KeptValues(job.kept).complete(_Scores(spec, settings, job.device).wanted(rollouts))
+    else:
+        judge = load_judge(spec, settings.batch_size, job.device)
+        scores = judge.score(*prompts_and_responses(rollouts))
+        silent, usage = may_be_silent(judge), usage_of(judge)
+    if not silent and not np.isfinite(scores).all():
+        num_bad = int((~np.isfinite(scores)).sum())
+        raise JudgeError(
+            f"the judge `{spec.settings.kind}` gave {num_bad} of {len(scores)} responses scores that are not finite "
+            "numbers; look at its weights"
+        )
+    return scores, usage
+
+
+# ------------------------------------------------------------------------------------------- policies
+
+
+class Policies:
+    """The policy of an evaluation and its reference, not held at the same time unless they are small, or their heads
+    are more than linear maps. As a context it lets go of their weights in the end.
+    """
+
+    def __init__(self, job: SampledJob, settings: Evaluation) -> None:
+        scored_with = ScoredWith(settings.batch_size, job.device, job.arithmetic)
+        self._policy = Scorer(job.policy, scored_with)
+        self._reference = self._policy if job.policy == job.reference else Scorer(job.reference, scored_with)
+        self._job, self._temperature = job, settings.temperature
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for scorer in (self._policy, self._reference):
+            scorer.__exit__(*error)
+
+    def wanted(self, rollouts: list[Rollout], num_held_out: int) -> dict[str, Wanted]:
+        """Of held-out pairs log-probs by both policies, `chosen` … `ref_rejected`; `along` all samples what
+        `along_samples` has. Where the policy is the reference, in place of `along` its `own` log-probs of the first
+        `num_held_out` samples.
+
+        The reference scores pairs where passes of other shapes, as those of the table, are rounded far apart.
+        """
+        job, temperature, test = self._job, self._temperature, held_out_pairs(self._job)
+        pairs = {side: (test["prompt_ids"].to_pylist(), test[f"{side}_ids"].to_pylist()) for side in _SIDES}
+        found: dict[str, Wanted] = {}
+        if job.policy == job.reference:
+            found["own"] = self._policy.logps(*prompts_and_responses(rollouts[:num_held_out]), temperature)
+        found |= {side: self._policy.logps(*pairs[side], 1.0) for side in _SIDES}
+        if job.policy != job.reference:
+            both = prompts_and_responses([*rollouts, *job.of_reference])
+            found["along"] = along(self._policy, self._reference, *both, temperature)
+        if job.arithmetic != "float32":
+            found |= {f"ref_{side}": self._reference.logps(*pairs[side], 1.0) for side in _SIDES}
+        return found
+
+
+_SIDES = ("chosen", "rejected")
+
+
+def held_out_pairs(job: SampledJob) -> pa.Table:
+    """With the reference's log-probs as they were computed for trainings."""
+    return read_rows(job.logps / "test_pairs")
+
+
+# ---------------------------------------------------------------------------------------------- ahead
+
+
+@dataclass(frozen=True)
+class Filled:
+    """What a task has computed ahead: the seconds that it took, and which phase of the evaluation it belongs to."""
+
+    phase: int
+    seconds: float
+
+
+def seconds_of(filled: Sequence[Filled]) -> tuple[float, float]:
+    """The seconds that phases took one after another, and those of all tasks together."""
+    longest: dict[int, float] = {}
+    for one in filled:
+        longest[one.phase] = max(longest.get(one.phase, 0.0), one.seconds)
+    return sum(longest.values()), sum(one.seconds for one in filled)
+
+
+def start_filling(
+    rollouts: Any, job: SampledJob, settings: Evaluation, kinds: Sequence[Kind], options: dict[str, Any], number: int
+) -> list[Any]:
+    """Start `number` Ray tasks, with these options, that each compute a share of the values of these kinds.
+
+    rollouts: a reference to them. Returns the tasks, each of which ends in a `Filled`; none where one task is to
+    compute all. Which samples a judge is asked about hangs on what the reward says, so they come in two phases, and in
+    none where every task would have to ask an endpoint or a function for it.
+    """
+    import ray
+
+    asked = [kind for kind in kinds if _computed_by_a_model(kind, job)]
+    if number == 1 or not asked or not (job.reward is None or _is_model(job.reward)):
+        return []
+    task, tasks = ray.remote(**options)(fill_share), list[Any]()
+    phases = [tuple(kind for kind in asked if (kind == "reward") == first) for first in (True, False)]
+    for phase, own in enumerate(phases):
+        before = tuple(tasks)
+        shares = [Share(place, number) for place in range(number)] if own else []
+        tasks += [task.remote(rollouts, job, settings, own, phase, share, *before) for share in shares]
+    return tasks
+
+
+def _computed_by_a_model(kind: Kind, job: SampledJob) -> bool:
+    if kind == "policy":
+        return job.reward is None  # nobody knows the log-probs of best-of-n
+    spec = job.reward if kind == "reward" else job.judge
+    return spec is not None and _is_model(spec)
+
+
+def fill_share(
+    rollouts: list[Rollout],
+    job: SampledJob,
+    settings: Evaluation,
+    kinds: Sequence[Kind],
+    phase: int,
+    share: Share,
+    *_: Filled,
+) -> Filled:
+    """Compute a share of what models say. Runs in a Ray task; the last arguments are those of the phase before."""
+    started, kept = time.perf_counter(), KeptValues(job.kept)
+    if "reward" in kinds and job.reward is not None:
+        share = kept.fill([_Scores(job.reward, settings, job.device).wanted(rollouts)], share)
+    elif job.reward is not None:
+        rollouts = best_of(rollouts, judged(job.reward, rollouts, settings, job)[0], job)
+    if "judge" in kinds and job.judge is not None:
+        share = kept.fill([_Scores(job.judge, settings, job.device).wanted(rollouts)], share)
+    if "policy" in kinds:
+        with Policies(job, settings) as policies:
+            num_held_out = job.parts(len(rollouts), settings)[""].stop
+            kept.fill(policies.wanted(rollouts, num_held_out).values(), share)
+    return Filled(phase, time.perf_counter() - started)
+
+
+def best_of(rollouts: list[Rollout], ranking: np.ndarray, job: SampledJob) -> list[Rollout]:
+    """Of every `job.best_of` samples the one that ranks highest."""
+    return [rollouts[index] for index in pick_best(ranking, job.best_of)]
