@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
-from pipelines.plan import SeedPlan, Trained, model_of
+from pipelines.plan import SeedPlan, Trained, model_of, needs_shared
 from prefarena.config import (
     BestOfN,
     Comparison,
@@ -91,6 +91,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
     if isinstance(method, OffPolicyMethod):
         pretraining, arithmetic = plan.data.folder / "pretraining", method.training.precision
         unpaired = isinstance(method, Unpaired)
+        scored = plan.logps if unpaired else (plan.shared_lengths if needs_shared(method) else plan.scored)[arithmetic]
         return OffPolicyJob(
             max_length=max_length(plan.task),
             stage_dir=folder,
@@ -98,7 +99,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
             policy=model_of(plan.reference),
             seed=trained.seed,
             method=method,
-            pairs=str((plan.logps if unpaired else plan.scored[arithmetic]).folder / "train_pairs"),
+            pairs=str(scored.folder / "train_pairs"),
             responses=str(plan.responses[arithmetic].folder / "train_responses") if unpaired else None,
             demonstrations=str(plan.tables / "demonstrations"),
             pretraining=str(pretraining) if method.pretraining_weight > 0 else None,

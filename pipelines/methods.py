@@ -100,7 +100,7 @@ def _shared() -> Iterator[str]:
     shared = _settings(OffPolicy)
     yield "all off-policy methods (those that say what they learn from) also have:"
     yield from (_line(*setting) for setting in shared)
-    yield "and of them those that learn from pairs:"
+    yield "and of them those that learn from labelled pairs, not from their ranks, or from chosen responses:"
     yield from (_line(*setting) for setting in _settings(Pairwise) if setting not in shared)
 
 

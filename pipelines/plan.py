@@ -2,6 +2,7 @@
 
     data ─▶ base ─▶ reference ─▶ pairs ─┬▶ logps ─┬─▶ one training stage per entry and seed ─▶ evaluation
                                         │         └─▶ reward model ─▶ PPO ──────────────────▶ evaluation
+                                        │         └─▶ shared_logps ─▶ training with a tail_weight (LD-DPO)
                                         └▶ responses ─▶ training of a method on single responses
 
 For text tasks `pairs` is `data`, unless they are drawn from a policy (`task.pairs`) or not all prompts have some
@@ -10,6 +11,7 @@ For text tasks `pairs` is `data`, unless they are drawn from a policy (`task.pai
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,7 @@ from prefarena.data.sources import version_of
 from prefarena.functions import source_digest
 from prefarena.mirror import root_of
 from prefarena.modeling.arithmetic import Arithmetic, named
+from prefarena.settings.off_policy import Pairwise
 from prefarena.settings.unpaired import Unpaired
 from prefarena.stage_files import MODEL
 from prefarena.stages import Stage
@@ -88,6 +91,7 @@ class SeedPlan:
     reference: Stage
     pairs: Stage
     scored: dict[Arithmetic, Stage]  # pairs with the reference's log-probs, by the arithmetic of training
+    shared_lengths: dict[Arithmetic, Stage]  # scored pairs, also of their first tokens, for methods that weigh the rest
     responses: dict[Arithmetic, Stage]  # single ones, of methods that learn from those
     scored_in: Arithmetic  # of judges, evaluations and test pairs
     samples: Stage | None  # holds reference_samples/, on which learned rewards are normalised; none where none is
@@ -111,7 +115,8 @@ class SeedPlan:
     def shared(self) -> list[Stage]:
         """Stages before any entry's own, in order, without repeats."""
         stages: list[Stage | None] = [self.data, self.base, self.reference, self.behaviour, self.drawn, self.pairs]
-        stages += [*self.scored.values(), *self.responses.values(), self.samples, self.judge]
+        stages += [*self.scored.values(), *self.shared_lengths.values(), *self.responses.values()]
+        stages += [self.samples, self.judge]
         return list(dict.fromkeys(stage for stage in stages if stage))
 
 
@@ -152,14 +157,18 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     if isinstance(task, TextTask):
         behaviour, drawn, pairs = _pair_stages(config, task, root, data, reference, judge)
     trained_on, scored = dict[Arithmetic, str](), dict[Arithmetic, Stage]()
-    for arithmetic in _arithmetics(config, unpaired=False) or ["float32"]:
+    for arithmetic in _arithmetics(config, lambda method: not isinstance(method, Unpaired)) or ["float32"]:
         inputs = [pairs.key, reference.key, *named(arithmetic)]
         trained_on[arithmetic] = Stage.at(root, "logps", task.kind, inputs).key  # how test pairs are scored aside
         inputs += [f"test pairs: {other}" for other in named(config.scored_in)]
         scored[arithmetic] = Stage.at(root, "logps", task.kind, inputs)
+    shared_lengths = {
+        arithmetic: Stage.at(root, "shared_logps", task.kind, [trained_on[arithmetic]])
+        for arithmetic in _arithmetics(config, needs_shared)
+    }
     responses = {
         arithmetic: Stage.at(root, "responses", task.kind, [pairs.key, reference.key, arithmetic])
-        for arithmetic in _arithmetics(config, unpaired=True)
+        for arithmetic in _arithmetics(config, lambda method: isinstance(method, Unpaired))
     }
     logps = next(iter(scored.values()))
     judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else _judge_inputs(config.judge)
@@ -169,7 +178,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     if isinstance(task, TextTask) and _engine(config) != ["float32"]:
         evaluate.append(_engine(config))
     trained = tuple(
-        _trained(config, entry, seed, root, logps, trained_on, responses, samples, judge, evaluate)
+        _trained(config, entry, seed, root, logps, trained_on, shared_lengths, responses, samples, judge, evaluate)
         for entry in config.entries
     )
     evaluation, frontier = Stage.at(root, "evaluation", "reference", [reference.key, evaluate]), None
@@ -185,6 +194,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
         reference,
         pairs,
         scored,
+        shared_lengths,
         responses,
         config.scored_in,
         samples,
@@ -225,6 +235,7 @@ def _trained(
     root: Path,
     logps: Stage,
     trained_on: dict[Arithmetic, str],
+    shared_lengths: dict[Arithmetic, Stage],
     responses: dict[Arithmetic, Stage],
     samples: Stage | None,
     judge: Stage | None,
@@ -238,6 +249,8 @@ def _trained(
     if isinstance(method, OffPolicyMethod):
         arithmetic, settings = method.training.precision, method.address()
         pairs = responses[arithmetic].key if isinstance(method, Unpaired) else trained_on[arithmetic]
+        if needs_shared(method):
+            pairs = shared_lengths[arithmetic].key
     inputs: list[Any] = [pairs, settings, seed]
     if not isinstance(method, BestOfN):
         inputs.append(_computed(config))
@@ -291,10 +304,15 @@ def _judge_inputs(settings: EvaluationJudge) -> list[Any]:
     return [_dump(settings), source_digest(settings.function) if isinstance(settings, FunctionJudge) else None]
 
 
-def _arithmetics(config: Comparison, *, unpaired: bool) -> list[Arithmetic]:
-    """Of all entries that are trained on single responses, or on pairs, without repeats; float32 first."""
+def needs_shared(method: OffPolicyMethod) -> bool:
+    """Whether it learns from pairs that have the log-probs of their first tokens, too."""
+    return isinstance(method, Pairwise) and method.needs_shared
+
+
+def _arithmetics(config: Comparison, wanted: Callable[[OffPolicyMethod], bool]) -> list[Arithmetic]:
+    """Of all entries with an off-policy method that is wanted, without repeats; float32 first."""
     methods = [entry.method for entry in config.entries if isinstance(entry.method, OffPolicyMethod)]
-    found = {method.training.precision for method in methods if isinstance(method, Unpaired) == unpaired}
+    found = {method.training.precision for method in methods if wanted(method)}
     return sorted(found, key=lambda arithmetic: arithmetic != "float32")
 
 

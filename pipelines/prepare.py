@@ -21,6 +21,7 @@ from pipelines.reference import add_reference_logps
 from pipelines.reference_samples import draw_reference_samples
 from pipelines.responses import add_responses
 from pipelines.runner import require, run, run_once
+from pipelines.shared_lengths import add_shared_logps
 from prefarena.cluster.waiting import Failed, get_within, outcomes_within
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, ScratchModel, TextTask
 from prefarena.data.first_rows import prompts_alone
@@ -68,6 +69,8 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
         scored = "scoring processes to start, and to score every pair by the reference policy"
         for arithmetic, stage in plan.scored.items():
             run_once(console, stage, partial(_write_logps, config, plan, arithmetic), scored)
+        for arithmetic, stage in plan.shared_lengths.items():
+            run_once(console, stage, partial(_write_shared_logps, config, plan, arithmetic), scored)
         for arithmetic, stage in plan.responses.items():
             run_once(console, stage, partial(_write_responses, config, plan, arithmetic), scored)
     _learn_judges(config, plans, console)
@@ -174,6 +177,11 @@ def _write_logps(config: Comparison, plan: SeedPlan, arithmetic: Arithmetic, fol
         scored_in=config.scored_in,
         **_scoring(config, plan),
     )
+
+
+def _write_shared_logps(config: Comparison, plan: SeedPlan, arithmetic: Arithmetic, folder: Path) -> None:
+    scored, reference = plan.scored[arithmetic].folder, model_of(plan.reference)
+    add_shared_logps(scored, reference, folder, arithmetic=arithmetic, **_scoring(config, plan))
 
 
 def _write_responses(config: Comparison, plan: SeedPlan, arithmetic: Arithmetic, folder: Path) -> None:

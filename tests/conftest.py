@@ -17,7 +17,7 @@ _START_PROCESSES = {
     "test_end_to_end", "test_failed_entries", "test_families", "test_jobs", "test_leases", "test_memory", "test_nodes",
     "test_object_store", "test_on_policy_gradients", "test_on_policy_scale", "test_page_in_browser", "test_placement",
     "test_pools",
-    "test_ppo_training", "test_scale", "test_trial", "test_two_at_once", "test_waiting",
+    "test_ppo_training", "test_scale", "test_trial", "test_two_at_once", "test_waiting", "test_whole_step",
 }  # fmt: skip
 
 

@@ -37,6 +37,10 @@ PAIRS = pa.schema(
 )
 #: PAIRS with the reference policy's log-probs, written by the reference stage.
 REFERENCED_PAIRS = pa.schema([*PAIRS, ("ref_chosen_logp", pa.float32()), ("ref_rejected_logp", pa.float32())])
+#: REFERENCED_PAIRS with those of as many first tokens as the shorter response of the pair has.
+SHARED_PAIRS = pa.schema(
+    [*REFERENCED_PAIRS, ("ref_chosen_shared_logp", pa.float32()), ("ref_rejected_shared_logp", pa.float32())]
+)
 #: Single responses; `label` is P(desirable).
 RESPONSES = pa.schema(
     [

@@ -27,7 +27,7 @@ TRAINING = {
 SHARED = {
     "demonstration_weight": 0.0, "demonstration_mean": "sequences", "pretraining_weight": 0.0, "training": TRAINING,
 }  # fmt: skip
-WEIGHTS = {"pair_weight": "none", "max_log_ratio": 2.0}
+WEIGHTS = {"pair_weight": "none", "max_log_ratio": 2.0, "tail_weight": 1.0}
 #: What stages hash of a method with its defaults: another one, and finished stages would not be found again.
 DUMPED: dict[str, dict[str, Any]] = {
     "mpo": {
@@ -145,7 +145,7 @@ def test_a_method_is_one_file(tmp_path: Path) -> None:
     assert found["settings"] == {**SHARED, **WEIGHTS, "training": training, "kind": "toy", "strength": 3.0}
     unknown_key, unknown_kind, out_of_range = found["said"]
     assert unknown_key.endswith("unknown key 'entries.0.method.strenght'; did you mean 'strength'?")
-    assert "'toi' is not one of apo_down, " in unknown_kind and unknown_kind.endswith("did you mean 'toy'?")
+    assert "'toi' is not one of aot, apo_down, " in unknown_kind and unknown_kind.endswith("did you mean 'toy'?")
     assert "entries.0.method.strength: input should be greater than 0" in out_of_range
     (row,) = found["rows"]  # at the reference every margin is 0
     assert row["step"] == 1 and abs(row["loss"]) < 1e-4 and row["grad_norm"] > 0 and found["model"]

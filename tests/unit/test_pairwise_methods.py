@@ -48,7 +48,7 @@ EVERY += [
     if name in method.model_fields
 ]
 EVERY += [FDPO(divergence="reverse_kl"), FDPO(divergence="forward_kl"), FDPO(divergence="alpha")]
-EVERY += [DPO(pair_weight="likelihood"), DPO(pair_weight="ratio")]
+EVERY += [DPO(pair_weight="likelihood"), DPO(pair_weight="ratio"), DPO(tail_weight=0.4)]
 
 
 def named(method: Pairwise) -> str:
@@ -61,7 +61,10 @@ LEARNS_FROM_LABELS = [method for method in EVERY if method.learns_from == "label
 
 
 class Batch:
-    """Random log-probs [B] of both responses, a reference's, labels and lengths, in float64."""
+    """Random log-probs [B] of both responses, a reference's, labels and lengths, in float64.
+
+    share: of each log-prob, that of as many first tokens as the shorter response has.
+    """
 
     def __init__(self, seed: int, size: int = 7) -> None:
         generator = torch.Generator().manual_seed(seed)
@@ -70,10 +73,12 @@ class Batch:
         self.reference = PairLogps(draws[2], draws[3])
         self.labels = torch.rand(size, dtype=torch.float64, generator=generator)
         self.num_tokens = PairLogps(*torch.randint(1, 9, (2, size), generator=generator).double())
+        self.share = PairLogps(*torch.rand(2, size, dtype=torch.float64, generator=generator))
 
     def output(self, method: Pairwise, labels: Tensor | None = None) -> ObjectiveOutput:
         labels = self.labels if labels is None else labels
-        return method.mean_loss(self.policy, self.reference, labels, self.num_tokens)
+        shared = times(self.policy, self.share), times(self.reference, self.share)
+        return method.mean_loss(self.policy, self.reference, labels, self.num_tokens, shared)
 
     def loss(self, method: Pairwise, labels: Tensor | None = None) -> Tensor:
         mean = self.output(method, labels).loss
@@ -87,10 +92,15 @@ class Batch:
     def rows(self, rows: slice | list[int], turned_round: bool = False) -> Batch:
         """Some of the pairs, or the same with rejected and chosen exchanged; their gradients reach this batch."""
         found = Batch.__new__(Batch)
-        cut = [PairLogps(p.chosen[rows], p.rejected[rows]) for p in (self.policy, self.reference, self.num_tokens)]
-        found.policy, found.reference, found.num_tokens = [p.swapped if turned_round else p for p in cut]
+        every = (self.policy, self.reference, self.num_tokens, self.share)
+        cut = [PairLogps(p.chosen[rows], p.rejected[rows]) for p in every]
+        found.policy, found.reference, found.num_tokens, found.share = [p.swapped if turned_round else p for p in cut]
         found.labels = self.labels[rows]
         return found
+
+
+def times(one: PairLogps, other: PairLogps) -> PairLogps:
+    return PairLogps(one.chosen * other.chosen, one.rejected * other.rejected)
 
 
 @pytest.mark.parametrize("method", LEARNS_FROM_LABELS, ids=named)
@@ -142,7 +152,8 @@ def test_float32_and_far_log_probs_give_numbers(method: Pairwise) -> None:
     policy = PairLogps(far.clone().requires_grad_(), far.flip(0).clone().requires_grad_())
     reference, counts = PairLogps(far.roll(1), far.roll(2)), PairLogps(torch.ones(7), torch.full((7,), 30.0))
     for label in (0.0, 0.5, 1.0):
-        loss = method.mean_loss(policy, reference, torch.full((7,), label), counts).loss.total
+        shared = times(policy, PairLogps(far / 4000 + 1, far / 4000 + 1)), reference
+        loss = method.mean_loss(policy, reference, torch.full((7,), label), counts, shared).loss.total
         leaves = [policy.chosen, policy.rejected]
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         assert all(bool(torch.isfinite(values).all()) for values in (loss, *gradients)), label

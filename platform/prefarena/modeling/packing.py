@@ -56,11 +56,18 @@ class PackedBatch:
             return self._row_sums(token_values)
         return token_values.new_zeros(len(self.lengths)).index_add(0, self.response_of, token_values)
 
+    def first_sums(self, token_values: Tensor, counts: Tensor) -> Tensor:
+        """[M] to [R]: the sum over the first `counts` [R] tokens of each response."""
+        return self.sums(torch.where(self._offsets() < counts[self.response_of], token_values, 0))
+
     def _row_sums(self, token_values: Tensor) -> Tensor:
-        place = torch.arange(len(token_values), device=token_values.device)
-        offset = place - (self.lengths.cumsum(0) - self.lengths)[self.response_of]
         rows = token_values.new_zeros(len(self.lengths), self.longest)
-        return rows.index_put((self.response_of, offset), token_values).sum(1)
+        return rows.index_put((self.response_of, self._offsets()), token_values).sum(1)
+
+    def _offsets(self) -> Tensor:
+        """[M]: how many tokens of its response stand before each."""
+        place = torch.arange(len(self.response_of), device=self.response_of.device)
+        return place - (self.lengths.cumsum(0) - self.lengths)[self.response_of]
 
 
 def pack(

@@ -37,6 +37,10 @@ class PairLogps:
     def per_token(self, num_tokens: PairLogps) -> PairLogps:
         return PairLogps(self.chosen / num_tokens.chosen, self.rejected / num_tokens.rejected)
 
+    def double(self) -> PairLogps:
+        """In float64."""
+        return PairLogps(self.chosen.double(), self.rejected.double())
+
     @property
     def swapped(self) -> PairLogps:
         """The same pairs with the other response as the chosen one."""
@@ -51,6 +55,15 @@ class PairLogps:
 def scaled(scores: PairLogps, num_tokens: PairLogps, length_normalise: bool) -> PairLogps:
     """The scores of a sequence, or those of a token of it."""
     return scores.per_token(num_tokens) if length_normalise else scores
+
+
+def desensitised(whole: PairLogps, shared: PairLogps, tail_weight: float) -> PairLogps:
+    """LD-DPO's log-probs (arXiv 2409.06411): what a response has beyond the other's length weighs less.
+
+    shared: log-probs of as many first tokens as the shorter response of a pair has, nats per sequence.
+    """
+    tail = whole.minus(shared)
+    return PairLogps(shared.chosen + tail_weight * tail.chosen, shared.rejected + tail_weight * tail.rejected)
 
 
 def likelihood_weights(policy: PairLogps, num_tokens: PairLogps) -> Tensor:

@@ -9,11 +9,17 @@ from pydantic import Field
 from torch import Tensor
 
 from prefarena.objectives.output import ObjectiveOutput, mean_of
-from prefarena.objectives.preference import PairLogps, likelihood_weights, preference_output, ratio_weights
+from prefarena.objectives.preference import (
+    PairLogps,
+    desensitised,
+    likelihood_weights,
+    preference_output,
+    ratio_weights,
+)
 from prefarena.settings.optimisation import Optimisation
 from prefarena.settings.section import Section
 
-LearnsFrom = Literal["labelled pairs", "chosen responses", "labelled responses"]
+LearnsFrom = Literal["labelled pairs", "ranks of labelled pairs", "chosen responses", "labelled responses"]
 
 
 class OffPolicy(Section):
@@ -22,8 +28,8 @@ class OffPolicy(Section):
     `prefarena.methods` has one file for each; docs/architecture.md says how one is added.
     """
 
-    #: What the loss depends on: which response of a pair won, its chosen one alone whatever the label, or single
-    #: responses that are desirable or not.
+    #: What the loss depends on: which response of a pair won, also in comparison with other pairs, its chosen one alone
+    #: whatever the label, or single responses that are desirable or not.
     learns_from: ClassVar[LearnsFrom] = "labelled pairs"
 
     #: The loss of a pair whose chosen response has won, in TeX, in the notation of docs/methods.md, for its table.
@@ -77,7 +83,20 @@ class Pairwise(OffPolicy):
         2.0, gt=0, description="With pair_weight: ratio; nats of both responses together, beyond which it is clipped."
     )
 
-    _added: ClassVar[frozenset[str]] = frozenset({"pair_weight", "max_log_ratio"})
+    tail_weight: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Of the tokens that a response has beyond the length of the other one (alpha of LD-DPO, arXiv "
+        "2409.06411).",
+    )
+
+    _added: ClassVar[frozenset[str]] = frozenset({"pair_weight", "max_log_ratio", "tail_weight"})
+
+    @property
+    def needs_shared(self) -> bool:
+        """Whether the loss depends on the log-probs of the first tokens by themselves, up to the shorter's length."""
+        return self.tail_weight < 1
 
     @property
     def needs_reference(self) -> bool:
@@ -94,10 +113,27 @@ class Pairwise(OffPolicy):
         """
 
     def mean_loss(
-        self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
+        self,
+        policy: PairLogps,
+        reference: PairLogps,
+        labels: Tensor,
+        num_tokens: PairLogps,
+        shared: tuple[PairLogps, PairLogps] | None = None,
     ) -> ObjectiveOutput:
-        """The mean over pairs, weighted where `pair_weight` says so, and the metrics."""
-        losses, h = self.pair_losses(policy, reference, labels, num_tokens)
+        """The mean over pairs, weighted where `pair_weight` says so, and the metrics.
+
+        shared: the policy's and the reference's log-probs of as many first tokens as the shorter response has, where
+        `needs_shared`. Weights and metrics are of whole responses.
+        """
+        seen = policy, reference
+        if self.needs_shared:
+            if shared is None:
+                raise TypeError("tail_weight needs the log-probs of the first tokens by themselves")
+            seen = (
+                desensitised(policy, shared[0], self.tail_weight),
+                desensitised(reference, shared[1], self.tail_weight),
+            )
+        losses, h = self.pair_losses(*seen, labels, num_tokens)
         if self.pair_weight == "none":
             return preference_output(losses, h, policy, reference, labels)
         if self.pair_weight == "likelihood":

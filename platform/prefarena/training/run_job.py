@@ -15,12 +15,14 @@ from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.modeling.lora import add_adapters
 from prefarena.settings.off_policy import Pairwise
+from prefarena.settings.ranked import Ranked
 from prefarena.settings.unpaired import Unpaired
 from prefarena.stages import write_failure, write_manifest
 from prefarena.training.guard import TrainingDivergedError
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 from prefarena.training.loading import Loader
 from prefarena.training.off_policy import train
+from prefarena.training.ranked import RankedTerm
 from prefarena.training.reward_model import train_reward_model
 from prefarena.training.saving import save_trained
 from prefarena.training.storage import full_disk_named
@@ -131,6 +133,8 @@ def _method_term(job: OffPolicyJob, shares: Shares, pad_id: int) -> Term:
     method = job.method
     if isinstance(method, Pairwise):
         return PreferenceTerm(job.pairs, method, shares, pad_id)
+    if isinstance(method, Ranked):
+        return RankedTerm(job.pairs, method, shares, pad_id)
     if isinstance(method, Unpaired) and job.responses is not None:
         return UnpairedTerm(job.responses, method, shares, pad_id)
     raise TypeError(f"{method.kind} learns from {method.learns_from}, and the job has none")

@@ -20,12 +20,12 @@ from prefarena.config import Optimisation
 from prefarena.data.plan import LARGEST_PASS, BatchPlan
 from prefarena.data.tables import TokenColumn, read_rows
 from prefarena.modeling.logprobs import can_pack, sequence_logps
-from prefarena.modeling.packing import pack
+from prefarena.modeling.packing import PackedBatch, pack
 from prefarena.objectives.likelihood import negative_log_likelihood
 from prefarena.objectives.output import ObjectiveOutput
 from prefarena.objectives.preference import PairLogps
 from prefarena.objectives.reward_model import bradley_terry
-from prefarena.settings.off_policy import Pairwise
+from prefarena.settings.off_policy import OffPolicy, Pairwise
 
 if TYPE_CHECKING:
     from prefarena.training.learner import Learner
@@ -80,12 +80,14 @@ class Term(ABC):
 class Pairs:
     """A table of pairs, ready to be taken from."""
 
-    def __init__(self, path: str, *, referenced: bool = True) -> None:
+    def __init__(self, path: str, *, referenced: bool = True, shared: bool = False) -> None:
+        """referenced, shared: whether it is one of REFERENCED_PAIRS or SHARED_PAIRS."""
         table = read_rows(path)
         self.prompts = TokenColumn.of(table, "prompt_ids")
         self.chosen = TokenColumn.of(table, "chosen_ids")
         self.rejected = TokenColumn.of(table, "rejected_ids")
         names = ["label", *(["ref_chosen_logp", "ref_rejected_logp"] if referenced else [])]
+        names += ["ref_chosen_shared_logp", "ref_rejected_shared_logp"] if shared else []
         self._numbers = {name: torch.from_numpy(table[name].to_numpy().astype(np.float32)) for name in names}
 
     def responses(self, rows: Rows) -> list[list[NDArray[np.int32]]]:
@@ -103,26 +105,54 @@ class Pairs:
         return shares.plan(lengths, self.prompts.lengths + responses if shares.packed else lengths)
 
 
-class PreferenceTerm(Term):
-    """A preference objective on pairs; the module is a `LogProbs`."""
+class PairsTerm(Term):
+    """An objective on pairs that have the reference's log-probs; the module is a `LogProbs`."""
 
     name = "preference"
 
-    def __init__(self, path: str, method: Pairwise, shares: Shares, pad_id: int) -> None:
-        self.pairs = Pairs(path)
+    def __init__(self, path: str, method: OffPolicy, shares: Shares, pad_id: int, *, shared: bool = False) -> None:
+        self.pairs = Pairs(path, shared=shared)
         super().__init__(self.pairs.plan(shares), 1.0, pad_id)
         self.method = method
 
+    def logps(self, module: nn.Module, rows: Rows, device: torch.device) -> PairLogps:
+        """The policy's log-probs of both responses."""
+        values, batch = self.token_logps(module, rows, device)
+        return _pairs(batch.sums(values))
+
+    def token_logps(self, module: nn.Module, rows: Rows, device: torch.device) -> tuple[Tensor, PackedBatch]:
+        """The policy's log-probs of every token of both responses, [M], and the batch."""
+        prompts, responses = self.pairs.prompts.take(rows), self.pairs.responses(rows)
+        batch = pack(prompts, responses, shared=can_pack(module), device=device, pad_id=self.pad_id)
+        return module(batch)[0], batch
+
+    def labels(self, rows: Rows, device: torch.device) -> Tensor:
+        """[B]."""
+        return self.pairs.numbers("label", rows, device)
+
+    def reference(self, rows: Rows, device: torch.device, kind: str = "") -> PairLogps:
+        """The reference's log-probs of both responses; kind: `_shared` for those of their first tokens."""
+        names = (f"ref_{side}{kind}_logp" for side in ("chosen", "rejected"))
+        return PairLogps(*(self.pairs.numbers(name, rows, device) for name in names))
+
+
+class PreferenceTerm(PairsTerm):
+    """A preference objective whose loss is a mean over pairs."""
+
+    method: Pairwise
+
+    def __init__(self, path: str, method: Pairwise, shares: Shares, pad_id: int) -> None:
+        super().__init__(path, method, shares, pad_id, shared=method.needs_shared)
+
     def __call__(self, module: nn.Module, rows: Rows, device: torch.device) -> ObjectiveOutput:
-        pairs = self.pairs
-        logps, batch = sequence_logps(
-            module, pairs.prompts.take(rows), pairs.responses(rows), device=device, pad_id=self.pad_id
+        values, batch = self.token_logps(module, rows, device)
+        reference, labels, shared = self.reference(rows, device), self.labels(rows, device), None
+        if self.method.needs_shared:
+            shorter = batch.lengths.view(-1, 2).amin(1).repeat_interleave(2)
+            shared = _pairs(batch.first_sums(values, shorter)), self.reference(rows, device, "_shared")
+        return self.method.mean_loss(
+            _pairs(batch.sums(values)), reference, labels, _pairs(batch.lengths.float()), shared
         )
-        reference = PairLogps(
-            pairs.numbers("ref_chosen_logp", rows, device), pairs.numbers("ref_rejected_logp", rows, device)
-        )
-        labels = pairs.numbers("label", rows, device)
-        return self.method.mean_loss(_pairs(logps), reference, labels, _pairs(batch.lengths.float()))
 
 
 class LikelihoodTerm(Term):
