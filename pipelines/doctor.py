@@ -18,6 +18,7 @@ from prefarena.cluster.doctor import (
     judge_attention,
     judge_capacity,
     judge_engine,
+    judge_host,
     judge_memory,
     judge_nodes,
     judge_reach,
@@ -87,6 +88,7 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
         except UserError as error:
             yield Finding(True, str(error))
     yield from judge_memory(config, reports, memory)
+    yield from judge_host(config, reports, memory)
     if settings is not None:
         yield from judge_engine(config, reports, num_parameters(settings))
     if config.resources.use_gpu and settings is not None:

@@ -8,7 +8,7 @@ from transformers import PretrainedConfig
 
 from pipelines.jobs import max_length
 from pipelines.plan import SeedPlan
-from prefarena.cluster.doctor import gibibytes, largest_room
+from prefarena.cluster.doctor import gibibytes, largest_room, on_nodes
 from prefarena.cluster.needs import Training, least_need, num_parameters, trainings
 from prefarena.cluster.probe import NodeReport, ask_nodes
 from prefarena.config import Comparison, PretrainedModel, TextTask
@@ -60,7 +60,16 @@ def refuse_what_cannot_fit(
     """Raise UserError where the largest GPU, or node, has less than a worker needs at the least."""
     room = largest_room(config, reports, training.on_policy)
     need = least_need(training, settings) if room is not None else None
-    if need is not None and room is not None and need.total > room:
+    if need is None or room is None:
+        return
+    hosts = [int(report.memory_mib) * 2**20 for report in on_nodes(reports, config.resources.labels)]
+    if need.host > max(hosts):
+        raise UserError(
+            f"{training.where}: a worker keeps {gibibytes(need.host)} in its host's memory (resources.cpu_offload), "
+            f"and the largest node that it may run on has {gibibytes(max(hosts))}; raise resources.num_workers, or set "
+            f"{training.where}.lora; resources.check_memory: false tries it all the same"
+        )
+    if need.total > room:
         what = "GPU" if config.resources.use_gpu else "node"
         raise UserError(
             f"{training.where}: a worker needs at least {_listed(need)}, however short its sequences are, and the "
@@ -84,6 +93,8 @@ def _advice(config: Comparison, training: Training) -> str:
         found.append(f"set {training.where}.lora")
     if training.settings.precision != "bfloat16":
         found.append(f"set {training.where}.precision: bfloat16")
+    if config.resources.use_gpu and not config.resources.cpu_offload:
+        found.append("set resources.cpu_offload" + ("" if sharded else " with sharding: fsdp"))
     if training.on_policy and config.generation.weight_sync == "ipc":
         found.append("lower generation.gpu_memory_utilization")
     return ", or ".join(found)

@@ -114,7 +114,7 @@ def test_the_heaviest_training_is_named_by_the_setting_that_lowers_it() -> None:
     assert heaviest(reference=small, entries=dpo)[1] == "entries.dpo.method.training.micro_batch_tokens"
     assert heaviest(entries=[{"name": "dpo", "method": {"kind": "dpo", **small}}])[1].startswith("reference.training.")
     rlhf = {"name": "rlhf", "method": {"kind": "rlhf", "reward": {"kind": "gold"}}}
-    memory, key, _ = heaviest(reference={"train": False}, entries=[rlhf])
+    memory, key, *_ = heaviest(reference={"train": False}, entries=[rlhf])
     assert key == "entries.rlhf.method.training.micro_batch_size"
     assert memory > 40 * num_parameters(settings)  # two of 16 bytes each, and two frozen
 

@@ -12,8 +12,16 @@ Sharding = Literal["none", "fsdp"]
 class OneOfMany(Worker):
     """A worker beside others, which the process has joined; alone where nothing is said of them."""
 
-    def __init__(self, stage_dir: str, rank: int = 0, world_size: int = 1, sharding: Sharding = "none") -> None:
-        self.rank, self.world_size, self.sharding = rank, world_size, sharding
+    def __init__(
+        self,
+        stage_dir: str,
+        rank: int = 0,
+        world_size: int = 1,
+        sharding: Sharding = "none",
+        *,
+        offloads: bool = False,
+    ) -> None:
+        self.rank, self.world_size, self.sharding, self.offloads = rank, world_size, sharding, offloads
         super().__init__(stage_dir)
 
 

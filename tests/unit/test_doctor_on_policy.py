@@ -19,6 +19,7 @@ from prefarena.cluster.probe import NodeReport
 from prefarena.config import Comparison, LoRA, RewardModel, parse_config
 from prefarena.errors import UserError
 from prefarena.judges.spec import JudgeSpec
+from prefarena.modeling.memory import Spread
 from prefarena.stages import write_failure
 from prefarena.training.learner import prepare
 from prefarena.training.on_policy_memory import memory_need
@@ -83,7 +84,7 @@ def test_the_doctor_predicts_what_a_worker_does(
     models = load_models(job, worker)
     for module in models.to_prepare():
         prepare(module, job.training, worker)
-    by_worker = memory_need(job, models, LENGTHS.prompt, 4, num_parts=num_workers, on_gpu=False)
+    by_worker = memory_need(job, models, LENGTHS.prompt, 4, Spread(num_workers), on_gpu=False)
     [of_training] = [one for one in trainings(config) if one.on_policy]
     assert by_worker is not None and by_worker == of_training.need(AutoConfig.from_pretrained(policy), LENGTHS, 4)
     assert of_training.key == "entries.x.method.training.micro_batch_size"

@@ -23,7 +23,7 @@ from pipelines.reference import ReferenceLogps
 from prefarena.cluster.attention import why_not
 from prefarena.cluster.needs import precisions
 from prefarena.config import PPOTraining, RewardModel
-from prefarena.config.comparison import Arithmetic as OfConfig
+from prefarena.config.devices import Arithmetic as OfConfig
 from prefarena.errors import UserError
 from prefarena.judges.models import RewardModelJudge
 from prefarena.judges.spec import JudgeSpec

@@ -179,6 +179,26 @@ def judge_memory(config: Comparison, reports: Sequence[NodeReport], memory: Heav
     return [Finding(False, text)]
 
 
+def judge_host(config: Comparison, reports: Sequence[NodeReport], memory: Heaviest | None) -> list[Finding]:
+    """Whether every node with GPUs has room in its own memory for what its workers offload there."""
+    resources, found = config.resources, list[Finding]()
+    if memory is None or not memory.host:
+        return []
+    for report in on_nodes(reports, resources.labels):
+        most = resources.num_workers * max(1, resources.num_groups)
+        workers = min(most, len(report.gpus) * int(1 / resources.gpus_per_worker))
+        if not workers:
+            continue
+        room, needed = int(report.memory_mib * USABLE) * 2**20, workers * memory.host
+        text = (
+            f"node {report.node}: up to {workers} training workers keep {gibibytes(memory.host)} each in its memory, "
+            f"which has {gibibytes(room)} for them (resources.cpu_offload)"
+        )
+        told = "; use nodes with more memory, or spread the models over more of them"
+        found.append(Finding(True, text + told) if needed > room else Finding(False, text))
+    return found
+
+
 def judge_engine(config: Comparison, reports: Sequence[NodeReport], num_parameters: int) -> list[Finding]:
     """On GPUs: whether a device of an engine has room for its part of the weights, on the smallest that it may get."""
     generation = config.generation

@@ -30,7 +30,7 @@ from prefarena.modeling.layers import recompute_layers
 from prefarena.modeling.load import scoring_settings
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.modeling.lora import add_adapters
-from prefarena.modeling.memory import MemoryNeed, on_shapes, sum_of_pass, training_memory
+from prefarena.modeling.memory import MemoryNeed, Spread, on_shapes, sum_of_pass, training_memory
 from prefarena.modeling.room import LARGEST_MICRO_BATCH, SMALLEST_PASS
 from prefarena.settings.on_policy import CriticTraining
 from prefarena.settings.optimisation import LearnerSettings
@@ -58,12 +58,13 @@ class Lengths:
 class Heaviest(NamedTuple):
     """The training that needs most: its bytes on a worker, and the key of its micro-batch.
 
-    on_policy: the generation actors are there beside it.
+    on_policy: the generation actors are there beside it. host: bytes of the host's memory that it takes beside a GPU's.
     """
 
     memory: int
     key: str
     on_policy: bool = False
+    host: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,7 +112,7 @@ def heaviest_training(
 
         size = _chosen(training, need, room, config)
         if (held := need(size)) is not None:
-            found.append(Heaviest(held.total, training.key, training.on_policy))
+            found.append(Heaviest(held.total, training.key, training.on_policy, held.host))
     return max(found, key=lambda one: one.memory / _part(config, one), default=None)
 
 
@@ -129,7 +130,7 @@ def _chosen(training: Training, need: Callable[[int], MemoryNeed | None], room: 
     while smaller < larger:
         middle = (smaller + larger) // 2
         held = need(sizes[middle])
-        spares = training.settings.spares_memory or num_parts(config) > 1
+        spares = training.settings.spares_memory or bool(spread_of(config))
         if held is None or required_mib(held, on_cpu=on_cpu, spares=spares) * _MIB > room:
             smaller = middle + 1
         else:
@@ -177,9 +178,10 @@ def trainings(config: Comparison) -> list[Training]:
     return found
 
 
-def num_parts(config: Comparison) -> int:
-    """How many workers the models of a training are spread over."""
-    return config.resources.num_workers if config.resources.sharding == "fsdp" else 1
+def spread_of(config: Comparison) -> Spread:
+    """How the models of a training are spread."""
+    resources = config.resources
+    return Spread(resources.num_workers if resources.sharding == "fsdp" else 1, resources.cpu_offload)
 
 
 def _off_policy(
@@ -191,7 +193,7 @@ def _off_policy(
         "micro_batch_tokens",
         training,
         _halves(LARGEST_PASS, SMALLEST_PASS) if tokens == "auto" else (tokens,),
-        _OffPolicy(training, responses, scores, config.resources.num_workers, num_parts(config)),
+        _OffPolicy(training, responses, scores, config.resources.num_workers, spread_of(config)),
     )
 
 
@@ -206,14 +208,14 @@ def _halves(largest: int, smallest: int) -> tuple[int, ...]:
 class _OffPolicy:
     """What a training on a table needs; trainings that are equal in it are looked at once.
 
-    responses: to each prompt, one or a pair. scores: of a reward model. num_parts: workers that models are spread over.
+    responses: to each prompt, one or a pair. scores: of a reward model.
     """
 
     training: Optimisation
     responses: int
     scores: bool
     num_workers: int
-    num_parts: int
+    spread: Spread
 
     def __call__(self, settings: PretrainedConfig, lengths: Lengths, tokens: int) -> MemoryNeed | None:
         """In passes of so many tokens; what is longer goes alone."""
@@ -225,7 +227,7 @@ class _OffPolicy:
         sizes = [lengths.response] * self.responses
         loss = partial(sum_of_pass, prompt=lengths.prompt, responses=sizes, number=number)
         halved = self.training.precision == "bfloat16"
-        return training_memory(module, [loss], bfloat16=halved, num_shards=self.num_parts)
+        return training_memory(module, [loss], bfloat16=halved, spread=self.spread)
 
     def _module(self, settings: PretrainedConfig, lengths: Lengths) -> nn.Module:
         wrap: Callable[[PreTrainedModel, int], nn.Module] = ScalarHead if self.scores else LogProbs
@@ -251,7 +253,7 @@ class _OnPolicy:
             for module in models.to_prepare():
                 recompute_layers(module)
         on_gpu = self.config.resources.use_gpu
-        return memory_need(job, models, lengths.prompt, size, num_parts=num_parts(self.config), on_gpu=on_gpu)
+        return memory_need(job, models, lengths.prompt, size, spread_of(self.config), on_gpu=on_gpu)
 
     def job(self, lengths: Lengths) -> OnPolicyJob:
         """As far as memory depends on it: there are no folders yet."""

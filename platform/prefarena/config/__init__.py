@@ -9,13 +9,12 @@ from prefarena.config.comparison import (
     Comparison,
     Entry,
     Evaluation,
-    Generation,
     Method,
     OffPolicyMethod,
     OnPolicyMethod,
     Reference,
-    Resources,
 )
+from prefarena.config.devices import Generation, Resources
 from prefarena.config.drawn_pairs import Annotator, DrawnPairs
 from prefarena.config.loading import DEFAULT_CONFIG, dump_config, load_config, parse_config
 from prefarena.config.models import Model, PretrainedModel, ScratchModel

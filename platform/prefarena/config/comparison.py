@@ -9,7 +9,7 @@ from pydantic import Field, model_validator
 
 from prefarena import methods
 from prefarena.config.best_of_n import BestOfN
-from prefarena.config.labels import Labels, kept_apart
+from prefarena.config.devices import Arithmetic, Generation, Resources, check_devices, usual_dtype
 from prefarena.config.models import Model, ScratchModel
 from prefarena.config.tasks import LanguageTask, Task, TextTask
 from prefarena.config.tracking import Tracking
@@ -45,150 +45,6 @@ class Entry(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=-]*$", description="Unique; used in tables and folder names.")
     group: str | None = Field(None, description="Name of the grid it belongs to in a sweep; none: the method's name.")
     method: Method
-
-
-Dtype = Literal["float32", "bfloat16"]
-#: The same words as `modeling.arithmetic.Arithmetic`, which machines without pydantic import.
-Arithmetic = Literal["float32", "tf32", "bfloat16"]
-
-
-def _usual(use_gpu: bool) -> Dtype:
-    """What `auto` is on GPUs, or on CPUs."""
-    return "bfloat16" if use_gpu else "float32"
-
-
-class Generation(Section):
-    """The vLLM engines behind the generation actors."""
-
-    num_actors: int = Field(1, ge=1, description="Generation actors; prompts are balanced over them.")
-    tensor_parallel: int = Field(
-        1,
-        ge=1,
-        description="Devices of one node that each actor's engine is spread over: vLLM's tensor parallelism, every "
-        "layer cut among them. For models that one device does not hold, or is slow with.",
-    )
-    cpus: float = Field(
-        1, ge=0, description="CPUs (and OpenMP threads) of each of the actor's devices; used when use_gpu is false."
-    )
-    gpus: float = Field(
-        1,
-        gt=0,
-        le=1,
-        description="Of each of the actor's devices, when use_gpu is true; a share where trainer and engine share one.",
-    )
-    labels: Labels = Field((), description="Labels of the nodes that hold generation actors, e.g. {role: generate}.")
-    dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto",
-        description="Of the engines' weights and products. auto: bfloat16 on GPUs, float32 on CPUs; on-policy methods "
-        "weigh tokens for the difference to the trainer's log-probs (importance_cap).",
-    )
-    batch_invariant: bool = Field(
-        False,
-        description="Engines on GPUs compute a sequence in the same way whatever shares its batch (vLLM's "
-        "VLLM_BATCH_INVARIANT), so that the same seed gives the same samples; it is slower.",
-    )
-    kv_cache_gib: int = Field(1, ge=1, description="KV cache on CPU, whole GiB, of each device.")
-    gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
-    max_num_seqs: int = Field(256, ge=1)
-    weight_sync: Literal["host", "nccl", "ipc"] = Field(
-        "host",
-        description="How new weights reach the engines: through host memory and Ray's object store (any device), NCCL "
-        "(trainer and engine on different GPUs), or CUDA IPC (on the same GPU).",
-    )
-    verify_weights: bool = Field(True, description="Compare a checksum of what each engine holds with what was sent.")
-    start_timeout_s: float = Field(300, gt=0)
-    generate_timeout_s: float = Field(600, gt=0)
-    sync_timeout_s: float = Field(
-        120,
-        gt=0,
-        description="Longest wait for a step of an update of weights; with a second for every 32 MiB of them.",
-    )
-
-    def dtype_on(self, use_gpu: bool) -> Dtype:
-        """What `dtype` says of engines on GPUs, or on CPUs."""
-        return _usual(use_gpu) if self.dtype == "auto" else self.dtype
-
-
-class Scoring(Section):
-    """What scores finished text: the reference's log-probs of pairs, and evaluations from samples."""
-
-    num_actors: int | None = Field(
-        None,
-        ge=1,
-        description="How many score at the same time: actors for log-probs and labels, and tasks of each evaluation "
-        "from samples; none: resources.num_workers.",
-    )
-    cpus: float = Field(1, gt=0, description="CPUs of each; its torch threads, and at least one.")
-    gpus: float | None = Field(
-        None, gt=0, le=1, description="GPUs of each, when use_gpu is true; none: resources.gpus_per_worker."
-    )
-    labels: Labels = Field((), description="Labels of the nodes that they run on.")
-    dtype: Literal["auto"] | Arithmetic = Field(
-        "auto",
-        description="Of the weights and products of what measures: an evaluation's policy and reference, learned and "
-        "classifier judges (their heads stay in float32), the reference on test pairs. auto: bfloat16 on GPUs, float32 "
-        "on CPUs. Training pairs are scored as the training that reads them computes (training.precision).",
-    )
-
-
-class Resources(Section):
-    """What is asked of the cluster."""
-
-    num_workers: int = Field(1, ge=1, description="Ray Train workers of a training run.")
-    cpus_per_worker: float = Field(1, ge=1, description="CPUs, and torch threads, of each worker.")
-    use_gpu: bool = Field(
-        False, description="Whether workers, engines and scorers have GPUs; without it none is used, even where one is."
-    )
-    gpus_per_worker: float = Field(1, gt=0, le=1, description="When use_gpu is true; a share for weight_sync: ipc.")
-    labels: Labels = Field((), description="Labels of the nodes that hold training workers, e.g. {role: train}.")
-    scoring: Scoring = Scoring()
-    concurrent_runs: int | None = Field(
-        None,
-        ge=0,
-        description="Groups of off-policy trainings at the same time; 0: as many as the cluster has room for. None: 0 "
-        "where each worker has GPUs of its own, else 1, because groups that share a machine slow each other down.",
-    )
-    sharding: Literal["none", "fsdp"] = Field(
-        "none",
-        description="fsdp: each worker of a training holds a part of weights, gradients and optimizer state (FSDP2), "
-        "and an on-policy one a part of its reference and reward model as well; none: each holds all of them (DDP).",
-    )
-    autoscaled: bool = Field(
-        False, description="The cluster grows on demand: what it has not yet is waited for, not refused."
-    )
-    check_memory: bool = Field(
-        True,
-        description="Refuse, before any work, a training of which no worker could hold what it needs at the least; "
-        "false: try it all the same.",
-    )
-    start_timeout_s: float = Field(
-        300, gt=0, description="Longest wait for a group of training workers to be placed, one more attempt included."
-    )
-    task_timeout_s: float = Field(
-        3600, gt=0, description="Longest wait for a Ray task to end: drawing pairs, scoring responses, an evaluation."
-    )
-    max_failures: int = Field(
-        2, ge=0, description="Deaths of workers that a Ray Train run recovers from, and as many of its controller."
-    )
-    cache_dir: str | None = Field(
-        None,
-        description="Where nodes keep their copies where `output` is a URL; none: ~/.cache/prefarena of each.",
-    )
-    storage_retry_s: float = Field(
-        120, ge=0, description="How long a training worker asks storage again that fails in a way that may pass."
-    )
-
-    @property
-    def device(self) -> Literal["cuda", "cpu"]:
-        """Where models are scored. Never asked of the machine: Ray shows GPUs to tasks that were given none."""
-        return "cuda" if self.use_gpu else "cpu"
-
-    @property
-    def num_groups(self) -> int:
-        """`concurrent_runs`, decided; 0: as many as the cluster has room for."""
-        if self.concurrent_runs is None:
-            return 0 if self.use_gpu and self.gpus_per_worker == 1 else 1
-        return self.concurrent_runs
 
 
 class Evaluation(Section):
@@ -272,7 +128,7 @@ class Comparison(Section):
         if self.task.kind == "language":
             return "float32"
         chosen = self.resources.scoring.dtype
-        return _usual(self.resources.use_gpu) if chosen == "auto" else chosen
+        return usual_dtype(self.resources.use_gpu) if chosen == "auto" else chosen
 
     @model_validator(mode="after")
     def _check(self) -> Comparison:
@@ -300,8 +156,10 @@ class Comparison(Section):
                 "evaluation.frontier_samples: a frontier is of scores, and judge kind pairwise gives none; set it to 0"
             )
         self._check_drawn_pairs()
-        self._check_weight_sync()
-        self._check_gpus()
+        check_devices(self.resources, self.generation)
+        if not self.resources.use_gpu:
+            for where in _with_value(self, "tf32"):
+                raise ValueError(f"{where}: tf32 is how GPUs multiply; it needs resources.use_gpu: true")
         if self.seeds_vary == "task" and self.task.kind != "language":
             raise ValueError("seeds_vary: task is for the enumerable language; a text task has one set of data")
         return self
@@ -316,66 +174,3 @@ class Comparison(Section):
             given = "noise"
         if given is not None:
             raise ValueError(f"task.pairs.{given} needs scores, and a pairwise judge gives none; use another annotator")
-
-    def _check_weight_sync(self) -> None:
-        resources, generation = self.resources, self.generation
-        if generation.weight_sync != "host" and not resources.use_gpu:
-            raise ValueError(f"generation.weight_sync: {generation.weight_sync} needs resources.use_gpu: true")
-        if generation.weight_sync != "ipc":
-            return
-        if generation.tensor_parallel > 1:
-            raise ValueError(
-                "generation.weight_sync: ipc is for an engine on the trainer's own GPU; use nccl or host with "
-                f"generation.tensor_parallel: {generation.tensor_parallel}"
-            )
-        if resources.num_workers > 1 or generation.num_actors > 1:
-            raise ValueError(
-                "generation.weight_sync: ipc is for one worker and one actor on the same GPU; use nccl or host with "
-                f"{resources.num_workers} workers and {generation.num_actors} actors"
-            )
-        if resources.gpus_per_worker + generation.gpus > 1:
-            raise ValueError(
-                "generation.weight_sync: ipc needs worker and actor on the same GPU; lower resources.gpus_per_worker "
-                f"({resources.gpus_per_worker:g}) and generation.gpus ({generation.gpus:g}) to at most 1 together"
-            )
-        if kept_apart(resources.labels, generation.labels):
-            raise ValueError(
-                "generation.weight_sync: ipc needs worker and actor on the same GPU, and no node meets both "
-                "resources.labels and generation.labels; change one, or use nccl or host"
-            )
-
-    def _check_gpus(self) -> None:
-        """Refuse what needs GPUs without them, and processes that talk over NCCL and may be given one GPU, which NCCL
-        takes once in a group.
-        """
-        resources, generation = self.resources, self.generation
-        if not resources.use_gpu:
-            if generation.batch_invariant:
-                raise ValueError("generation.batch_invariant is of engines on GPUs; it needs resources.use_gpu: true")
-            for where in _with_value(self, "tf32"):
-                raise ValueError(f"{where}: tf32 is how GPUs multiply; it needs resources.use_gpu: true")
-            return
-        if generation.tensor_parallel > 1 and generation.gpus != 1:
-            raise ValueError(
-                f"generation.tensor_parallel: {generation.tensor_parallel} takes whole GPUs, which its ranks join over "
-                f"NCCL; set generation.gpus ({generation.gpus:g}) to 1"
-            )
-        if resources.num_workers > 1 and 2 * resources.gpus_per_worker <= 1:
-            raise ValueError(
-                f"resources.gpus_per_worker: {resources.gpus_per_worker:g} puts several of resources.num_workers: "
-                f"{resources.num_workers} on one GPU, which NCCL refuses; set it above 0.5, or num_workers to 1"
-            )
-        if generation.weight_sync != "nccl":
-            return
-        together = resources.gpus_per_worker + generation.gpus <= 1
-        if together and not kept_apart(resources.labels, generation.labels):
-            raise ValueError(
-                "generation.weight_sync: nccl needs worker and actor on different GPUs; raise "
-                f"resources.gpus_per_worker ({resources.gpus_per_worker:g}) and generation.gpus ({generation.gpus:g}) "
-                "to more than 1 together, or use ipc or host on one GPU"
-            )
-        if generation.num_actors > 1 and 2 * generation.gpus <= 1:
-            raise ValueError(
-                f"generation.weight_sync: nccl needs each of generation.num_actors: {generation.num_actors} on a GPU "
-                f"of its own; set generation.gpus ({generation.gpus:g}) above 0.5, or use host"
-            )

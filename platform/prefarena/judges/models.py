@@ -50,19 +50,25 @@ class RewardModelJudge:
         self.head: ScalarHead | Role = ScalarHead(model)
         self._arithmetic: Arithmetic | None
         self._batch_size, self._most_tokens, self._arithmetic = batch_size, LARGEST_PASS, arithmetic
+        self._device: torch.device | None = None
 
     @classmethod
     def of(
-        cls, model: PreTrainedModel | Role, batch_size: int = 64, arithmetic: Arithmetic | None = None
+        cls,
+        model: PreTrainedModel | Role,
+        batch_size: int = 64,
+        arithmetic: Arithmetic | None = None,
+        device: torch.device | None = None,
     ) -> RewardModelJudge:
-        """A judge of a model that is in memory; it scores where the model is, with the model's normalisation.
+        """A judge of a model that is in memory; it scores with the model's normalisation, where the model is.
 
         A role on a shared body scores with its own adapters and head. Products are those of whoever asks, where
-        no arithmetic is named.
+        no arithmetic is named. device: where the model computes, if its weights are not there.
         """
         judge = cls.__new__(cls)
         judge.head = model if isinstance(model, Role) else ScalarHead(model)
         judge._batch_size, judge._most_tokens, judge._arithmetic = batch_size, sys.maxsize, arithmetic
+        judge._device = device
         return judge
 
     @torch.no_grad()
@@ -72,7 +78,7 @@ class RewardModelJudge:
             return self._score(prompts, responses)
 
     def _score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-        device = self.head.model.device
+        device = self._device or self.head.model.device
         found = torch.empty(len(prompts), dtype=torch.float64, device=device)
         lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], np.int64)
         passes, start = bounded_passes(lengths, self._batch_size, self._most_tokens), 0

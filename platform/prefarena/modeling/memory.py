@@ -44,43 +44,69 @@ _WHOLE_LAYERS = 2
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes on one worker. activations: what the passes hold at their peak beyond the rest, gradients under way too."""
+    """Bytes on one worker's device, and beside it.
+
+    activations: what the passes hold at their peak beyond the rest, gradients under way too. host: in the host's
+    memory, what is offloaded there.
+    """
 
     weights: int
     gradients: int
     optimizer: int
     activations: int
+    host: int = 0
 
     @property
     def total(self) -> int:
         return self.weights + self.gradients + self.optimizer + self.activations
 
 
+@dataclass(frozen=True)
+class Spread:
+    """Over how many workers a model is spread, and whether their parts lie on the host."""
+
+    num_parts: int = 1
+    offloaded: bool = False
+
+    def __bool__(self) -> bool:
+        return self.num_parts > 1 or self.offloaded
+
+
+_WHOLE = Spread()
+
+
 def training_memory(
-    module: nn.Module, losses: Iterable[Loss], *, bfloat16: bool = False, accumulates: bool = True, num_shards: int = 1
+    module: nn.Module,
+    losses: Iterable[Loss],
+    *,
+    bfloat16: bool = False,
+    accumulates: bool = True,
+    spread: Spread = _WHOLE,
 ) -> MemoryNeed | None:
     """Most memory that a training step takes, over `losses`; nothing is computed, and `module` stays as it is.
 
     bfloat16: whether that is what it computes in; copies of weights are counted while they live. accumulates: whether a
-    step has several micro-batches, so that gradients exist while one is run. num_shards: workers that weights,
-    gradients and optimizer state are spread over. None where shapes depend on numbers, as in a mixture of experts.
+    step has several micro-batches, so that gradients exist while one is run. spread: of weights, gradients and
+    optimizer state. None where shapes depend on numbers, as in a mixture of experts.
     """
     weights = size_of(module.parameters()) + size_of(module.buffers())
     trained = size_of(parameter for parameter in module.parameters() if parameter.requires_grad)
     try:
         # A sharded module's whole weights are counted apart; it holds halves while it computes.
-        halved = None if not bfloat16 else compute_in_halves if num_shards == 1 else halve
+        halved = None if not bfloat16 else halve if spread else compute_in_halves
         # Spread gradients are counted apart, too: those under way are a few layers'.
-        passes = max(_peak_of_pass(module, loss, halved, accumulates or num_shards > 1) for loss in losses)
+        passes = max(_peak_of_pass(module, loss, halved, accumulates or bool(spread)) for loss in losses)
     except (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException):
         return None
-    if num_shards == 1:
+    if not spread:
         gradients = trained if accumulates else 0
         step = trained  # gradients are all there when the optimizer moves, and activations are not
         return MemoryNeed(weights, step, _MOMENTS * trained, max(passes - (step - gradients), 0))
     gathered = _gathered(module, bfloat16)
-    own = trained // num_shards
-    return MemoryNeed(weights // num_shards + gathered, own, _MOMENTS * own, passes + gathered)
+    part, own = weights // spread.num_parts, trained // spread.num_parts
+    if spread.offloaded:
+        return MemoryNeed(gathered, 0, 0, passes + gathered, host=part + (1 + _MOMENTS) * own)
+    return MemoryNeed(part + gathered, own, _MOMENTS * own, passes + gathered)
 
 
 def sum_of_pass(module: nn.Module, prompt: int, responses: Sequence[int], number: int) -> Tensor:

@@ -24,6 +24,7 @@ class GuardedOptimizer:
 
     def __init__(self, optimizer: torch.optim.Optimizer, worker: Worker) -> None:
         self.optimizer, self._worker = optimizer, worker
+        self._moves_on = optimizer.param_groups[0]["params"][0].device
         self._fused = all(group.get("fused") for group in optimizer.param_groups)
         zero = torch.zeros((), device=worker.device)
         self._skipped, self._streak, self._longest = zero, zero.clone(), zero.clone()
@@ -33,7 +34,8 @@ class GuardedOptimizer:
         finite = torch.isfinite(loss.detach()) & torch.isfinite(gradient_norm)
         flag = self._worker.sum((~finite).float()).clamp(max=1)
         if self._fused:
-            self.optimizer.found_inf = flag  # type: ignore[attr-defined]
+            # On the host where the weights are there; optimizers copy it without waiting for it to arrive.
+            self.optimizer.found_inf = flag.to(self._moves_on)  # type: ignore[attr-defined]
             self.optimizer.step()
         elif not bool(flag):
             self.optimizer.step()

@@ -102,6 +102,7 @@ def _trainer(jobs: Sequence[Job], resources: Resources, storage: str, name: str)
             "sharding": resources.sharding,
             "num_groups": resources.num_groups,
             "share_of_device": resources.gpus_per_worker,
+            "offloads": resources.cpu_offload,
         },
         scaling_config=ScalingConfig(
             num_workers=resources.num_workers,
@@ -143,6 +144,7 @@ def _worker_loop(config: dict[str, Any]) -> None:
             config["sharding"],
             config["num_groups"],
             config["share_of_device"],
+            config["offloads"],
         )
         if not worker.share(is_settled(job.stage_dir)):  # rank 0 sees for all: shared storage may lag
             run_job(job, worker)

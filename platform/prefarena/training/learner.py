@@ -20,7 +20,7 @@ from prefarena.modeling.roles import Role
 from prefarena.objectives.output import Mean, ObjectiveOutput
 from prefarena.settings.optimisation import LearnerSettings
 from prefarena.training.guard import GuardedOptimizer
-from prefarena.training.sharding import is_sharded
+from prefarena.training.sharding import clip_parts, is_sharded
 from prefarena.training.worker import Worker, load_optimizer_tensors, optimizer_tensors
 
 
@@ -110,7 +110,12 @@ class Learner:
         """Clip the gradient and move along it. Returns its norm [] before clipping, and whether it was skipped []."""
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
-        norm = whole(nn.utils.clip_grad_norm_(self.trained.values(), self._settings.max_grad_norm))
+        worker, most = self._worker, self._settings.max_grad_norm
+        if worker.offloads:
+            norm = clip_parts(self.trained.values(), most, lambda one: worker.sum(one.to(worker.device)))
+            norm = norm.to(worker.device)
+        else:
+            norm = whole(nn.utils.clip_grad_norm_(self.trained.values(), most))
         return norm, self.guard.step(self._loss, norm)
 
     @property

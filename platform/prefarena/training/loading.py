@@ -55,7 +55,7 @@ class Loader:
         return self.spread_reward_model(spec.path, spec.arithmetic, batch_size)
 
     def spread_reward_model(self, path: str, arithmetic: Arithmetic, batch_size: int = 64) -> RewardModelJudge:
-        judge = RewardModelJudge.of(self.reward_model(path), batch_size, arithmetic)
+        judge = RewardModelJudge.of(self.reward_model(path), batch_size, arithmetic, self.worker.device)
         if arithmetic == "bfloat16":  # sharded layers halve themselves; what is frozen may be held so
             halve_products(judge.head.requires_grad_(False))
         self.worker.place(judge.head, arithmetic, head="float32")

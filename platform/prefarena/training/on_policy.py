@@ -194,7 +194,7 @@ class OnPolicyTrainer:
     def _load_judge(self, spec: JudgeSpec, batch_size: int) -> Judge:
         """A judge on this worker: a role on the policy's body where it can be one, and spread where models are."""
         if self.models.reward is not None and spec == self.job.reward:
-            return RewardModelJudge.of(self.models.reward, batch_size)
+            return RewardModelJudge.of(self.models.reward, batch_size, device=self.worker.device)
         return Loader(self.worker).judge(spec, batch_size)
 
     def judge_calls(self) -> dict[str, int]:

@@ -10,7 +10,7 @@ from prefarena.config import ClassifierJudge, RewardModel
 from prefarena.generation.shared import BUCKET_BYTES, MOST_BUCKETS
 from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.lora import use_adapter
-from prefarena.modeling.memory import MemoryNeed, size_of, sum_of_pass, training_memory
+from prefarena.modeling.memory import MemoryNeed, Spread, size_of, sum_of_pass, training_memory
 from prefarena.modeling.roles import Role
 from prefarena.modeling.room import LARGEST_MICRO_BATCH
 from prefarena.training.jobs import OnPolicyJob
@@ -35,7 +35,7 @@ def fitting_micro_batch(
     room = min(worker.gathered(worker.memory_share_mib()))
     spares, on_gpu = worker.spares(job.training), worker.device.type == "cuda"
     while True:
-        need = memory_need(job, models, longest_prompt, size, num_parts=worker.num_parts, on_gpu=on_gpu)
+        need = memory_need(job, models, longest_prompt, size, worker.spread, on_gpu=on_gpu)
         parts = None if need is None else parts_of(need, models.held(), spares, worker)
         if not auto or all(worker.gathered(fits(parts, room))) or size == 1:
             break
@@ -45,14 +45,14 @@ def fitting_micro_batch(
 
 
 def memory_need(
-    job: OnPolicyJob, models: OnPolicyModels, longest_prompt: int, size: int, *, num_parts: int, on_gpu: bool
+    job: OnPolicyJob, models: OnPolicyModels, longest_prompt: int, size: int, spread: Spread, *, on_gpu: bool
 ) -> MemoryNeed | None:
     """What is held all the while, and the larger of the two models' passes, on the worker that holds most: rank 0.
 
-    models: as `load_models` makes them, or with shapes alone. size: rollouts in a pass. num_parts: workers that models
-    are spread over. None where shapes depend on numbers.
+    models: as `load_models` makes them, or with shapes alone. size: rollouts in a pass. None where shapes depend on
+    numbers.
     """
-    passes = [_pass(job, module, longest_prompt, size, num_parts) for module in models.learned.values()]
+    passes = [_pass(job, module, longest_prompt, size, spread) for module in models.learned.values()]
     held = [need for need in passes if need is not None]
     if len(held) < len(passes):
         return None
@@ -60,42 +60,50 @@ def memory_need(
     own = held[:1] if models.body is not None else held
     gradients = sum(need.gradients for need in own)
     activations = max(need.activations for need in held)
-    weights = sum(need.weights for need in own) + _frozen(job, models, num_parts)
-    sent = _under_way(job, models, num_parts, on_gpu)
+    frozen, frozen_parts = _frozen(job, models, spread.num_parts)
+    weights, host = sum(need.weights for need in own) + frozen, sum(need.host for need in own)
+    weights, host = (weights, host + frozen_parts) if spread.offloaded else (weights + frozen_parts, host)
+    sent = _under_way(job, models, spread, on_gpu)
     if on_gpu:  # sent between two steps, when there are no activations; what was freed for them takes it
         activations = max(activations, sent)
     else:  # the object store's copy stays mapped into the process
         weights += sent
-    return MemoryNeed(weights, gradients, sum(need.optimizer for need in own), activations)
+    return MemoryNeed(weights, gradients, sum(need.optimizer for need in own), activations, host)
 
 
-def _pass(job: OnPolicyJob, module: nn.Module, longest_prompt: int, size: int, num_parts: int) -> MemoryNeed | None:
+def _pass(job: OnPolicyJob, module: nn.Module, longest_prompt: int, size: int, spread: Spread) -> MemoryNeed | None:
     loss = partial(sum_of_pass, prompt=longest_prompt, responses=[job.response_limit], number=size)
     if isinstance(module, Role):
         use_adapter(module.module, module.name)
         module = module.module
-    return training_memory(module, [loss], bfloat16=job.training.precision == "bfloat16", num_shards=num_parts)
+    halved = job.training.precision == "bfloat16"
+    return training_memory(module, [loss], bfloat16=halved, spread=spread)
 
 
-def _frozen(job: OnPolicyJob, models: OnPolicyModels, num_parts: int) -> int:
-    """Bytes of the frozen models beside those that are trained."""
-    frozen = 0
+def _frozen(job: OnPolicyJob, models: OnPolicyModels, num_parts: int) -> tuple[int, int]:
+    """Bytes of the frozen models beside those that are trained: of those that every worker holds whole, and of this
+    worker's part of those that are spread where models are.
+    """
+    frozen, parts = 0, 0
     if models.body is None:
-        frozen += size_of(models.reference.parameters()) // num_parts
+        parts += size_of(models.reference.parameters()) // num_parts
     policy = _policy_size(models)
     for spec in _separate_judges(job, models):
         judge = policy // 2 if spec.arithmetic == "bfloat16" else policy
-        frozen += judge // num_parts if isinstance(spec.settings, RewardModel) else judge
-    return frozen
+        if isinstance(spec.settings, RewardModel):
+            parts += judge // num_parts
+        else:
+            frozen += judge
+    return frozen, parts
 
 
-def _under_way(job: OnPolicyJob, models: OnPolicyModels, num_parts: int, on_gpu: bool) -> int:
+def _under_way(job: OnPolicyJob, models: OnPolicyModels, spread: Spread, on_gpu: bool) -> int:
     """Bytes of what is copied of the policy for the generation actors.
 
     Through host memory tensors leave a GPU one by one, and are in that memory in buckets. From GPU to GPU they are sent
     together, which takes a copy of what is gathered or merged.
     """
-    copied = num_parts > 1 or models.body is not None
+    copied = bool(spread) or models.body is not None
     if on_gpu and (job.generation.weight_sync == "host" or not copied):
         return max(_FLOAT * one.numel() for one in models.policy.model.parameters()) if copied else 0
     return _policy_size(models) if on_gpu else min(_policy_size(models), MOST_BUCKETS * BUCKET_BYTES)

@@ -78,7 +78,7 @@ def _parts(module: nn.Module, terms: list[Term], training: Optimisation, worker:
         [partial(_loss, term, rows) for term, rows in largest],
         bfloat16=training.precision == "bfloat16",
         accumulates=len(terms) > 1 or any(len(rows) < share for _, rows in largest),
-        num_shards=worker.num_parts,
+        spread=worker.spread,
     )
     if need is None:
         return None
@@ -97,7 +97,9 @@ def parts_of(need: MemoryNeed, on_cpu: list[nn.Module], spares: bool, worker: Wo
             there = [one for one in [*module.parameters(), *module.buffers()] if not one.is_meta]
             beside -= size_of(there) / 2**20
         kept = _kept(need, spares) / 2**20
-    parts = {name: getattr(need, name) / 2**20 for name in ("weights", "gradients", "optimizer", "activations")}
+    names = ["weights", "gradients", "optimizer", "activations"]
+    names += ["host"] if worker.device.type == "cpu" and need.host else []  # which is the same memory then
+    parts = {name: getattr(need, name) / 2**20 for name in names}
     return parts | {"process": beside, "allocator": kept}
 
 

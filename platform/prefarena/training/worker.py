@@ -20,6 +20,7 @@ from prefarena.mirror import mirror_of, pull, push
 from prefarena.modeling import room
 from prefarena.modeling.arithmetic import Arithmetic
 from prefarena.modeling.awaited import fill, is_awaited
+from prefarena.modeling.memory import Spread
 from prefarena.modeling.parts import like, own_part
 from prefarena.modeling.shapes_first import raise_if_unusable
 from prefarena.settings.optimisation import LearnerSettings
@@ -40,6 +41,8 @@ class Worker:
     rank = 0
     world_size = 1
     sharding: Literal["none", "fsdp"] = "none"
+    #: Whether what is sharded lies in the host's memory.
+    offloads = False
     #: Workers on this machine at the same time, other groups' included; and the share of its GPU that a worker has.
     num_side_by_side = 1
     share_of_device = 1.0
@@ -63,15 +66,18 @@ class Worker:
     def distribute(self, module: nn.Module, precision: Arithmetic) -> nn.Module:
         """The same, or spread over the workers where `sharding` says so; it then computes in `precision` of itself."""
         if self.shards:
-            return self._read_awaited(shard(module, self.world_size, self.device, precision))
+            return self._read_awaited(self._spread(module, precision))
         return self.wrap(module)
 
     def place(self, module: nn.Module, precision: Arithmetic, head: Arithmetic | None = None) -> None:
         """Put a frozen module on this worker's device, or spread it as `shard` does; it is changed in place."""
         if self.shards:
-            self._read_awaited(shard(module, self.world_size, self.device, precision, head))
+            self._read_awaited(self._spread(module, precision, head))
         else:
             module.to(self.device)
+
+    def _spread(self, module: nn.Module, precision: Arithmetic, head: Arithmetic | None = None) -> nn.Module:
+        return shard(module, self.world_size, self.device, precision, head, offload=self.offloads)
 
     def _read_awaited(self, module: nn.Module) -> nn.Module:
         """The module, this worker's rows of its weights read where they are not there yet.
@@ -79,18 +85,23 @@ class Worker:
         Raises UserError on all workers where one of them finds numbers that cannot be.
         """
         if is_awaited(module):
-            raise_if_unusable(self.gathered(fill(module, self.rank, self.world_size, self.device)))
+            where = torch.device("cpu") if self.offloads else self.device
+            raise_if_unusable(self.gathered(fill(module, self.rank, self.world_size, where)))
         return module
 
     @property
     def shards(self) -> bool:
-        """Whether models are spread over the workers."""
-        return self.sharding == "fsdp" and self.world_size > 1
+        """Whether models are spread over the workers; one worker alone has nothing to spread, unless to the host."""
+        return self.sharding == "fsdp" and (self.world_size > 1 or self.offloads)
 
     @property
     def num_parts(self) -> int:
-        """How many workers a model is spread over; 1 where each holds all of it."""
+        """How many workers a model is spread over; 1 where each holds all of it, on its device or on its host."""
         return self.world_size if self.shards else 1
+
+    @property
+    def spread(self) -> Spread:
+        return Spread(self.num_parts, self.offloads)
 
     def no_sync(self, module: nn.Module, enabled: bool = True) -> Any:
         """A context in which backward passes leave the reduction over workers to a later one.
@@ -291,6 +302,7 @@ class RayTrainWorker(Worker):
         sharding: Literal["none", "fsdp"] = "none",
         num_groups: int = 1,
         share_of_device: float = 1.0,
+        offloads: bool = False,
     ) -> None:
         """num_groups: groups of workers like this one that run at the same time."""
         import ray.train
@@ -299,7 +311,7 @@ class RayTrainWorker(Worker):
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.world_size = context.get_world_size()
-        self.sharding = sharding
+        self.sharding, self.offloads = sharding, offloads
         self.num_side_by_side = context.get_local_world_size() * max(1, num_groups)
         self.share_of_device = share_of_device
         super().__init__(stage_dir, ray.train.torch.get_device(), storage_retry_s)
