@@ -17,6 +17,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from prefarena.report.against import against_table
 from prefarena.report.charts import (
     cost_chart,
     key_of,
@@ -202,6 +203,8 @@ def _sweep(results: Results) -> list[str]:
             if found is not None:
                 title = f"KL on prompts {where} pairs, at equal gain on prompts with pairs"
                 parts += [table_html(table, heading=True) for table in leakage_tables(found, title)]
+        if (against := against_table(results)) is not None:
+            parts.append(table_html(against, heading=True))
         if not parts:
             parts = ["<p>The methods' grids share no range of gains, so nothing can be read at equal gain.</p>"]
     return parts

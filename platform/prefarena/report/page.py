@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from prefarena.report.against import against_table
 from prefarena.report.curves import curve_figures
 from prefarena.report.findings import compared, data_lines, findings, limits
 from prefarena.report.leakage import leakage, leakage_tables
@@ -71,6 +72,8 @@ def _sweep(results: Results, folder: Path) -> list[str]:
         if found is not None:
             title = f"KL on prompts {where} pairs, at equal gain on prompts with pairs"
             sections += [_section(table.title, table) for table in leakage_tables(found, title)]
+    if (table := against_table(results)) is not None:
+        sections.append(_section(table.title, table))
     if not sections:
         sections.append(
             "## At equal gain\n\nThe methods' grids share no range of gains, so nothing can be read at equal gain.\n"
