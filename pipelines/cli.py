@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from typing import Any
 
@@ -55,6 +56,7 @@ def build_parser() -> argparse.ArgumentParser:
     doctor = commands.add_parser("doctor", help="what is here, what a comparison needs, and what of it will not fit")
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="none: only what is here")
     _add_overrides(doctor)
+    _add_estimate(commands)
     methods = commands.add_parser("methods", help="the methods and their settings with defaults")
     methods.add_argument(
         "--table", action="store_true", help="those that are trained, as the tables in docs/methods.md"
@@ -77,6 +79,18 @@ def _add_init(commands: Any) -> None:
     init.add_argument("--cpus", type=int, metavar="N", help="without GPUs: CPUs to use; default: this machine's")
     init.add_argument("--quick", action="store_true", help="few rows and steps, to see that everything runs")
     init.add_argument("--force", action="store_true", help="overwrite CONFIG.yaml where it exists")
+
+
+def _add_estimate(commands: Any) -> None:
+    """`estimate`, which says what a comparison will cost."""
+    text = "what a comparison will cost: time, memory, tokens, FLOPs and money of every stage, before anything runs"
+    estimate = commands.add_parser("estimate", help=text, description=text + " (docs/estimate.md).")
+    _add_config(estimate)
+    where = "hardware that is elsewhere, such as 8xH100; none: this machine, after a short timed run"
+    estimate.add_argument("--gpus", metavar="NxCARD", help=where)
+    estimate.add_argument("--price", type=float, metavar="PRICE", help="of one device for an hour, in your currency")
+    beside = "a finished run (OUTPUT/NAME-HASH): show what it took beside the estimate"
+    estimate.add_argument("--beside", metavar="RUN", help=beside)
 
 
 def _add_reading_commands(commands: Any) -> None:
@@ -160,6 +174,8 @@ def main(argv: list[str] | None = None) -> int:
             from pipelines.init import init
 
             return init(arguments)
+        if arguments.command == "estimate":
+            return _estimate(arguments)
         if arguments.command == "doctor":
             return _doctor(arguments.config, arguments.set)
         if arguments.command in _STEPS:
@@ -190,3 +206,13 @@ def _doctor(path: str | None, overrides: list[str]) -> int:
     from prefarena.config import load_config
 
     return doctor(load_config(path, overrides) if path or overrides else None)
+
+
+def _estimate(arguments: argparse.Namespace) -> int:
+    from prefarena.cluster.session import listen_on_loopback
+
+    listen_on_loopback()
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    from pipelines.estimate import run
+
+    return run(arguments)

@@ -50,7 +50,7 @@ def init(arguments: argparse.Namespace) -> int:
     if not fits:
         print("No setting that was tried is predicted to fit into that memory; the least was taken: ask the doctor.")
     shown = f"'{file}'" if " " in str(file) else str(file)
-    print(f"{file} is written; next: prefarena doctor {shown}, then prefarena compare {shown}")
+    print(f"{file} is written; next: prefarena doctor {shown} and estimate {shown}, then prefarena compare {shown}")
     return 0
 
 

@@ -110,7 +110,7 @@ def heaviest_training(
                 known[same] = training.need(settings, lengths, size)
             return known[same]
 
-        size = _chosen(training, need, room, config)
+        size = chosen_size(training, need, room, config)
         if (held := need(size)) is not None:
             found.append(Heaviest(held.total, training.key, training.on_policy, held.host))
     return max(found, key=lambda one: one.memory / _part(config, one), default=None)
@@ -121,8 +121,10 @@ def _part(config: Comparison, one: Heaviest) -> float:
     return share_beside_engine(config) if one.on_policy else config.resources.gpus_per_worker
 
 
-def _chosen(training: Training, need: Callable[[int], MemoryNeed | None], room: int | None, config: Comparison) -> int:
-    """The largest size that fits, else the smallest; found by halving, since a larger one needs more."""
+def chosen_size(
+    training: Training, need: Callable[[int], MemoryNeed | None], room: int | None, config: Comparison
+) -> int:
+    """Of a pass: the largest size that fits, else the smallest; found by halving, since a larger one needs more."""
     smaller, sizes = 0, training.sizes
     if room is None:
         return sizes[0]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from numpy.typing import NDArray
 
 from prefarena.config import TextTask
 from prefarena.data.first_rows import FirstRows
@@ -90,6 +93,19 @@ def look_at_limits(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> li
 def lengths_of(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
     """Tokens of each prompt, and of each response, of the first rows that can be used, whatever the task's limits."""
     return _lengths(_first_chunks(task, first), task, tokenizer, first.num_rows)
+
+
+def usable_lengths(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> tuple[NDArray[np.int64], float]:
+    """[N, 3], tokens of prompt, chosen and rejected of those of the first rows that can be used, within the limits.
+
+    And the seconds that reading and tokenising the first rows took.
+    """
+    started = time.perf_counter()
+    rows = _prepared(_first_chunks(task, first), task, tokenizer).slice(0, first.num_rows)
+    seconds = time.perf_counter() - started
+    rows = rows.filter(pc.is_null(rows["reason"]))
+    columns = [pc.list_value_length(rows[f"{name}_ids"]).to_numpy() for name in ("prompt", "chosen", "rejected")]
+    return np.stack(columns, 1).astype(np.int64), seconds
 
 
 def look_at_prompt_limit(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> list[str]:

@@ -1,0 +1,183 @@
+"""The short timed run behind an estimate for this machine: micro-batches, responses, a model read and written."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from pipelines.jobs import max_length
+from prefarena.cluster.needs import trainings
+from prefarena.cluster.session import ray_session
+from prefarena.config import Comparison, LanguageTask, Optimisation, PretrainedModel
+from prefarena.estimate.calibration import Bench, Timed, time_listing, time_scoring, time_training
+from prefarena.estimate.lengths import Data, ids_like
+from prefarena.estimate.memory import Held
+from prefarena.estimate.speeds import Curve, Measured
+from prefarena.estimate.stages import Planned
+from prefarena.estimate.trainings import Workload
+from prefarena.estimate.work import Listing, Manner, Passes, Sampling
+from prefarena.generation.interface import Sampling as Sampler
+from prefarena.modeling.load import load_policy, load_tokenizer, new_policy, new_reward_model, save_policy
+from prefarena.records import Rollout
+from prefarena.settings.optimisation import LearnerSettings
+from prefarena.tasks.language import Language
+
+#: Seconds that one timed pass, and one timed call of the engine, may take.
+_PASS_S, _CALL_S = 6.0, 15.0
+#: What nobody can know of a run that comes: other load of the machine, responses of other lengths.
+_LEAST_MARGIN = 0.25
+#: Measured on two cores: Ray Data's actors import torch and transformers, and read a model.
+_START_S = 4.0
+_FEW = 8  # responses of the smaller call
+
+
+@dataclass(frozen=True)
+class Calibrated:
+    """response: mean tokens of what the model answers, where that was seen."""
+
+    measured: Measured
+    response: float | None
+
+
+def calibrate(
+    config: Comparison,
+    workload: Workload,
+    stages: list[Planned],
+    memory: dict[str, Held],
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    say: Callable[[str], object],
+) -> Calibrated:
+    """Time what `stages` are made of; files go to `folder`. Starts Ray and an engine where the comparison generates."""
+    model_folder, reading, writing = _files(config, tokenizer, folder)
+    vocab_size = int(workload.settings.get_text_config(decoder=True).vocab_size)
+    bench = Bench(
+        workload.data.pairs, vocab_size, max_length(config.task), folder, config.resources.device,
+        int(config.resources.cpus_per_worker), _PASS_S,
+    )  # fmt: skip
+    parts = [part for one in stages for _, part in (*one.work.parts, *one.work.alongside)]
+    training, forward, steps, spreads = {}, {}, {}, [0.0]
+    for manner, (settings, most) in _manners(config, workload.data, memory).items():
+        say(f"timing passes of training in {manner.precision} …")
+        timed = _time(model_folder, settings, workload, most, bench)
+        training[manner], forward[manner], steps[manner] = timed.training, timed.forward, timed.step
+        spreads.append(timed.spread)
+    for manner in {part.manner for part in parts if isinstance(part, Passes)} - set(forward):
+        say(f"timing passes of scoring in {manner.precision} …")
+        counts = workload.counts(manner.lora)
+        forward[manner] = time_scoring(load_policy(model_folder), manner, counts, 64, bench)
+    listing: dict[str, float] = {}
+    if any(isinstance(part, Listing) for part in parts) and isinstance(config.task, LanguageTask):
+        say("timing the listing of every response …")
+        listing = time_listing(load_policy(model_folder), new_reward_model(model_folder, 0), Language(config.task))
+    sampling, sending, loading, response = None, 0.0, 0.0, None
+    if calls := [part for part in parts if isinstance(part, Sampling)]:
+        say("starting an engine, and timing a few responses …")
+        sampling, sending, loading, response = _time_engine(config, workload, calls, model_folder, vocab_size)
+    margin = max(_LEAST_MARGIN, float(np.median(spreads)))
+    measured = Measured(
+        training, forward, steps, sampling, sending, loading, listing, reading, writing, _START_S, margin
+    )  # fmt: skip
+    known = isinstance(config.model, PretrainedModel) and not config.reference.train
+    return Calibrated(measured, response if known else None)
+
+
+def _files(config: Comparison, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[str, float, float]:
+    """The folder of the model, and the seconds of reading it, and of writing one."""
+    if isinstance(config.model, PretrainedModel):
+        made: PreTrainedModel = load_policy(config.model.path, config.model.revision)
+    else:
+        made = new_policy(config.model, tokenizer, max_length(config.task), config.reference.seed)
+    started = time.perf_counter()
+    save_policy(made, tokenizer, folder / "model")
+    writing = time.perf_counter() - started
+    del made
+    started = time.perf_counter()
+    load_policy(folder / "model")
+    return str(folder / "model"), time.perf_counter() - started, writing
+
+
+def _manners(config: Comparison, data: Data, memory: dict[str, Held]) -> dict[Manner, tuple[LearnerSettings, int]]:
+    """How trainings compute, each with the settings of one that does, and the pairs of its largest pass."""
+    found: dict[Manner, tuple[LearnerSettings, int]] = {}
+    size = data.pairs.mean_prompt + 2 * data.pairs.mean_response
+    for training in trainings(config):
+        settings, held = training.settings, memory[training.where].size
+        rows = held / 2 if training.on_policy else held / size
+        share = settings.batch_size // config.resources.num_workers if isinstance(settings, Optimisation) else rows
+        most = max(1, round(min(rows, share)))
+        before = found.get(Manner.of(settings))
+        found[Manner.of(settings)] = (settings, max(most, before[1] if before else 0))
+    return found
+
+
+def _time(folder: str, settings: LearnerSettings, workload: Workload, most: int, bench: Bench) -> Timed:
+    """Of trainings with these settings; on-policy ones are timed by pairs too."""
+    names = LearnerSettings.model_fields
+    plain = Optimisation(**{name: getattr(settings, name) for name in names})
+    return time_training(load_policy(folder), plain, workload.counts(settings.lora), most, bench)
+
+
+def _time_engine(
+    config: Comparison, workload: Workload, calls: list[Sampling], folder: str, vocab_size: int
+) -> tuple[Curve, float, float, float]:
+    """Calls by their tokens, an update of weights, one that is read, and the mean tokens of a response."""
+    from prefarena.generation.fleet import Generators
+
+    model, prompts = load_policy(folder), workload.data.prompts
+    most = max(_FEW, round(max(call.sequences for call in calls) / config.generation.num_actors))
+    random = np.random.default_rng(0)
+    lengths = np.resize(prompts.prompts, most)
+    ids = ids_like(lengths.tolist(), vocab_size, random)
+    with ray_session():
+        generators = Generators.start(
+            folder, config.generation.model_copy(update={"num_actors": 1}), max_model_len=max_length(config.task),
+            use_gpu=config.resources.use_gpu, names=("prefarena-estimate",), seed=0,
+        )  # fmt: skip
+        try:
+            generators.load_checkpoint(folder, "estimate@0")  # the first one is compared whole
+            loading = _seconds(lambda: generators.load_checkpoint(folder, "estimate@1"))
+            sending = _seconds(lambda: generators.sync(model.state_dict().items(), "estimate@2"))
+
+            def sample(number: int, times: int = 2) -> tuple[float, float, list[Rollout]]:
+                took: list[float] = []
+                rollouts: list[Rollout] = []
+                for at in range(times):
+                    sampler = Sampler(workload.response_limit, 1.0, at)
+                    started = time.perf_counter()
+                    rollouts = generators.generate(ids[:number], sampler, "estimate@2")
+                    took.append(time.perf_counter() - started)
+                tokens = sum(len(one.prompt_ids) + len(one.response_ids) for one in rollouts)
+                return float(tokens), min(took), rollouts
+
+            sample(2, 1)
+            tokens, seconds, rollouts = sample(_FEW)
+            points = [(tokens, seconds)]
+            larger = min(most, int(_FEW * max(1.0, _CALL_S / seconds)))
+            if larger > _FEW:
+                tokens, seconds, rollouts = sample(larger)
+                points.append((tokens, seconds))
+        finally:
+            generators.stop()
+    response = sum(len(one.response_ids) for one in rollouts) / len(rollouts)
+    return Curve(tuple(points)), sending, loading, response
+
+
+def _seconds(work: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    work()
+    return time.perf_counter() - started
+
+
+def tokenizer_of(config: Comparison, folder: Path, trained: str | None) -> PreTrainedTokenizerBase:
+    """The language's own, the pretrained model's, or one that was `trained` for a new model."""
+    if isinstance(config.task, LanguageTask):
+        return Language(config.task).tokenizer()
+    if isinstance(config.model, PretrainedModel):
+        return load_tokenizer(config.model.path, config.model.revision)
+    return load_tokenizer(trained or folder)

@@ -1,0 +1,227 @@
+"""A short timed run on this machine: a few real micro-batches of the real model, by the code that trains.
+
+Tokens are random and lengths are those of the data. Learning rates are zero, so the weights stay as they are.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from prefarena.config import DPO, Optimisation
+from prefarena.data.tables import write_rows
+from prefarena.estimate.counts import Counts, Pass
+from prefarena.estimate.lengths import Rows, ids_like, passed
+from prefarena.estimate.speeds import Curve
+from prefarena.estimate.work import Manner
+from prefarena.evaluation.enumeration import enumerate_responses, enumerate_scores
+from prefarena.evaluation.exact import exact_metrics, frontiers, win_rates
+from prefarena.modeling.arithmetic import attends_in, in_weights, products_of
+from prefarena.modeling.logprobs import LogProbs, sequence_logps
+from prefarena.modeling.lora import add_adapters
+from prefarena.records import REFERENCED_PAIRS
+from prefarena.tasks.language import EOS_ID, Language
+from prefarena.training.learner import Learner, prepare
+from prefarena.training.off_policy import optimizer_step
+from prefarena.training.terms import PreferenceTerm, Shares
+from prefarena.training.window import Window
+from prefarena.training.worker import Worker
+
+_ROWS = 256  # pairs that are made
+_PROMPTS = 4  # of the language, whose responses are listed
+_FACTOR = 4  # from one size of a pass to the next
+_TIMES, _LONG_S = 5, 0.5  # what takes longer is done twice
+_UNLIMITED = 1 << 30
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Of a manner: a pass with its gradient, one without, a step of the optimizer; and how far repetitions spread."""
+
+    training: Curve
+    forward: Curve
+    step: float
+    spread: float
+
+
+@dataclass(frozen=True)
+class Bench:
+    """What passes are timed with, on which device. budget_s: no size is tried that would take longer."""
+
+    rows: Rows
+    vocab_size: int
+    max_length: int
+    folder: Path
+    device: str
+    threads: int
+    budget_s: float
+
+    @property
+    def clock(self) -> Callable[[], float]:
+        """Seconds; on one thread of a CPU those that it had, since the machine may be busy with other things."""
+        return time.thread_time if self.device == "cpu" and self.threads == 1 else time.perf_counter
+
+    def pairs(self) -> list[tuple[list[int], list[int], list[int]]]:
+        """Prompt, chosen and rejected: random tokens."""
+        prompts, responses = self.rows.taking(_ROWS).filled()
+        random = np.random.default_rng(0)
+        order = random.permutation(len(prompts))
+        columns = (prompts[order], responses[order, 0], responses[order, 1])
+        return list(zip(*(ids_like(column.tolist(), self.vocab_size, random) for column in columns), strict=True))
+
+    def write(self) -> tuple[Path, Rows]:
+        """The pairs as a table, and their lengths in its order."""
+        names = ("prompt_ids", "chosen_ids", "rejected_ids")
+        pairs, path = self.pairs(), self.folder / "pairs" / "part.parquet"
+        rows = [
+            {"id": f"{at:06}", "label": 1.0, "source": "", "ref_chosen_logp": 0.0, "ref_rejected_logp": 0.0}
+            | dict(zip(names, pair, strict=True))
+            for at, pair in enumerate(pairs)
+        ]
+        write_rows(pa.Table.from_pylist(rows, REFERENCED_PAIRS), path, REFERENCED_PAIRS)
+        lengths = np.array([[len(ids) for ids in pair] for pair in pairs], np.int64)
+        return path.parent, Rows(len(pairs), lengths[:, 0], lengths[:, 1:])
+
+
+def time_training(model: PreTrainedModel, training: Optimisation, counts: Counts, most: int, bench: Bench) -> Timed:
+    """Passes over pairs, of growing sizes up to `most` pairs, as `training` computes; the model is changed by adapters.
+
+    counts: of the model with them.
+    """
+    if training.lora is not None:
+        add_adapters(model, training.lora, seed=0)
+    module = LogProbs(model, bench.max_length, torch.device(bench.device), attends_in(training.precision))
+    worker = Worker(str(bench.folder / "stage"), bench.device)
+    path, rows = bench.write()
+    with products_of(training.precision), threads(bench.threads):
+        prepare(module, training, worker)
+        learner = Learner("model", module, training, worker)
+        recomputed = training.activation_checkpointing
+
+        def step(number: int) -> tuple[Pass, Callable[[int], object]]:
+            own = training.model_copy(update={"batch_size": number, "micro_batch_tokens": _UNLIMITED})
+            term = PreferenceTerm(str(path), DPO(training=own), Shares(own, 1, 0, module.packed), 0)
+            looked_at = [term.plan.rows(at) for at in range(_TIMES)]
+            every = [passed(rows.prompts[at], rows.responses[at]) for at in looked_at]
+            mean = Pass(*(statistics.fmean(values) for values in zip(*map(_numbers, every), strict=True)))
+            return mean, lambda at: optimizer_step(learner, [term], at, 0.0, worker, Window())
+
+        step(1)[1](0)  # the gradient stays until the next step
+        applying, _ = _timed(lambda _: learner.apply(0.0), bench)
+        found, spread = _sizes(step, most, bench)
+        points = [(counts.training(one, recomputed=recomputed), max(took - applying, 1e-6)) for one, took in found]
+        forward = time_forward(module, counts, most, bench)
+    return Timed(Curve(tuple(points)), forward, applying, spread)
+
+
+def time_scoring(model: PreTrainedModel, manner: Manner, counts: Counts, most: int, bench: Bench) -> Curve:
+    """Passes without gradients, in the arithmetic of what measures; the model's weights are changed to it."""
+    with products_of(manner.precision), threads(bench.threads):
+        nn.Module.to(model, bench.device)
+        module = LogProbs(in_weights(model, manner.precision), bench.max_length)
+        return time_forward(module, counts, most, bench)
+
+
+@torch.no_grad()
+def time_forward(module: nn.Module, counts: Counts, most: int, bench: Bench) -> Curve:
+    """Seconds of a pass without gradients by its FLOPs."""
+    pairs = bench.pairs()
+
+    def score(number: int) -> tuple[Pass, Callable[[int], object]]:
+        some = pairs[:number]
+        prompts, responses = [pair[0] for pair in some], [list(pair[1:]) for pair in some]
+        lengths = np.array([[len(ids) for ids in pair] for pair in some], np.int64)
+
+        def run(_: int) -> object:
+            return sequence_logps(module, prompts, responses, device=bench.device)[0].cpu()
+
+        return passed(lengths[:, 0], lengths[:, 1:]), run
+
+    found, _ = _sizes(score, min(_ROWS, _FACTOR * most), bench)
+    return Curve(tuple((counts.forward(one), took) for one, took in found))
+
+
+def _sizes(
+    make: Callable[[int], tuple[Pass, Callable[[int], object]]], most: int, bench: Bench
+) -> tuple[list[tuple[Pass, float]], float]:
+    """Seconds by what was passed, of 1, 4, 16, … and `most` rows, until one takes too long; and the largest spread."""
+    found, spreads, number = list[tuple[Pass, float]](), list[float](), 1
+    while True:
+        one, run = make(min(number, most))
+        if not found:
+            run(0)  # what is done but once
+        took, spread = _timed(run, bench)
+        found.append((one, took))
+        spreads.append(spread)
+        if number >= most or _FACTOR * took > bench.budget_s:
+            return found, max(spreads)
+        number *= _FACTOR
+
+
+def _timed(work: Callable[[int], object], bench: Bench) -> tuple[float, float]:
+    """The least seconds of a few repetitions, and by what share their median is above it."""
+    took: list[float] = []
+    for at in range(_TIMES):
+        _wait(bench.device)
+        started = bench.clock()
+        work(at)
+        _wait(bench.device)
+        took.append(bench.clock() - started)
+        if len(took) > 1 and took[0] > _LONG_S:
+            break
+    return min(took), statistics.median(took) / min(took) - 1
+
+
+def time_listing(model: PreTrainedModel, reward: PreTrainedModel | None, language: Language) -> dict[str, float]:
+    """Seconds of a prompt of the language: its responses, those with a policy's measures, and their scores."""
+    limit, prompts, clock = language.task.response_limit, language.prompt_ids[:_PROMPTS], time.thread_time
+    with threads(1):  # as the tasks have that list
+        started = clock()
+        found = enumerate_responses(model, prompts, limit, EOS_ID)
+        listed = clock() - started
+        _measure(found.logps, found.lengths)
+        measured = clock() - started
+        started = clock()
+        if reward is not None:
+            enumerate_scores(reward, prompts, limit, EOS_ID)
+        scored = clock() - started
+    return {"reference": listed / len(prompts), "policy": measured / len(prompts), "scores": scored / len(prompts)}
+
+
+def _measure(logps: np.ndarray, lengths: np.ndarray) -> None:
+    """What an exact evaluation computes of a table of log-probs [P, N]."""
+    rewards = np.random.default_rng(0).normal(size=logps.shape)
+    covered = np.arange(len(logps)) % 2 == 0
+    limits = frontiers(logps, rewards, covered)
+    exact_metrics(logps, logps, rewards, covered, lengths, limits)
+    win_rates([logps, logps], rewards)
+
+
+def _wait(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _numbers(one: Pass) -> tuple[float, float, float]:
+    return one.tokens, one.visible, one.scored
+
+
+@contextmanager
+def threads(number: int) -> Iterator[None]:
+    """In it torch has as many threads as a worker has."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,143 @@
+"""How many rows there will be, and how long they are: from the language's source, or a text's first rows."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from prefarena.config import Comparison, LanguageTask, RewardModel, TextTask
+from prefarena.data.first_rows import FirstRows
+from prefarena.data.limits import usable_lengths
+from prefarena.data.splits import Shares
+from prefarena.data.tokenization import Tokenizer
+from prefarena.errors import UserError
+from prefarena.estimate.counts import Pass
+from prefarena.tasks.language import Language
+
+_Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A table of `number` rows, known by a sample: tokens of prompts [N], and of each prompt's responses [N, R]."""
+
+    number: int
+    prompts: _Ints
+    responses: _Ints
+
+    def filled(self) -> tuple[_Ints, _Ints]:
+        """Lengths of all rows: the sample over and over."""
+        return np.resize(self.prompts, self.number), np.resize(self.responses, (self.number, self.responses.shape[1]))
+
+    def taking(self, number: int) -> Rows:
+        return Rows(number, self.prompts, self.responses)
+
+    def single(self, column: int = 0) -> Rows:
+        """Each prompt with one of its responses."""
+        return Rows(self.number, self.prompts, self.responses[:, column : column + 1])
+
+    def apart(self) -> Rows:
+        """Each response as a row of its own."""
+        width = self.responses.shape[1]
+        return Rows(self.number * width, np.repeat(self.prompts, width), self.responses.reshape(-1, 1))
+
+    @property
+    def mean_prompt(self) -> float:
+        return float(self.prompts.mean())
+
+    @property
+    def mean_response(self) -> float:
+        return float(self.responses.mean())
+
+    @property
+    def longest(self) -> tuple[int, int]:
+        """Tokens of the longest prompt, and of the longest response."""
+        return int(self.prompts.max()), int(self.responses.max())
+
+    def passed(self) -> Pass:
+        """All of them, in passes where responses share their prompt."""
+        return passed(self.prompts, self.responses).times(self.number / len(self.prompts))
+
+
+@dataclass(frozen=True)
+class Data:
+    """What a comparison will have. judge: rows set aside for a learned judge. prompts: to sample on, by training.
+
+    row_seconds: what making a row of the language took, or reading and tokenising one.
+    """
+
+    pairs: Rows
+    test_pairs: Rows
+    demonstrations: Rows
+    judge: Rows
+    prompts: Rows
+    row_seconds: float = 0.0
+    num_raw: int = 0
+
+
+def passed(prompts: _Ints, responses: _Ints) -> Pass:
+    """Of rows laid out as training packs them. prompts: [N], responses: [N, R]."""
+    before, own = prompts.astype(float), responses.astype(float)
+    # A token sees itself and all before it: n (n + 1) / 2 pairs among n tokens.
+    visible = before * (before + 1) / 2 + (own * (own + 1) / 2 + before[:, None] * own).sum(1)
+    return Pass(float(before.sum() + own.sum()), float(visible.sum()), float(own.sum()))
+
+
+def of_language(task: LanguageTask) -> Data:
+    """Pairs are taken to be as long as demonstrations on the prompts that have them: the reference imitates these."""
+    started = time.perf_counter()
+    language = Language(task)
+    table = language.sample_demonstrations()
+    seconds = time.perf_counter() - started
+    owners = language.prompt_rows(table["prompt_ids"].to_pylist())
+    responses = np.array([len(ids) for ids in table["response_ids"].to_pylist()], np.int64)
+    prompts = np.array([len(ids) for ids in language.prompt_ids], np.int64)
+    covered = responses[language.covered[owners]]
+    both = np.stack([covered, np.roll(covered, 1)], 1)
+    pairs = Rows(task.num_pairs, np.full(len(both), prompts[0]), both)
+    demonstrations = Rows(task.num_demonstrations, prompts[owners], responses[:, None])
+    return Data(
+        pairs=pairs,
+        test_pairs=pairs.taking(task.num_test_pairs),
+        demonstrations=demonstrations,
+        judge=pairs.taking(0),
+        prompts=Rows(task.num_prompts, pairs.prompts, pairs.responses[:, :1]),
+        row_seconds=seconds / task.num_demonstrations,
+        num_raw=task.num_demonstrations,
+    )
+
+
+def of_text(
+    config: Comparison, task: TextTask, first: FirstRows, tokenizer: Tokenizer, num_rows: int, shares: Shares
+) -> Data:
+    """From the first rows that can be used, as they are tokenised for training. num_rows: of the source, in all.
+
+    Raises UserError where none of them can be.
+    """
+    lengths, seconds = usable_lengths(task, first, tokenizer)
+    if not len(lengths):
+        raise UserError(f"{task.data}: none of its first {first.num_rows} rows can be trained on with this model")
+    usable = num_rows * len(lengths) / first.num_rows
+    rows = Rows(0, lengths[:, 0], lengths[:, 1:])
+    test = usable * shares.test if task.test_source is None else min(2000.0, usable)
+    judge = usable * shares.judge if isinstance(config.judge, RewardModel) else 0.0
+    left = usable - judge - (test if task.test_source is None else 0.0)
+    pairs = rows.taking(max(1, round(left * task.covered_share)))
+    return Data(
+        pairs=pairs,
+        test_pairs=rows.taking(max(1, round(test))),
+        demonstrations=rows.single().taking(pairs.number),
+        judge=rows.taking(round(judge)),
+        prompts=rows.single().taking(max(1, round(left))),
+        row_seconds=seconds / first.num_rows,
+        num_raw=num_rows,
+    )
+
+
+def ids_like(lengths: Sequence[int], vocab_size: int, random: np.random.Generator) -> list[list[int]]:
+    """Random token ids of these lengths."""
+    return [random.integers(0, vocab_size, size).tolist() for size in lengths]

@@ -1,0 +1,80 @@
+"""Peak memory of each training, by the prediction that trainings and the doctor make (cluster/needs.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from transformers import PretrainedConfig
+
+from prefarena.cluster.capacity import share_beside_engine
+from prefarena.cluster.needs import Lengths, Training, chosen_size, trainings
+from prefarena.config import Comparison
+from prefarena.modeling.memory import MemoryNeed
+from prefarena.modeling.room import USABLE, share_mib, total_mib
+from prefarena.training.prediction import required_mib
+
+_MIB = 2**20
+#: Of a training worker's process on a CPU before its job: 550 to 600 MiB on Linux, with torch's build for CPUs.
+_PROCESS_MIB = 590.0
+
+
+@dataclass(frozen=True)
+class Held:
+    """mib: at the peak, None where it cannot be told before the model runs. room_mib: what a worker may take.
+
+    size: of a pass, in tokens or rollouts, as it will be chosen.
+    """
+
+    mib: float | None
+    room_mib: float
+    size: int
+
+    @property
+    def fits(self) -> bool:
+        return self.mib is None or self.mib <= self.room_mib
+
+
+def held_by_trainings(
+    config: Comparison,
+    settings: PretrainedConfig,
+    longest: Lengths,
+    in_passes: Callable[[Training, int], Lengths],
+    *,
+    card_gib: float | None = None,
+) -> dict[str, Held]:
+    """By the key of each training's settings. longest: tokens that a row may have, by which sizes of passes are chosen.
+
+    in_passes: mean tokens of the rows in the largest pass of a training, by its size. card_gib: memory of a card; none:
+    this machine's is shared by its workers.
+    """
+    on_cpu, found, known = not config.resources.use_gpu, dict[str, Held](), dict[Any, MemoryNeed | None]()
+    for training in trainings(config):
+
+        def need(size: int, training: Training = training, lengths: Lengths = longest) -> MemoryNeed | None:
+            same = (training.need, size, lengths)
+            if same not in known:
+                known[same] = training.need(settings, lengths, size)
+            return known[same]
+
+        room = _room_mib(config, card_gib, training.on_policy)
+        size = chosen_size(training, need, int(room * _MIB), config)
+        held = need(size, training, in_passes(training, size))
+        mib = None
+        if held is not None:
+            mib = held.total / _MIB
+            spares = training.settings.spares_memory or config.resources.sharding == "fsdp"
+            if on_cpu:  # a process as it is, in place of what stands for one where room must not run out
+                nothing = required_mib(MemoryNeed(0, 0, 0, 0), on_cpu=True, spares=spares)
+                mib = required_mib(held, on_cpu=True, spares=spares) - nothing + _PROCESS_MIB
+        found[training.where] = Held(mib, room, size)
+    return found
+
+
+def _room_mib(config: Comparison, card_gib: float | None, on_policy: bool) -> float:
+    if card_gib is None:
+        groups = max(1, config.resources.num_groups)
+        return share_mib(total_mib(), config.resources.num_workers * groups)
+    share = share_beside_engine(config) if on_policy else config.resources.gpus_per_worker
+    return card_gib * 1024 * USABLE * share

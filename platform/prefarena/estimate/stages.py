@@ -1,0 +1,172 @@
+"""The work of every stage of a comparison, by the names that the report's table of costs has."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from prefarena.config import BestOfN, Comparison, Entry, LanguageTask, OffPolicyMethod, OnPolicyMethod, RewardModel
+from prefarena.data.plan import LARGEST_PASS
+from prefarena.estimate.counts import Pass
+from prefarena.estimate.trainings import Named, Workload
+from prefarena.estimate.work import Files, Listing, Passes, Raw, Sending, StageWork, Start
+from prefarena.settings.unpaired import Unpaired
+
+#: Samples that an evaluation draws in one call.
+_PART_ROLLOUTS = 256
+
+
+@dataclass(frozen=True)
+class Planned:
+    """A stage of an entry, of each of the comparison's seeds; `entry` None: one that all entries share.
+
+    times: how often it is done in the comparison.
+    """
+
+    stage: str
+    entry: str | None
+    work: StageWork
+    times: int = 1
+
+    @property
+    def is_evaluation(self) -> bool:
+        """Measuring a policy is not a part of what its method costs."""
+        return self.stage.startswith("eval")
+
+
+def planned(workload: Workload) -> list[Planned]:
+    """All of them, shared ones first."""
+    return [*_shared(workload), *(one for entry in workload.config.entries for one in _of_entry(workload, entry))]
+
+
+def not_estimated(config: Comparison) -> list[str]:
+    """What the estimate leaves out, a sentence each."""
+    found = []
+    judges = [config.judge, *(getattr(entry.method, "reward", None) for entry in config.entries)]
+    kinds = {judge.kind for judge in judges if judge is not None} & {"function", "endpoint", "pairwise", "classifier"}
+    if config.task.kind == "language":
+        kinds -= {config.judge.kind}
+    if kinds:
+        found.append(f"what judges of kind {' and '.join(sorted(kinds))} take is not known and counts as nothing")
+    found.append("starting Ray, workers and engines is no stage's cost: about half a minute of each command, on CPUs")
+    return found
+
+
+def _shared(workload: Workload) -> Iterator[Planned]:
+    config, data, size = workload.config, workload.data, workload.plain.parameters
+    task, seeds = config.task, len(config.seeds) if config.seeds_vary == "task" else 1
+    language = isinstance(task, LanguageTask)
+    raw = Raw(data.row_seconds * data.num_raw, 1)
+    yield Planned("data", None, StageWork((("rows", raw), *([] if language else [("start", Start())]))), seeds)
+    written = 1 if config.model.kind == "scratch" else 0
+    yield Planned("base", None, StageWork((("files", Files(1 - written, written, size)),)), seeds)
+    if config.reference.train:
+        training = config.reference.training
+        rows = data.demonstrations
+        if config.reference.loss_on == "all":
+            # Every token but the first is scored: a prompt of one token, and the rest as its response.
+            rows = type(rows)(rows.number, 0 * rows.prompts + 1, rows.responses + rows.prompts[:, None] - 1)
+        work = workload.on_table([("demonstrations", rows)], training, "reference.training")
+        yield Planned("reference", None, work, seeds)
+    if isinstance(task, LanguageTask):
+        yield Planned("pairs", None, StageWork((("listing", Listing("reference", task.num_prompts)),)), seeds)
+    for kind, method_kind in (("logps", False), ("responses", True)):
+        found = {
+            entry.method.training.precision
+            for entry in config.entries
+            if isinstance(entry.method, OffPolicyMethod) and isinstance(entry.method, Unpaired) == method_kind
+        }
+        for _ in found or ([None] if kind == "logps" else []):
+            scored = data.pairs.passed().plus(data.test_pairs.passed())
+            if method_kind:
+                scored = data.pairs.apart().passed().times(2)
+            yield Planned(kind, None, StageWork((("start", Start()), ("passes", workload.scored(scored)))), seeds)
+    if not isinstance(task, LanguageTask):
+        yield from _text_shared(workload)
+    yield Planned("evaluation (reference)", None, _evaluation(workload, None), seeds)
+
+
+def _text_shared(workload: Workload) -> Iterator[Planned]:
+    config, settings = workload.config, workload.config.evaluation
+    judged = isinstance(config.judge, RewardModel)
+    rewards = [getattr(entry.method, "reward", None) for entry in config.entries]
+    number = settings.num_reference_samples
+    if judged or any(isinstance(reward, RewardModel) for reward in rewards):
+        parts = (("sync", _loading(workload)), ("generate", workload.sampling(1, number)))
+        generated = number * workload.data.prompts.mean_response
+        yield Planned("reference_samples", None, StageWork(parts, generated=generated))
+    if isinstance(config.judge, RewardModel):
+        work = workload.reward_model(config.judge, workload.data.judge, "judge.training", number)
+        yield Planned("judge", None, work)
+    if settings.frontier_samples:
+        sequences = settings.num_prompts * settings.frontier_samples
+        parts_of = [("sync", _loading(workload)), *_samples(workload, sequences)]
+        generated = sequences * workload.data.prompts.mean_response
+        yield Planned("evaluation (frontier)", None, StageWork(tuple(parts_of), generated=generated))
+
+
+def _of_entry(workload: Workload, entry: Entry) -> Iterator[Planned]:
+    config, method, where = workload.config, entry.method, f"entries.{entry.name}.method"
+    seeds, language = len(config.seeds), isinstance(config.task, LanguageTask)
+    reward = getattr(method, "reward", None)
+    if isinstance(reward, RewardModel):
+        samples = 64 * workload.data.prompts.number if language else config.evaluation.num_reference_samples
+        work = workload.reward_model(reward, workload.data.pairs, f"{where}.reward.training", samples)
+        yield Planned("reward model", entry.name, work, seeds)
+    if isinstance(method, OffPolicyMethod):
+        yield Planned("training", entry.name, workload.off_policy(method, f"{where}.training"), seeds)
+    elif isinstance(method, OnPolicyMethod):
+        yield Planned("training", entry.name, workload.on_policy(method, f"{where}.training"), seeds)
+    if isinstance(config.task, LanguageTask) and isinstance(reward, RewardModel):
+        work = StageWork((("listing", Listing("scores", config.task.num_prompts)),))
+        yield Planned("evaluation (scores of all responses)", entry.name, work, seeds)
+    yield Planned("evaluation", entry.name, _evaluation(workload, entry), seeds)
+
+
+def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
+    """Of an entry, or of the reference."""
+    config, settings = workload.config, workload.config.evaluation
+    method = None if entry is None else entry.method
+    if isinstance(config.task, LanguageTask):
+        policies = 1 + (method.training.num_snapshots if isinstance(method, OnPolicyMethod) else 0)
+        if isinstance(method, BestOfN):
+            return StageWork(())
+        return StageWork((("listing", Listing("policy", policies * config.task.num_prompts)),))
+    best_of = method.n if isinstance(method, BestOfN) else 1
+    sequences = settings.num_prompts * settings.samples_per_prompt
+    if config.task.kind == "text" and config.task.covered_share < 1:
+        others = settings.num_prompts if settings.num_coverage_prompts is None else settings.num_coverage_prompts
+        sequences += 2 * others * settings.samples_per_prompt
+    parts = [("sync", _loading(workload)), *_samples(workload, sequences * best_of)]
+    generated = sequences * best_of * workload.data.prompts.mean_response
+    if isinstance(method, BestOfN):
+        return StageWork(tuple(parts), generated=generated)
+    samples = workload.data.prompts.single().taking(sequences).passed()
+    pairs = workload.data.test_pairs.apart().passed()
+    size = settings.batch_size * (samples.tokens / sequences)
+    twice = 2 if config.scored_in != "float32" else 1
+    parts += [("log-probs", workload.scored(samples.times(2).plus(pairs.times(twice)), size=size))]
+    parts.append(("files", Files(2, 0, workload.plain.parameters)))
+    if entry is not None:
+        parts.append(("divergences", _divergences(workload, samples)))
+    return StageWork(tuple(parts), generated=generated)
+
+
+def _divergences(workload: Workload, samples: Pass) -> Passes:
+    """Both policies on samples of both; the whole vocabulary of one more head each."""
+    return workload.scored(samples.times(4))
+
+
+def _samples(workload: Workload, sequences: int) -> list[Named]:
+    """Drawn in parts, and judged where the judge is a model."""
+    calls = math.ceil(sequences / _PART_ROLLOUTS)
+    parts: list[Named] = [("generate", workload.sampling(calls, sequences / calls))]
+    if isinstance(workload.config.judge, RewardModel):
+        drawn = workload.data.prompts.single().taking(sequences).passed()
+        parts.append(("judge", workload.scored(drawn, head=False, size=LARGEST_PASS)))
+    return parts
+
+
+def _loading(workload: Workload) -> Sending:
+    return Sending(1, workload.plain.parameters, read=True)

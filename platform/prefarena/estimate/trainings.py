@@ -1,0 +1,252 @@
+"""The work of trainings, by the plans that cut their batches: off-policy and reward models, and on-policy methods."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from transformers import PretrainedConfig
+
+from prefarena.cluster.needs import Lengths, Training
+from prefarena.config import (
+    ClassifierJudge,
+    Comparison,
+    GoldJudge,
+    JudgeSettings,
+    OffPolicyMethod,
+    OnPolicyMethod,
+    OnPolicyTraining,
+    Optimisation,
+    RewardModel,
+)
+from prefarena.config.judges import EvaluationJudge
+from prefarena.data.plan import LARGEST_PASS, BatchPlan
+from prefarena.estimate.counts import Counts, Pass, count_model
+from prefarena.estimate.lengths import Data, Rows, passed
+from prefarena.estimate.work import Files, Manner, Part, Passes, Sampling, Sending, StageWork, Steps
+from prefarena.modeling.room import LARGEST_MICRO_BATCH
+from prefarena.settings.optimisation import LoRA
+from prefarena.settings.unpaired import Unpaired
+from prefarena.training.terms import Shares
+
+#: Steps of a training that are looked at, evenly spread; the others are taken to be like them.
+_LOOKED_AT = 48
+#: Passes without gradients hold so many times the rollouts of those with them.
+_FORWARD_SIZE = 4
+
+Named = tuple[str, Part]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """Of a training: passes that each worker makes in a step, and what all workers' go through."""
+
+    passes: float
+    passed: Pass
+
+
+@dataclass(frozen=True)
+class Workload:
+    """Counts a comparison's work. sizes: tokens or rollouts in a pass, by the key of the training, where it is auto."""
+
+    config: Comparison
+    settings: PretrainedConfig
+    data: Data
+    sizes: Mapping[str, int]
+    response_limit: int
+
+    @cached_property
+    def plain(self) -> Counts:
+        """Of the model without adapters."""
+        return count_model(self.settings)
+
+    def counts(self, lora: LoRA | None) -> Counts:
+        return self.plain if lora is None else count_model(self.settings, lora)
+
+    @property
+    def workers(self) -> int:
+        return self.config.resources.num_workers
+
+    @property
+    def spread(self) -> bool:
+        return self.config.resources.sharding == "fsdp" and self.workers > 1
+
+    # ------------------------------------------------------------------------------------------- from a table
+
+    def terms(self, rows: Rows, training: Optimisation, size: int, seed: int = 0) -> Terms:
+        """Of the mean step over a table, whose rows are a prompt with its responses."""
+        prompts, responses = rows.filled()
+        sizes = prompts + responses.sum(1)
+        lengths = sizes + prompts * (responses.shape[1] - 1)  # by which rows are sorted
+        plan: BatchPlan = Shares(training.model_copy(update={"micro_batch_tokens": size}), self.workers, seed).plan(
+            lengths, sizes
+        )
+        steps = self.steps(rows, training)
+        looked_at = np.unique(np.linspace(0, steps - 1, min(steps, _LOOKED_AT)).astype(int))
+        number = sum(len(plan.micro_batches(int(step), 0)) for step in looked_at)
+        # Every epoch goes over all rows once, so the mean row is that of the table.
+        mean = passed(prompts, responses).times(training.batch_size / len(prompts))
+        return Terms(number / len(looked_at), mean)
+
+    def in_passes(self, training: Training, size: int) -> Lengths:
+        """Mean tokens of the rows in the largest pass of a training, where passes have this size."""
+        settings = training.settings
+        if isinstance(settings, OnPolicyTraining):
+            return self.longest_rollouts(settings, size)
+        if not isinstance(settings, Optimisation):
+            raise TypeError(f"{training.where} is of no kind that is known")
+        rows = {"reference.training": self.data.demonstrations, "judge.training": self.data.judge}
+        return self.longest_pass(rows.get(training.where, self.data.pairs), settings, size)
+
+    def longest_pass(self, rows: Rows, training: Optimisation, size: int) -> Lengths:
+        """Mean lengths within the pass with the most tokens that a worker makes over the table."""
+        prompts, responses = rows.filled()
+        sizes = prompts + responses.sum(1)
+        lengths = sizes + prompts * (responses.shape[1] - 1)
+        plan = Shares(training.model_copy(update={"micro_batch_tokens": size}), self.workers, 0).plan(lengths, sizes)
+        return _mean_lengths(rows, plan.largest_micro_batch())
+
+    def longest_rollouts(self, training: OnPolicyTraining, size: int) -> Lengths:
+        """Of the longest rollouts of a minibatch, which share a pass."""
+        rows = self.data.prompts.single()
+        order = np.argsort(rows.prompts + rows.responses.sum(1))
+        share = min(1.0, size * training.num_minibatches * self.workers / training.rollouts_per_iteration)
+        return _mean_lengths(rows, order[-max(1, round(share * len(order))) :])
+
+    def steps(self, rows: Rows, training: Optimisation) -> int:
+        return training.num_steps or max(1, round(rows.number * training.num_epochs / training.batch_size))
+
+    def size(self, where: str, given: int | str, otherwise: int) -> int:
+        return self.sizes.get(where, otherwise) if given == "auto" else int(given)
+
+    def on_table(
+        self, tables: list[tuple[str, Rows]], training: Optimisation, where: str, *, scores: bool = False,
+        first: Rows | None = None,
+    ) -> StageWork:  # fmt: skip
+        """A training whose step is a sum of terms, each over a table; `first`: one that is gone over before them.
+
+        where: the key of its settings. scores: a scalar head takes the place of the language model's.
+        """
+        manner, counts = Manner.of(training), self.counts(training.lora)
+        size = self.size(where, training.micro_batch_tokens, LARGEST_PASS)
+        steps, tokens = self.steps(tables[0][1], training), 0.0
+        parts: list[Named] = [("files", Files(1, 1, self.plain.parameters))]
+        if first is not None:
+            terms = self.terms(first, training, size)
+            flops = steps * counts.forward(terms.passed)
+            parts.append(("baseline", self.passes(steps * terms.passes, flops, steps * terms.passed.tokens, manner)))
+            tokens += steps * terms.passed.tokens
+        for name, rows in tables:
+            terms = self.terms(rows, training, size)
+            flops = steps * counts.training(terms.passed, head=not scores, recomputed=manner.recomputes)
+            tokens += steps * terms.passed.tokens
+            parts.append((name, self.passes(steps * terms.passes, flops, steps * terms.passed.tokens, manner, True)))
+        parts.append(("optimizer", Steps(steps, counts.trained, manner)))
+        return StageWork(tuple(parts), self.workers, memory=where, trained=tokens)
+
+    def passes(self, number: float, flops: float, tokens: float, manner: Manner, backward: bool = False) -> Passes:
+        gathered = self.plain.parameters if self.spread else 0
+        return Passes(number, flops, tokens, manner, backward, self.plain.layers, gathered)
+
+    def off_policy(self, method: OffPolicyMethod, where: str) -> StageWork:
+        training, data = method.training, self.data
+        rows = data.pairs.apart() if isinstance(method, Unpaired) else data.pairs
+        tables = [("responses" if isinstance(method, Unpaired) else "pairs", rows)]
+        if method.demonstration_weight > 0:
+            tables.append(("demonstrations", data.demonstrations))
+        if method.pretraining_weight > 0:  # texts are taken to be as long as demonstrations
+            tables.append(("pretraining", data.demonstrations))
+        first = rows if isinstance(method, Unpaired) else None
+        return self.on_table(tables, training, where, first=first)
+
+    def reward_model(self, settings: RewardModel, rows: Rows, where: str, num_samples: int) -> StageWork:
+        """Trained on these pairs, then measured on the reference's samples and on held-out pairs."""
+        work = self.on_table([("pairs", rows)], settings.training, where, scores=True)
+        test = self.data.test_pairs.passed()
+        samples = self.data.prompts.taking(num_samples).passed()
+        measured = self.scored(test.plus(samples), head=False)
+        return StageWork((*work.parts, ("measuring", measured)), self.workers, memory=where, trained=work.trained)
+
+    def scored(self, passed: Pass, *, head: bool = True, size: float = LARGEST_PASS) -> Passes:
+        """Passes without gradients, in the arithmetic of what measures, by one process."""
+        manner = Manner(self.config.scored_in)
+        number = max(1.0, passed.tokens / size)
+        flops = self.plain.forward(passed, head=head)
+        return Passes(number, flops, passed.tokens, manner, False, self.plain.layers)
+
+    # --------------------------------------------------------------------------------------------- on policy
+
+    def on_policy(self, method: OnPolicyMethod, where: str) -> StageWork:
+        training, generation = method.training, self.config.generation
+        rollouts = self.data.prompts.single().taking(training.rollouts_per_iteration).passed()
+        iterations, workers = training.num_iterations, self.workers
+        size = self.size(where, training.micro_batch_size, LARGEST_MICRO_BATCH)
+        manner, counts = Manner.of(training), self.counts(training.lora)
+        share = math.ceil(training.rollouts_per_iteration / workers)
+        forwards = iterations * math.ceil(share / (_FORWARD_SIZE * size))
+        each = iterations * math.ceil(share / training.num_minibatches / size) * training.num_minibatches
+        frozen = getattr(training, "critic_warmup_iterations", 0)
+
+        def forward(times: int, head: bool, manner: Manner = manner) -> Passes:
+            flops = times * iterations * (counts if manner.lora else self.plain).forward(rollouts, head=head)
+            return self.passes(times * forwards, flops, times * iterations * rollouts.tokens, manner)
+
+        def learning(iterations_of: int, head: bool) -> list[Part]:
+            part = training.num_epochs * iterations_of / iterations
+            flops = part * iterations * counts.training(rollouts, head=head, recomputed=manner.recomputes)
+            tokens = part * iterations * rollouts.tokens
+            steps = part * iterations * training.num_minibatches
+            return [self.passes(part * each, flops, tokens, manner, True), Steps(steps, counts.trained, manner)]
+
+        has_critic = method.kind == "rlhf"
+        parts: list[Named] = [("sync", Sending(iterations, self.plain.parameters))]
+        judges = [judge for judge in (method.reward, self._monitor(method.reward)) if _is_model(judge)]
+        scoring = Manner(self.config.scored_in)
+        parts += [("score", forward(1, False, scoring)) for _ in judges]
+        parts += [("logprobs", forward(2, True))]
+        parts += [("values", forward(1, False))] if has_critic else []
+        parts += [("update", part) for part in learning(iterations - frozen, True)]
+        parts += [("update", part) for part in (learning(iterations, False) if has_critic else [])]
+        models = 2 + has_critic + len(judges)
+        parts.append(("files", Files(models, 1 + training.num_snapshots, self.plain.parameters)))
+        sampling = ("generate", self.sampling(iterations, training.rollouts_per_iteration))
+        ahead = training.mode == "asynchronous"
+        held = generation.tensor_parallel if self.config.resources.use_gpu else 1
+        return StageWork(
+            tuple(parts) if ahead else (sampling, *parts),
+            workers,
+            beside=float(generation.num_actors * held),
+            alongside=(sampling,) if ahead else (),
+            memory=where,
+            trained=iterations * training.num_epochs * rollouts.tokens,
+            generated=iterations * rollouts.scored,
+        )
+
+    def sampling(self, calls: float, sequences: float) -> Sampling:
+        """On prompts as they are in training; responses as long as the data's."""
+        prompts = self.data.prompts
+        one = prompts.single().taking(1).passed()
+        flops = calls * sequences * self.plain.forward(one)
+        response = min(prompts.mean_response, self.response_limit)
+        return Sampling(
+            calls, sequences, prompts.mean_prompt, response, self.response_limit, flops, self.plain.parameters,
+            self.plain.cached,
+        )  # fmt: skip
+
+    def _monitor(self, reward: JudgeSettings) -> EvaluationJudge | None:
+        """What is logged beside the reward; the gold reward is a table, and costs nothing."""
+        learned = self.config.task.kind == "text" and isinstance(self.config.judge, RewardModel)
+        return self.config.judge if learned and not isinstance(reward, GoldJudge) else None
+
+
+def _mean_lengths(rows: Rows, chosen: np.ndarray) -> Lengths:
+    prompts, responses = rows.filled() if rows.number else (rows.prompts, rows.responses)
+    at = chosen % len(prompts)
+    return Lengths(math.ceil(prompts[at].mean()), math.ceil(responses[at].mean()))
+
+
+def _is_model(judge: EvaluationJudge | None) -> bool:
+    return isinstance(judge, RewardModel | ClassifierJudge)

@@ -1,0 +1,230 @@
+"""What an estimate counts, what it takes from a timed run or from a table, and what it makes of them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from off_policy import off_policy_job, write_inputs
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
+
+from pipelines.cli import main
+from pipelines.estimate import on_cards
+from prefarena.config import DPO, LanguageTask, LoRA, Optimisation, parse_config
+from prefarena.data.tables import TokenColumn, read_rows
+from prefarena.errors import UserError
+from prefarena.estimate.calibration import Bench, time_training
+from prefarena.estimate.counts import Pass, count_model
+from prefarena.estimate.hardware import CARDS, Cards, parse_cards
+from prefarena.estimate.interval import Interval
+from prefarena.estimate.lengths import Data, Rows, of_language, passed
+from prefarena.estimate.result import Estimated, by_entry, price_of
+from prefarena.estimate.speeds import Curve, OnCards
+from prefarena.estimate.trainings import Workload
+from prefarena.estimate.work import Manner, Passes, Sampling, StageWork
+from prefarena.modeling.load import load_policy
+from prefarena.training.run_job import run_job
+from prefarena.training.worker import Worker
+
+LLAMA = LlamaConfig(
+    vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, tie_word_embeddings=False,
+)  # fmt: skip
+GPT2 = GPT2Config(vocab_size=97, n_embd=64, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+
+
+@pytest.mark.parametrize("settings", [LLAMA, GPT2], ids=["llama", "gpt2"])
+def test_flops_are_those_that_torch_counts(settings: PretrainedConfig) -> None:
+    rows, length = 3, 7
+    model = AutoModelForCausalLM.from_config(settings, attn_implementation="eager")
+    counts = count_model(settings)
+    whole = Pass(rows * length, rows * length * length, rows * length)  # eager attention computes what is masked too
+    ids = torch.zeros(rows, length, dtype=torch.long)
+    with FlopCounterMode(display=False) as forward:
+        model(input_ids=ids)
+    with FlopCounterMode(display=False) as both:
+        model(input_ids=ids).logits.sum().backward()
+    assert counts.forward(whole) == forward.get_total_flops()
+    assert counts.training(whole) == both.get_total_flops()
+    assert counts.parameters == counts.trained == sum(one.numel() for one in model.parameters())
+
+
+def test_adapters_save_the_gradient_of_the_weights() -> None:
+    whole, adapters, one = count_model(LLAMA), count_model(LLAMA, LoRA(rank=4)), Pass(100, 1000, 50)
+    assert adapters.parameters == whole.parameters and adapters.trained < whole.trained / 5
+    assert 2 / 3 < adapters.training(one) / whole.training(one) < 1
+    assert whole.training(one, recomputed=True) - whole.training(one) == whole.forward(one, head=False)
+
+
+def test_a_shared_prompt_is_passed_once_and_seen_by_both_responses() -> None:
+    found = passed(np.array([2]), np.array([[3, 1]]))
+    seen_by_prompt, seen_by_responses = 1 + 2, (3 + 4 + 5) + 3
+    assert found == Pass(6, seen_by_prompt + seen_by_responses, 4)
+
+
+# ------------------------------------------------------------------------------------------------ tokens
+
+
+def lengths(folder: Path, *names: str) -> Rows:
+    table = read_rows(folder)
+    prompts, *responses = (TokenColumn.of(table, f"{name}_ids").lengths for name in ("prompt", *names))
+    return Rows(len(prompts), prompts, np.stack(responses, 1))
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1])
+def test_tokens_are_those_of_a_real_run(tmp_path: Path, weight: float) -> None:
+    inputs = write_inputs(tmp_path / "inputs")
+    # 3 passes over 256 demonstrations, and 16 over 48 pairs.
+    training = Optimisation(batch_size=16, num_steps=48, warmup_steps=0)
+    settings = DPO(training=training, demonstration_weight=weight)
+    run_job(off_policy_job(inputs, tmp_path / "job", settings), Worker(str(tmp_path / "job")))
+    spent = json.loads((tmp_path / "job" / "manifest.json").read_text(encoding="utf-8"))["costs"]
+    pairs = lengths(inputs / "pairs", "chosen", "rejected")
+    demonstrations = lengths(inputs / "demonstrations", "response")
+    data = Data(pairs, pairs, demonstrations, pairs.taking(0), pairs.single())
+    config = parse_config({"entries": [{"name": "x", "method": settings.model_dump()}]})
+    model = load_policy(inputs / "model").config
+    work = Workload(config, model, data, {}, 4).off_policy(settings, "entries.x.method.training")
+    assert work.trained == pytest.approx(spent["num_tokens_trained"])
+
+
+def test_the_reference_goes_over_the_languages_own_demonstrations() -> None:
+    task = LanguageTask(num_demonstrations=512, num_pairs=64)
+    data = of_language(task)
+    assert data.demonstrations.number == 512 and data.pairs.number == 64
+    assert data.pairs.prompts.tolist() == [4] * len(data.pairs.prompts)
+    assert data.pairs.responses.min() >= 1 and data.pairs.responses.max() <= task.response_limit
+
+
+# ---------------------------------------------------------------------------------------------- hardware
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "name"), [("8xH100", 8, "H100"), ("a100", 1, "A100"), (" 16 x L40S ", 16, "L40S")]
+)
+def test_cards_by_number_and_name(text: str, number: int, name: str) -> None:
+    assert parse_cards(text) == Cards(CARDS[name], number)
+
+
+@pytest.mark.parametrize("text", ["8xTPU", "H100x8", "eight H100", "0xH100", "", "8"])
+def test_unknown_cards_are_told_in_a_sentence(text: str) -> None:
+    with pytest.raises(UserError, match="--gpus"):
+        parse_cards(text)
+
+
+def test_more_cards_than_there_are_is_told() -> None:
+    config = parse_config(
+        {"entries": [{"name": "x", "method": {"kind": "dpo"}}], "resources": {"use_gpu": True, "num_workers": 8}}
+    )
+    with pytest.raises(UserError, match="asks for 9 GPUs"):
+        on_cards(config, parse_cards("8xH100"))
+    laid_out, _ = on_cards(config, parse_cards("9xH100"))
+    assert laid_out == config
+
+
+@pytest.mark.parametrize(("cards", "workers", "actors"), [("1xH100", 1, 1), ("8xH100", 4, 4), ("6xA100", 4, 2)])
+def test_a_config_without_gpus_is_laid_out_as_init_does_it(cards: str, workers: int, actors: int) -> None:
+    config = parse_config({"entries": [{"name": "x", "method": {"kind": "dpo"}}]})
+    found, _ = on_cards(config, parse_cards(cards))
+    assert (found.resources.num_workers, found.generation.num_actors, found.resources.use_gpu) == (
+        workers,
+        actors,
+        True,
+    )
+
+
+def on_h100s(**changed: Any) -> OnCards:
+    resources = {"use_gpu": True, **changed}
+    return OnCards(parse_cards("64xH100"), parse_config(
+        {"entries": [{"name": "x", "method": {"kind": "dpo"}}], "resources": resources}
+    ))  # fmt: skip
+
+
+def test_a_pass_takes_its_flops_at_the_share_of_the_peak_that_is_reached() -> None:
+    flops, card = 1e18, CARDS["H100"]
+    part = Passes(10, flops, 1e6, Manner("bfloat16"), True, 16)
+    found = on_h100s().seconds(part, StageWork((), workers=4))
+    assert found == Interval(*(flops / 4 / (card.half * share) for share in reversed(card.flops)))
+    slower = on_h100s().seconds(replace(part, manner=Manner("float32")), StageWork((), workers=4))
+    assert slower.middle / found.middle == pytest.approx(card.half / card.single)
+
+
+def test_small_passes_wait_for_launches_and_spread_ones_for_the_network() -> None:
+    speeds, small = on_h100s(), Passes(1000, 1e9, 1e4, Manner("bfloat16"), True, 16)
+    computed = small.flops / (CARDS["H100"].half * 0.38)
+    assert speeds.seconds(small, StageWork(())).middle > 1000 * computed
+    spread = replace(small, weights=7 * 10**9)
+    inside, across = (speeds.seconds(spread, StageWork((), workers=number)).middle for number in (8, 16))
+    assert across > 5 * inside > speeds.seconds(small, StageWork((), workers=8)).middle
+
+
+def test_generation_reads_the_weights_once_a_token_whatever_the_batch() -> None:
+    few = Sampling(1, 8, 100, 100, 100, 0.0, 7 * 10**9, 0)
+    more = replace(few, sequences=200)
+    speeds = on_h100s()
+    seconds = [speeds.seconds(part, StageWork(())).middle for part in (few, more, replace(few, sequences=512))]
+    assert seconds[0] == seconds[1] < seconds[2]  # the engine takes 256 at a time
+    assert seconds[0] == pytest.approx(100 * 2 * 7e9 / (3.35e12 * 0.6))
+
+
+# ------------------------------------------------------------------------------------- what is made of it
+
+
+def stage(entry: str | None, name: str, seconds: float, devices: float = 1, times: int = 1) -> Estimated:
+    return Estimated(name, entry, Interval(seconds / 2, seconds, 2 * seconds), devices, times, 1.0, 2.0, 3.0, None)
+
+
+def test_ratios_are_of_device_seconds_of_all_seeds_without_evaluation() -> None:
+    stages = [
+        stage(None, "reference", 1e6), stage("dpo", "training", 10, times=3), stage("dpo", "evaluation", 1e6),
+        stage("rlhf", "reward model", 20, times=3), stage("rlhf", "training", 50, devices=2, times=3),
+    ]  # fmt: skip
+    dpo, rlhf = by_entry(stages)
+    assert (dpo.ratio, rlhf.ratio) == (1.0, 12.0)
+    assert dpo.seconds == Interval(15, 30, 60) and rlhf.device_seconds.middle == 360
+    assert rlhf.trained == 12
+
+
+def test_a_price_is_of_devices_and_hours() -> None:
+    assert price_of(Interval(1800, 3600, 7200), 2.5) == Interval(1.25, 2.5, 5.0)
+    with pytest.raises(UserError, match="--price"):
+        price_of(Interval.exactly(1), -1)
+
+
+def test_a_curve_goes_through_what_was_measured_and_on_along_its_last_line() -> None:
+    curve = Curve(((10, 1.0), (20, 3.0), (40, 5.0)))
+    assert [curve.at(size) for size in (10, 15, 30, 60)] == [1.0, 2.0, 4.0, 7.0]
+    assert Curve(((10, 1.0),)).at(30) == 3.0
+    assert Curve(((10, 2.0), (20, 1.0))).at(40) == 2.0  # noise is no speed-up
+
+
+def test_a_timed_run_leaves_the_weights_and_times_growing_passes(tmp_path: Path) -> None:
+    model = load_policy(write_inputs(tmp_path) / "model")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    rows = Rows(8, np.full(8, 3), np.full((8, 2), 4))
+    bench = Bench(rows, 8, 8, tmp_path / "bench", "cpu", 1, 5.0)
+    timed = time_training(model, Optimisation(), count_model(model.config), 16, bench)
+    sizes = [size for size, _ in timed.training.points]
+    assert sizes == sorted(sizes) and len(sizes) == 3 and timed.step > 0
+    assert all(seconds > 0 for _, seconds in (*timed.training.points, *timed.forward.points))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "task: {kind: language, num_demonstrations: 64, num_pairs: 64}\nreference: {train: false}\n"
+        "entries: [{name: dpo, method: {kind: dpo, training: {micro_batch_tokens: 512}}}]\n",
+        encoding="utf-8",
+    )
+    assert main(["estimate", str(path), "--gpus", "2xH100", "--price", "2"]) == 0
+    shown = capsys.readouterr().out
+    assert "estimate by stage" in shown and "estimate by entry" in shown and "price" in shown
+    assert main(["estimate", str(path), "--gpus", "2xH10"]) == 2
+    assert "8xH100" in capsys.readouterr().err
