@@ -10,7 +10,7 @@ from prefarena.config import BestOfN, Comparison, Entry, LanguageTask, OffPolicy
 from prefarena.data.plan import LARGEST_PASS
 from prefarena.estimate.counts import Pass
 from prefarena.estimate.trainings import Named, Workload
-from prefarena.estimate.work import Files, Listing, Passes, Raw, Sending, StageWork, Start
+from prefarena.estimate.work import Files, Listing, Raw, Sending, StageWork, Start
 from prefarena.settings.unpaired import Unpaired
 
 #: Samples that an evaluation draws in one call.
@@ -146,16 +146,13 @@ def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
     pairs = workload.data.test_pairs.apart().passed()
     size = settings.batch_size * (samples.tokens / sequences)
     twice = 2 if config.scored_in != "float32" else 1
-    parts += [("log-probs", workload.scored(samples.times(2).plus(pairs.times(twice)), size=size))]
+    # Along samples of both, an entry's log-probs come with its divergences.
+    own = samples if entry is None else Pass(0.0, 0.0, 0.0)
+    parts.append(("log-probs", workload.scored(own.plus(pairs.times(twice)), size=size)))
     parts.append(("files", Files(2, 0, workload.plain.parameters)))
     if entry is not None:
-        parts.append(("divergences", _divergences(workload, samples)))
+        parts.append(("divergences", workload.scored(samples.times(4))))
     return StageWork(tuple(parts), generated=generated)
-
-
-def _divergences(workload: Workload, samples: Pass) -> Passes:
-    """Both policies on samples of both; the whole vocabulary of one more head each."""
-    return workload.scored(samples.times(4))
 
 
 def _samples(workload: Workload, sequences: int) -> list[Named]:

@@ -22,12 +22,13 @@ from prefarena.config import (
     Optimisation,
     RewardModel,
 )
-from prefarena.config.judges import EvaluationJudge
 from prefarena.data.plan import LARGEST_PASS, BatchPlan
 from prefarena.estimate.counts import Counts, Pass, count_model
 from prefarena.estimate.lengths import Data, Rows, passed
 from prefarena.estimate.work import Files, Manner, Part, Passes, Sampling, Sending, StageWork, Steps
 from prefarena.modeling.room import LARGEST_MICRO_BATCH
+from prefarena.settings.judges import EvaluationJudge
+from prefarena.settings.on_policy import CriticTraining
 from prefarena.settings.optimisation import LoRA
 from prefarena.settings.unpaired import Unpaired
 from prefarena.training.terms import Shares
@@ -188,7 +189,7 @@ class Workload:
         share = math.ceil(training.rollouts_per_iteration / workers)
         forwards = iterations * math.ceil(share / (_FORWARD_SIZE * size))
         each = iterations * math.ceil(share / training.num_minibatches / size) * training.num_minibatches
-        frozen = getattr(training, "critic_warmup_iterations", 0)
+        frozen = training.critic_warmup_iterations if isinstance(training, CriticTraining) else 0
 
         def forward(times: int, head: bool, manner: Manner = manner) -> Passes:
             flops = times * iterations * (counts if manner.lora else self.plain).forward(rollouts, head=head)
@@ -201,7 +202,7 @@ class Workload:
             steps = part * iterations * training.num_minibatches
             return [self.passes(part * each, flops, tokens, manner, True), Steps(steps, counts.trained, manner)]
 
-        has_critic = method.kind == "rlhf"
+        has_critic = isinstance(training, CriticTraining)
         parts: list[Named] = [("sync", Sending(iterations, self.plain.parameters))]
         judges = [judge for judge in (method.reward, self._monitor(method.reward)) if _is_model(judge)]
         scoring = Manner(self.config.scored_in)
