@@ -14,10 +14,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 #: Modules whose tests start processes of their own, beside those that use the Ray session.
 _START_PROCESSES = {
-    "test_end_to_end", "test_failed_entries", "test_families", "test_jobs", "test_leases", "test_memory", "test_nodes",
-    "test_object_store", "test_on_policy_gradients", "test_on_policy_scale", "test_page_in_browser", "test_placement",
-    "test_pools",
-    "test_ppo_training", "test_scale", "test_trial", "test_two_at_once", "test_waiting", "test_whole_step",
+    "test_end_to_end", "test_failed_entries", "test_families", "test_jobs", "test_leases", "test_memory",
+    "test_moving_reference_workers", "test_nodes", "test_object_store", "test_on_policy_gradients",
+    "test_on_policy_scale", "test_page_in_browser", "test_placement", "test_pools", "test_ppo_training",
+    "test_scale", "test_trial", "test_two_at_once", "test_waiting", "test_whole_step",
 }  # fmt: skip
 
 

@@ -65,6 +65,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("rlhf", {"lora": ADAPTERS}, "adapters"),
         ("rlhf", {"lora": ADAPTERS, "precision": "bfloat16"}, "adapters"),
         ("grpo", {}, "full"),
+        ("grpo", {"precision": "bfloat16", "reference_every": 1, "reference_mix": 0.1}, "full"),
+        ("rlhf", {"lora": ADAPTERS, "reference_every": 5}, "adapters"),
         ("grpo", {"lora": ADAPTERS, "activation_checkpointing": True}, "adapters"),
     ],
 )

@@ -282,7 +282,8 @@ def disk_needed(config: Comparison, num_parameters: int, data_bytes: int) -> int
     """Bytes under `output`: models, snapshots, checkpoints of trainings under way, tables.
 
     Every trained stage leaves its weights. A training under way keeps two checkpoints of weights and both moments
-    (with a critic also of that). Tables: the data as pairs, and again with log-probs; every seed adds models.
+    (with a critic also of that, and with a reference that moves its weights). Tables: the data as pairs, and again with
+    log-probs; every seed adds models.
     """
     weights = _FLOAT * num_parameters
     models = 2.0  # base and reference
@@ -292,8 +293,9 @@ def disk_needed(config: Comparison, num_parameters: int, data_bytes: int) -> int
         each += isinstance(getattr(method, "reward", None), RewardModel)
         if not isinstance(method, BestOfN):
             each += 1 + getattr(method.training, "num_snapshots", 0)
-        if isinstance(method, OnPolicyMethod) and isinstance(method.training, CriticTraining):
-            checkpoint = 6.0
+        if isinstance(method, OnPolicyMethod):
+            learned = 1 + isinstance(method.training, CriticTraining)
+            checkpoint = max(checkpoint, 3.0 * learned + (method.training.reference_every is not None))
         models += each * len(config.seeds)
     if config.task.kind == "text" and isinstance(config.judge, RewardModel):
         models += 1

@@ -25,6 +25,9 @@ class OnPolicyTraining(LearnerSettings):
     so micro-batches and workers change nothing.
     """
 
+    #: Settings that are not in a stage's address while they have their defaults: it is older than they are.
+    added: ClassVar[frozenset[str]] = frozenset({"reference_every", "reference_mix"})
+
     num_iterations: int = Field(40, ge=1, description="Rollout batches.")
     rollouts_per_iteration: int = Field(256, ge=2)
     num_epochs: int = Field(2, ge=1, description="Passes over each rollout batch.")
@@ -43,6 +46,19 @@ class OnPolicyTraining(LearnerSettings):
         None, gt=0, description="Adaptive KL controller's target (nats per sequence); none: fixed."
     )
     kl_horizon: int = Field(2048, ge=1, description="Adaptive KL controller's horizon, in rollouts.")
+    reference_every: int | None = Field(
+        None,
+        ge=1,
+        description="Iterations after which the reference that the KL penalty is against moves towards the policy; "
+        "none: it never does. Reports measure KL against the original one.",
+    )
+    reference_mix: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="With reference_every: how far it moves. 1: it becomes the policy; less: a moving average of "
+        "weights (arXiv 2404.10719), which adapters cannot have.",
+    )
     clip: float = Field(0.2, gt=0)
     clip_high: float | None = Field(
         None, gt=0, description="Clips ratios above 1 by this instead (DAPO's clip-higher, arXiv 2503.14476)."
@@ -82,6 +98,17 @@ class OnPolicyTraining(LearnerSettings):
     def _asynchronous_is_corrected(self) -> OnPolicyTraining:
         if self.mode == "asynchronous" and self.importance_cap is None:
             raise ValueError("mode: asynchronous needs importance_cap, which corrects for samples one step old")
+        return self
+
+    @model_validator(mode="after")
+    def _reference_can_move(self) -> OnPolicyTraining:
+        if self.reference_every is None and self.reference_mix != 1:
+            raise ValueError("reference_mix says how far the reference moves, and needs reference_every")
+        if self.lora is not None and self.reference_mix != 1:
+            raise ValueError(
+                "reference_mix below 1 averages weights, and an average of adapters is none of what they add; set "
+                "reference_mix: 1, or train without lora"
+            )
         return self
 
     @property
@@ -170,4 +197,7 @@ class OnPolicy(Section):
 
     def address(self) -> dict[str, Any]:
         """What results depend on, for the address of stages."""
-        return self.model_dump(mode="json")
+        found, fields = self.model_dump(mode="json"), type(self.training).model_fields
+        as_ever = {name for name in self.training.added if getattr(self.training, name) == fields[name].default}
+        found["training"] = {name: value for name, value in found["training"].items() if name not in as_ever}
+        return found

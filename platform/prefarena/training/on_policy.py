@@ -40,9 +40,10 @@ from prefarena.training.guard import stop_if_diverged
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.learner import Learner, Pass, prepare
 from prefarena.training.loading import Loader
+from prefarena.training.moving_reference import MovingReference
 from prefarena.training.on_policy_batch import Batch, experience_metrics, learnable
 from prefarena.training.on_policy_memory import fitting_micro_batch
-from prefarena.training.on_policy_models import load_models, save_adapters, save_models
+from prefarena.training.on_policy_models import POLICY, load_models, save_adapters, save_models
 from prefarena.training.rollouts import RolloutStream, minibatches, share, snapshot_iterations
 from prefarena.training.schedule import warmed_up
 from prefarena.training.window import Window
@@ -66,8 +67,8 @@ def train_on_policy(
     """Run all iterations from the last checkpoint on, save the policy at `job.model_dir`, return the costs.
 
     `source`, `reward` and `monitor` default to those that the job names. The job's policy is both the start and the
-    reference. Raises UserError where the batch is too small to share, TrainingDivergedError when more than
-    `max_bad_iterations` in a row had no step whose loss and gradient are numbers, StalenessError when a rollout is
+    reference, which may move. Raises UserError where the batch is too small to share, TrainingDivergedError when more
+    than `max_bad_iterations` in a row had no step whose loss and gradient are numbers, StalenessError when a rollout is
     older than the mode allows, and what generator and judge raise.
     """
     source = source or _connect(job)
@@ -168,6 +169,7 @@ class OnPolicyTrainer:
         self.learners = {
             name: Learner(name, module, self.settings, worker) for name, module in self.models.learned.items()
         }
+        self.moving = MovingReference(self.models, self.learners[POLICY], job.training) if self.models.moves else None
         self.scorers = self._make_scorers(reward, monitor)
         self.controller = KLController(job.training.kl_coef, job.training.target_kl, job.training.kl_horizon)
         self.counts = {"num_tokens_generated": 0, "num_tokens_trained": 0}
@@ -208,8 +210,9 @@ class OnPolicyTrainer:
     # --------------------------------------------------------------------------------- checkpoints, snapshots
 
     def tensors(self) -> dict[str, Tensor]:
-        """Everything learnt: the models and their optimizers."""
-        return {name: tensor for learner in self.learners.values() for name, tensor in learner.tensors().items()}
+        """Everything learnt: the models and their optimizers, and the reference where it moves."""
+        found = {name: tensor for learner in self.learners.values() for name, tensor in learner.tensors().items()}
+        return found if self.moving is None else found | self.moving.tensors()
 
     def state(self) -> dict[str, Any]:
         version = self.stream.version(self.iteration)
@@ -232,6 +235,8 @@ class OnPolicyTrainer:
         for name, learner in self.learners.items():
             learner.restore(checkpoint.tensors)
             learner.guard.restore(state["guards"][name])
+        if self.moving is not None:
+            self.moving.restore(checkpoint.tensors)
         self.bad_iterations = state["bad_iterations"]
         self.controller = KLController(state["kl_coef"], settings.target_kl, settings.kl_horizon)
         self.counts = {name: state[name] for name in self.counts}
@@ -258,14 +263,17 @@ class OnPolicyTrainer:
         coef = self.controller.coef
         targets = learnable(experience, self.settings, coef, self.job.response_limit)
         row: dict[str, Any] = {"step": iteration + 1, "num_steps": self.settings.num_iterations}
-        row |= experience_metrics(experience, targets, self.settings.importance_cap) | {"kl/coef": coef}
-        if not self.policy_frozen() and math.isfinite(row["kl/k1"]):
-            self.controller = self.controller.update(row["kl/k1"], len(experience))
+        kl = "kl" if self.moving is None else "kl_moving"
+        row |= experience_metrics(experience, targets, self.settings.importance_cap, kl) | {"kl/coef": coef}
+        if not self.policy_frozen() and math.isfinite(row[f"{kl}/k1"]):
+            self.controller = self.controller.update(row[f"{kl}/k1"], len(experience))
         with phases("update"):
             row |= self._update(targets.batch, coef)
         self.counts["num_tokens_generated"] += experience.num_response_tokens
         self.counts["num_tokens_trained"] += experience.num_sequence_tokens * self.settings.num_epochs
         self.iteration = iteration + 1
+        if self.moving is not None:
+            self.moving.after(self.iteration)
         row["tokens_per_second"] = phases.throughput(experience.num_sequence_tokens)
         return row | self.counts | phases.seconds
 

@@ -99,8 +99,13 @@ def _penalised(experience: Experience, settings: OnPolicyTraining, response_limi
 
 
 @torch.no_grad()
-def experience_metrics(experience: Experience, targets: Targets, importance_cap: float | None) -> dict[str, float]:
-    """Of one rollout batch: KLs are sums over tokens, in nats per sequence; entropy is nats per token."""
+def experience_metrics(
+    experience: Experience, targets: Targets, importance_cap: float | None, kl: str = "kl"
+) -> dict[str, float]:
+    """Of one rollout batch: KLs are sums over tokens, in nats per sequence; entropy is nats per token.
+
+    kl: what KLs are called: those to a reference that moves are other quantities.
+    """
     mask, scored = experience.sequences.response_mask, ~experience.silent_rows
     log_weights = experience.old_logps - experience.generator_logps  # zero outside the response
     gap = log_weights.abs()[mask]
@@ -118,8 +123,8 @@ def experience_metrics(experience: Experience, targets: Targets, importance_cap:
     }
     for name, estimator in (("k1", k1), ("k3", k3)):
         per_sequence = (estimator(experience.old_logps, experience.reference_logps) * mask).sum(1).double()
-        row[f"kl/{name}"] = per_sequence.mean()
-        row[f"kl/{name}_stderr"] = per_sequence.std() / len(per_sequence) ** 0.5
+        row[f"{kl}/{name}"] = per_sequence.mean()
+        row[f"{kl}/{name}_stderr"] = per_sequence.std() / len(per_sequence) ** 0.5
     if experience.monitor_scores is not None:
         row["reward/judge"] = experience.monitor_scores.mean()
     if targets.batch.returns is not None and targets.batch.values is not None:

@@ -24,6 +24,7 @@ from transformers import (
 from prefarena.config import LoRA, RewardModel
 from prefarena.modeling.arithmetic import Arithmetic, attends_in, halve_products, in_weights
 from prefarena.modeling.awaited import AwaitedTensors
+from prefarena.modeling.halves import compute_in_halves
 from prefarena.modeling.heads import ScalarHead, ValueHead
 from prefarena.modeling.load import (
     load_policy,
@@ -60,13 +61,15 @@ class OnPolicyModels:
     """On the CPU when they are made, whole or with weights awaited; the learners and `place_frozen` distribute them.
 
     policy, critic: what is trained, a module or a role. reward: the reward model, where it is a role on the policy's
-    body; else the worker loads it as it loads any judge.
+    body; else the worker loads it as it loads any judge. moves: whether the reference follows the policy; its weights
+    are float32 then, and as a role it has adapters of its own.
     """
 
     policy: LogProbs | Role
     reference: LogProbs | Role
     critic: ValueHead | Role | None
     reward: Role | None = None
+    moves: bool = False
 
     @property
     def learned(self) -> dict[str, nn.Module]:
@@ -87,13 +90,21 @@ class OnPolicyModels:
         """All modules, each once."""
         return [self.body] if self.body is not None else [*self.learned.values(), self.reference]
 
+    @property
+    def followers(self) -> dict[str, nn.Parameter]:
+        """The weights of a reference that moves, by name."""
+        return self.reference.trained() if isinstance(self.reference, Role) else dict(self.reference.named_parameters())
+
     def place_frozen(self, worker: Worker, precision: Arithmetic) -> None:
         """Put what no learner distributes where it belongs: the reference, or the body that roles share.
 
         It computes in `precision` then, as what is trained does; the body is prepared to.
         """
         if self.body is None and not worker.shards:
-            in_weights(self.reference.model, precision)
+            if not self.moves:
+                in_weights(self.reference.model, precision)
+            elif precision == "bfloat16":
+                compute_in_halves(self.reference)
         worker.place(self.reference if self.body is None else self.body, precision)
 
     @property
@@ -142,13 +153,14 @@ def load_models(job: OnPolicyJob, worker: Worker) -> OnPolicyModels:
 def models_from(origin: Origin, job: OnPolicyJob, where: tuple[Any, ...]) -> OnPolicyModels:
     """The models that the job's settings ask for. where: `PackedModel`'s arguments beside the model."""
     policy, halved = origin.policy(), job.training.precision == "bfloat16"
+    moves = job.training.reference_every is not None
     if job.training.lora is not None:
         return _roles(job, policy, origin, where, halved)
     critic = ValueHead(origin.critic(), *where) if isinstance(job.training, CriticTraining) else None
     reference = LogProbs(origin.policy(), *where)
-    if halved:
+    if halved and not moves:
         halve_products(reference.requires_grad_(False))
-    return OnPolicyModels(LogProbs(policy, *where), reference, critic)
+    return OnPolicyModels(LogProbs(policy, *where), reference, critic, moves=moves)
 
 
 def _roles(
@@ -159,6 +171,9 @@ def _roles(
     assert lora is not None
     roles: dict[str, PackedModel] = {POLICY: LogProbs(policy, *where), REFERENCE: LogProbs(policy, *where)}
     add_adapters(policy, lora, job.seed, POLICY)
+    moves = job.training.reference_every is not None
+    if moves:  # equal to the policy's, and so adding nothing at first
+        add_adapters(policy, lora, job.seed, REFERENCE)
     if isinstance(job.training, CriticTraining):
         roles[CRITIC] = ValueHead(origin.critic_on(policy), *where)
     if (reward := origin.reward_on(policy)) is not None:
@@ -170,7 +185,7 @@ def _roles(
             parameter.requires_grad_(True)
     if halved:
         halve_products(body)
-    return OnPolicyModels(views[POLICY], views[REFERENCE], views.get(CRITIC), views.get(REWARD))
+    return OnPolicyModels(views[POLICY], views[REFERENCE], views.get(CRITIC), views.get(REWARD), moves)
 
 
 class _Stored:
