@@ -23,6 +23,7 @@ from prefarena.cluster.doctor import (
     judge_nodes,
     judge_reach,
     judge_storage,
+    judge_waking,
     room_of_worker,
 )
 from prefarena.cluster.needs import Lengths, disk_needed, heaviest_training, num_parameters, precisions
@@ -88,6 +89,7 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
         except UserError as error:
             yield Finding(True, str(error))
     yield from judge_memory(config, reports, memory)
+    yield from judge_waking(config, reports, memory)
     yield from judge_host(config, reports, memory)
     if settings is not None:
         yield from judge_engine(config, reports, num_parameters(settings))

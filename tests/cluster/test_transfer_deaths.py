@@ -90,6 +90,7 @@ class EnginelessActor(GenerationActor):
         self._path, self._max_model_len, self._merged_heads = path, 16, frozenset()
         self._version, self._connected, self._updating = None, False, False
         self._update, self._failed, self._checked, self._layers = None, False, None, ()
+        self._sleep_mode, self._asleep = "none", set()
         self._layout = ModelLayout(path)
         self._engine: Any = EngineDouble(folder)
 

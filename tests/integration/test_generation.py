@@ -78,6 +78,30 @@ def test_each_update_changes_what_is_generated_and_log_probs_are_the_trainers(
     assert seen[0] != seen[1] and seen[1] != seen[2]
 
 
+def sleep_as(actor: Any, mode: str) -> list[str]:
+    """Have the actor's engine, which holds its weights, go to sleep. Returns the parts that vLLM takes to be asleep."""
+    actor._sleep_mode = mode
+    actor.sleep()
+    return sorted(actor._engine._llm.llm_engine.model_executor.sleeping_tags)
+
+
+def test_vllm_sleeps_and_wakes_in_parts_as_the_actor_has_it(generator: Generators, tiny_policy: str) -> None:
+    """An engine for CPUs keeps its memory, and goes through the states of one that gives it back."""
+    policy, sampling = load_policy(tiny_policy), Sampling(max_tokens=6, temperature=1.0, seed=1)
+    try:
+        for update, mode in enumerate(("keep", "keep", "discard")):
+            version = f"asleep@{update}"
+            generator.sync(perturbed(policy, update).state_dict().items(), version)
+            assert inside(generator, sleep_as, mode) == ["kv_cache", "weights"]
+            if mode == "discard":
+                with pytest.raises(StaleWeightsError):
+                    generator.generate(PROMPTS, sampling, version)
+                generator.sync(policy.state_dict().items(), version)
+            assert logp_gap(policy, generator.generate(PROMPTS, sampling, version), 1.0) < 1e-4
+    finally:
+        inside(generator, lambda actor: setattr(actor, "_sleep_mode", "none"))
+
+
 def keep_prefix_cache(actor: Any, keep: bool) -> None:
     """Have the actor's engine keep (or again reset) what it computed with older weights."""
     llm = actor._engine._llm

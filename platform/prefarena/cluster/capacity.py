@@ -110,9 +110,11 @@ def generates(config: Comparison) -> bool:
 
 def share_beside_engine(config: Comparison) -> float:
     """Of a GPU, what a worker of an on-policy training has: an engine that may be placed on it takes
-    `generation.gpu_memory_utilization` of it, whatever share Ray was told.
+    `generation.gpu_memory_utilization` of it, whatever share Ray was told, unless it sleeps while the worker learns.
     """
     resources, generation = config.resources, config.generation
+    if generation.sleep_mode != "none":
+        return resources.gpus_per_worker
     together = resources.gpus_per_worker + generation.gpus <= 1 + _ROUNDING
     if not together or kept_apart(resources.labels, generation.labels):
         return resources.gpus_per_worker

@@ -126,6 +126,8 @@ def largest_room(config: Comparison, reports: Sequence[NodeReport], on_policy: b
     if not config.resources.use_gpu:
         return max((int(report.memory_mib * 2**20) for report in there), default=None)
     sizes = [size for report in there for _, size in report.gpus]
+    if config.generation.sleep_mode != "none":
+        return max(sizes, default=None)
     shared = config.generation.weight_sync == "ipc" or sum(len(report.gpus) for report in reports) == 1
     part = 1 - config.generation.gpu_memory_utilization if on_policy and shared else 1.0
     return int(max(sizes) * part) if sizes else None
@@ -177,6 +179,20 @@ def judge_memory(config: Comparison, reports: Sequence[NodeReport], memory: Heav
     if memory.memory > share:
         return [Finding(True, f"{text}; lower {memory.key}" + (" or the engine's part" if beside else ""))]
     return [Finding(False, text)]
+
+
+def judge_waking(config: Comparison, reports: Sequence[NodeReport], memory: Heaviest | None) -> list[Finding]:
+    """Whether an engine that sleeps has room to wake, beside what a worker holds between two updates."""
+    card, part = smallest_gpu(config, reports), config.generation.gpu_memory_utilization
+    if memory is None or card is None or not memory.on_policy or config.generation.sleep_mode == "none":
+        return []
+    needed = memory.resting + int(card * part)
+    text = (
+        f"while engines are awake a worker holds {gibibytes(memory.resting)}, beside {part:g} of its GPU "
+        f"(generation.gpu_memory_utilization), which makes {gibibytes(needed)} of the {gibibytes(card)} of the smallest"
+    )
+    told = "; lower the engine's part, or set resources.cpu_offload"
+    return [Finding(True, text + told) if needed > card else Finding(False, text)]
 
 
 def judge_host(config: Comparison, reports: Sequence[NodeReport], memory: Heaviest | None) -> list[Finding]:

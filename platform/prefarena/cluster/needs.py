@@ -59,12 +59,14 @@ class Heaviest(NamedTuple):
     """The training that needs most: its bytes on a worker, and the key of its micro-batch.
 
     on_policy: the generation actors are there beside it. host: bytes of the host's memory that it takes beside a GPU's.
+    resting: of `memory` what it holds between two updates.
     """
 
     memory: int
     key: str
     on_policy: bool = False
     host: int = 0
+    resting: int = 0
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,9 @@ def heaviest_training(
 
         size = chosen_size(training, need, room, config)
         if (held := need(size)) is not None:
-            found.append(Heaviest(held.total, training.key, training.on_policy, held.host))
+            found.append(
+                Heaviest(held.total, training.key, training.on_policy, held.host, held.weights + held.optimizer)
+            )
     return max(found, key=lambda one: one.memory / _part(config, one), default=None)
 
 

@@ -157,6 +157,12 @@ class Comparison(Section):
             )
         self._check_drawn_pairs()
         check_devices(self.resources, self.generation)
+        for entry in self.entries if self.generation.sleep_mode != "none" else ():
+            if isinstance(entry.method, OnPolicy) and entry.method.training.mode == "asynchronous":
+                raise ValueError(
+                    f"generation.sleep_mode: {self.generation.sleep_mode} has engines sleep while workers learn, and "
+                    f"entry {entry.name!r} generates meanwhile (mode: asynchronous); use mode: synchronous"
+                )
         if not self.resources.use_gpu:
             for where in _with_value(self, "tf32"):
                 raise ValueError(f"{where}: tf32 is how GPUs multiply; it needs resources.use_gpu: true")

@@ -57,6 +57,12 @@ class Generation(Section):
         description="How new weights reach the engines: through host memory and Ray's object store (any device), NCCL "
         "(trainer and engine on different GPUs), or CUDA IPC (on the same GPU).",
     )
+    sleep_mode: Literal["none", "keep", "discard"] = Field(
+        "none",
+        description="What engines do with the memory of GPUs that they share with training workers while these learn. "
+        "keep: weights go to the host's memory, the cache is dropped (vLLM's sleep, level 1); discard: weights are "
+        "dropped too, and every update sends all of them (level 2); none: they hold it all the while.",
+    )
     verify_weights: bool = Field(True, description="Compare a checksum of what each engine holds with what was sent.")
     start_timeout_s: float = Field(300, gt=0)
     generate_timeout_s: float = Field(600, gt=0)
@@ -161,6 +167,7 @@ class Resources(Section):
 def check_devices(resources: Resources, generation: Generation) -> None:
     """Raise ValueError for what cannot be placed, or could not be joined where Ray would place it."""
     _check_offload(resources)
+    _check_sleep(resources, generation)
     _check_weight_sync(resources, generation)
     _check_gpus(resources, generation)
 
@@ -176,6 +183,24 @@ def _check_offload(resources: Resources) -> None:
     if resources.sharding != "fsdp":
         raise ValueError(
             "resources.cpu_offload is for what resources.sharding: fsdp cuts into parts; set that, with one worker too"
+        )
+
+
+def _check_sleep(resources: Resources, generation: Generation) -> None:
+    told, mode = f"generation.sleep_mode: {generation.sleep_mode}", generation.sleep_mode
+    if mode == "none":
+        return
+    if not resources.use_gpu:
+        raise ValueError(f"{told} is of engines on GPUs; it needs resources.use_gpu: true")
+    if generation.tensor_parallel > 1:
+        raise ValueError(
+            f"{told} is for engines that share a worker's GPU, and one with generation.tensor_parallel: "
+            f"{generation.tensor_parallel} takes whole GPUs; use several engines of one GPU each"
+        )
+    if resources.gpus_per_worker + generation.gpus > 1 or kept_apart(resources.labels, generation.labels):
+        raise ValueError(
+            f"{told} makes room for a worker on the same GPU, and here each has its own: let them share it, as with "
+            "resources.gpus_per_worker: 0.9 and generation.gpus: 0.1, or take it out"
         )
 
 

@@ -32,6 +32,10 @@ from prefarena.records import Rollout
 
 _logger = logging.getLogger(__name__)
 
+#: What an engine gives back while it sleeps, by vLLM's names.
+_MEMORY = frozenset({"weights", "kv_cache"})
+_LEVELS = {"keep": 1, "discard": 2}
+
 
 @dataclass(frozen=True)
 class ServedModel:
@@ -78,6 +82,8 @@ class GenerationActor:
         self._update: HostUpdate | None = None  # the update through host memory that is under way
         self._failed = False  # whether the engine raised an error in the middle of an update
         self._checked: Verified | None = None  # of the last update that was compared whole
+        self._sleep_mode = generation.sleep_mode
+        self._asleep = set[str]()  # the parts of the engine's memory that are given back
         self._layout = ModelLayout(model_path)
         self._engine = Engine(
             model_path,
@@ -90,6 +96,7 @@ class GenerationActor:
         self._merged_heads = self._engine.merged_heads(self._layout.tied)
         self._layers = tuple(self._engine.layers(self._layout.tensors))
         self._engine.generate([[0]], max_tokens=1, temperature=1.0, seeds=[0])  # the first call pays for warm-up
+        self.sleep()
 
     def dtype(self) -> str:
         """The name of the engine's dtype; answers once the engine is up."""
@@ -105,6 +112,25 @@ class GenerationActor:
         sizes = self._layout.sent_sizes(self._merged_heads)
         num_bytes = sum(sizes) * self._engine.dtype.itemsize
         return ServedModel(self._path, self._merged_heads, self._layout.transposed, num_bytes, self._layers)
+
+    def sleep(self) -> None:
+        """Give the engine's memory back until it is needed, as `generation.sleep_mode` says; else nothing.
+
+        With "discard" the actor then holds no version.
+        """
+        if self._sleep_mode == "none" or self._asleep == _MEMORY:
+            return
+        self._wake()  # vLLM takes an engine that has its weights alone for one that sleeps
+        if self._sleep_mode == "discard":
+            self._version = None
+        self._engine.sleep(_LEVELS[self._sleep_mode])
+        self._asleep = set(_MEMORY)
+
+    def _wake(self, parts: Collection[str] = _MEMORY) -> None:
+        """Have these parts of the engine's memory back."""
+        if missing := self._asleep & set(parts):
+            self._engine.wake(missing)
+            self._asleep -= missing
 
     def load(self, tensors: Mapping[str, Tensor], sums: Sums | None, version: str) -> Verified | None:
         """Replace all weights by these; with `sums`, check that the engine then holds what they are of.
@@ -139,6 +165,7 @@ class GenerationActor:
             tensors = policy.state_dict()
             verified = self.load(tensors, self._sums(tensors) if verify else None, "trial")
             self._version = None
+            self._wake()
             seeds = range(len(prompts))
             samples = self._engine.generate(prompts, max_tokens=num_tokens, temperature=1.0, seeds=seeds)
             sequences = [(prompt, sample.token_ids) for prompt, sample in zip(prompts, samples, strict=True)]
@@ -157,6 +184,7 @@ class GenerationActor:
         if self._failed or self._updating:
             self._end_process()
         self._version = None
+        self._wake(["weights"])
         if self._update is not None:  # its trainer died between two buckets; the layers are whole again
             self._update = None
             self._engine.finish_update()
@@ -274,6 +302,7 @@ class GenerationActor:
             raise StaleWeightsError(
                 f"generation with weights {version!r} was asked for, but the generator holds {holds}"
             )
+        self._wake()
         samples = self._engine.generate(
             prompts, max_tokens=sampling.max_tokens, temperature=sampling.temperature, seeds=seeds
         )

@@ -71,6 +71,7 @@ class Engine:
         }
         if use_gpu:
             options["gpu_memory_utilization"] = generation.gpu_memory_utilization
+            options["enable_sleep_mode"] = generation.sleep_mode != "none"
         self.num_ranks = generation.tensor_parallel
         if self.num_ranks > 1:
             options |= {"tensor_parallel_size": self.num_ranks, "distributed_executor_backend": "mp"}
@@ -181,6 +182,23 @@ class Engine:
                 raise RuntimeError(
                     "vLLM could not reset its prefix cache after a weight update: requests were still running"
                 )
+
+    # -------------------------------------------------------------------------------------------- memory
+
+    def sleep(self, level: int) -> None:
+        """Give back the memory of weights and cache: 1 keeps the weights on the host, 2 keeps nothing.
+
+        vLLM's engines for CPUs go through the same states and keep all.
+        """
+        with self._in_step():
+            self._llm.sleep(level=level)
+
+    def wake(self, parts: Collection[str]) -> None:
+        """Take back the memory of these parts, "weights" or "kv_cache"; it generates when it has both."""
+        with self._in_step():
+            self._llm.wake_up(sorted(parts))
+
+    # ------------------------------------------------------------------------------------------- weights
 
     def held_checksums(self, tensors: Mapping[str, Layout], sample: ColumnSample | None = None) -> dict[str, int]:
         """Checksums of the weights as the engine computes with them, by their names in the state dict.

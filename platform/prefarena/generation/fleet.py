@@ -220,6 +220,13 @@ class Generators:
         """`submit`, and its result."""
         return self.submit(prompts, sampling, version).result()
 
+    def sleep(self) -> None:
+        """Have the engines give their memory back, where `generation.sleep_mode` says so; they wake when needed."""
+        if self._settings.sleep_mode != "none":
+            limit = "sync_timeout_s"
+            calls = [member.call("sleep", "to give its memory back", limit) for member in self._members]
+            self._wait(calls, self._settings.sync_timeout_s)
+
     def stop(self) -> None:
         """End the actors and their engines; harmless where they are gone already."""
         for member in self._members:

@@ -88,6 +88,15 @@ class RolloutSource(Protocol):
 
 
 @runtime_checkable
+class Sleeps(Protocol):
+    """A rollout source on the devices of whoever learns from it."""
+
+    def sleep(self) -> None:
+        """Give the devices' memory back, where that is set; new weights, or being asked for rollouts, wake it."""
+        ...
+
+
+@runtime_checkable
 class TakesLayers(Protocol):
     """A rollout source that can replace some layers of the weights that it holds."""
 

@@ -118,6 +118,10 @@ class Learner:
             norm = whole(nn.utils.clip_grad_norm_(self.trained.values(), most))
         return norm, self.guard.step(self._loss, norm)
 
+    def drop_gradients(self) -> None:
+        """Those of the last step, which the next one would replace."""
+        self._optimizer.zero_grad(set_to_none=True)
+
     @property
     def sharded(self) -> bool:
         """Whether each worker holds a part of the module."""

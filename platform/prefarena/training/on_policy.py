@@ -283,6 +283,7 @@ class OnPolicyTrainer:
         with phases("generate"):
             rollouts = stream.take_ahead(self.iteration)
         with phases("sync"):
+            self._make_room()
             stream.push(self.iteration)
         with phases("generate"):
             rollouts = rollouts or stream.take(self.iteration)
@@ -291,6 +292,13 @@ class OnPolicyTrainer:
         rollouts = as_many_as_others(rollouts, num_rows, self.worker)
         staleness = stream.staleness(rollouts, self.iteration)
         return gather(self.scorers.experience(rollouts, staleness, phases), num_rows, self.worker)
+
+    def _make_room(self) -> None:
+        """For engines that are about to wake on the workers' devices: give back what comes and goes in an update."""
+        if self.job.generation.sleep_mode != "none":
+            for learner in self.learners.values():
+                learner.drop_gradients()
+            self.worker.give_back_cache()
 
     def policy_frozen(self) -> bool:
         """Whether this iteration trains the critic alone."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from prefarena.data.tables import read_rows
 from prefarena.errors import UserError
-from prefarena.generation.interface import Pending, RolloutSource, Sampling, StaleWeightsError, TakesLayers
+from prefarena.generation.interface import Pending, RolloutSource, Sampling, Sleeps, StaleWeightsError, TakesLayers
 from prefarena.records import Rollout
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.worker import Worker
@@ -198,8 +198,16 @@ class RolloutStream:
                 rollouts = None
             someone_has_none = self._worker.on_any(rollouts is None)
             if rollouts is not None and not someone_has_none:
+                self._rest()
                 return rollouts
         raise StaleWeightsError(f"generators lost the weights {self.version(iteration)!r} {_MAX_RESTARTS + 1} times")
+
+    def _rest(self) -> None:
+        """All have their rollouts: engines on the workers' devices make room for what is learnt from them."""
+        if self._job.generation.sleep_mode != "none" and isinstance(self.source, Sleeps):
+            if self._worker.rank == 0:
+                self.source.sleep()
+            self._barrier()
 
     def _barrier(self) -> None:
         self._worker.sum(torch.zeros((), device=self._worker.device))

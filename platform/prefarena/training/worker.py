@@ -269,6 +269,10 @@ class Worker:
         process, such as an engine on the same GPU.
         """
         gc.collect()
+        self.give_back_cache()
+
+    def give_back_cache(self) -> None:
+        """What the GPU's allocator keeps of freed tensors, to whatever else runs there."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 
