@@ -1,12 +1,16 @@
 # make compare   set up .venv and run the embedded default comparison
 # make mutation  change the numeric core in small ways and see whether the tests notice (docs/mutation.md); half an hour
-# make quick     set up .venv and run lint, types and the tests that start no other process
+# make quick     set up .venv and run lint, types and the unit tests, which start neither Ray nor an engine
 # make test      set up .venv and run lint, types and all tests but the long ones
 # make test-long the long ones: whole comparisons whose processes, nodes or machines are killed
 PYTHON ?= python3
 # Where pip finds a CPU build of torch, e.g. TORCH_INDEX=https://download.pytorch.org/whl/cpu; empty: pip's own default.
 TORCH_INDEX ?=
 BIN := .venv/bin
+# Processes that share the tests; each has a Ray of its own.
+WORKERS ?= 2
+# A test's own processes are many, and so each of them computes in one thread.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS)
 
 .PHONY: install compare quick test test-long lint mutation clean
 install: .venv/.installed
@@ -28,10 +32,11 @@ lint: install
 	$(BIN)/mypy platform/prefarena pipelines tests benchmarks
 
 quick: lint
-	$(BIN)/python -m pytest -m "not processes and not long"
+	$(PYTEST) tests/unit -m "not long" --dist worksteal
 
 test: lint
-	$(BIN)/python -m pytest -m "not long"
+	# A module's tests stay in one process, since they share its fixtures; those of tests/cluster, which wait most, come first.
+	$(PYTEST) -m "not long" --dist loadfile --no-loadscope-reorder
 
 test-long: install
 	$(BIN)/python -m pytest -m long

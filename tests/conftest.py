@@ -12,20 +12,10 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
-#: Modules whose tests start processes of their own, beside those that use the Ray session.
-_START_PROCESSES = {
-    "test_end_to_end", "test_failed_entries", "test_families", "test_jobs", "test_leases", "test_memory",
-    "test_moving_reference_workers", "test_nodes", "test_object_store", "test_on_policy_gradients",
-    "test_on_policy_scale", "test_page_in_browser", "test_placement", "test_pools", "test_ppo_training",
-    "test_scale", "test_trial", "test_two_at_once", "test_waiting", "test_whole_step",
-}  # fmt: skip
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests that `make quick` leaves out."""
-    for item in items:
-        if "ray_session" in getattr(item, "fixturenames", ()) or item.path.stem in _START_PROCESSES:
-            item.add_marker("processes")
+if process := os.environ.get("PYTEST_XDIST_WORKER"):
+    # Ray's folder says which cluster runs on this machine, and whoever finds one there joins it.
+    os.environ.setdefault("RAY_TMPDIR", f"/tmp/prefarena-tests-{os.getuid()}-{process}")
+    os.makedirs(os.environ["RAY_TMPDIR"], exist_ok=True)
 
 
 @pytest.fixture(scope="session")

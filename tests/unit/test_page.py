@@ -233,6 +233,8 @@ def test_the_plotting_library_is_inside() -> None:
     assert library is not None and "plotly.js v" in library[:200] and "</script" not in library.lower()
 
 
+# setuptools warns of the folders of data, with a class that pytest's processes cannot hand to each other.
+@pytest.mark.filterwarnings("ignore")
 def test_a_built_wheel_has_the_files_of_the_page(tmp_path: Path) -> None:
     (tmp_path / "project").mkdir()
     for name in ("pyproject.toml", "README.md", "LICENSE"):
