@@ -212,7 +212,7 @@ def alone_and_together(folder: str, generation: Generation, use_gpu: bool = True
 
     A response is another one where a token or the last bit of a log-prob is.
     """
-    from prefarena.generation.engine import Engine, Sample
+    from prefarena.generation.engine.engine import Engine, Sample
 
     limit = _LARGER["max_position_embeddings"]
     engine = Engine(folder, generation, max_model_len=limit, end_ids=(), use_gpu=use_gpu, seed=0)

@@ -113,7 +113,7 @@ def exchange_transfer_engine(wrapper: Any, backend: str) -> None:
     from vllm.config import WeightTransferConfig
     from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-    from prefarena.generation.engine_rank import BACKENDS
+    from prefarena.generation.engine.rank import BACKENDS
 
     worker.weight_transfer_engine = WeightTransferEngineFactory.create_engine(
         WeightTransferConfig(backend=BACKENDS[backend]),
@@ -127,7 +127,7 @@ def transfer(
     actor: Any, backend: str, weights: list[dict[str, torch.Tensor]], sums: list[Sums]
 ) -> list[tuple[str, Any]]:
     """Send each of `weights` through both sides of `backend`; what was asked of the engine."""
-    from prefarena.generation.engine_sender import DeviceSender
+    from prefarena.generation.engine.sender import DeviceSender
 
     llm = actor._engine._llm
     try:
@@ -203,7 +203,7 @@ def test_each_way_is_a_class_of_vllms_own(generator: Generators) -> None:
     def kinds(actor: Any) -> dict[str, list[str]]:
         from vllm.distributed.weight_transfer import WeightTransferEngineFactory
 
-        from prefarena.generation.engine_rank import BACKENDS
+        from prefarena.generation.engine.rank import BACKENDS
 
         registry = WeightTransferEngineFactory._registry
         return {kind: [each.__name__ for each in registry[name]().__mro__] for kind, name in BACKENDS.items()}
@@ -247,7 +247,7 @@ def chunks_of(actor: Any, config: Any, dtype: torch.dtype, folder: str) -> tuple
     from transformers import AutoModelForCausalLM
     from vllm.distributed.weight_transfer import packed_tensor
 
-    from prefarena.generation.engine_sender import DeviceSender
+    from prefarena.generation.engine.sender import DeviceSender
     from prefarena.generation.layout import ModelLayout
 
     config.save_pretrained(folder)
@@ -398,7 +398,7 @@ def broken_off(actor: Any, weights: dict[str, torch.Tensor]) -> tuple[bool, bool
 
     Returns whether the broadcast goes on then, whether `close` ends it, and what sending raises in the end.
     """
-    from prefarena.generation.engine_sender import DeviceSender
+    from prefarena.generation.engine.sender import DeviceSender
 
     aborted, under_way, outcome = threading.Event(), threading.Event(), queue.Queue[BaseException]()
 

@@ -81,7 +81,7 @@ def test_imports_run_one_way(path: Path) -> None:
         tops = {name.split(".")[0] for name in names}
         assert tops <= {"torch", "prefarena", "__future__", "dataclasses", "typing", "collections", "math"}
     if any(name.split(".")[0] == "vllm" for name in names):
-        assert path.parent == PACKAGE / "generation" and path.stem in ("engine", "engine_rank", "engine_sender")
+        assert path.parent == PACKAGE / "generation" / "engine"
 
 
 def test_the_pipelines_import_each_other_one_way() -> None:

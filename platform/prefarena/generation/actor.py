@@ -71,7 +71,7 @@ class GenerationActor:
     """The process around the engine. Made by `client.Generator.begin`, which sets its environment."""
 
     def __init__(self, model_path: str, generation: Generation, max_model_len: int, use_gpu: bool, seed: int) -> None:
-        from prefarena.generation.engine import Engine
+        from prefarena.generation.engine.engine import Engine
         from prefarena.modeling.endings import load_ends
         from prefarena.modeling.load import load_tokenizer
 

@@ -102,8 +102,8 @@ class TransferClient:
 def join_transfer(
     backend: str, client: TransferClient, num_ranks: int, dtype: torch.dtype, sizes: Sequence[int]
 ) -> Any:
-    """This process's side of a transfer, an engine_sender.DeviceSender; returns when all actors have joined."""
-    from prefarena.generation.engine_sender import DeviceSender
+    """This process's side of a transfer, an engine.sender.DeviceSender; returns when all actors have joined."""
+    from prefarena.generation.engine.sender import DeviceSender
 
     return DeviceSender(backend, client, num_ranks, dtype, ray.util.get_node_ip_address(), sizes)
 

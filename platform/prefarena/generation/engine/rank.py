@@ -1,7 +1,7 @@
 """What runs beside the model in each of an engine's processes ("ranks"): receiving weights, and reading them back.
 
-Imports vllm, as `engine.py` and `engine_sender.py` do. vLLM imports this module by its name in every rank, and mixes
-`RankTools` into its worker, so that the engine can call these methods on all ranks.
+vLLM imports this module by its name in every rank, and mixes `RankTools` into its worker, so that the engine can call
+these methods on all ranks.
 """
 
 from __future__ import annotations

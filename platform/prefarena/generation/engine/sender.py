@@ -1,4 +1,4 @@
-"""The trainer's side of vLLM's weight transfer between GPU memories. Imports vllm, as `engine.py` does."""
+"""The trainer's side of vLLM's weight transfer between GPU memories."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""The vLLM engine. With `engine_rank.py` and `engine_sender.py` it alone imports vllm, and changes with its releases.
+"""The vLLM engine. The modules of this package alone import vllm, and change with its releases.
 
 On one device the engine runs inside the process that makes it (no engine process, no HTTP). Over several devices this
 process schedules, and each device has a process below it, a rank, with a part of every layer (vLLM's tensor
 parallelism). New weights reach them through vLLM's own weight-transfer interface: a backend for host memory is added
-in `engine_rank.py` to those for NCCL and CUDA IPC, so the steps of an update (start, receive, finish) are the same on
+in `rank.py` to those for NCCL and CUDA IPC, so the steps of an update (start, receive, finish) are the same on
 every device. Import this module in a process of its own, whose environment the actor has set: vLLM reads it when it is
 imported, and its CPU worker patches torch.
 """
@@ -26,8 +26,8 @@ from vllm.config import WeightTransferConfig, set_current_vllm_config
 from vllm.inputs import TokensPrompt
 
 from prefarena.config import Generation
-from prefarena.generation import engine_rank
 from prefarena.generation.checksums import ColumnSample, whole_checksums
+from prefarena.generation.engine import rank
 from prefarena.generation.interface import UpdateInfo
 from prefarena.generation.layout import Layout
 from prefarena.generation.shared import shared
@@ -87,8 +87,8 @@ class Engine:
             logprobs_mode="processed_logprobs",
             enforce_eager=not use_gpu,
             disable_log_stats=True,
-            weight_transfer_config=WeightTransferConfig(backend=engine_rank.BACKENDS[generation.weight_sync]),
-            worker_extension_cls=f"{engine_rank.__name__}.{engine_rank.RankTools.__name__}",
+            weight_transfer_config=WeightTransferConfig(backend=rank.BACKENDS[generation.weight_sync]),
+            worker_extension_cls=f"{rank.__name__}.{rank.RankTools.__name__}",
             **options,
         )
         if self.num_ranks > 1:
