@@ -34,6 +34,7 @@ _LEAST_MARGIN = 0.25
 #: Measured on two cores: Ray Data's actors import torch and transformers, and read a model.
 _START_S = 4.0
 _FEW = 8  # responses of the smaller call
+_BUSY = 0.9  # share of a CPU below which it is said
 
 
 @dataclass(frozen=True)
@@ -61,12 +62,13 @@ def calibrate(
         int(config.resources.cpus_per_worker), _PASS_S,
     )  # fmt: skip
     parts = [part for one in stages for _, part in (*one.work.parts, *one.work.alongside)]
-    training, forward, steps, spreads = {}, {}, {}, [0.0]
+    training, forward, steps, spreads, had = {}, {}, {}, [0.0], 1.0
     for manner, (settings, most) in _manners(config, workload.data, memory).items():
         say(f"timing passes of training in {manner.precision} …")
         timed = _time(model_folder, settings, workload, most, bench)
         training[manner], forward[manner], steps[manner] = timed.training, timed.forward, timed.step
         spreads.append(timed.spread)
+        had = min(had, timed.had)
     for manner in {part.manner for part in parts if isinstance(part, Passes)} - set(forward):
         say(f"timing passes of scoring in {manner.precision} …")
         counts = workload.counts(manner.lora)
@@ -78,7 +80,11 @@ def calibrate(
     sampling, sending, loading, response = None, 0.0, 0.0, None
     if calls := [part for part in parts if isinstance(part, Sampling)]:
         say("starting an engine, and timing a few responses …")
-        sampling, sending, loading, response = _time_engine(config, workload, calls, model_folder, vocab_size)
+        engine, sending, loading, response = _time_engine(config, workload, calls, model_folder, vocab_size)
+        # By the clock, of which this machine's other work had a part just before.
+        sampling, sending, loading = engine.times(had), had * sending, had * loading
+    if had < _BUSY:
+        say(f"this machine is busy: passes had {had:.0%} of a CPU; the seconds are those of one that is not")
     margin = max(_LEAST_MARGIN, float(np.median(spreads)))
     measured = Measured(
         training, forward, steps, sampling, sending, loading, listing, reading, writing, _START_S, margin

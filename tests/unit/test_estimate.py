@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -228,3 +229,22 @@ def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str], tmp_
     assert "estimate by stage" in shown and "estimate by entry" in shown and "price" in shown
     assert main(["estimate", str(path), "--gpus", "2xH10"]) == 2
     assert "8xH100" in capsys.readouterr().err
+
+
+def test_this_machine_is_timed_without_ray_where_nothing_generates(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    path = tmp_path / "small.yaml"
+    path.write_text(
+        "task: {kind: language, num_letters: 4, response_limit: 2, num_prompts: 8, prompt_letters: 2,\n"
+        "  num_demonstrations: 64, num_pairs: 64, num_test_pairs: 8}\n"
+        "reference: {training: {num_steps: 4, micro_batch_tokens: 512}}\n"
+        "entries: [{name: dpo, method: {kind: dpo, training: {micro_batch_tokens: 512, batch_size: 8}}}]\n",
+        encoding="utf-8",
+    )
+    assert main(["estimate", str(path)]) == 0
+    shown = capsys.readouterr().out
+    assert "timing the listing" in shown and "starting an engine" not in shown
+    [row] = [line for line in shown.splitlines() if re.search(r"dpo +│ training", line)]
+    seconds, memory = (float(row.split("│")[at].split()[0].replace(",", "")) for at in (3, 5))
+    assert seconds > 0 and memory > 500  # a process and a small model

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -46,12 +47,16 @@ _UNLIMITED = 1 << 30
 
 @dataclass(frozen=True)
 class Timed:
-    """Of a manner: a pass with its gradient, one without, a step of the optimizer; and how far repetitions spread."""
+    """Of a manner: a pass with its gradient, one without, a step of the optimizer; and how far repetitions spread.
+
+    had: the share of the time by the clock that the thread had; 1 where time is the clock's.
+    """
 
     training: Curve
     forward: Curve
     step: float
     spread: float
+    had: float
 
 
 @dataclass(frozen=True)
@@ -117,11 +122,12 @@ def time_training(model: PreTrainedModel, training: Optimisation, counts: Counts
             return mean, lambda at: optimizer_step(learner, [term], at, 0.0, worker, Window())
 
         step(1)[1](0)  # the gradient stays until the next step
-        applying, _ = _timed(lambda _: learner.apply(0.0), bench)
-        found, spread = _sizes(step, most, bench)
+        applying = _timed(lambda _: learner.apply(0.0), bench).seconds
+        found, repeated = _sizes(step, most, bench)
         points = [(counts.training(one, recomputed=recomputed), max(took - applying, 1e-6)) for one, took in found]
         forward = time_forward(module, counts, most, bench)
-    return Timed(Curve(tuple(points)), forward, applying, spread)
+    spread, had = max(one.spread for one in repeated), statistics.median(one.had for one in repeated)
+    return Timed(Curve(tuple(points)), forward, applying, spread, had)
 
 
 def time_scoring(model: PreTrainedModel, manner: Manner, counts: Counts, most: int, bench: Bench) -> Curve:
@@ -153,24 +159,33 @@ def time_forward(module: nn.Module, counts: Counts, most: int, bench: Bench) -> 
 
 def _sizes(
     make: Callable[[int], tuple[Pass, Callable[[int], object]]], most: int, bench: Bench
-) -> tuple[list[tuple[Pass, float]], float]:
-    """Seconds by what was passed, of 1, 4, 16, … and `most` rows, until one takes too long; and the largest spread."""
-    found, spreads, number = list[tuple[Pass, float]](), list[float](), 1
+) -> tuple[list[tuple[Pass, float]], list[_Repeated]]:
+    """Seconds by what was passed, of 1, 4, 16, … and `most` rows, until one takes too long; and all of each."""
+    found, repeated, number = list[tuple[Pass, float]](), list[_Repeated](), 1
     while True:
         one, run = make(min(number, most))
         if not found:
             run(0)  # what is done but once
-        took, spread = _timed(run, bench)
-        found.append((one, took))
-        spreads.append(spread)
-        if number >= most or _FACTOR * took > bench.budget_s:
-            return found, max(spreads)
+        repeated.append(_timed(run, bench))
+        found.append((one, repeated[-1].seconds))
+        if number >= most or _FACTOR * repeated[-1].seconds > bench.budget_s:
+            return found, repeated
         number *= _FACTOR
 
 
-def _timed(work: Callable[[int], object], bench: Bench) -> tuple[float, float]:
-    """The least seconds of a few repetitions, and by what share their median is above it."""
+class _Repeated(NamedTuple):
+    """The least seconds of a few repetitions, by what share their median is above it, and the share of the time by the
+    clock that this thread had.
+    """
+
+    seconds: float
+    spread: float
+    had: float
+
+
+def _timed(work: Callable[[int], object], bench: Bench) -> _Repeated:
     took: list[float] = []
+    began = time.perf_counter()
     for at in range(_TIMES):
         _wait(bench.device)
         started = bench.clock()
@@ -179,7 +194,8 @@ def _timed(work: Callable[[int], object], bench: Bench) -> tuple[float, float]:
         took.append(bench.clock() - started)
         if len(took) > 1 and took[0] > _LONG_S:
             break
-    return min(took), statistics.median(took) / min(took) - 1
+    had = min(1.0, sum(took) / (time.perf_counter() - began))
+    return _Repeated(min(took), statistics.median(took) / min(took) - 1, had)
 
 
 def time_listing(model: PreTrainedModel, reward: PreTrainedModel | None, language: Language) -> dict[str, float]:
