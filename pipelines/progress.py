@@ -104,7 +104,7 @@ def memory_lines(jobs: list[Job], said: set[Job]) -> list[str]:
 
 
 class Rate:
-    """Steps a second of each job, measured from the first row that was seen."""
+    """Steps per second of each job, measured from the first row that was seen."""
 
     def __init__(self) -> None:
         self._first: dict[Job, tuple[float, float]] = {}

@@ -561,6 +561,10 @@ def test_the_page_shows_training_exactly_or_as_logged(tmp_path: Path) -> None:
     text = write_report(results, tmp_path).read_text(encoding="utf-8")
     assert "Below: the judge of the evaluation" in text
     assert_shows_something(tmp_path / "figures" / "through_training.png")
+    alone = [{key: value for key, value in row.items() if key != "reward/judge"} for row in logged]
+    (tmp_path / "ppo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))
+    text = write_report(results, tmp_path).read_text(encoding="utf-8")
+    assert "Below" not in text and "the judge of the evaluation did not score these rollouts" in text
 
 
 def test_best_of_n_has_a_bound_in_place_of_a_kl() -> None:

@@ -75,7 +75,7 @@ class Cards:
         return f"{self.number}x{self.card.name}"
 
     def wire(self, number: int) -> float:
-        """Bytes a second and card between so many of them; beyond a node the network is what they wait for."""
+        """Bytes per second and card between so many of them; beyond a node the network is what they wait for."""
         return self.card.link if number <= NODE else self.card.network
 
 

@@ -143,8 +143,8 @@ def leakage_tables(found: Leakage, title: str) -> tuple[Table, Table]:
     errors = f"± one standard error over {len(found.seeds)} seeds" if len(found.seeds) > 1 else "one seed: no error"
     left = "".join(f" {group} is left out: {why}." for group, why in found.left_out.items())
     caption = (
-        f"Nats a response, where each method's grid of settings reaches the same gain in reward on prompts with pairs; "
-        f"interpolated for each seed, linear in √KL between settings; {errors}.{left}"
+        f"Nats per response, where each method's grid of settings reaches the same gain in reward on prompts with "
+        f"pairs; interpolated for each seed, linear in √KL between settings; {errors}.{left}"
     )
     ratio_caption = (
         f"Ratios to {base} at equal gain, paired by seed; the last column is "

@@ -39,8 +39,8 @@ def coverage_table(results: Results) -> Table | None:
     )
     caption = (
         "On training prompts that have preference pairs, and on as many that have none, of which no method heard. "
-        "KL(π ‖ ref) and forward KL, KL(ref ‖ π), in nats a response, as above: what a policy moves where there are no "
-        "pairs is leakage."
+        "KL(π ‖ ref) and forward KL, KL(ref ‖ π), in nats per response, as above: what a policy moves where there are "
+        "no pairs is leakage."
     )
     return Table(f"{results.name}: with pairs and without", ("policy", *shown), rows, caption)
 
@@ -54,11 +54,11 @@ def divergence_table(results: Results) -> Table | None:
         (entry.shown_name, *(plus_minus(aggregate(entry, key), 3) for key in _COLUMNS.values())) for entry in measured
     )
     caption = (
-        "Nats a response. KL and k1 estimate KL(π ‖ ref) from the same samples of the policy without bias: KL adds up "
-        "the exact divergences over the vocabulary along each sample, k1 the log-ratios of the tokens that were drawn, "
-        "which spread more; k3 is heavy-tailed far from the reference. Forward KL, KL(ref ‖ π), is like KL, along "
-        "samples of the reference. Demonstrations: the chosen answers of held-out pairs, which the policy should still "
-        "find likely; the last column is paired, so that its error does not hold how likely one answer is beside "
+        "Nats per response. KL and k1 estimate KL(π ‖ ref) from the same samples of the policy without bias: KL adds "
+        "up the exact divergences over the vocabulary along each sample, k1 the log-ratios of the tokens that were "
+        "drawn, which spread more; k3 is heavy-tailed far from the reference. Forward KL, KL(ref ‖ π), is like KL, "
+        "along samples of the reference. Demonstrations: the chosen answers of held-out pairs, which the policy should "
+        "still find likely; the last column is paired, so that its error does not hold how likely one answer is beside "
         "another."
     )
     return Table(f"{results.name}: distance from the reference", ("policy", *_COLUMNS), rows, caption)

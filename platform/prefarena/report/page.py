@@ -21,6 +21,7 @@ from prefarena.report.trajectories import (
     agreement_summary,
     agreement_table,
     estimated_figure,
+    judged_while_trained,
     on_policy,
     summary_table,
     trajectory_figure,
@@ -105,11 +106,16 @@ def _through_training(results: Results, folder: Path) -> list[str]:
     """On-policy methods on the way: exact where it can be, else from the rows that training logged."""
     if not results.exact:
         figure = estimated_figure(results, folder)
-        text = (
-            "Each dot is one iteration's rollouts, the line their running mean over five. Above: the reward that is "
-            "learned from. Below: the judge of the evaluation, which is not; where it falls behind, the reward is "
-            "over-optimised."
-        )
+        text = "Each dot is one iteration's rollouts, the line their running mean over five. "
+        if judged_while_trained(results, folder):
+            text += (
+                "Above: the reward that is learned from. Below: the judge of the evaluation, which is not; where it "
+                "falls behind, the reward is over-optimised."
+            )
+        else:
+            text += (
+                "Shown is the reward that is learned from; the judge of the evaluation did not score these rollouts."
+            )
         return [_figure("Reward and KL through training", text, folder, figure, "through_training")] if figure else []
     entries = on_policy(results)
     if not entries:

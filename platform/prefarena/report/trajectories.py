@@ -260,6 +260,12 @@ def rollout_rows(results: Results, folder: Path) -> dict[str, dict[str, Rows]]:
     return found
 
 
+def judged_while_trained(results: Results, folder: Path) -> bool:
+    """Whether some training logged what the judge, which it does not learn from, says of its rollouts."""
+    seeds = [rows for by_seed in rollout_rows(results, folder).values() for rows in by_seed.values()]
+    return any("reward/judge" in row for rows in seeds for row in rows)
+
+
 def estimated_points(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
     """(k1, value) of each iteration, [N, 2], and their running mean over five, [M, 2]; both empty without `key`."""
     points = np.array([(row["kl/k1"], row[key]) for row in rows if key in row]).reshape(-1, 2)

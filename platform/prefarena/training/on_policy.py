@@ -139,7 +139,7 @@ class Phases:
         self.seconds[key] = self.seconds.get(key, 0.0) + time.perf_counter() - started
 
     def throughput(self, num_tokens: int) -> float:
-        """Tokens a second since the iteration began."""
+        """Tokens per second since the iteration began."""
         return num_tokens / (time.perf_counter() - self.started)
 
 
