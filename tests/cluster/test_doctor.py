@@ -81,7 +81,11 @@ def test_memory_is_predicted_from_settings_as_it_is_from_the_model_itself() -> N
     assert need is not None
     tokens = 4 * (LENGTHS.prompt + 2 * LENGTHS.response) + 1
     found = heaviest_training(pairs_only({"micro_batch_tokens": tokens}), small_settings(), LENGTHS)
-    assert found == Heaviest(need.total, "entries.dpo.method.training.micro_batch_tokens")
+    assert found is not None and (found.memory, found.key) == (
+        need.total,
+        "entries.dpo.method.training.micro_batch_tokens",
+    )
+    assert 0 < found.resting < found.memory and not found.host and not found.on_policy
     assert num_parameters(small_settings()) == sum(weight.numel() for weight in module.parameters())
 
 

@@ -80,7 +80,6 @@ def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "out"
 
 
-@pytest.mark.processes
 @pytest.mark.parametrize("kind", KINDS)
 def test_each_step_is_shown_once_after_a_kill_with_the_row_that_counted(kind: str, killed_and_resumed: Path) -> None:
     needs(kind)
@@ -90,7 +89,6 @@ def test_each_step_is_shown_once_after_a_kill_with_the_row_that_counted(kind: st
     check_same(read(kind, killed_and_resumed), [*points(rows), *final])
 
 
-@pytest.mark.processes
 def test_nothing_of_the_environment_is_written(killed_and_resumed: Path) -> None:
     for path in (killed_and_resumed / "tracking").rglob("*"):
         if path.is_file():
