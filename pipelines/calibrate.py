@@ -22,6 +22,7 @@ from prefarena.estimate.stages import Planned
 from prefarena.estimate.trainings import Workload
 from prefarena.estimate.work import Listing, Manner, Passes, Sampling
 from prefarena.generation.interface import Sampling as Sampler
+from prefarena.modeling.checks import quietly
 from prefarena.modeling.load import load_policy, load_tokenizer, new_policy, new_reward_model, save_policy
 from prefarena.records import Rollout
 from prefarena.settings.optimisation import LearnerSettings
@@ -100,7 +101,8 @@ def _files(config: Comparison, tokenizer: PreTrainedTokenizerBase, folder: Path)
     else:
         made = new_policy(config.model, tokenizer, max_length(config.task), config.reference.seed)
     started = time.perf_counter()
-    save_policy(made, tokenizer, folder / "model")
+    with quietly():
+        save_policy(made, tokenizer, folder / "model")
     writing = time.perf_counter() - started
     del made
     started = time.perf_counter()
