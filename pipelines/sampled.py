@@ -111,12 +111,14 @@ def _policy_row(
     if job.policy == job.reference:
         compared = np.zeros((len(rollouts) + len(job.of_reference), 2))
         own = ref = values["own"]
+        # Its log-ratios are zero. The pairs' own columns come from other batches, and so differ by their rounding.
+        ref_chosen, ref_rejected = values["chosen"], values["rejected"]
     else:
         compared = values["along"].reshape(-1, 4)
         own, ref = compared[held_out, 2], compared[held_out, 3]
-    ref_chosen, ref_rejected = (
-        values.get(f"ref_{side}", float_column(test, f"ref_{side}_logp")) for side in ("chosen", "rejected")
-    )
+        ref_chosen, ref_rejected = (
+            values.get(f"ref_{side}", float_column(test, f"ref_{side}_logp")) for side in ("chosen", "rejected")
+        )
     row = k1_and_k3(own, ref, prompt_clusters(samples))
     row |= preference_accuracy(values["chosen"], values["rejected"], ref_chosen, ref_rejected)
     row |= demonstration_metrics(values["chosen"], ref_chosen, clusters_of(test["prompt_ids"].to_pylist()))

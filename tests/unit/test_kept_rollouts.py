@@ -244,3 +244,10 @@ def test_who_is_asked_by_an_endpoints_reward_is_not_found_out_by_several_tasks(s
     for kinds in (("judge",), ("reward", "judge")):
         assert start_filling(None, replace(job, judge=function), Evaluation(), kinds, {}, 4) == []
     assert start_filling(None, scored.job(None), Evaluation(), ("judge",), {}, 1) == []
+
+
+def test_the_reference_moves_no_pair_whatever_rounding_its_columns_have(scored: Scored) -> None:
+    """Log-probs beside the pairs come from other batches; a ratio of rounding alone would count as an order."""
+    row = scored.row(scored.job(None, policy=scored.models["old"]))
+    assert row["preference_accuracy"] == 0.5 and row["kl"] == 0.0
+    assert row["demonstration_gain"] == 0.0
