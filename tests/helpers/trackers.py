@@ -1,4 +1,4 @@
-"""Readers of what trackers have stored, each its package's own where it has one for files."""
+"""Readers of what trackers have stored, each its package's own where it has one for files, and what they find."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from prefarena.config.tracking import MLflow, TensorBoard, Tracking, Trackio, WandB
+from prefarena.trackers.interface import Row, metrics_of
 
 #: Metric, step and value of everything that a run holds.
 Stored = list[tuple[str, int, float]]
@@ -124,3 +127,20 @@ _READERS: dict[str, Callable[[Path], Stored]] = {
     "mlflow": _mlflow,
     "trackio": _trackio,
 }
+
+
+def needs(kind: str) -> None:
+    pytest.importorskip(kind, reason=f"the package of {kind} is not installed")
+
+
+def points(rows: Sequence[Row]) -> Stored:
+    """What a tracker is to hold of rows."""
+    return [(name, int(row["step"]), value) for row in rows for name, value in metrics_of(row).items()]
+
+
+def check_same(found: Stored, expected: Stored) -> None:
+    """Every point once, and its value as far as single precision holds it, which TensorBoard stores."""
+    assert sorted((name, step) for name, step, _ in found) == sorted((name, step) for name, step, _ in expected)
+    values = {(name, step): value for name, step, value in expected}
+    for name, step, value in found:
+        assert value == pytest.approx(values[name, step], rel=1e-6, abs=1e-12), (name, step)

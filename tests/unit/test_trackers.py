@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from off_policy import metric_rows, write_inputs
+from off_policy import metric_rows
 from rich.console import Console
 
 from pipelines.checks import check_input
@@ -27,73 +23,13 @@ from prefarena.errors import UserError
 from prefarena.report.results import EntryResult, Results
 from prefarena.stages import write_failure, write_json, write_manifest
 from prefarena.trackers import make
-from prefarena.trackers.interface import OpenRun, Row, Run, Tracker, metrics_of
+from prefarena.trackers.interface import OpenRun, Row, Run, Tracker
 from prefarena.trackers.make import make_tracker
-from tests.helpers.tracked_training import FINAL
-from tests.helpers.trackers import KINDS, Stored, read, settings_of
+from tests.helpers.trackers import KINDS, check_same, needs, points, read, settings_of
 
 ROOT = Path(__file__).parents[2]
 RUN = Run("comparison-1a2b3c4d", "dpo", 0, "dpo", "dpo-dpo-s0-0123456789ab", {"beta": 0.1})
-#: What must not be found in any file.
-CANARY = "canary-5f1c0e"
 LANGUAGE: dict[str, Any] = {"entries": [{"name": "dpo", "method": {"kind": "dpo"}}]}
-
-
-def needs(kind: str) -> None:
-    pytest.importorskip(kind, reason=f"the package of {kind} is not installed")
-
-
-def points(rows: Sequence[Row]) -> Stored:
-    """What a tracker is to hold of rows."""
-    return [(name, int(row["step"]), value) for row in rows for name, value in metrics_of(row).items()]
-
-
-def check_same(found: Stored, expected: Stored) -> None:
-    """Every point once, and its value as far as single precision holds it, which TensorBoard stores."""
-    assert sorted((name, step) for name, step, _ in found) == sorted((name, step) for name, step, _ in expected)
-    values = {(name, step): value for name, step, value in expected}
-    for name, step, value in found:
-        assert value == pytest.approx(values[name, step], rel=1e-6, abs=1e-12), (name, step)
-
-
-# ------------------------------------------------------------------------------------- a training that is killed
-
-
-@pytest.fixture(scope="module")
-def killed_and_resumed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a training that was killed after step 8, with a checkpoint of step 6, and gone on with."""
-    folder = tmp_path_factory.mktemp("tracked")
-    inputs = write_inputs(folder / "inputs")
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1"}
-    environment |= dict.fromkeys(("WANDB_API_KEY", "MLFLOW_TRACKING_TOKEN", "HF_TOKEN", "MY_SECRET"), CANARY)
-    command = [
-        sys.executable,
-        str(ROOT / "tests" / "helpers" / "tracked_training.py"),
-        str(inputs),
-        str(folder / "out"),
-    ]
-    first = subprocess.run([*command, "8"], env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert first.returncode == -signal.SIGKILL, first.stderr
-    assert [row["step"] for row in metric_rows(folder / "out" / "stage")] == list(range(1, 9))
-    second = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True, timeout=300)
-    assert second.returncode == 0, second.stderr
-    return folder / "out"
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_each_step_is_shown_once_after_a_kill_with_the_row_that_counted(kind: str, killed_and_resumed: Path) -> None:
-    needs(kind)
-    rows = metric_rows(killed_and_resumed / "stage")
-    assert [row["step"] for row in rows] == list(range(1, 13))
-    final: Stored = [(f"final/{name}", 12, value) for name, value in FINAL.items()]
-    check_same(read(kind, killed_and_resumed), [*points(rows), *final])
-
-
-def test_nothing_of_the_environment_is_written(killed_and_resumed: Path) -> None:
-    for path in (killed_and_resumed / "tracking").rglob("*"):
-        if path.is_file():
-            content = path.read_bytes()
-            assert CANARY.encode() not in content and b"PYTHONPATH" not in content, path
 
 
 # ------------------------------------------------------------------------------------- stages that are made up
