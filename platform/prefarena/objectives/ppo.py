@@ -11,6 +11,7 @@ from torch import Tensor
 
 from prefarena.objectives.kl import LOG_RATIO_LIMIT, k2, k3, k3_straight_through
 from prefarena.objectives.output import ObjectiveOutput, inside, mean_of
+from prefarena.objectives.rollouts import Minibatch
 
 
 def penalised_rewards(scores: Tensor, token_kl: Tensor, mask: Tensor, kl_coef: float) -> Tensor:
@@ -134,6 +135,16 @@ def kl_loss(
     logps = inside(logps, mask)
     estimate = {"k2": k2, "k3": k3, "k3_straight_through": k3_straight_through}[estimator](logps, reference_logps)
     return ObjectiveOutput(mean_of(estimate if weights is None else estimate * weights.detach(), mask), {})
+
+
+def with_kl_loss(
+    loss: ObjectiveOutput, logps: Tensor, batch: Minibatch, kl_coef: float, *, estimator: str
+) -> ObjectiveOutput:
+    """`loss` and `kl_coef` times `kl_loss`, if the penalty is in the loss: then a minibatch has reference_logps."""
+    if batch.reference_logps is None:
+        return loss
+    penalty = kl_loss(logps, batch.reference_logps, batch.mask, estimator=estimator, weights=batch.weights)
+    return loss.plus(penalty, kl_coef)
 
 
 def sequence_mean_weights(mask: Tensor) -> Tensor:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from prefarena.objectives.advantages import group_advantages, less_kl
 from prefarena.objectives.output import ObjectiveOutput
-from prefarena.objectives.ppo import kl_loss, sequence_mean_weights
+from prefarena.objectives.ppo import sequence_mean_weights, with_kl_loss
 from prefarena.objectives.rollouts import Advantages, Judged, Minibatch
 from prefarena.settings.on_policy import GroupTraining, OnPolicy
 
@@ -47,10 +47,7 @@ class GRPOTraining(GroupTraining):
 
     def policy_loss(self, logps: Tensor, batch: Minibatch, kl_coef: float) -> ObjectiveOutput:
         clipped = super().policy_loss(logps, batch, kl_coef)
-        if batch.reference_logps is None:
-            return clipped
-        penalty = kl_loss(logps, batch.reference_logps, batch.mask, estimator=self.kl_estimator, weights=batch.weights)
-        return clipped.plus(penalty, kl_coef)
+        return with_kl_loss(clipped, logps, batch, kl_coef, estimator=self.kl_estimator)
 
     def loss_count(self, mask: Tensor, response_limit: int) -> Tensor:
         if self.loss_mean == "tokens":

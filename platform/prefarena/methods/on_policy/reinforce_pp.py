@@ -18,7 +18,7 @@ from prefarena.objectives.advantages import (
 )
 from prefarena.objectives.kl import k1
 from prefarena.objectives.output import ObjectiveOutput
-from prefarena.objectives.ppo import kl_loss
+from prefarena.objectives.ppo import with_kl_loss
 from prefarena.objectives.rollouts import Advantages, Judged, Minibatch
 from prefarena.settings.on_policy import GroupTraining, OnPolicy
 
@@ -55,10 +55,7 @@ class ReinforcePPTraining(GroupTraining):
 
     def policy_loss(self, logps: Tensor, batch: Minibatch, kl_coef: float) -> ObjectiveOutput:
         clipped = super().policy_loss(logps, batch, kl_coef)
-        if batch.reference_logps is None:
-            return clipped
-        penalty = kl_loss(logps, batch.reference_logps, batch.mask, estimator=self.kl_estimator, weights=batch.weights)
-        return clipped.plus(penalty, kl_coef)
+        return with_kl_loss(clipped, logps, batch, kl_coef, estimator=self.kl_estimator)
 
 
 def _less_mean(scores: Tensor, group_size: int) -> Tensor:
