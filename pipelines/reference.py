@@ -16,6 +16,7 @@ import hashlib
 import json
 import logging
 import os
+import shutil
 import time
 import zipfile
 from collections.abc import Iterator
@@ -32,12 +33,13 @@ from numpy.typing import NDArray
 from prefarena.cluster.pools import map_in_pool, through_deaths
 from prefarena.config import Resources
 from prefarena.data.plan import within_budget
+from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import UserError
 from prefarena.mirror import bring, push
 from prefarena.modeling.arithmetic import Arithmetic, in_weights, named, products_of
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
-from prefarena.records import REFERENCED_PAIRS
+from prefarena.records import PAIRS, REFERENCED_PAIRS
 from prefarena.stages import costs_of, write_manifest
 
 SPLITS = TRAIN, TEST = ("train_pairs", "test_pairs")
@@ -152,6 +154,33 @@ def score_tables(
     found = [_write_scored(parts[split], folder / split) for split in arithmetics]
     seconds, num_tokens = (sum(one[place] for one in found) for place in (0, 1))
     return Scored(seconds, int(num_tokens), len(wanted), len(missing))
+
+
+def score_rows(
+    rows: pa.Table,
+    split: str,
+    reference: str,
+    folder: Path,
+    arithmetic: Arithmetic,
+    *,
+    cache: Path,
+    resources: Resources,
+    max_length: int | None = None,
+) -> tuple[pa.Table, Scored]:
+    """Score rows (records.PAIRS) that are in no folder yet; returns them as REFERENCED_PAIRS, and what it took.
+
+    They stand in `folder` meanwhile, as tables named `split`, and nothing of them stays there.
+    """
+    unscored, scored = folder / "unscored", folder / "scored"
+    write_rows(rows, unscored / split / "part-0.parquet", PAIRS)
+    push(unscored)  # the actors that score may be on other nodes
+    found = score_tables(
+        unscored, reference, scored, {split: arithmetic}, cache=cache, resources=resources, max_length=max_length
+    )
+    table = read_rows(scored / split)
+    for unneeded in (unscored, scored):
+        shutil.rmtree(unneeded)
+    return table, found
 
 
 def find_parts(folder: Path, cache: Path, model: list[Any], part_rows: int) -> list[Part]:

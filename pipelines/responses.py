@@ -7,25 +7,22 @@ computed once by Ray Data, and no training worker holds the reference. What scor
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 
-from pipelines.reference import TRAIN, score_tables
+from pipelines.reference import TRAIN, score_rows
 from prefarena.config import Resources
 from prefarena.data.responses import mismatch, taken_apart
 from prefarena.data.tables import read_rows, write_rows
-from prefarena.mirror import push
 from prefarena.modeling.arithmetic import Arithmetic
-from prefarena.records import PAIRS, REFERENCED_RESPONSES
+from prefarena.records import REFERENCED_RESPONSES
 from prefarena.stages import write_manifest
 
-#: Folders of the stage: what is trained on, and the same rows as the scorer of pairs reads and leaves them.
+#: The folder of the stage with what is trained on.
 RESPONSES = "train_responses"
-_AS_PAIRS, _SCORED = "as_pairs", "scored"
 
 
 def add_responses(
@@ -46,16 +43,11 @@ def add_responses(
     """
     started = time.perf_counter()
     rows = taken_apart(read_rows(pairs / TRAIN)) if singles is None else read_rows(singles)
-    write_rows(_as_pairs(rows), folder / _AS_PAIRS / RESPONSES / "part-0.parquet", PAIRS)
-    push(folder / _AS_PAIRS)  # the actors that score may be on other nodes
-    scoring = score_tables(
-        folder / _AS_PAIRS, reference, folder / _SCORED, {RESPONSES: arithmetic},
+    scored, scoring = score_rows(
+        _as_pairs(rows), RESPONSES, reference, folder, arithmetic,
         cache=cache, resources=resources, max_length=max_length,
     )  # fmt: skip
-    scored = read_rows(folder / _SCORED / RESPONSES)
     write_rows(_of_responses(scored), folder / RESPONSES / "part-0.parquet", REFERENCED_RESPONSES)
-    for unneeded in (_AS_PAIRS, _SCORED):
-        shutil.rmtree(folder / unneeded)
     counts: dict[str, Any] = {"num_responses": rows.num_rows, "num_desirable": sum(rows["label"].to_pylist())}
     write_manifest(folder, {**scoring.contents(started), **counts})
 

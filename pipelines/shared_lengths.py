@@ -6,22 +6,19 @@ ones. Only the longer response of a pair has something to cut; the other keeps t
 
 from __future__ import annotations
 
-import shutil
 import time
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from pipelines.reference import TRAIN, score_tables
+from pipelines.reference import TRAIN, score_rows
 from prefarena.config import Resources
 from prefarena.data.tables import TokenColumn, read_rows, write_rows
-from prefarena.mirror import push
 from prefarena.modeling.arithmetic import Arithmetic
 from prefarena.records import PAIRS, SHARED_PAIRS
 from prefarena.stages import write_manifest
 
-_CUT, _SCORED = "cut", "scored"
 _SIDES = ("chosen", "rejected")
 
 
@@ -38,15 +35,10 @@ def add_shared_logps(
     """Write train_pairs/ (SHARED_PAIRS) and the manifest to `folder`; under `scored` they are REFERENCED_PAIRS."""
     started = time.perf_counter()
     rows = read_rows(scored / TRAIN)
-    write_rows(cut(rows), folder / _CUT / TRAIN / "part-0.parquet", PAIRS)
-    push(folder / _CUT)  # the actors that score may be on other nodes
-    scoring = score_tables(
-        folder / _CUT, reference, folder / _SCORED, {TRAIN: arithmetic},
-        cache=cache, resources=resources, max_length=max_length,
-    )  # fmt: skip
-    write_rows(_joined(rows, read_rows(folder / _SCORED / TRAIN)), folder / TRAIN / "part-0.parquet", SHARED_PAIRS)
-    for unneeded in (_CUT, _SCORED):
-        shutil.rmtree(folder / unneeded)
+    scored_cut, scoring = score_rows(
+        cut(rows), TRAIN, reference, folder, arithmetic, cache=cache, resources=resources, max_length=max_length
+    )
+    write_rows(_joined(rows, scored_cut), folder / TRAIN / "part-0.parquet", SHARED_PAIRS)
     write_manifest(folder, scoring.contents(started))
 
 
