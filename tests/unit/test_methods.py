@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 from off_policy import example
+from toy_methods import tried
 
 from pipelines.methods import table
 from prefarena import methods
@@ -133,13 +131,7 @@ print(json.dumps({
 
 
 def test_a_method_is_one_file(tmp_path: Path) -> None:
-    """In a process of its own, as unions are made when `prefarena.config` is imported."""
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "toy.py").write_text(TOY, encoding="utf-8")
-    command = [sys.executable, "-c", "import sys; sys.path.insert(0, 'tests/helpers')" + USE, str(tmp_path / "more")]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = tried(TOY, USE, tmp_path)
     assert found["is_method"]
     training = {**TRAINING, "num_steps": 1, "batch_size": 48, "log_every": 1}
     assert found["settings"] == {**SHARED, **WEIGHTS, "training": training, "kind": "toy", "strength": 3.0}

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import pickle
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from toy_methods import tried
 
 from pipelines.methods import on_policy_table
 from prefarena.config import GRPO, RLHF, RLOO, OnPolicyMethod, OnPolicyTraining
@@ -145,13 +143,7 @@ print(json.dumps({
 
 
 def test_a_method_is_one_file(tmp_path: Path) -> None:
-    """In a process of its own, as unions are made when `prefarena.config` is imported."""
-    (tmp_path / "more").mkdir()
-    (tmp_path / "more" / "toy.py").write_text(TOY, encoding="utf-8")
-    command = [sys.executable, "-c", "import sys; sys.path.insert(0, 'tests/helpers')" + USE, str(tmp_path / "more")]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = tried(TOY, USE, tmp_path)
     assert found["is_method"] and found["strength"] == 3.0 and found["stage"].startswith("toy-")
     unknown_key, unknown_kind, out_of_range = found["said"]
     assert unknown_key.endswith("unknown key 'entries.0.method.training.strenght'; did you mean 'strength'?")

@@ -6,19 +6,16 @@ from pathlib import Path
 
 import pytest
 import torch
-from off_policy import metric_rows, off_policy_job, weights, write_inputs
+from interrupted import rows_of_a_run_that_resumes_bit_for_bit
+from off_policy import write_inputs
 from sorted_pairs import aot
 from torch import Tensor
-from workers import DyingWorker, KilledError
 
-from prefarena.config import Optimisation
 from prefarena.methods import discover
 from prefarena.methods.aot import AOT
 from prefarena.objectives.output import ObjectiveOutput
 from prefarena.objectives.preference import PairLogps
 from prefarena.settings.ranked import Ranked, StepPairs
-from prefarena.training.run_job import run_job
-from prefarena.training.worker import Worker
 
 METHODS = [AOT(beta=0.3), AOT(beta=0.3, form="unpaired")]
 every = pytest.mark.parametrize("method", METHODS, ids=lambda method: method.form)
@@ -145,15 +142,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @every
 def test_training_lowers_the_loss_and_resumes_bit_for_bit(inputs: Path, tmp_path: Path, method: AOT) -> None:
-    training = Optimisation(num_steps=12, batch_size=48, log_every=1, warmup_steps=0, checkpoint_every=5)
-    method = method.model_copy(update={"training": training, "demonstration_weight": 0.01})
-    straight, broken = (off_policy_job(inputs, tmp_path / name, method) for name in ("straight", "broken"))
-    run_job(straight, Worker(straight.stage_dir))
-    with pytest.raises(KilledError):
-        run_job(broken, DyingWorker(broken.stage_dir))
-    run_job(broken, Worker(broken.stage_dir))
-    rows = metric_rows(tmp_path / "straight")
-    assert len(rows) == 12 and rows[-1]["loss/preference"] < rows[0]["loss/preference"]
+    rows = rows_of_a_run_that_resumes_bit_for_bit(inputs, tmp_path, method)
+    assert rows[-1]["loss/preference"] < rows[0]["loss/preference"]
     assert rows[-1]["preference/accuracy"] > 0.6
-    found, expected = weights(tmp_path / "broken"), weights(tmp_path / "straight")
-    assert all(torch.equal(found[name], value) for name, value in expected.items())

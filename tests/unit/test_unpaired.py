@@ -8,20 +8,17 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import torch
-from off_policy import metric_rows, off_policy_job, weights, write_inputs, write_responses
+from interrupted import rows_of_a_run_that_resumes_bit_for_bit
+from off_policy import write_inputs, write_responses
 from torch import Tensor
 from unpaired_formulas import FORMULAS, METHODS, baseline_by_hand, named
-from workers import DyingWorker, KilledError
 
-from prefarena.config import Optimisation
 from prefarena.data.responses import mismatch, taken_apart
 from prefarena.errors import UserError
 from prefarena.methods import discover
 from prefarena.methods.kto import KTO
 from prefarena.records import PAIRS
 from prefarena.settings.unpaired import Unpaired
-from prefarena.training.run_job import run_job
-from prefarena.training.worker import Worker
 
 every = pytest.mark.parametrize("method", METHODS, ids=named)
 
@@ -150,16 +147,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.mark.parametrize("kind", ["kto", "bco"])
 def test_training_lowers_the_loss_and_resumes_bit_for_bit(inputs: Path, tmp_path: Path, kind: str) -> None:
-    training = Optimisation(num_steps=12, batch_size=48, log_every=1, warmup_steps=0, checkpoint_every=5)
-    method = discover()[kind](training=training, demonstration_weight=0.01)
-    straight, broken = (off_policy_job(inputs, tmp_path / name, method) for name in ("straight", "broken"))
-    run_job(straight, Worker(straight.stage_dir))
-    with pytest.raises(KilledError):
-        run_job(broken, DyingWorker(broken.stage_dir))
-    run_job(broken, Worker(broken.stage_dir))
-    rows = metric_rows(tmp_path / "straight")
-    assert len(rows) == 12 and rows[-1]["loss/responses"] < rows[0]["loss/responses"]
+    rows = rows_of_a_run_that_resumes_bit_for_bit(inputs, tmp_path, discover()[kind]())
+    assert rows[-1]["loss/responses"] < rows[0]["loss/responses"]
     assert rows[-1]["logratio/desirable"] > rows[-1]["logratio/undesirable"] + 0.1
     assert rows[-1]["response/accuracy"] > 0.6
-    found, expected = weights(tmp_path / "broken"), weights(tmp_path / "straight")
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
