@@ -106,8 +106,8 @@ def _check_drawn_pairs(config: Comparison, task: TextTask, pairs: DrawnPairs) ->
 def _optimisations(config: Comparison) -> list[tuple[str, int]]:
     """Batch sizes that workers must share evenly, by key. Raises UserError for entries that cannot train."""
     sizes = [("reference.training.batch_size", config.reference.training.batch_size)]
-    if isinstance(config.task, TextTask) and isinstance(config.judge, RewardModel):
-        sizes.append(("judge.training.batch_size", config.judge.training.batch_size))
+    if config.trained_judge is not None:
+        sizes.append(("judge.training.batch_size", config.trained_judge.training.batch_size))
     for entry in config.entries:
         where = f"entries.{entry.name}.method"
         if isinstance(entry.method, OnPolicyMethod | BestOfN):

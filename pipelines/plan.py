@@ -148,8 +148,8 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     elif learns_a_reward(config):
         sampled = [config.evaluation.num_reference_samples, config.evaluation.seed, *_engine(config)]
         samples = Stage.at(root, "reference_samples", task.kind, [data.key, reference.key, sampled])
-        if isinstance(config.judge, RewardModel) and learns_judge(config):
-            inputs = [data.key, reference.key, samples.key, _dump(config.judge)]
+        if config.trained_judge is not None:
+            inputs = [data.key, reference.key, samples.key, _dump(config.trained_judge)]
             inputs += [_computed(config), *named(config.scored_in)]
             judge = Stage.at(root, "judge", task.kind, inputs)
     behaviour: Stage | None = None
@@ -289,7 +289,7 @@ def is_pairwise(config: Comparison) -> bool:
 
 def learns_judge(config: Comparison) -> bool:
     """Whether the judge of a text task is trained, on pairs that are set aside for it."""
-    return isinstance(config.task, TextTask) and isinstance(config.judge, RewardModel)
+    return config.trained_judge is not None
 
 
 def learns_a_reward(config: Comparison) -> bool:

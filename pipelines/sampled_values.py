@@ -25,6 +25,7 @@ from prefarena.judges.spec import Judge, JudgeSpec, load_judge, may_be_silent, u
 from prefarena.judges.usage import Usage
 from prefarena.modeling.arithmetic import Arithmetic, named
 from prefarena.records import Rollout
+from prefarena.settings.judges import is_model
 
 #: The reward that best-of-n picks by, the judge, and policy and reference themselves.
 Kind = Literal["reward", "judge", "policy"]
@@ -91,10 +92,6 @@ class _Scores:
         return self._judge.score(prompts, responses)
 
 
-def _is_model(spec: JudgeSpec) -> bool:
-    return spec.settings.kind in ("learned", "classifier")
-
-
 def judged(
     spec: JudgeSpec, rollouts: list[Rollout], settings: Evaluation, job: SampledJob
 ) -> tuple[np.ndarray, Usage | None]:
@@ -103,7 +100,7 @@ def judged(
     Those of a model are kept in parts. An endpoint keeps its answers itself, and a function sees all rows at once.
     """
     silent, usage = False, None
-    if _is_model(spec):
+    if is_model(spec.settings):
         scores = KeptValues(job.kept).complete(_Scores(spec, settings, job.device).wanted(rollouts))
     else:
         judge = load_judge(spec, settings.batch_size, job.device)
@@ -142,7 +139,7 @@ class Policies:
     def wanted(self, rollouts: list[Rollout], num_held_out: int) -> dict[str, Wanted]:
         """Of held-out pairs log-probs by both policies, `chosen` … `ref_rejected`; `along` all samples what
         `along_samples` has. Where the policy is the reference, in place of `along` its `own` log-probs of the first
-        `num_held_out` samples.
+        `num_held_out` samples, which takes no reference beside it.
 
         The reference scores pairs where passes of other shapes, as those of the table, are rounded far apart.
         """
@@ -155,8 +152,8 @@ class Policies:
         if job.policy != job.reference:
             both = prompts_and_responses([*rollouts, *job.of_reference])
             found["along"] = along(self._policy, self._reference, *both, temperature)
-        if job.arithmetic != "float32":
-            found |= {f"ref_{side}": self._reference.logps(*pairs[side], 1.0) for side in _SIDES}
+            if job.arithmetic != "float32":
+                found |= {f"ref_{side}": self._reference.logps(*pairs[side], 1.0) for side in _SIDES}
         return found
 
 
@@ -199,7 +196,7 @@ def start_filling(
     import ray
 
     asked = [kind for kind in kinds if _computed_by_a_model(kind, job)]
-    if number == 1 or not asked or not (job.reward is None or _is_model(job.reward)):
+    if number == 1 or not asked or not (job.reward is None or is_model(job.reward.settings)):
         return []
     task, tasks = ray.remote(**options)(fill_share), list[Any]()
     phases = [tuple(kind for kind in asked if (kind == "reward") == first) for first in (True, False)]
@@ -214,7 +211,7 @@ def _computed_by_a_model(kind: Kind, job: SampledJob) -> bool:
     if kind == "policy":
         return job.reward is None  # nobody knows the log-probs of best-of-n
     spec = job.reward if kind == "reward" else job.judge
-    return spec is not None and _is_model(spec)
+    return spec is not None and is_model(spec.settings)
 
 
 def fill_share(

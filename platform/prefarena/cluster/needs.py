@@ -160,8 +160,8 @@ def trainings(config: Comparison) -> list[Training]:
     found = []
     if config.reference.train:
         found.append(off_policy(config.reference.training, "reference.training", responses=1))
-    if config.task.kind == "text" and isinstance(config.judge, RewardModel):
-        found.append(off_policy(config.judge.training, "judge.training", scores=True))
+    if config.trained_judge is not None:
+        found.append(off_policy(config.trained_judge.training, "judge.training", scores=True))
     for entry in config.entries:
         where, method = f"entries.{entry.name}.method", entry.method
         reward = getattr(method, "reward", None)
@@ -264,7 +264,7 @@ class _OnPolicy:
     def job(self, lengths: Lengths) -> OnPolicyJob:
         """As far as memory depends on it: there are no folders yet."""
         config, method = self.config, self.method
-        learned = config.task.kind == "text" and isinstance(config.judge, RewardModel)
+        judge = config.trained_judge
         return OnPolicyJob(
             "",
             "",
@@ -277,7 +277,7 @@ class _OnPolicy:
             generators=(),
             generation=config.generation,
             response_limit=lengths.response,
-            monitor=JudgeSpec(config.judge, "judge", "", arithmetic=config.scored_in) if learned else None,
+            monitor=None if judge is None else JudgeSpec(judge, "judge", "", arithmetic=config.scored_in),
             max_length=lengths.total,
         )
 
@@ -301,7 +301,7 @@ def disk_needed(config: Comparison, num_parameters: int, data_bytes: int) -> int
             learned = 1 + isinstance(method.training, CriticTraining)
             checkpoint = max(checkpoint, 3.0 * learned + (method.training.reference_every is not None))
         models += each * len(config.seeds)
-    if config.task.kind == "text" and isinstance(config.judge, RewardModel):
+    if config.trained_judge is not None:
         models += 1
     running = 2 * checkpoint * (config.resources.num_groups or len(config.entries) * len(config.seeds))
     return int(weights * (models + running) + 3 * data_bytes)

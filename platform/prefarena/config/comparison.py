@@ -130,6 +130,11 @@ class Comparison(Section):
         chosen = self.resources.scoring.dtype
         return usual_dtype(self.resources.use_gpu) if chosen == "auto" else chosen
 
+    @property
+    def trained_judge(self) -> RewardModel | None:
+        """The judge of a text task, if it is one that is trained, on pairs that are set aside for it."""
+        return self.judge if self.task.kind == "text" and isinstance(self.judge, RewardModel) else None
+
     @model_validator(mode="after")
     def _check(self) -> Comparison:
         names = [entry.name for entry in self.entries]

@@ -12,7 +12,6 @@ from transformers import PretrainedConfig
 
 from prefarena.cluster.needs import Lengths, Training
 from prefarena.config import (
-    ClassifierJudge,
     Comparison,
     GoldJudge,
     JudgeSettings,
@@ -27,7 +26,7 @@ from prefarena.estimate.counts import Counts, Pass, count_model
 from prefarena.estimate.lengths import Data, Rows, passed
 from prefarena.estimate.work import Files, Manner, Part, Passes, Sampling, Sending, StageWork, Steps
 from prefarena.modeling.room import LARGEST_MICRO_BATCH
-from prefarena.settings.judges import EvaluationJudge
+from prefarena.settings.judges import EvaluationJudge, is_model
 from prefarena.settings.on_policy import CriticTraining
 from prefarena.settings.optimisation import LoRA
 from prefarena.settings.unpaired import Unpaired
@@ -77,20 +76,23 @@ class Workload:
 
     # ------------------------------------------------------------------------------------------- from a table
 
-    def terms(self, rows: Rows, training: Optimisation, size: int, seed: int = 0) -> Terms:
+    def terms(self, rows: Rows, training: Optimisation, size: int) -> Terms:
         """Of the mean step over a table, whose rows are a prompt with its responses."""
-        prompts, responses = rows.filled()
-        sizes = prompts + responses.sum(1)
-        lengths = sizes + prompts * (responses.shape[1] - 1)  # by which rows are sorted
-        plan: BatchPlan = Shares(training.model_copy(update={"micro_batch_tokens": size}), self.workers, seed).plan(
-            lengths, sizes
-        )
-        steps = self.steps(rows, training)
+        plan, steps = self._plan(rows, training, size), self.steps(rows, training)
         looked_at = np.unique(np.linspace(0, steps - 1, min(steps, _LOOKED_AT)).astype(int))
         number = sum(len(plan.micro_batches(int(step), 0)) for step in looked_at)
         # Every epoch goes over all rows once, so the mean row is that of the table.
+        prompts, responses = rows.filled()
         mean = passed(prompts, responses).times(training.batch_size / len(prompts))
         return Terms(number / len(looked_at), mean)
+
+    def _plan(self, rows: Rows, training: Optimisation, size: int) -> BatchPlan:
+        """How the training will cut its batches of these rows."""
+        prompts, responses = rows.filled()
+        sizes = prompts + responses.sum(1)
+        lengths = sizes + prompts * (responses.shape[1] - 1)  # by which rows are sorted
+        training = training.model_copy(update={"micro_batch_tokens": size})
+        return Shares(training, self.workers, seed=0).plan(lengths, sizes)
 
     def in_passes(self, training: Training, size: int) -> Lengths:
         """Mean tokens of the rows in the largest pass of a training, where passes have this size."""
@@ -104,11 +106,7 @@ class Workload:
 
     def longest_pass(self, rows: Rows, training: Optimisation, size: int) -> Lengths:
         """Mean lengths within the pass with the most tokens that a worker makes over the table."""
-        prompts, responses = rows.filled()
-        sizes = prompts + responses.sum(1)
-        lengths = sizes + prompts * (responses.shape[1] - 1)
-        plan = Shares(training.model_copy(update={"micro_batch_tokens": size}), self.workers, 0).plan(lengths, sizes)
-        return _mean_lengths(rows, plan.largest_micro_batch())
+        return _mean_lengths(rows, self._plan(rows, training, size).largest_micro_batch())
 
     def longest_rollouts(self, training: OnPolicyTraining, size: int) -> Lengths:
         """Of the longest rollouts of a minibatch, which share a pass."""
@@ -204,7 +202,7 @@ class Workload:
 
         has_critic = isinstance(training, CriticTraining)
         parts: list[Named] = [("sync", Sending(iterations, self.plain.parameters))]
-        judges = [judge for judge in (method.reward, self._monitor(method.reward)) if _is_model(judge)]
+        judges = [judge for judge in (method.reward, self._monitor(method.reward)) if is_model(judge)]
         scoring = Manner(self.config.scored_in)
         parts += [("score", forward(1, False, scoring)) for _ in judges]
         parts += [("logprobs", forward(2, True))]
@@ -239,15 +237,10 @@ class Workload:
 
     def _monitor(self, reward: JudgeSettings) -> EvaluationJudge | None:
         """What is logged beside the reward; the gold reward is a table, and costs nothing."""
-        learned = self.config.task.kind == "text" and isinstance(self.config.judge, RewardModel)
-        return self.config.judge if learned and not isinstance(reward, GoldJudge) else None
+        return None if isinstance(reward, GoldJudge) else self.config.trained_judge
 
 
 def _mean_lengths(rows: Rows, chosen: np.ndarray) -> Lengths:
     prompts, responses = rows.filled() if rows.number else (rows.prompts, rows.responses)
     at = chosen % len(prompts)
     return Lengths(math.ceil(prompts[at].mean()), math.ceil(responses[at].mean()))
-
-
-def _is_model(judge: EvaluationJudge | None) -> bool:
-    return isinstance(judge, RewardModel | ClassifierJudge)

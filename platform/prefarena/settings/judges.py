@@ -134,3 +134,8 @@ EvaluationJudge = Annotated[
     RewardModel | GoldJudge | FunctionJudge | EndpointJudge | ClassifierJudge | PairwiseJudge,
     Field(discriminator="kind"),
 ]
+
+
+def is_model(judge: EvaluationJudge | None) -> bool:
+    """Whether what scores is a model that whoever asks holds, and not a function, a table or a service."""
+    return isinstance(judge, RewardModel | ClassifierJudge)

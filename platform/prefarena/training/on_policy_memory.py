@@ -6,13 +6,14 @@ from functools import partial
 
 from torch import nn
 
-from prefarena.config import ClassifierJudge, RewardModel
+from prefarena.config import RewardModel
 from prefarena.generation.shared import BUCKET_BYTES, MOST_BUCKETS
 from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.lora import use_adapter
 from prefarena.modeling.memory import MemoryNeed, Spread, size_of, sum_of_pass, training_memory
 from prefarena.modeling.roles import Role
 from prefarena.modeling.room import LARGEST_MICRO_BATCH
+from prefarena.settings.judges import is_model
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.on_policy_models import OnPolicyModels
 from prefarena.training.prediction import fits, parts_of, write_prediction
@@ -116,9 +117,5 @@ def _policy_size(models: OnPolicyModels) -> int:
 
 def _separate_judges(job: OnPolicyJob, models: OnPolicyModels) -> set[JudgeSpec]:
     """Judges that are models of their own; each is taken to be of about the policy's size."""
-    judges = {spec for spec in (job.reward, job.monitor) if spec is not None and _is_model(spec)}
+    judges = {spec for spec in (job.reward, job.monitor) if spec is not None and is_model(spec.settings)}
     return judges - ({job.reward} if models.reward is not None else set())
-
-
-def _is_model(spec: JudgeSpec) -> bool:
-    return isinstance(spec.settings, RewardModel | ClassifierJudge)
