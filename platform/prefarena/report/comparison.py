@@ -21,7 +21,7 @@ from prefarena.report.results import Results
 from prefarena.report.results import load_results as read_results
 from prefarena.report.samples import SAMPLES_FILE
 from prefarena.report.tables import main_columns, main_table
-from prefarena.report.trajectories import estimated_figure, trajectory_figure
+from prefarena.report.trajectories import estimated_figure, rollout_rows, trajectory_figure
 from prefarena.stage_files import read_log
 from prefarena.stores import is_url
 
@@ -108,7 +108,7 @@ class ComparisonResult:
             found["drift"] = drift_figure(self.results) if self.results.is_sweep else None
             found["through_training"] = trajectory_figure(self.results)
         else:
-            found["through_training"] = estimated_figure(self.results, self.folder)
+            found["through_training"] = estimated_figure(self.results, rollout_rows(self.results, self.folder))
         found |= curve_figures(self.results, self.folder)
         return {name: figure for name, figure in found.items() if figure is not None}
 

@@ -23,6 +23,7 @@ from prefarena.report.trajectories import (
     estimated_figure,
     judged_while_trained,
     on_policy,
+    rollout_rows,
     summary_table,
     trajectory_figure,
     trajectory_table,
@@ -105,9 +106,10 @@ def _figure(title: str, text: str, folder: Path, figure: Any, name: str) -> str:
 def _through_training(results: Results, folder: Path) -> list[str]:
     """On-policy methods on the way: exact where it can be, else from the rows that training logged."""
     if not results.exact:
-        figure = estimated_figure(results, folder)
+        logged = rollout_rows(results, folder)
+        figure = estimated_figure(results, logged)
         text = "Each dot is one iteration's rollouts, the line their running mean over five. "
-        if judged_while_trained(results, folder):
+        if judged_while_trained(logged):
             text += (
                 "Above: the reward that is learned from. Below: the judge of the evaluation, which is not; where it "
                 "falls behind, the reward is over-optimised."

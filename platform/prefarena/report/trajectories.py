@@ -25,6 +25,7 @@ _SMOOTHED_OVER = 5  # iterations in the running mean of an estimated curve
 ESTIMATES = {"reward/mean": "reward learned from", "reward/judge": "judge, not learned from"}
 
 Rows = list[dict[str, float]]
+Logged = dict[str, dict[str, Rows]]
 
 
 def on_policy(results: Results) -> list[EntryResult]:
@@ -222,13 +223,13 @@ def frontiers_of(results: Results, entry: EntryResult, furthest: float) -> list[
     return [np.stack([kls, np.interp(kls, line[:, 0], line[:, 1])], axis=1) for line in lines]
 
 
-def estimated_figure(results: Results, folder: Path) -> Figure | None:
+def estimated_figure(results: Results, logged: Logged) -> Figure | None:
     """Where nothing can be listed: what each iteration's rollouts scored against their k1, from metrics.jsonl.
 
     A column for each on-policy entry (the first six): above the reward learned from, below the judge, which it does
-    not learn from. Relative paths in `results.curves` are taken from `folder`.
+    not learn from. logged: `rollout_rows`.
     """
-    found = {name: list(by_seed.values()) for name, by_seed in rollout_rows(results, folder).items()}
+    found = {name: list(by_seed.values()) for name, by_seed in logged.items()}
     if not found:
         return None
     names = list(found)[: MOST_PANELS // 2]
@@ -248,9 +249,12 @@ def estimated_figure(results: Results, folder: Path) -> Figure | None:
         return figure
 
 
-def rollout_rows(results: Results, folder: Path) -> dict[str, dict[str, Rows]]:
-    """entry -> seed -> the iterations that on-policy training logged; entries without any are left out."""
-    found: dict[str, dict[str, Rows]] = {}
+def rollout_rows(results: Results, folder: Path) -> Logged:
+    """entry -> seed -> the iterations that on-policy training logged; entries without any are left out.
+
+    Relative paths in `results.curves` are taken from `folder`.
+    """
+    found: Logged = {}
     for entry in results.trained():
         for seed, path in results.curves.get(entry.name, {}).items():
             if (folder / path).is_file():
@@ -260,10 +264,9 @@ def rollout_rows(results: Results, folder: Path) -> dict[str, dict[str, Rows]]:
     return found
 
 
-def judged_while_trained(results: Results, folder: Path) -> bool:
+def judged_while_trained(logged: Logged) -> bool:
     """Whether some training logged what the judge, which it does not learn from, says of its rollouts."""
-    seeds = [rows for by_seed in rollout_rows(results, folder).values() for rows in by_seed.values()]
-    return any("reward/judge" in row for rows in seeds for row in rows)
+    return any("reward/judge" in row for by_seed in logged.values() for rows in by_seed.values() for row in rows)
 
 
 def estimated_points(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
