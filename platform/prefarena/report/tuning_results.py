@@ -1,0 +1,94 @@
+"""What `prefarena tune` found: the typed form of `tuning.json`, which the report of the tuned comparison reads.
+
+Rewards are in the judge's units and measured as differences to the reference's on the same prompts, KL is in nats per
+sequence, and times are in seconds.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, ValidationError
+
+from prefarena.errors import UserError
+from prefarena.report.results import Part
+from prefarena.stages import write_json
+
+FILE = "tuning.json"
+Value = float | int | str | bool
+
+
+class TrialResult(Part):
+    """One trial of an entry: settings, and what they reached on the selection's seeds that it was trained on.
+
+    settings: the tuned settings alone, by their dotted names within the method. rewards, kls: by the seed, as text.
+    value: what trials are ranked by, higher is better; None for one that failed. state: `complete` was trained on all
+    of the selection's seeds, `stopped` on the first alone, since it was in the worse half there; `failed` ended without
+    a policy, for the `reason`.
+    """
+
+    entry: str
+    number: int
+    settings: dict[str, Value]
+    state: Literal["complete", "stopped", "failed"]
+    rewards: dict[str, float] = Field({})
+    kls: dict[str, float] = Field({})
+    value: float | None = None
+    reason: str | None = None
+    device_seconds: float = 0.0
+
+
+class TunedEntry(Part):
+    """An entry's budget and what won. best: the number of the trial whose settings are used; None where all failed."""
+
+    name: str
+    kind: str
+    group: str | None = None
+    num_trials: int
+    device_seconds: float
+    best: int | None
+    settings: dict[str, Value] = Field({})
+
+
+class TuningResults(Part):
+    """All trials, in the order in which they were proposed within each entry, and each entry's winner.
+
+    criterion: how trials are ranked, as a sentence. selection: on what they were measured, as a phrase.
+    """
+
+    name: str
+    criterion: str
+    kl_limit: float
+    selection: str
+    selection_seeds: list[int]
+    seed: int
+    num_trials: int
+    batch_size: int
+    trials: list[TrialResult]
+    entries: list[TunedEntry]
+
+    def of(self, entry: str) -> list[TrialResult]:
+        """The trials of this entry, in order."""
+        return [trial for trial in self.trials if trial.entry == entry]
+
+
+def save_tuning(results: TuningResults, folder: Path) -> Path:
+    """Write `tuning.json` into the folder, whole or not at all. Returns its path."""
+    path = folder / FILE
+    write_json(path, results.model_dump(mode="json"))
+    return path
+
+
+def load_tuning(path: str | Path) -> TuningResults:
+    """Read a `tuning.json`. Raises UserError where there is none, or where it is something else."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); `prefarena tune` writes it") from error
+    try:
+        return TuningResults.model_validate_json(text)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise UserError(f"{path}: not what `prefarena tune` writes ({where}: {first['msg']})") from error
