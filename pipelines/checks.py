@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pipelines.jobs import max_length
 from pipelines.prompts import check_rows
+from pipelines.tuning_record import tuning_of
 from prefarena.cluster.capacity import generates
 from prefarena.config import (
     BestOfN,
@@ -28,6 +29,7 @@ from prefarena.trackers.make import check_packages
 
 def check_input(config: Comparison) -> None:
     """Everything that can be found wrong without any work. Raises UserError."""
+    tuning_of(config)
     if isinstance(config.model, PretrainedModel):
         _check_pretrained(config, config.model)
     if isinstance(config.task, TextTask):

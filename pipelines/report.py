@@ -19,6 +19,7 @@ from pipelines.frontier import frontier_points, regret_row
 from pipelines.judge_notes import judge_notes
 from pipelines.plan import SeedPlan, Trained
 from pipelines.samples import gather_samples
+from pipelines.tuning_record import tuning_of
 from pipelines.wins import reference_column
 from prefarena.config import BestOfN, Comparison, LanguageTask, OnPolicyMethod, dump_config
 from prefarena.evaluation.agreement import kl_agreement
@@ -39,7 +40,8 @@ Found = TypeVar("Found")
 
 def run_folder(config: Comparison, plans: list[SeedPlan]) -> Path:
     """Where the comparison's report goes: named by its configuration, so that another one never overwrites it."""
-    said = dump_config(config, without={"tracking"})  # where a run is shown makes it no other run
+    # Where a run is shown makes it no other run; what its settings were chosen by does, where that is told.
+    said = dump_config(config, without={"tracking", *(() if config.tuned else ("tuned",))})
     key = Stage.at("", "run", config.name, [said, [plan.logps.key for plan in plans]]).key
     return root_of(config.output, config.resources.cache_dir) / f"{config.name}-{key[-12:-4]}"
 
@@ -96,6 +98,7 @@ def gather(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> Res
         best_of_curves=_by_entry(config, plans, lambda trained: read_best_of_curve(trained.evaluation)),
         kl_agreement=_by_entry(config, plans, _agreement),
         costs=_costs(plans, reused),
+        tuning=tuning_of(config),
     )
 
 

@@ -54,9 +54,9 @@ def check_paths(config: Comparison) -> None:
             f"output: {config.output} would lie in the job's temporary directory; give an absolute path that all nodes "
             "share, e.g. --set output=/shared/prefarena, or a URL, e.g. s3://bucket/prefarena"
         )
-    paths: dict[str, str | None] = {}
+    paths: dict[str, str | None] = {"tuned": config.tuned}
     if isinstance(config.task, TextTask):
-        paths = {
+        paths |= {
             f"task.{name}": getattr(config.task, name)
             for name in ("data", "test_data", "unpaired_data", "pretraining_text")
         }

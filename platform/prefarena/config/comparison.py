@@ -121,6 +121,11 @@ class Comparison(Section):
     tracking: tuple[Tracking, ...] = Field(
         (), description="Where trainings are shown beside their own logs: tensorboard, wandb, mlflow, trackio."
     )
+    tuned: str | None = Field(
+        None,
+        description="The tuning.json (a path or a URL) by which `prefarena tune` chose the entries' settings, of which "
+        "the report then tells; none: it does not say how they were chosen.",
+    )
 
     @property
     def scored_in(self) -> Arithmetic:

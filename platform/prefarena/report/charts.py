@@ -27,6 +27,7 @@ from prefarena.report.trajectories import (
     on_policy,
     rollout_rows,
 )
+from prefarena.report.tuning import TunedCurve, expected_best_text, shown_settings, tuned_curves
 
 #: The grounds that charts stand on; report.css has the same.
 LIGHT, DARK = "#ffffff", "#161a20"
@@ -286,6 +287,61 @@ def training_charts(results: Results, folder: Path) -> list[Chart]:
         for metric, found in lines.items()
         if found
     ]
+
+
+# ------------------------------------------------------------------------------------------------ tuning
+
+
+def tuning_charts(results: Results) -> list[Chart]:
+    """Expected best of k trials with bands, the same against device-seconds, and what happened; none without tuning."""
+    curves = tuned_curves(results)
+    if not curves:
+        return []
+    expected, costly, happened = [], [], []
+    for curve in curves:
+        key = key_of(results, curve.entry)
+        k = np.arange(1, len(curve.trials) + 1)
+        expected += _expected(key, curve, k)
+        costly += _expected(key, curve, k * curve.seconds)
+        text = [_told(curve, place) for place in range(len(k))]
+        happened.append(_line(key, curve.entry.name, "dots", k, curve.counted, text=text))
+        happened.append(_line(key, f"{curve.entry.name}, best so far", "so far", k, curve.so_far))
+    note, value = expected_best_text(results), "value of a trial"
+    note = f"{note[:1].upper()}{note[1:]}"
+    seconds = "The same, with k times the device-seconds that the entry's trials took on average."
+    order = "Trials in the order in which they were made, and the best of them so far. A trial below 0 is shown at 0."
+    charts = [("expected-best", "Expected best of k trials", note, "trials k", expected)]
+    if all(curve.seconds > 0 for curve in curves):
+        charts.append(("expected-best-cost", "Expected best against cost", seconds, "device-seconds", costly))
+    charts.append(("best-so-far", "Best so far, as it happened", order, "trials made", happened))
+    return [
+        {"id": name, "title": title, "note": note, "x": x, "y": value, "lines": lines}
+        for name, title, note, x, lines in charts
+    ]
+
+
+def _expected(key: str, curve: TunedCurve, x: np.ndarray) -> list[Line]:
+    """The band, drawn once around, and the line above it."""
+    name, (mean, interval) = curve.entry.name, curve.expected
+    known = ~np.isnan(interval[:, 0])
+    text = []
+    for place, value in enumerate(mean):
+        ends = f" [{interval[place, 0]:.3f}, {interval[place, 1]:.3f}]" if known[place] else ""
+        text.append(f"<b>{html.escape(name)}</b><br>best of {place + 1}: {value:.3f}{ends}")
+    lines = [_line(key, name, "expected", x, mean, text=text)]
+    if known.any():
+        around = [np.concatenate([x[known], x[known][::-1]])]
+        around.append(np.concatenate([interval[known, 1], interval[known, 0][::-1]]))
+        lines.insert(0, _line(key, f"{name}, 95 %", "band", *around))
+    return lines
+
+
+def _told(curve: TunedCurve, place: int) -> str:
+    """What the mouse over a trial tells."""
+    trial = curve.trials[place]
+    value = "" if trial.value is None else f", value {trial.value:.3f}"
+    title = f"<b>{html.escape(curve.entry.name)}</b>, trial {trial.number}: {trial.state}{value}"
+    return "<br>".join([title, *(html.escape(part) for part in shown_settings(trial.settings).split(", "))])
 
 
 def thinned(points: np.ndarray) -> np.ndarray:

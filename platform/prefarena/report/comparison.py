@@ -16,12 +16,13 @@ from prefarena.mirror import bring, read_text, root_of
 from prefarena.report.curves import curve_figures
 from prefarena.report.findings import findings
 from prefarena.report.html import PAGE_FILE, listing_html, table_html
-from prefarena.report.plots import drift_figure, reward_kl_figure
+from prefarena.report.plots import drift_figure, expected_best_figure, reward_kl_figure
 from prefarena.report.results import Results
 from prefarena.report.results import load_results as read_results
 from prefarena.report.samples import SAMPLES_FILE
 from prefarena.report.tables import main_columns, main_table
 from prefarena.report.trajectories import estimated_figure, rollout_rows, trajectory_figure
+from prefarena.report.tuning import over_seeds
 from prefarena.stage_files import read_log
 from prefarena.stores import is_url
 
@@ -95,6 +96,25 @@ class ComparisonResult:
         return pd.DataFrame(rows)
 
     @cached_property
+    def trials(self) -> pd.DataFrame | None:
+        """Every trial of the tuning by which settings were chosen, a column for each setting; None where none is known.
+
+        `reward` and `kl` are means over the selection's seeds; `chosen` says whose settings the entry was given.
+        """
+        tuning = self.results.tuning
+        if tuning is None:
+            return None
+        best = {entry.name: entry.best for entry in tuning.entries}
+        rows = []
+        for trial in tuning.trials:
+            means = {"reward": over_seeds(trial.rewards), "kl": over_seeds(trial.kls)}
+            row = {"policy": trial.entry, "trial": trial.number, "state": trial.state, "value": trial.value}
+            row |= {name: mean.mean if mean else None for name, mean in means.items()}
+            row |= {"device_seconds": trial.device_seconds, "chosen": trial.number == best.get(trial.entry)}
+            rows.append(row | trial.settings)
+        return pd.DataFrame(rows)
+
+    @cached_property
     def samples(self) -> pd.DataFrame | None:
         """Every policy's responses to the held-out prompts; None on a task without samples."""
         path = self.folder / SAMPLES_FILE
@@ -109,7 +129,7 @@ class ComparisonResult:
             found["through_training"] = trajectory_figure(self.results)
         else:
             found["through_training"] = estimated_figure(self.results, rollout_rows(self.results, self.folder))
-        found |= curve_figures(self.results, self.folder)
+        found |= {"expected_best": expected_best_figure(self.results), **curve_figures(self.results, self.folder)}
         return {name: figure for name, figure in found.items() if figure is not None}
 
     @property

@@ -7,6 +7,7 @@ from typing import Any
 from prefarena.report.leakage import baseline_of, leakage
 from prefarena.report.results import Aggregate, Results, kl_key
 from prefarena.report.tables import number, plus_minus
+from prefarena.report.tuning import tuning_note, tuning_warnings
 from prefarena.report.verdict import verdict
 
 
@@ -25,8 +26,14 @@ def compared(results: Results) -> str:
 
 
 def findings(results: Results) -> list[str]:
-    """Sentences in Markdown, the most important ones first: failures, drift at equal gain, and the verdict."""
-    return [*_failed(results), *_leaks(results), *verdict(results)]
+    """Sentences in Markdown, the most important first: failures, unequal tuning, drift at equal gain, verdict."""
+    return [
+        *_failed(results),
+        *tuning_warnings(results),
+        *_leaks(results),
+        *verdict(results),
+        *tuning_note(results),
+    ]
 
 
 def _failed(results: Results) -> list[str]:

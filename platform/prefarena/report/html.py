@@ -25,6 +25,7 @@ from prefarena.report.charts import (
     reward_kl_charts,
     through_training_charts,
     training_charts,
+    tuning_charts,
 )
 from prefarena.report.findings import compared, data_lines, findings, limits
 from prefarena.report.leakage import leakage, leakage_tables
@@ -32,8 +33,11 @@ from prefarena.report.measures import coverage_table, divergence_table
 from prefarena.report.overoptimisation import law_table
 from prefarena.report.results import Results
 from prefarena.report.samples import SAMPLES_FILE, Samples, load_samples
+from prefarena.report.sensitivity import sensitivity_table
 from prefarena.report.tables import Table, cost_table, main_table, win_table
 from prefarena.report.trajectories import agreement_summary, agreement_table, on_policy, summary_table, trajectory_table
+from prefarena.report.tuning import tuning_text
+from prefarena.report.tuning_tables import trial_tables, tuned_table
 
 PAGE_FILE = "report.html"
 _SCRIPTS = ("legend.js", "charts.js", "tables.js", "samples.js", "main.js")
@@ -53,6 +57,7 @@ def write_page(results: Results, folder: str | Path) -> Path:
         _through_training(results, target),
         _section("laws", "Laws of over-optimisation", table_html(law_table(results))),
         _section("win-rates-matrix", "Win rates", table_html(win_table(results))),
+        _tuning(results),
         _section("training", "Training curves", _charts("training", training_charts(results, target))),
         _samples(results, samples),
         _section("costs", "Costs", _charts("costs", [cost_chart(results)]), table_html(cost_table(results))),
@@ -123,6 +128,7 @@ def _data(results: Results, folder: Path, samples: Samples | None) -> dict[str, 
             "through": through_training_charts(results, folder),
             "training": training_charts(results, folder),
             "costs": [cost] if cost else [],
+            "tuning": tuning_charts(results),
         },
         "samples": _sample_data(results, samples),
     }
@@ -225,6 +231,22 @@ def _through_training(results: Results, folder: Path) -> str:
             words = f'<p class="note">{inline(agreement_summary(results))}</p>'
             parts.append(_details("Logged KL against exact KL", "\n".join([words, *agreement])))
     return _section("through-training", "Through training", *parts)
+
+
+def _tuning(results: Results) -> str:
+    table = tuned_table(results)
+    if table is None:
+        return ""
+    trials = "\n".join(table_html(one, heading=True) for one in trial_tables(results))
+    return _section(
+        "tuning",
+        "Tuning",
+        f"<p>{inline(tuning_text(results))}</p>",
+        table_html(table),
+        _charts("tuning", tuning_charts(results)),
+        table_html(sensitivity_table(results), heading=True),
+        _details("All trials", trials),
+    )
 
 
 def _details(title: str, content: str) -> str:

@@ -12,8 +12,9 @@ from prefarena.report.findings import compared, data_lines, findings, limits
 from prefarena.report.leakage import leakage, leakage_tables
 from prefarena.report.measures import coverage_table, divergence_table
 from prefarena.report.overoptimisation import law_table
-from prefarena.report.plots import FRONTIER_NOTE, drift_figure, reward_kl_figure
+from prefarena.report.plots import FRONTIER_NOTE, drift_figure, expected_best_figure, reward_kl_figure
 from prefarena.report.results import EntryResult, Results
+from prefarena.report.sensitivity import sensitivity_table
 from prefarena.report.style import write_figure
 from prefarena.report.tables import Table, cost_table, main_table, win_table
 from prefarena.report.trajectories import (
@@ -28,6 +29,8 @@ from prefarena.report.trajectories import (
     trajectory_figure,
     trajectory_table,
 )
+from prefarena.report.tuning import expected_best_text, tuning_text
+from prefarena.report.tuning_tables import tuned_table
 
 _WIDEST_WIN_MATRIX = 12
 
@@ -50,6 +53,7 @@ def write_report(results: Results, folder: str | Path) -> Path:
         *_through_training(results, target),
         _section("Laws of over-optimisation", law_table(results)),
         _wins(results),
+        *_tuning(results, target),
         *_curves(results, target),
         _section("Costs", cost_table(results)),
         _listing("Data", data_lines(results)),
@@ -152,6 +156,18 @@ def _wins(results: Results) -> str:
             f"## Win rates\n\nThe {len(table.rows)} × {len(table.rows)} matrix is in results.json, key `win_matrix`.\n"
         )
     return _section("Win rates", table)
+
+
+def _tuning(results: Results, folder: Path) -> list[str]:
+    table, figure = tuned_table(results), expected_best_figure(results)
+    if table is None or figure is None:
+        return []
+    told = f"{tuning_text(results)}\n\n{table.markdown()}"
+    trials = "All trials are in the section Tuning of report.html, and in results.json, key `tuning`."
+    sections = [f"## Tuning\n\n{told}\n{trials}\n"]
+    text = f"Left: {expected_best_text(results)} Right: what happened. Dots are trials, lines the best so far."
+    sections.append(_figure("Expected best of k trials", text, folder, figure, "expected_best"))
+    return [*sections, _section("How much each setting mattered", sensitivity_table(results))]
 
 
 def _curves(results: Results, folder: Path) -> list[str]:

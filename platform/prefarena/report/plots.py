@@ -9,6 +9,7 @@ from matplotlib.figure import Figure
 from prefarena.report.labels import Label, place_labels
 from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, kl_key, with_gains
 from prefarena.report.style import BLACK, GREY, Look, house_style, looks
+from prefarena.report.tuning import tuned_curves
 
 #: Of text, behind other sentences.
 FRONTIER_NOTE = (
@@ -64,6 +65,31 @@ def grid_figure(results: Results, x: str, y: str, title: str, x_label: str, y_la
         axes = figure.subplots()
         _titles(axes, title, x_label, y_label)
         _lines(axes, with_gains(results), x, y, [])
+    return figure
+
+
+def expected_best_figure(results: Results) -> Figure | None:
+    """Left the expected best of k trials with its bands, right the trials in order and the best so far.
+
+    None where nothing was tuned.
+    """
+    curves = tuned_curves(results)
+    if not curves:
+        return None
+    with house_style():
+        figure = Figure(figsize=(11.5, 4.9), layout="constrained")
+        left, right = figure.subplots(1, 2, sharey=True)
+        _titles(left, "Expected best of k trials", "trials k", "value of a trial")
+        _titles(right, "Trials and the best so far, as it happened", "trials made", "")
+        styles = looks([entry.name for entry in results.entries], [entry.kind for entry in results.entries])
+        for curve in curves:
+            name, k = curve.entry.name, np.arange(1, len(curve.trials) + 1)
+            colour, marker = styles[name]
+            left.fill_between(k, *curve.expected.interval.T, color=colour, alpha=0.15, linewidth=0)
+            left.plot(k, curve.expected.mean, color=colour, marker=marker, markersize=4, label=name)
+            right.plot(k, curve.counted, color=colour, marker=marker, markersize=4, linestyle="", alpha=0.6)
+            right.step(k, curve.so_far, color=colour, where="post")
+        left.legend(frameon=False, loc="lower right", title="policy")
     return figure
 
 

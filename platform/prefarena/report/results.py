@@ -10,9 +10,11 @@ import math
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, Field, ValidationError
 
 from prefarena.errors import UserError
+from prefarena.report.part import Part
+from prefarena.report.tuning_results import TuningResults
 from prefarena.stages import write_json
 
 
@@ -29,12 +31,6 @@ EvalRow = Annotated[dict[str, float], AfterValidator(_without_nan)]
 Matrix = Annotated[list[list[float | None]], AfterValidator(_nan_to_none)]
 
 
-class Part(BaseModel):
-    """A part of the results: unknown keys are kept out, so that a misspelt one is found."""
-
-    model_config = ConfigDict(extra="forbid")
-
-
 class EntryResult(Part):
     """One entry of the comparison: `seeds` maps the seed, as text, to what its policy measured.
 
@@ -43,9 +39,9 @@ class EntryResult(Part):
 
     name: str
     kind: str
-    settings: dict[str, Any] = {}
-    seeds: dict[str, EvalRow] = {}
-    failures: dict[str, str] = {}
+    settings: dict[str, Any] = Field({})
+    seeds: dict[str, EvalRow] = Field({})
+    failures: dict[str, str] = Field({})
 
     @property
     def shown_name(self) -> str:
@@ -115,12 +111,12 @@ class Results(Part):
 
     name: str
     task: dict[str, Any]
-    config: dict[str, Any] = {}
-    versions: dict[str, str] = {}
+    config: dict[str, Any] = Field({})
+    versions: dict[str, str] = Field({})
     seeds: list[int]
-    notes: list[str] = []
+    notes: list[str] = Field([])
     exact: bool
-    data: dict[str, Any] = {}
+    data: dict[str, Any] = Field({})
     entries: list[EntryResult]
     frontier: dict[str, dict[str, list[tuple[float, float]]]] | None = Field(
         None, description="seed -> group of prompts -> [KL, best reward] points."
@@ -139,7 +135,8 @@ class Results(Part):
     kl_agreement: dict[str, dict[str, list[EvalRow]]] = Field(
         {}, description="entry -> seed -> logged KL estimates beside the exact KL of the policy that was sampled."
     )
-    costs: list[Cost] = []
+    costs: list[Cost] = Field([])
+    tuning: TuningResults | None = Field(None, description="how the entries' settings were found; none: by hand.")
 
     def entry(self, name: str) -> EntryResult:
         """The entry of this name. Raises KeyError."""

@@ -7,12 +7,12 @@ sequence, and times are in seconds.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, ValidationError
 
 from prefarena.errors import UserError
-from prefarena.report.results import Part
+from prefarena.report.part import Part
 from prefarena.stages import write_json
 
 FILE = "tuning.json"
@@ -40,7 +40,11 @@ class TrialResult(Part):
 
 
 class TunedEntry(Part):
-    """An entry's budget and what won. best: the number of the trial whose settings are used; None where all failed."""
+    """An entry's budget and what won. best: the number of the trial whose settings are used; None where all failed.
+
+    method: all settings of the winner's method, by which the report sees whether an entry is still what was chosen;
+    where it is empty, the tuned settings alone tell.
+    """
 
     name: str
     kind: str
@@ -49,6 +53,7 @@ class TunedEntry(Part):
     device_seconds: float
     best: int | None
     settings: dict[str, Value] = Field({})
+    method: dict[str, Any] = Field({})
 
 
 class TuningResults(Part):
@@ -67,10 +72,16 @@ class TuningResults(Part):
     batch_size: int
     trials: list[TrialResult]
     entries: list[TunedEntry]
+    sampler: Literal["tpe", "random"] | None = Field(None, description="how trials were proposed; none: not told.")
+    device_seconds: float | None = Field(None, description="limit of what an entry's trials may take; none: no such.")
 
     def of(self, entry: str) -> list[TrialResult]:
         """The trials of this entry, in order."""
         return [trial for trial in self.trials if trial.entry == entry]
+
+    def entry(self, name: str) -> TunedEntry | None:
+        """What was found for the entry of this name; None: it was not tuned."""
+        return next((entry for entry in self.entries if entry.name == name), None)
 
 
 def save_tuning(results: TuningResults, folder: Path) -> Path:
@@ -86,9 +97,18 @@ def load_tuning(path: str | Path) -> TuningResults:
         text = Path(path).read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); `prefarena tune` writes it") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not what `prefarena tune` writes (it is not UTF-8)") from error
+    return parse_tuning(text, str(path))
+
+
+def parse_tuning(text: str | bytes, source: str) -> TuningResults:
+    """The results in the text of a `tuning.json` that lies at `source`. Raises UserError where it is something else."""
     try:
         return TuningResults.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
-        raise UserError(f"{path}: not what `prefarena tune` writes ({where}: {first['msg']})") from error
+        raise UserError(
+            f"{source}: not what `prefarena tune` writes ({f'{where}: ' if where else ''}{first['msg']})"
+        ) from error

@@ -60,6 +60,12 @@ function traceOf(line) {
       return { ...trace, mode: "markers", opacity: 0.5, marker: { color: colour, size: 6 } };
     case "mean line": // with a mark at its end, which is all that there is of a short one
       return { ...trace, mode: "lines+markers", marker: { ...trace.marker, size: line.x.map((_, place) => (place === line.x.length - 1 ? sizeOf(line.key, 10) : 0)) } };
+    case "expected":
+      return { ...trace, mode: "lines+markers", marker: { ...trace.marker, size: sizeOf(line.key, 6) } };
+    case "band": // drawn once around, under its line
+      return { ...trace, mode: "none", fill: "toself", fillcolor: colour, opacity: 0.16, hoverinfo: "skip", hovertemplate: undefined };
+    case "so far":
+      return { ...trace, mode: "lines", line: { color: colour, width: 1.8, shape: "hv" } };
     case "frontier":
       return { ...trace, mode: "lines", line: { color: cssValue("--soft"), width: 1.6 },
         hovertemplate: `${plain(line.name)}<br>%{y:.3f} at KL %{x:.3f}<extra></extra>` };

@@ -2,7 +2,7 @@
 
 /** The number that a cell begins with, or null. */
 function numberIn(text) {
-  const found = /^\s*-?[\d,]*\.?\d+/.exec(text);
+  const found = /^\s*-?[\d,]*\.?\d+(?:e[-+]?\d+)?/.exec(text);
   return found ? Number(found[0].replaceAll(",", "")) : null;
 }
 

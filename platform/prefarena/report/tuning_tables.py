@@ -1,0 +1,113 @@
+"""Tables of tuning: every entry's budget and winner, and all trials."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from prefarena.report.results import EntryResult, Results
+from prefarena.report.tables import MISSING, Table, number, plus_minus
+from prefarena.report.tuning import (
+    TunedCurve,
+    best_trial,
+    changed_since,
+    over_seeds,
+    shown_settings,
+    shown_value,
+    tuned_curves,
+)
+from prefarena.report.tuning_results import TrialResult, TuningResults
+
+
+def tuned_table(results: Results) -> Table | None:
+    """A row for each entry of the comparison; None where none of them was tuned."""
+    tuning, curves = results.tuning, {curve.entry.name: curve for curve in tuned_curves(results)}
+    if tuning is None or not curves:
+        return None
+    most = max(len(curve.trials) for curve in curves.values())
+    sizes = sorted({1, min(4, most), max(1, most // 2)})
+    rows = tuple(_tuned_row(tuning, entry, curves.get(entry.name), sizes) for entry in results.trained())
+    header = (
+        "policy",
+        "settings chosen",
+        "trials",
+        "complete",
+        "stopped",
+        "failed",
+        "device, s",
+        "value",
+        "reward",
+        "KL",
+        *(f"best of {size}" for size in sizes),
+    )
+    caption = (
+        f"Value: what the chosen trial is ranked by; reward (above the reference's) and KL: its own, {_over(tuning)}. "
+        "It is the best of many noisy values, so expect less of the same settings on fresh seeds. Best of k: what the "
+        "best of k of these trials counts, on average over all choices of k, with a 95 % interval of trials drawn "
+        "again; the best of all is the value. Stopped: trained with the first selection seed alone, being among the "
+        "worse there."
+    )
+    return Table(f"{results.name}: tuning", header, rows, caption, 2)
+
+
+def _over(tuning: TuningResults) -> str:
+    num_seeds = len(tuning.selection_seeds)
+    return "of one seed" if num_seeds == 1 else f"± one standard error over {num_seeds} selection seeds"
+
+
+def _tuned_row(
+    tuning: TuningResults, entry: EntryResult, curve: TunedCurve | None, sizes: list[int]
+) -> tuple[str, ...]:
+    tuned, winner = tuning.entry(entry.name), best_trial(tuning, entry.name)
+    if tuned is None or curve is None:
+        return (entry.name, "not tuned", "0", *[MISSING] * (7 + len(sizes)))
+    chosen = shown_settings(tuned.settings) if winner else "none: all trials failed"
+    if winner and changed_since(tuned, entry):
+        chosen += " (not what the entry ran with)"
+    states = [trial.state for trial in curve.trials]
+    return (
+        entry.name,
+        chosen,
+        str(tuned.num_trials),
+        *(str(states.count(state)) for state in ("complete", "stopped", "failed")),
+        number(tuned.device_seconds, 1),
+        *_measured(winner),
+        *(_expected(curve, size) for size in sizes),
+    )
+
+
+def _expected(curve: TunedCurve, size: int) -> str:
+    if size > len(curve.trials):
+        return MISSING
+    low, high = curve.expected.interval[size - 1]
+    text = number(float(curve.expected.mean[size - 1]), 3)
+    return text if np.isnan(low) else f"{text} [{number(float(low), 3)}, {number(float(high), 3)}]"
+
+
+def _measured(trial: TrialResult | None) -> tuple[str, str, str]:
+    """Value, reward and KL."""
+    if trial is None:
+        return MISSING, MISSING, MISSING
+    return number(trial.value, 3), plus_minus(over_seeds(trial.rewards), 3), plus_minus(over_seeds(trial.kls), 3)
+
+
+def trial_tables(results: Results) -> list[Table]:
+    """All trials of each entry that was tuned, in order, a column for each setting; the chosen one is strong."""
+    return [_trial_table(results.tuning, curve) for curve in tuned_curves(results) if results.tuning]
+
+
+def _trial_table(tuning: TuningResults, curve: TunedCurve) -> Table:
+    names = list(dict.fromkeys(name for trial in curve.trials for name in trial.settings))
+    rows = tuple(
+        (
+            str(trial.number),
+            f"failed: {trial.reason}" if trial.state == "failed" and trial.reason else trial.state,
+            *(shown_value(trial.settings[name], 4) if name in trial.settings else MISSING for name in names),
+            *_measured(trial),
+            number(trial.device_seconds, 1),
+        )
+        for trial in curve.trials
+    )
+    winner = best_trial(tuning, curve.entry.name)
+    strong = frozenset(place for place, trial in enumerate(curve.trials) if trial is winner)
+    header = ("trial", "state", *names, "value", "reward", "KL", "device, s")
+    return Table(f"Trials of {curve.entry.name}", header, rows, "", 2, strong)
