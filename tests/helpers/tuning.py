@@ -81,8 +81,8 @@ def _trial(name: str, number: int, is_first: bool, generator: np.random.Generato
         _STRENGTHS.get(name, "beta"): float(10 ** generator.uniform(-2, 0)),
     }
     if 10**exponent > 6e-3:
-        failed = trial(name, number, None, **settings)
-        return failed.model_copy(update={"reason": "its loss was no number", "device_seconds": seconds / 3})
+        failed = {"settings": settings, "reason": "its loss was no number", "device_seconds": seconds / 3}
+        return trial(name, number, None).model_copy(update=failed)
     off = exponent - math.log10(best_rate)
     reward, kl = top - cost * off**2 + generator.normal(0, 0.1), 3.0 + 2.5 * off + generator.normal(0, 0.3)
     rewards = {seed: float(reward + generator.normal(0, 0.08)) for seed in SEEDS}
