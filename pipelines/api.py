@@ -46,15 +46,55 @@ def resolve(config: Config | None, overrides: Sequence[str] = ()) -> Comparison:
     return load_config(config, list(overrides))
 
 
+def tune(
+    config: Config | None = None,
+    overrides: Sequence[str] = (),
+    *,
+    retry_failed: bool = False,
+    quiet: bool = False,
+) -> ComparisonResult:
+    """Give every entry the same budget of trials (`tuning`), then compare the winners on the comparison's own seeds.
+
+    Arguments, errors and Ray are as of `compare`; the result's report has a section on the tuning.
+    """
+    folder = run_tuning(resolve(config, overrides), retry_failed=retry_failed, quiet=quiet)
+    return load_results(folder)
+
+
+def run_tuning(
+    config: Comparison, *, retry_failed: bool = False, only_trials: bool = False, quiet: bool = False
+) -> Path:
+    """Tune a comparison, and unless `only_trials` compare the winners, and print how it goes.
+
+    Returns the folder of the winners' comparison; with `only_trials` that of tuning.json and tuned.yaml.
+    """
+    _quieten()
+    from pipelines.compare import compare as run_stages
+    from pipelines.tune import TUNED
+    from pipelines.tune import tune as run_trials
+
+    console = new_console(quiet)
+    console.print("looking at the settings, the data and the models …")
+    folder = run_trials(config, console, retry_failed=retry_failed)
+    if only_trials:
+        return folder
+    return run_stages(load_config(folder / TUNED), console, retry_failed=retry_failed)
+
+
 def run(config: Comparison, last: str, *, retry_failed: bool = False, quiet: bool = False) -> Path:
     """Run a comparison up to and including the step `last`, and print how it goes. Returns the run folder."""
-    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    listen_on_loopback()  # before anything imports Ray
-    from transformers.utils import logging as transformers_logging
-
+    _quieten()
     from pipelines.compare import compare as run_stages
 
-    transformers_logging.disable_progress_bar()
     console = new_console(quiet)
     console.print("looking at the settings, the data and the models …")
     return run_stages(config, console, last, retry_failed=retry_failed)
+
+
+def _quieten() -> None:
+    """What libraries would print beside our own progress, and what has to be settled before anything imports Ray."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    listen_on_loopback()
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()

@@ -52,6 +52,7 @@ def build_parser() -> argparse.ArgumentParser:
         )
         _add_config(command)
         _add_retry(command)
+    _add_tune(commands)
     _add_init(commands)
     doctor = commands.add_parser("doctor", help="what is here, what a comparison needs, and what of it will not fit")
     doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="none: only what is here")
@@ -64,6 +65,16 @@ def build_parser() -> argparse.ArgumentParser:
     _add_cluster_commands(commands)
     _add_reading_commands(commands)
     return parser
+
+
+def _add_tune(commands: Any) -> None:
+    """`tune`, which searches settings and then compares what won."""
+    text = "give every entry the same budget of trials, then compare the winners"
+    tune = commands.add_parser("tune", help=text, description=text + " (docs/tuning.md).")
+    _add_config(tune)
+    _add_retry(tune)
+    only = "write tuning.json and tuned.yaml, and leave the comparison of the winners to `prefarena compare`"
+    tune.add_argument("--only-trials", action="store_true", help=only)
 
 
 def _add_init(commands: Any) -> None:
@@ -174,6 +185,8 @@ def main(argv: list[str] | None = None) -> int:
             from pipelines.init import init
 
             return init(arguments)
+        if arguments.command == "tune":
+            return _tune(arguments)
         if arguments.command == "estimate":
             return _estimate(arguments)
         if arguments.command == "doctor":
@@ -195,6 +208,14 @@ def _run(command: str, path: str | None, overrides: list[str], retry_failed: boo
     from pipelines.api import resolve, run
 
     run(resolve(path, overrides), "report" if command == "compare" else command, retry_failed=retry_failed)
+    return 0
+
+
+def _tune(arguments: argparse.Namespace) -> int:
+    from pipelines.api import resolve, run_tuning
+
+    config = resolve(arguments.config, arguments.set)
+    run_tuning(config, retry_failed=arguments.retry_failed, only_trials=arguments.only_trials)
     return 0
 
 

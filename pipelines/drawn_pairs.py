@@ -57,16 +57,17 @@ def make_drawn_pairs(config: Comparison, plans: list[SeedPlan], console: Console
     settle(console, drawn, partial(_draw, config, console))
     said: set[Path] = set()
     for plan in plans:
-        if not isinstance(plan.task, TextTask) or plan.pairs == plan.data:
+        stage = plan.undivided or plan.pairs
+        if not isinstance(plan.task, TextTask) or stage == plan.data:
             continue
         make, waiting_for = partial(_keep_covered, plan, plan.task), "pairs of the covered prompts"
         if plan.task.pairs is not None:
             make = partial(_label, config, plan, plan.task, plan.task.pairs)
             waiting_for = "processes of the judge to start, and to order the responses"
-        run_once(console, plan.pairs, make, waiting_for)
-        if plan.pairs.folder not in said:
-            said.add(plan.pairs.folder)
-            for note in plan.pairs.manifest()["data"]["notes"]:
+        run_once(console, stage, make, waiting_for)
+        if stage.folder not in said:
+            said.add(stage.folder)
+            for note in stage.manifest()["data"]["notes"]:
                 console.print(f"pairs: {escape(note)}")
 
 
@@ -124,7 +125,7 @@ def _label(config: Comparison, plan: SeedPlan, task: TextTask, pairs: DrawnPairs
     started = time.perf_counter()
     samples, all_prompts = read_rows(plan.drawn.folder / _SAMPLES), read_rows(plan.data.folder / "prompts")
     prompts = answered(samples, all_prompts, task.covered_share, pairs)
-    kept = root_of(config.output, config.resources.cache_dir) / "rollouts" / plan.pairs.key
+    kept = root_of(config.output, config.resources.cache_dir) / "rollouts" / (plan.undivided or plan.pairs).key
     contests, costs = _judge_all(config, plan, pairs, prompts, kept)
     tables, counts = make_pairs(prompts, contests, pairs)
     for split, table in tables.items():

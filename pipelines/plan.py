@@ -6,7 +6,8 @@
                                         └▶ responses ─▶ training of a method on single responses
 
 For text tasks `pairs` is `data`, unless they are drawn from a policy (`task.pairs`) or not all prompts have some
-(`task.covered_share`); for the enumerable language pairs are drawn from the reference policy.
+(`task.covered_share`); `validation` is behind it where prompts are set aside to tune on. For the enumerable language
+pairs are drawn from the reference policy.
 """
 
 from __future__ import annotations
@@ -101,11 +102,19 @@ class SeedPlan:
     trained: tuple[Trained, ...]
     behaviour: Stage | None = None  # another model than the reference that drawn pairs come from
     drawn: Stage | None = None  # responses of which pairs are made
+    undivided: Stage | None = None  # pairs before training prompts were set aside to tune on
 
     @property
     def tables(self) -> Path:
         """Where prompts and demonstrations are: with the pairs of text, and with the data of the language."""
         return (self.data if isinstance(self.task, LanguageTask) else self.pairs).folder
+
+    @property
+    def singles(self) -> Path | None:
+        """Where single responses are, if the task has rows of such; none: they are pairs, taken apart."""
+        if not isinstance(self.task, TextTask) or self.task.unpaired_data is None:
+            return None
+        return (self.pairs if self.undivided else self.data).folder / "responses"
 
     @property
     def logps(self) -> Stage:
@@ -114,7 +123,8 @@ class SeedPlan:
 
     def shared(self) -> list[Stage]:
         """Stages before any entry's own, in order, without repeats."""
-        stages: list[Stage | None] = [self.data, self.base, self.reference, self.behaviour, self.drawn, self.pairs]
+        stages: list[Stage | None] = [self.data, self.base, self.reference, self.behaviour, self.drawn]
+        stages += [self.undivided, self.pairs]
         stages += [*self.scored.values(), *self.shared_lengths.values(), *self.responses.values()]
         stages += [self.samples, self.judge]
         return list(dict.fromkeys(stage for stage in stages if stage))
@@ -156,6 +166,10 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     drawn: Stage | None = None
     if isinstance(task, TextTask):
         behaviour, drawn, pairs = _pair_stages(config, task, root, data, reference, judge)
+    undivided: Stage | None = None
+    if isinstance(task, TextTask) and task.validation_share is not None:
+        undivided = pairs
+        pairs = Stage.at(root, "validation", task.kind, [pairs.key, task.validation_share, task.split_seed])
     trained_on, scored = dict[Arithmetic, str](), dict[Arithmetic, Stage]()
     for arithmetic in _arithmetics(config, lambda method: not isinstance(method, Unpaired)) or ["float32"]:
         inputs = [pairs.key, reference.key, *named(arithmetic)]
@@ -204,6 +218,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
         trained,
         behaviour,
         drawn,
+        undivided,
     )
 
 
@@ -355,7 +370,7 @@ def _data_inputs(config: Comparison, task: LanguageTask | TextTask) -> dict[str,
         elif name and (version := version_of(name)):
             files.append([name, version])
     # Other data keep the address that they had; how pairs are made of the prompts is in those of the pairs' own stages.
-    later = {"pairs", "covered_share", *(["unpaired_data"] if task.unpaired_data is None else [])}
+    later = {"pairs", "covered_share", "validation_share", *(["unpaired_data"] if task.unpaired_data is None else [])}
     return {**task.model_dump(mode="json", exclude=later), "files": files, "learns_judge": learns_judge(config)}
 
 

@@ -22,6 +22,7 @@ from pipelines.reference_samples import draw_reference_samples
 from pipelines.responses import add_responses
 from pipelines.runner import require, run, run_once
 from pipelines.shared_lengths import add_shared_logps
+from pipelines.validation import RESPONSES, set_aside
 from prefarena.cluster.waiting import Failed, get_within, outcomes_within
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, ScratchModel, TextTask
 from prefarena.data.first_rows import prompts_alone
@@ -63,6 +64,9 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
                 run_once(console, plan.behaviour, write_other, "a process that makes the model ready")
     make_drawn_pairs(config, plans, console)
     for plan in plans:
+        if isinstance(plan.task, TextTask) and plan.undivided is not None:
+            divide = partial(_set_aside, plan, plan.task)
+            run_once(console, plan.pairs, divide, "prompts to be set aside to tune on")
         if isinstance(plan.task, LanguageTask):
             drawn = "pairs to be drawn from the reference policy and labelled"
             run_once(console, plan.pairs, partial(_write_pairs, config, plan.task, plan), drawn)
@@ -168,6 +172,13 @@ def _write_pairs(config: Comparison, task: LanguageTask, plan: SeedPlan, folder:
     get_within(running, config.resources.task_timeout_s, "pairs to be drawn from the reference policy and labelled")
 
 
+def _set_aside(plan: SeedPlan, task: TextTask, folder: Path) -> None:
+    if plan.undivided is None:
+        raise TypeError("nothing is set aside of this task")
+    singles = plan.data.folder / RESPONSES if task.unpaired_data is not None else None
+    set_aside(task, plan.undivided.folder, singles, folder)
+
+
 def _write_logps(config: Comparison, plan: SeedPlan, arithmetic: Arithmetic, folder: Path) -> None:
     add_reference_logps(
         plan.pairs.folder,
@@ -185,10 +196,8 @@ def _write_shared_logps(config: Comparison, plan: SeedPlan, arithmetic: Arithmet
 
 
 def _write_responses(config: Comparison, plan: SeedPlan, arithmetic: Arithmetic, folder: Path) -> None:
-    unpaired = isinstance(plan.task, TextTask) and plan.task.unpaired_data is not None
-    singles = plan.data.folder / "responses" if unpaired else None
     reference = model_of(plan.reference)
-    add_responses(plan.pairs.folder, singles, reference, folder, arithmetic=arithmetic, **_scoring(config, plan))
+    add_responses(plan.pairs.folder, plan.singles, reference, folder, arithmetic=arithmetic, **_scoring(config, plan))
 
 
 def _scoring(config: Comparison, plan: SeedPlan) -> dict[str, Any]:

@@ -27,6 +27,7 @@ ALLOWED: dict[str, set[str]] = {
     "trackers": set(),
     "report": {"tasks", "data", "modeling", "objectives"},
     "cluster": {"training", "judges", "tasks", "data", "modeling", "objectives"},
+    "tuning": set(),
     "estimate": {"cluster", "training", "evaluation", "judges", "tasks", "data", "modeling", "objectives"},
 }
 #: What `config` is made of, and may therefore not import it.

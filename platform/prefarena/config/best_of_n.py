@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field
 
 from prefarena.settings.judges import JudgeSettings, RewardModel
+from prefarena.settings.search import Space, around
 from prefarena.settings.section import Section
 
 
@@ -16,3 +17,7 @@ class BestOfN(Section):
     kind: Literal["best_of_n"] = "best_of_n"
     reward: JudgeSettings = RewardModel()
     n: int = Field(4, ge=1)
+
+    def search_space(self) -> Space:
+        """What `prefarena tune` searches unless it is told otherwise: how many samples the best is of."""
+        return {"n": around(self.n, 4, integer=True)}

@@ -13,6 +13,7 @@ from prefarena.config.devices import Arithmetic, Generation, Resources, check_de
 from prefarena.config.models import Model, ScratchModel
 from prefarena.config.tasks import LanguageTask, Task, TextTask
 from prefarena.config.tracking import Tracking
+from prefarena.config.tuning import Tuning
 from prefarena.methods import on_policy
 from prefarena.settings.judges import EvaluationJudge, PairwiseJudge, RewardModel
 from prefarena.settings.off_policy import OffPolicy
@@ -126,6 +127,7 @@ class Comparison(Section):
         description="The tuning.json (a path or a URL) by which `prefarena tune` chose the entries' settings, of which "
         "the report then tells; none: it does not say how they were chosen.",
     )
+    tuning: Tuning = Field(Tuning(), description="How `prefarena tune` searches the entries' settings.")
 
     @property
     def scored_in(self) -> Arithmetic:

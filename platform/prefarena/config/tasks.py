@@ -92,6 +92,13 @@ class TextTask(Section):
         "without answers. None: the pairs are those of `data`.",
     )
     covered_share: float = Field(1.0, gt=0, le=1, description="Share of the training prompts that have pairs.")
+    validation_share: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the training prompts that policies are measured on in place of the test prompts, and "
+        "that nothing but the reference trains on; `prefarena tune` sets it for its trials.",
+    )
 
     @property
     def test_source(self) -> tuple[str, str] | None:

@@ -24,6 +24,7 @@ class AOT(Ranked):
         r"-\log\sigma(\beta(u_{(k)}-v_{(k)})),\;u=\ell_w-\ell_l,\;v=\ell^\text{ref}_w-\ell^\text{ref}_l"
         r"\text{ or }u=\rho_w,\;v=\rho_l"
     )
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["aot"] = "aot"
     beta: float = Field(0.1, gt=0)
     form: Literal["paired", "unpaired"] = Field(

@@ -20,6 +20,7 @@ class APODown(OrderedLoss):
     """
 
     formula: ClassVar[str] = r"\sigma(r_w)-\sigma(r_w-r_l)"
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["apo_down"] = "apo_down"
     beta: float = Field(0.1, gt=0)
 

@@ -20,6 +20,7 @@ class APOZero(OrderedLoss):
     """
 
     formula: ClassVar[str] = r"-\sigma(r_w)+\sigma(r_l)"
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["apo_zero"] = "apo_zero"
     beta: float = Field(0.1, gt=0)
 

@@ -23,6 +23,7 @@ class BCO(Unpaired):
     formula: ClassVar[str] = (
         r"-\log\sigma(r-\delta),\;-\log\sigma(\delta-r),\;\delta=\tfrac12(\mathrm{mean}_D\,r+\mathrm{mean}_U\,r)"
     )
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["bco"] = "bco"
     beta: float = Field(0.1, gt=0)
 

@@ -20,6 +20,7 @@ class CPO(OrderedLoss):
     """
 
     formula: ClassVar[str] = r"-\log\sigma(h)-\lambda\ell_w,\;h=\beta(\ell_w-\ell_l)"
+    searched: ClassVar[tuple[str, ...]] = ("beta", "likelihood_weight")
     kind: Literal["cpo"] = "cpo"
     beta: float = Field(0.1, gt=0)
     likelihood_weight: float = Field(1.0, ge=0, description="Of -log pi(y_w), nats per sequence; 1 in the paper.")

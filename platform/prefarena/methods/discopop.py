@@ -22,6 +22,7 @@ class DiscoPOP(OrderedLoss):
     """
 
     formula: ClassVar[str] = r"-(1-\mu)\log\sigma(h)+\mu e^{-h},\;\mu=\sigma(h/\tau)"
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["discopop"] = "discopop"
     beta: float = Field(0.1, gt=0)
     temperature: float = Field(0.05, gt=0, lt=1, description="tau in the paper.")

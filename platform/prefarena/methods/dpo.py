@@ -20,6 +20,7 @@ class DPO(Pairwise):
     """
 
     formula: ClassVar[str] = r"-(1-\varepsilon)\log\sigma(h)-\varepsilon\log\sigma(-h)"
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["dpo"] = "dpo"
     beta: float = Field(0.1, gt=0)
     label_smoothing: float = Field(0.0, ge=0, lt=0.5)

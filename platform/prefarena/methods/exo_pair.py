@@ -21,6 +21,7 @@ class EXOPair(OrderedLoss):
     """
 
     formula: ClassVar[str] = r"q\log\frac q{1-\varepsilon}+(1-q)\log\frac{1-q}\varepsilon,\;q=\sigma(h)"
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["exo_pair"] = "exo_pair"
     beta: float = Field(0.1, gt=0)
     label_smoothing: float = Field(1e-3, gt=0, lt=0.5)

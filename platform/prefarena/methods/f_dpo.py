@@ -28,6 +28,7 @@ class FDPO(OrderedLoss):
         r"-\log\sigma(h),\;h=\beta(f'(e^{\rho_w})-f'(e^{\rho_l})),\;f'(u)=\log u,\;-\tfrac1u,\;\log\tfrac u{1+u},\;"
         r"-\tfrac{u^{-\alpha}}\alpha"
     )
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["f_dpo"] = "f_dpo"
     divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "jensen_shannon"
     beta: float = Field(0.1, gt=0)

@@ -21,6 +21,7 @@ class Hinge(OrderedLoss):
     """
 
     formula: ClassVar[str] = r"\max(0,\,m-h),\;h=\beta(s_w-s_l),\;m=\text{margin}"
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["hinge"] = "hinge"
     beta: float = Field(0.1, gt=0)
     margin: float = Field(1.0, gt=0, description="The h from which on a pair costs nothing; delta in SLiC.")

@@ -20,6 +20,7 @@ class IPO(Pairwise):
     """
 
     formula: ClassVar[str] = r"(h-\tfrac1{2\tau})^2,\;h=\rho_w-\rho_l"
+    searched: ClassVar[tuple[str, ...]] = ("tau",)
     kind: Literal["ipo"] = "ipo"
     tau: float = Field(0.1, gt=0)
     length_normalise: bool = Field(False, description="True averages log-ratios over tokens, as TRL does.")

@@ -23,6 +23,7 @@ class KTO(Unpaired):
         r"\lambda_D\,\sigma(\beta(z_0-\rho)),\;\lambda_U\,\sigma(\beta(\rho-z_0)),\;z_0=\max(0,\mathrm{mean}\,\rho')"
     )
     baseline_of: ClassVar[Literal["responses", "mismatched responses"]] = "mismatched responses"
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["kto"] = "kto"
     beta: float = Field(0.1, gt=0)
     desirable_weight: float = Field(1.0, ge=0, description="lambda_D in the paper.")

@@ -23,6 +23,7 @@ class MPO(Pairwise):
     """
 
     formula: ClassVar[str] = r"-\sigma(h),\;h=\beta(s_w-s_l)"
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["mpo"] = "mpo"
     beta: float = Field(1.0, gt=0)
     reference: Literal["none", "precomputed"] = Field(

@@ -19,6 +19,7 @@ class NCAPair(OrderedLoss):
     """
 
     formula: ClassVar[str] = r"-\log\sigma(r_w)-\tfrac12\log\sigma(-r_w)-\tfrac12\log\sigma(-r_l)"
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["nca_pair"] = "nca_pair"
     beta: float = Field(0.1, gt=0)
 

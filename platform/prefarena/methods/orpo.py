@@ -21,6 +21,7 @@ class ORPO(OrderedLoss):
     """
 
     formula: ClassVar[str] = r"-\bar\ell_w-\lambda\log\sigma(h),\;h=o_w-o_l,\;o=\bar\ell-\log(1-e^{\bar\ell})"
+    searched: ClassVar[tuple[str, ...]] = ("odds_weight",)
     kind: Literal["orpo"] = "orpo"
     odds_weight: float = Field(0.1, ge=0, description="lambda in the paper.")
 

@@ -20,6 +20,7 @@ class RobustDPO(OrderedLoss):
     """
 
     formula: ClassVar[str] = r"-\frac{(1-\varepsilon)\log\sigma(h)-\varepsilon\log\sigma(-h)}{1-2\varepsilon}"
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["robust_dpo"] = "robust_dpo"
     beta: float = Field(0.1, gt=0)
     flip_rate: float = Field(0.1, ge=0, lt=0.5, description="Share of labels that are the wrong way round.")

@@ -19,6 +19,7 @@ class SimPO(OrderedLoss):
     """
 
     formula: ClassVar[str] = r"-\log\sigma(h-m),\;h=\beta(\bar\ell_w-\bar\ell_l),\;m=\text{margin}"
+    searched: ClassVar[tuple[str, ...]] = ("beta", "margin")
     kind: Literal["simpo"] = "simpo"
     beta: float = Field(2.0, gt=0)
     margin: float = Field(1.0, ge=0, description="gamma in the paper.")

@@ -19,6 +19,7 @@ class SPPOHard(OrderedLoss):
     """
 
     formula: ClassVar[str] = r"(\rho_w-\tfrac1{2\beta})^2+(\rho_l+\tfrac1{2\beta})^2"
+    searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["sppo_hard"] = "sppo_hard"
     beta: float = Field(0.1, gt=0)
 

@@ -17,6 +17,7 @@ from prefarena.objectives.preference import (
     ratio_weights,
 )
 from prefarena.settings.optimisation import Optimisation
+from prefarena.settings.search import Space, around, proposed
 from prefarena.settings.section import Section
 
 LearnsFrom = Literal["labelled pairs", "ranks of labelled pairs", "chosen responses", "labelled responses"]
@@ -37,6 +38,9 @@ class OffPolicy(Section):
 
     #: Settings that are not in a stage's address while they have their defaults: it is older than they are.
     _added: ClassVar[frozenset[str]] = frozenset()
+
+    #: The strengths that `prefarena tune` searches: numbers, of which those above 0 are at work.
+    searched: ClassVar[tuple[str, ...]] = ()
 
     if TYPE_CHECKING:
 
@@ -66,6 +70,18 @@ class OffPolicy(Section):
         fields = type(self).model_fields
         as_ever = {name for name in self._added if getattr(self, name) == fields[name].default}
         return self.model_dump(mode="json", exclude=as_ever)
+
+    def search_space(self) -> Space:
+        """What `prefarena tune` searches unless it is told otherwise: a factor to either side of what is configured.
+
+        Strengths, which decide how far the policy goes, by ten; the learning rate by five; how long it trains by two.
+        """
+        strengths = proposed(self, dict.fromkeys([*self.searched, "demonstration_weight"]), 10)
+        training = self.training
+        lasts = {"training.num_epochs": around(training.num_epochs, 2)}
+        if training.num_steps is not None:
+            lasts = {"training.num_steps": around(training.num_steps, 2, integer=True)}
+        return {**strengths, "training.learning_rate": around(training.learning_rate, 5), **lasts}
 
     def check(self) -> None:
         """Raise UserError for what no single setting shows to be wrong, and that can be found without any work."""

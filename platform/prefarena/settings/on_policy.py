@@ -15,6 +15,7 @@ from prefarena.objectives.ppo import policy_loss
 from prefarena.objectives.rollouts import Advantages, Judged, Minibatch
 from prefarena.settings.judges import JudgeSettings, RewardModel
 from prefarena.settings.optimisation import LearnerSettings
+from prefarena.settings.search import OneOf, Space, proposed
 from prefarena.settings.section import Section
 
 
@@ -182,6 +183,9 @@ class OnPolicy(Section):
     #: The advantage of a token or response, in TeX, in the notation of docs/methods.md, for its table.
     formula: ClassVar[str] = ""
 
+    #: What `prefarena tune` searches beside what all have: numbers, of which those above 0 are at work.
+    searched: ClassVar[tuple[str, ...]] = ()
+
     if TYPE_CHECKING:
 
         @property
@@ -194,6 +198,16 @@ class OnPolicy(Section):
 
     reward: JudgeSettings = RewardModel()
     prompts: Literal["covered", "all"] = Field("covered", description="Prompts to sample on.")
+
+    def search_space(self) -> Space:
+        """What `prefarena tune` searches unless it is told otherwise: a factor to either side of what is configured.
+
+        The penalty, which decides how far the policy goes, by ten; learning rates by five; and the passes over each
+        rollout batch.
+        """
+        rates = proposed(self, ("training.learning_rate", *self.searched), 5)
+        passes = OneOf(values=tuple(sorted({1, 2, 4, self.training.num_epochs})))
+        return {**proposed(self, ("training.kl_coef",), 10), **rates, "training.num_epochs": passes}
 
     def address(self) -> dict[str, Any]:
         """What results depend on, for the address of stages."""

@@ -46,5 +46,6 @@ class RLHF(OnPolicy):
     """Proximal Policy Optimization with a critic (arXiv 1707.06347), on a reward model by default."""
 
     formula: ClassVar[str] = r"\text{GAE of }\;s\cdot[t=T]-c\,k_{1,t}\text{, whitened over the batch}"
+    searched: ClassVar[tuple[str, ...]] = ("training.critic_learning_rate",)
     kind: Literal["rlhf"] = "rlhf"
     training: PPOTraining = PPOTraining()

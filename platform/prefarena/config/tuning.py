@@ -1,0 +1,67 @@
+"""How `prefarena tune` searches: the same budget for every entry, on data that the report's numbers never see."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from prefarena.settings.search import Dimension
+from prefarena.settings.section import Section
+
+
+class Tuning(Section):
+    """The budget of every entry, what trials are ranked by and on, and what is searched. `compare` does not read it.
+
+    Every trial is a training stage like any other. Trials are proposed in batches; of a batch all are trained with the
+    first of the selection's seeds, and the better ones of each entry with the others.
+    """
+
+    num_trials: int = Field(24, ge=2, description="Trials of every entry.")
+    device_seconds: float | None = Field(
+        None, gt=0, description="An entry whose trials have taken as many gets no further batch; none: no such limit."
+    )
+    batch_size: int = Field(
+        8, ge=1, description="Trials of an entry that are proposed together, before the results of any are known."
+    )
+    sampler: Literal["tpe", "random"] = Field(
+        "tpe",
+        description="tpe: the first batch is random and later ones learn from it (Optuna's tree-structured Parzen "
+        "estimator); random: all are, so that the curves of expected best trials are of independent trials.",
+    )
+    seed: int = Field(0, description="Of what is proposed.")
+    seeds: tuple[int, ...] = Field(
+        (1000, 1001),
+        min_length=1,
+        description="Seeds of the selection. On the enumerable language each is another language, none of those of "
+        "the comparison; on text each is a seed of training.",
+    )
+    kept_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Share of each entry's trials in a batch that go on to the other seeds, the best by the first.",
+    )
+    kl_limit: float = Field(
+        5.0,
+        gt=0,
+        description="Trials are ranked by reward among those whose KL to the reference is at most this, in nats per "
+        "response; those beyond it come after all that beat the reference, the farthest last.",
+    )
+    validation_share: float = Field(
+        0.2,
+        gt=0,
+        lt=1,
+        description="Text tasks: share of the training prompts that trials do not train on, and are measured on.",
+    )
+    spaces: dict[str, dict[str, Dimension]] = Field(
+        {},
+        description="By an entry's name: what is searched in place of what its method proposes, by dotted names such "
+        "as training.learning_rate: {low, high, log, integer} or {values: [...]}.",
+    )
+
+    @model_validator(mode="after")
+    def _seeds_are_once(self) -> Tuning:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError("seeds holds a seed twice")
+        return self
