@@ -17,7 +17,16 @@ from pipelines.report import run_folder
 from pipelines.trials import Found, Proposal, selection, spaces_of
 from pipelines.tune import Tuned, _outcome, save_winners, tuning_folder
 from pipelines.validation import is_set_aside, set_aside
-from prefarena.config import BestOfN, Comparison, TextTask, load_config, parse_config
+from prefarena.config import (
+    BestOfN,
+    Comparison,
+    OffPolicyMethod,
+    OnPolicyMethod,
+    Section,
+    TextTask,
+    load_config,
+    parse_config,
+)
 from prefarena.config.changed import with_settings
 from prefarena.config.comparison import METHODS
 from prefarena.data.tables import read_rows, write_rows
@@ -98,8 +107,9 @@ def test_failed_and_stopped_trials_do_not_end_a_search() -> None:
 
 
 @pytest.mark.parametrize("kind", [k for k in METHODS if k.model_fields["kind"].default != "custom"], ids=str)
-def test_every_method_proposes_a_space_that_its_settings_take(kind: type) -> None:
+def test_every_method_proposes_a_space_that_its_settings_take(kind: type[Section]) -> None:
     method = kind()
+    assert isinstance(method, OffPolicyMethod | OnPolicyMethod | BestOfN)
     space = method.search_space()
     for name, dimension in space.items():
         for value in dimension.ends:
