@@ -24,7 +24,7 @@ __version__ = "0.1.0"
 __all__ = ["ComparisonResult", "UserError", "__version__", "compare", "load_results", "tune"]
 
 #: Where each name is. They are found when they are asked for, as they bring much with them. `compare` and `tune` belong
-#: to the pipelines, which are made of this package: this is the front door, through which no module of the package goes.
+#: to the pipelines, which are made of this package: the front door, through which no module of the package goes.
 _HOMES = {
     "compare": "pipelines.api",
     "tune": "pipelines.api",
