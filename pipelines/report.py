@@ -40,8 +40,8 @@ Found = TypeVar("Found")
 
 def run_folder(config: Comparison, plans: list[SeedPlan]) -> Path:
     """Where the comparison's report goes: named by its configuration, so that another one never overwrites it."""
-    # Where a run is shown, and how `tune` would search, make it no other run; by what its settings were chosen does, where
-    # that is told.
+    # Where a run is shown, and how `tune` would search, make it no other run. By what its settings were chosen does,
+    # where that is told.
     said = dump_config(config, without={"tracking", "tuning", *(() if config.tuned else ("tuned",))})
     key = Stage.at("", "run", config.name, [said, [plan.logps.key for plan in plans]]).key
     return root_of(config.output, config.resources.cache_dir) / f"{config.name}-{key[-12:-4]}"

@@ -83,6 +83,8 @@ def spaces_of(config: Comparison) -> dict[str, Space]:
         if name not in names:
             raise UserError(f"tuning.spaces.{name}: there is no such entry; there are {', '.join(names)}")
     _check_seeds(config)
+    if config.tuned is not None:
+        raise UserError(f"tuned: these settings were chosen by a tuning, {config.tuned}; to search anew, leave it out")
     spaces: dict[str, Space] = {}
     for entry in config.entries:
         given = config.tuning.spaces.get(entry.name)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -26,7 +27,7 @@ from prefarena.cluster.capacity import check_placement, cluster_nodes
 from prefarena.cluster.session import check_resources, ray_session
 from prefarena.config import Comparison, Entry, dump_config
 from prefarena.mirror import push, root_of, shown
-from prefarena.report.tuning_results import TrialResult, TunedEntry, TuningResults, save_tuning
+from prefarena.report.tuning_results import FILE, TrialResult, TunedEntry, TuningResults, save_tuning
 from prefarena.settings.search import Space, Value
 from prefarena.stages import Stage, forget_failure, write_text
 from prefarena.tuning.ranking import Measured, Outcome, best_of, going_on, mean_value
@@ -196,6 +197,7 @@ def results_of(config: Comparison, tuned: Sequence[Tuned]) -> TuningResults:
                 device_seconds=one.device_seconds,
                 best=best,
                 settings=dict(one.outcomes[best].settings) if best is not None else {},
+                method=_winner(one, best),
             )
         )
     return TuningResults(
@@ -207,9 +209,18 @@ def results_of(config: Comparison, tuned: Sequence[Tuned]) -> TuningResults:
         seed=tuning.seed,
         num_trials=tuning.num_trials,
         batch_size=tuning.batch_size,
+        sampler=tuning.sampler,
+        device_seconds=tuning.device_seconds,
         trials=trials,
         entries=entries,
     )
+
+
+def _winner(one: Tuned, best: int | None) -> dict[str, Any]:
+    """All settings of the method of the best trial; none where all failed."""
+    if best is None:
+        return {}
+    return Proposal(one.entry, best, one.outcomes[best].settings).as_entry().method.model_dump(mode="json")
 
 
 def _trial(entry: Entry, number: int, outcome: Outcome) -> TrialResult:
@@ -232,7 +243,8 @@ def save_winners(config: Comparison, tuned: Sequence[Tuned], folder: Path) -> Tu
     """
     results = results_of(config, tuned)
     save_tuning(results, folder)
-    write_text(folder / TUNED, dump_config(with_winners(config, results)))
+    winners = with_winners(config, results).model_copy(update={"tuned": shown(folder / FILE)})
+    write_text(folder / TUNED, dump_config(winners))
     return results
 
 
@@ -282,7 +294,7 @@ def _say_winners(results: TuningResults, folder: Path, console: Console) -> None
         counts = ", ".join(f"{states.count(state)} {state}" for state in ("complete", "stopped", "failed"))
         won = f"t{entry.best}: {_said(entry.settings)}" if entry.best is not None else "all trials failed"
         console.print(f"{entry.name} ({counts}; {entry.device_seconds:.0f} device-seconds): {won}", markup=False)
-    console.print(f"all trials: {shown(folder / 'tuning.json')}; the winners: {shown(folder / TUNED)}", markup=False)
+    console.print(f"all trials: {shown(folder / FILE)}; the winners: {shown(folder / TUNED)}", markup=False)
 
 
 def _said(settings: Mapping[str, Value]) -> str:

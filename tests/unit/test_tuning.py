@@ -313,3 +313,5 @@ def test_the_winners_settings_are_what_is_compared(tmp_path: Path) -> None:
     assert winners.entries[1] == config.entries[1]  # whose trials all failed
     assert [entry.best for entry in results.entries] == [1, None]
     assert winners.seeds == config.seeds
+    assert winners.tuned == str(tmp_path / "tuning.json")
+    assert results.entries[0].method == winners.entries[0].method.model_dump(mode="json")
