@@ -50,7 +50,7 @@ def tuning(trials: list[TrialResult]) -> TuningResults:
         )  # fmt: skip
         entries.append(entry)
     return TuningResults(
-        name="made-up", criterion="trials are ranked by reward at a KL of at most 5 nats", kl_limit=KL_LIMIT,
+        name="made-up", criterion="the reward at a KL of at most 5 nats", kl_limit=KL_LIMIT,
         selection="two other languages", selection_seeds=[1000, 1001], seed=0,
         num_trials=max(entry.num_trials for entry in entries), batch_size=8, trials=trials, entries=entries,
     )  # fmt: skip

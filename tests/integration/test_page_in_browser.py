@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from pages import HOSTILE, browser_path, scored_results, why_no_browser
+from tuning import plausible_tuning, with_tuning
 
 from prefarena.report import html
 from prefarena.report.html import write_page
@@ -221,3 +222,24 @@ def test_without_scripts_findings_and_tables_are_there(browser: Any, url: str) -
     page.goto(url)
     assert "highest judge score" in page.locator("#findings").inner_text()
     assert page.locator("#results tbody tr").count() == 4 and "need JavaScript" in page.locator("noscript").inner_text()
+
+
+def test_tuning_is_charted_with_bands_that_the_legend_hides_and_trials_that_sort(browser: Any, tmp_path: Path) -> None:
+    results = with_tuning(scored_results(tmp_path), plausible_tuning(8, ("dpo", "rlhf")))
+    opened = Opened(browser, write_page(results, tmp_path).as_uri())
+    page = opened.page
+    for plot in ("plot-expected-best", "plot-expected-best-cost", "plot-best-so-far"):
+        page.locator(f"#{plot}").scroll_into_view_if_needed()
+        page.wait_for_selector(f"#{plot} .main-svg")
+    assert opened.traces("plot-expected-best") == ["dpo, 95 %", "dpo", "rlhf, 95 %", "rlhf"]
+    assert page.locator("#plot-expected-best .scatterlayer .js-fill").count() == 2
+    page.locator("#legend").get_by_role("button", name="rlhf").click()
+    assert opened.traces("plot-expected-best") == ["dpo, 95 %", "dpo"]
+    assert opened.traces("plot-best-so-far") == ["dpo", "dpo, best so far"]
+    page.locator("#tuning summary").click()
+    trials = page.locator("#tuning details table").first
+    trials.get_by_role("button", name="training.learning_rate").click()
+    rates = [float(row.locator("td").nth(1).inner_text()) for row in trials.locator("tbody tr").all()]
+    assert rates == sorted(rates) and min(rates) < 1e-4 < max(rates)  # some are written as 3e-05
+    assert opened.troubles == []
+    page.context.close()

@@ -29,7 +29,7 @@ from prefarena.report.results import EntryResult, Results, load_results, save_re
 from prefarena.report.sensitivity import average_ranks, between_groups, sensitivities, sensitivity_table
 from prefarena.report.tuning import budgets, changed_since, counted, tuned_curves
 from prefarena.report.tuning_results import TunedEntry, TuningResults
-from prefarena.report.tuning_tables import trial_tables, tuned_table
+from prefarena.report.tuning_tables import budget_table, chosen_table, trial_tables
 
 
 def compared(found: TuningResults, *names: str) -> Results:
@@ -63,20 +63,25 @@ def test_an_entry_all_of_whose_trials_failed_is_left_with_the_reference() -> Non
     assert counted(found, "dpo").tolist() == [0.0] * 4
     results = compared(found, "dpo")
     assert "**All 4 trials of dpo failed**" in " ".join(findings(results))
-    table = tuned_table(results)
-    assert table is not None and table.rows[0][1] == "none: all trials failed" and table.rows[0][7] == "–"
+    budget, chosen = budget_table(results), chosen_table(results)
+    assert budget is not None and budget.rows[0][-1] == "0.000"
+    assert chosen is not None and chosen.rows == (("dpo", "none: all trials failed", "–", "–", "–", "–"),)
 
 
 def test_the_table_has_budget_winner_and_expected_best_of_every_entry() -> None:
     trials = [trial("dpo", n, value, beta=value) for n, value in enumerate([0.25, 1.0, 0.5, 0.75])]
     results = compared(tuning([*trials, trial("dpo", 4, 0.1, stopped=True), trial("dpo", 5, None)]), "dpo", "sft")
-    table = tuned_table(results)
-    assert table is not None and table.header[-3:] == ("best of 1", "best of 3", "best of 4")
-    tuned, untuned = table.rows
-    assert tuned[:10] == ("dpo", "beta 1", "6", "4", "1", "1", "100.0", "1.000", "1.000 ± 0.000", "2.000 ± 0.000")
-    assert tuned[10].startswith("0.433 [") and tuned[11].startswith("0.812 [")  # 16.25 of 20 subsets of three
-    assert tuned[12] == "0.900"  # of more than half of the trials there is no interval
-    assert untuned == ("sft", "not tuned", "0", *["–"] * 10)
+    budget, chosen = budget_table(results), chosen_table(results)
+    assert budget is not None and budget.header[-4:] == ("best of 1", "best of 3", "best of 4", "best of all")
+    tuned, untuned = budget.rows
+    assert tuned[:6] == ("dpo", "6", "4", "1", "1", "100.0")
+    assert tuned[6].startswith("0.433 [") and tuned[7].startswith("0.812 [")  # 16.25 of 20 subsets of three
+    assert tuned[8:] == ("0.900", "1.000")  # of more than half of the trials there is no interval
+    assert untuned == ("sft", "0", *["–"] * 8)
+    assert chosen is not None and chosen.rows == (
+        ("dpo", "beta 1", "1", "1.000", "1.000 ± 0.000", "2.000 ± 0.000"),
+        ("sft", "not tuned", "–", "–", "–", "–"),
+    )
 
 
 def test_the_chosen_trial_is_the_end_of_its_curve() -> None:
@@ -100,7 +105,7 @@ def test_equal_budgets_are_told_behind_the_findings() -> None:
 
 def test_a_limit_of_device_seconds_is_told_with_the_trials() -> None:
     found = tuning([trial("dpo", n, 1.0) for n in range(3)]).model_copy(update={"device_seconds": 600.0})
-    assert "with 3 trials, within 600 device-seconds for each entry" in findings(compared(found, "dpo"))[-1]
+    assert "with 3 trials, and no new ones after 600 device-seconds" in findings(compared(found, "dpo"))[-1]
 
 
 def test_unequal_budgets_are_told_before_anything_is_compared() -> None:
@@ -120,8 +125,8 @@ def test_selection_on_a_language_that_is_reported_is_told() -> None:
     assert any("the language of seed 1001" in sentence for sentence in findings(results))
     results.config, results.seeds = {"seeds_vary": "training"}, [1001]  # of training alone, on the task's language
     assert not any("selected on what is reported" in sentence for sentence in findings(results))
-    results.task["seed"] = 1000
-    assert any("the language of seed 1000" in sentence for sentence in findings(results))
+    results.tuning = tuning([trial("dpo", 0, 1.0)]).model_copy(update={"selection_seeds": [0]})
+    assert any("the language of seed 0" in sentence for sentence in findings(results))
 
 
 # ------------------------------------------------------------------------ whether an entry is what was chosen
@@ -152,7 +157,7 @@ def test_an_entry_that_was_edited_since_is_told_with_both_values() -> None:
     results.entry("dpo").settings["beta"] = 0.5
     said = " ".join(findings(results))
     assert "**dpo is not what its tuning chose**: `beta` is 0.5, chosen was 3.1." in said
-    table = tuned_table(results)
+    table = chosen_table(results)
     assert table is not None and table.rows[0][1] == "beta 3.1 (not what the entry ran with)"
 
 
@@ -182,6 +187,8 @@ def test_a_setting_that_decides_is_told_from_one_that_does_not() -> None:
     assert [name for name, _ in rate.groups] == ["0.0001 to 0.0008", "0.0009 to 0.0016", "0.0017 to 0.0024"]
     assert [median for _, median in rate.groups] == pytest.approx([0.35, 1.15, 1.95])
     assert form.correlation is None and form.p > 0.05 and [name for name, _ in form.groups] == ["a", "b"]
+    assert rate.medians == "0.350 · 1.150 · 1.950" and rate.best == "0.0017 to 0.0024"
+    assert re.fullmatch(r"a: \d\.\d{3} · b: \d\.\d{3}", form.medians)
 
 
 def test_the_share_between_groups_is_that_of_kruskal_and_wallis() -> None:
@@ -217,11 +224,14 @@ def test_both_pages_show_the_tuning(tmp_path: Path) -> None:
     results = compared(plausible_tuning(), "mpo", "dpo", "ipo", "rlhf", "sft")
     write_page(results, tmp_path)
     page, report = (tmp_path / "report.html").read_text(), write_report(results, tmp_path).read_text()
-    table, mattered = tuned_table(results), sensitivity_table(results)
-    assert table is not None and mattered is not None
-    for cell in (cell for row in (*table.rows, *mattered.rows) for cell in row):
-        assert cell in page and cell in report
-    assert "whose numbers this report does not use. Trials are ranked by reward" in page and "## Tuning" in report
+    for table in (budget_table(results), chosen_table(results), sensitivity_table(results)):
+        assert table is not None
+        for cell in (cell for row in table.rows for cell in row):
+            assert cell.replace("<", "&lt;") in page and cell in report
+    said = (
+        "selected on two other languages, by the reward at a KL of at most 5 nats. No number that was measured there is"
+    )
+    assert said in page and said in report and "## Tuning" in report
     assert (tmp_path / "figures" / "expected_best.png").stat().st_size > 10_000
     assert [len(one.rows) for one in trial_tables(results)] == [24] * 4 and page.count("its loss was no number") > 0
     for cell in (cell for one in trial_tables(results) for row in one.rows for cell in row):

@@ -37,7 +37,7 @@ from prefarena.report.sensitivity import sensitivity_table
 from prefarena.report.tables import Table, cost_table, main_table, win_table
 from prefarena.report.trajectories import agreement_summary, agreement_table, on_policy, summary_table, trajectory_table
 from prefarena.report.tuning import tuning_text
-from prefarena.report.tuning_tables import trial_tables, tuned_table
+from prefarena.report.tuning_tables import budget_table, chosen_table, trial_tables
 
 PAGE_FILE = "report.html"
 _SCRIPTS = ("legend.js", "charts.js", "tables.js", "samples.js", "main.js")
@@ -234,7 +234,7 @@ def _through_training(results: Results, folder: Path) -> str:
 
 
 def _tuning(results: Results) -> str:
-    table = tuned_table(results)
+    table = budget_table(results)
     if table is None:
         return ""
     trials = "\n".join(table_html(one, heading=True) for one in trial_tables(results))
@@ -244,6 +244,7 @@ def _tuning(results: Results) -> str:
         f"<p>{inline(tuning_text(results))}</p>",
         table_html(table),
         _charts("tuning", tuning_charts(results)),
+        table_html(chosen_table(results), heading=True),
         table_html(sensitivity_table(results), heading=True),
         _details("All trials", trials),
     )

@@ -30,7 +30,7 @@ from prefarena.report.trajectories import (
     trajectory_table,
 )
 from prefarena.report.tuning import expected_best_text, tuning_text
-from prefarena.report.tuning_tables import tuned_table
+from prefarena.report.tuning_tables import budget_table, chosen_table
 
 _WIDEST_WIN_MATRIX = 12
 
@@ -159,15 +159,15 @@ def _wins(results: Results) -> str:
 
 
 def _tuning(results: Results, folder: Path) -> list[str]:
-    table, figure = tuned_table(results), expected_best_figure(results)
+    table, figure = budget_table(results), expected_best_figure(results)
     if table is None or figure is None:
         return []
-    told = f"{tuning_text(results)}\n\n{table.markdown()}"
     trials = "All trials are in the section Tuning of report.html, and in results.json, key `tuning`."
-    sections = [f"## Tuning\n\n{told}\n{trials}\n"]
+    sections = [f"## Tuning\n\n{tuning_text(results)}\n\n{table.markdown()}\n{trials}\n"]
     text = f"Left: {expected_best_text(results)} Right: what happened. Dots are trials, lines the best so far."
     sections.append(_figure("Expected best of k trials", text, folder, figure, "expected_best"))
-    return [*sections, _section("How much each setting mattered", sensitivity_table(results))]
+    tables = (chosen_table(results), sensitivity_table(results))
+    return [*sections, *(_section(one.title, one) for one in tables if one is not None)]
 
 
 def _curves(results: Results, folder: Path) -> list[str]:

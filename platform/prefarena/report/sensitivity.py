@@ -28,7 +28,7 @@ class Sensitivity(NamedTuple):
 
     correlation: Spearman's, of the setting and the value; None where the setting's values have no order. share: of the
     variance of ranks, between groups. p: how often chance gives as much. groups: each one's name and the median of what
-    its trials count.
+    its trials count. are_thirds: whether the groups are the setting's low, middle and high values.
     """
 
     entry: str
@@ -38,6 +38,19 @@ class Sensitivity(NamedTuple):
     share: float
     p: float
     groups: list[tuple[str, float]]
+    are_thirds: bool
+
+    @property
+    def medians(self) -> str:
+        """Of all groups, named where they are values."""
+        return " · ".join(
+            f"{'' if self.are_thirds else f'{name}: '}{number(median, 3)}" for name, median in self.groups
+        )
+
+    @property
+    def best(self) -> str:
+        """The group with the highest median; of equals the first."""
+        return max(self.groups, key=lambda group: group[1])[0]
 
 
 def sensitivities(curve: TunedCurve, seed: int) -> list[Sensitivity]:
@@ -59,8 +72,8 @@ def sensitivities(curve: TunedCurve, seed: int) -> list[Sensitivity]:
         correlation = None
         if _has_order(settings):
             correlation = _correlation(average_ranks(np.array(settings, dtype=np.float64)), ranks)
-        named = list(zip(names, medians, strict=True))
-        found.append(Sensitivity(curve.entry.name, name, len(known), correlation, share, p, named))
+        named, are_thirds = list(zip(names, medians, strict=True)), len(set(settings)) > len(names)
+        found.append(Sensitivity(curve.entry.name, name, len(known), correlation, share, p, named, are_thirds))
     return found
 
 
@@ -79,19 +92,20 @@ def sensitivity_table(results: Results) -> Table | None:
             number(one.share, 2),
             "< 0.01" if p < 0.01 else number(p, 2),
             MISSING if one.correlation is None else number(one.correlation, 2),
-            " · ".join(f"{name}: {number(median, 3)}" for name, median in one.groups),
+            one.medians,
+            one.best,
         )
         for one, p in zip(found, corrected, strict=True)
     )
     caption = (
         "Each setting by itself. Share: how much of the variance of the trials' ranks lies between the thirds of a "
         "setting's values (or between its values, where they are few); p: how often chance gives as much, by Holm's "
-        f"method for all {len(found)} rows. Rank correlation: Spearman's, above 0 where more is better. Last: the "
-        "median of what the trials of each third count. A high p says that so few trials do not show the setting to "
-        "matter, not that it does not; settings that matter only together are not seen, and trials that a search "
-        "proposed by earlier ones are not independent."
+        f"method for all {len(found)} rows. Rank correlation: Spearman's, above 0 where more is better. Then the "
+        "median of what the trials of each third count, and the values of the best third. A high p says that so few "
+        "trials do not show the setting to matter, not that it does not; settings that matter only together are not "
+        "seen, and trials that a search proposed by earlier ones are not independent."
     )
-    header = ("policy", "setting", "trials", "share", "p", "rank correlation", "median of low · middle · high")
+    header = ("policy", "setting", "trials", "share", "p", "rank correlation", "low · middle · high", "best")
     return Table("How much each setting mattered", header, rows, caption, 2)
 
 

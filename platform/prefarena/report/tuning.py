@@ -125,10 +125,10 @@ def tuning_text(results: Results) -> str:
         "tpe": " Trials were proposed by a search that learns from earlier ones (TPE).",
         "random": " Trials were drawn at random.",
     }
-    fresh = "" if _seen_before(results, tuning) else ", whose numbers this report does not use"
+    fresh = "" if _seen_before(results, tuning) else " No number that was measured there is among those of this report."
     return (
         f"{_who_was_tuned(results, tuning)}.{how.get(tuning.sampler or '', '')} Settings were selected on "
-        f"{tuning.selection.rstrip('.')}{fresh}. {_sentence(tuning.criterion)}"
+        f"{tuning.selection.rstrip('.')}, by {tuning.criterion.rstrip('.')}.{fresh}"
     )
 
 
@@ -195,7 +195,7 @@ def _who_was_tuned(results: Results, tuning: TuningResults) -> str:
 
 def _limit(tuning: TuningResults) -> str:
     seconds = tuning.device_seconds
-    return "" if seconds is None else f", within {number(seconds, 0)} device-seconds for each entry"
+    return "" if seconds is None else f", and no new ones after {number(seconds, 0)} device-seconds"
 
 
 def _listed_budgets(results: Results) -> str:
@@ -224,9 +224,8 @@ def _seen_before(results: Results, tuning: TuningResults) -> list[str]:
     """Languages that were selected on and are reported; on text, rows are kept apart by the split."""
     if not results.exact:
         return []
-    varies = results.config.get("seeds_vary") == "task"
-    compared = results.seeds if varies else [int(results.task.get("seed", 0))]
-    both = sorted(set(compared) & set(tuning.selection_seeds))
+    languages = results.seeds if results.config.get("seeds_vary") == "task" else [0]  # counted from the task's seed
+    both = sorted(set(languages) & set(tuning.selection_seeds))
     if not both:
         return []
     listed = ", ".join(str(seed) for seed in both)
@@ -234,8 +233,3 @@ def _seen_before(results: Results, tuning: TuningResults) -> list[str]:
         f"**Settings were selected on what is reported here**: the language{'s' if len(both) > 1 else ''} of seed"
         f"{'s' if len(both) > 1 else ''} {listed}. Its numbers flatter whatever was tuned; compare on other seeds."
     ]
-
-
-def _sentence(text: str) -> str:
-    text = text.strip()
-    return f"{text[:1].upper()}{text[1:].rstrip('.')}." if text else ""

@@ -59,7 +59,7 @@ class TunedEntry(Part):
 class TuningResults(Part):
     """All trials, in the order in which they were proposed within each entry, and each entry's winner.
 
-    criterion: how trials are ranked, as a sentence. selection: on what they were measured, as a phrase.
+    criterion: what trials are ranked by, and selection: on what they were measured, both as phrases.
     """
 
     name: str

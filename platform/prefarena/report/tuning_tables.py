@@ -1,4 +1,4 @@
-"""Tables of tuning: every entry's budget and winner, and all trials."""
+"""Tables of tuning: budgets, what was chosen, and all trials."""
 
 from __future__ import annotations
 
@@ -18,35 +18,59 @@ from prefarena.report.tuning import (
 from prefarena.report.tuning_results import TrialResult, TuningResults
 
 
-def tuned_table(results: Results) -> Table | None:
-    """A row for each entry of the comparison; None where none of them was tuned."""
+def budget_table(results: Results) -> Table | None:
+    """Of every entry its budget, and the expected best of a part of it; None where no entry was tuned."""
     tuning, curves = results.tuning, {curve.entry.name: curve for curve in tuned_curves(results)}
     if tuning is None or not curves:
         return None
     most = max(len(curve.trials) for curve in curves.values())
     sizes = sorted({1, min(4, most), max(1, most // 2)})
-    rows = tuple(_tuned_row(tuning, entry, curves.get(entry.name), sizes) for entry in results.trained())
+    rows = tuple(_budget_row(tuning, entry.name, curves.get(entry.name), sizes) for entry in results.trained())
     header = (
         "policy",
-        "settings chosen",
         "trials",
         "complete",
         "stopped",
         "failed",
         "device, s",
-        "value",
-        "reward",
-        "KL",
         *(f"best of {size}" for size in sizes),
+        "best of all",
     )
     caption = (
-        f"Value: what the chosen trial is ranked by; reward (above the reference's) and KL: its own, {_over(tuning)}. "
-        "It is the best of many noisy values, so expect less of the same settings on fresh seeds. Best of k: what the "
-        "best of k of these trials counts, on average over all choices of k, with a 95 % interval of trials drawn "
-        "again; the best of all is the value. Stopped: trained with the first selection seed alone, being among the "
-        "worse there."
+        "Best of k: what the best of k of an entry's trials counts, on average over all choices of k, with a 95 % "
+        "interval of trials drawn again. Stopped: trained with the first selection seed alone, being among the worse "
+        "there. Device seconds: of all trials."
     )
-    return Table(f"{results.name}: tuning", header, rows, caption, 2)
+    return Table("Budgets, and what they can be expected to find", header, rows, caption)
+
+
+def _budget_row(tuning: TuningResults, name: str, curve: TunedCurve | None, sizes: list[int]) -> tuple[str, ...]:
+    tuned = tuning.entry(name)
+    if tuned is None or curve is None:
+        return (name, "0", *[MISSING] * (5 + len(sizes)))
+    states = [trial.state for trial in curve.trials]
+    return (
+        name,
+        str(tuned.num_trials),
+        *(str(states.count(state)) for state in ("complete", "stopped", "failed")),
+        number(tuned.device_seconds, 1),
+        *(_expected(curve, size) for size in sizes),
+        number(float(curve.so_far[-1]), 3),
+    )
+
+
+def chosen_table(results: Results) -> Table | None:
+    """The settings of every entry, and what they reached in the selection; None where no entry was tuned."""
+    tuning = results.tuning
+    if tuning is None or not tuned_curves(results):
+        return None
+    rows = tuple(_chosen_row(tuning, entry) for entry in results.trained())
+    caption = (
+        "Of the trial whose settings were chosen: the value that it was ranked by, and its reward above the "
+        f"reference's and KL in nats, {_over(tuning)}. It is the best of many noisy values, so expect less of the same "
+        "settings on fresh seeds."
+    )
+    return Table("Settings chosen", ("policy", "settings", "trial", "value", "reward", "KL"), rows, caption, 2)
 
 
 def _over(tuning: TuningResults) -> str:
@@ -54,25 +78,14 @@ def _over(tuning: TuningResults) -> str:
     return "of one seed" if num_seeds == 1 else f"± one standard error over {num_seeds} selection seeds"
 
 
-def _tuned_row(
-    tuning: TuningResults, entry: EntryResult, curve: TunedCurve | None, sizes: list[int]
-) -> tuple[str, ...]:
+def _chosen_row(tuning: TuningResults, entry: EntryResult) -> tuple[str, ...]:
     tuned, winner = tuning.entry(entry.name), best_trial(tuning, entry.name)
-    if tuned is None or curve is None:
-        return (entry.name, "not tuned", "0", *[MISSING] * (7 + len(sizes)))
-    chosen = shown_settings(tuned.settings) if winner else "none: all trials failed"
-    if winner and changed_since(tuned, entry):
-        chosen += " (not what the entry ran with)"
-    states = [trial.state for trial in curve.trials]
-    return (
-        entry.name,
-        chosen,
-        str(tuned.num_trials),
-        *(str(states.count(state)) for state in ("complete", "stopped", "failed")),
-        number(tuned.device_seconds, 1),
-        *_measured(winner),
-        *(_expected(curve, size) for size in sizes),
-    )
+    if tuned is None:
+        return (entry.name, "not tuned", *[MISSING] * 4)
+    if winner is None:
+        return (entry.name, "none: all trials failed", *[MISSING] * 4)
+    edited = " (not what the entry ran with)" if changed_since(tuned, entry) else ""
+    return (entry.name, f"{shown_settings(tuned.settings)}{edited}", str(winner.number), *_measured(winner))
 
 
 def _expected(curve: TunedCurve, size: int) -> str:
@@ -83,10 +96,8 @@ def _expected(curve: TunedCurve, size: int) -> str:
     return text if np.isnan(low) else f"{text} [{number(float(low), 3)}, {number(float(high), 3)}]"
 
 
-def _measured(trial: TrialResult | None) -> tuple[str, str, str]:
+def _measured(trial: TrialResult) -> tuple[str, str, str]:
     """Value, reward and KL."""
-    if trial is None:
-        return MISSING, MISSING, MISSING
     return number(trial.value, 3), plus_minus(over_seeds(trial.rewards), 3), plus_minus(over_seeds(trial.kls), 3)
 
 
