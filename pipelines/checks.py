@@ -16,6 +16,7 @@ from prefarena.config import (
     PretrainedModel,
     RewardModel,
     TextTask,
+    reward_of,
 )
 from prefarena.errors import UserError
 from prefarena.judges.spec import check_judge
@@ -46,7 +47,7 @@ def check_input(config: Comparison) -> None:
             )
         if generates(config):
             check_split("model", new_settings(config.model, 1, 1), config.generation.tensor_parallel)
-    rewards = [entry.method.reward for entry in config.entries if isinstance(entry.method, OnPolicyMethod | BestOfN)]
+    rewards = [keyed[1] for entry in config.entries if (keyed := reward_of(entry.method)) is not None]
     for settings in [*rewards, *([config.judge] if isinstance(config.task, TextTask) else [])]:
         check_judge(settings)
     for entry in config.entries:
@@ -62,8 +63,8 @@ def check_input(config: Comparison) -> None:
 def _check_pretrained(config: Comparison, model: PretrainedModel) -> None:
     if not isinstance(config.task, TextTask):
         raise UserError("model.kind: pretrained models need a text task; the enumerable language has its own")
-    methods = [entry.method for entry in config.entries if isinstance(entry.method, OnPolicyMethod | BestOfN)]
-    rewards = [config.judge, *(method.reward for method in methods)]
+    methods = [entry.method for entry in config.entries]
+    rewards = [config.judge, *(keyed[1] for method in methods if (keyed := reward_of(method)) is not None)]
     scored = any(isinstance(reward, RewardModel) for reward in rewards)
     scored = scored or any(isinstance(getattr(method, "training", None), CriticTraining) for method in methods)
     settings = inspect_policy(model.path, model.revision, scored=scored)
@@ -112,9 +113,9 @@ def _optimisations(config: Comparison) -> list[tuple[str, int]]:
         sizes.append(("judge.training.batch_size", config.trained_judge.training.batch_size))
     for entry in config.entries:
         where = f"entries.{entry.name}.method"
+        if (keyed := reward_of(entry.method)) is not None and isinstance(keyed[1], RewardModel):
+            sizes.append((f"{where}.{keyed[0]}.training.batch_size", keyed[1].training.batch_size))
         if isinstance(entry.method, OnPolicyMethod | BestOfN):
-            if isinstance(entry.method.reward, RewardModel):
-                sizes.append((f"{where}.reward.training.batch_size", entry.method.reward.training.batch_size))
             if isinstance(entry.method, BestOfN):
                 if isinstance(entry.method.reward, EndpointJudge) and not isinstance(config.task, TextTask):
                     raise UserError(f"{where}.reward: an endpoint cannot score every response of the language")

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 
-from pipelines.plan import SeedPlan, Trained, model_of, needs_shared
+from pipelines.plan import SeedPlan, Trained, learned_reward, model_of, needs_shared
 from prefarena.config import (
     BestOfN,
     Comparison,
+    DrawnPairs,
     Endpoint,
     EvaluationJudge,
     GoldJudge,
     JudgeSettings,
     LanguageTask,
     OffPolicyMethod,
+    Pairwise,
     RewardModel,
     TextTask,
 )
@@ -22,7 +24,7 @@ from prefarena.mirror import root_of
 from prefarena.settings.unpaired import Unpaired
 from prefarena.stage_files import GOLD
 from prefarena.stages import Stage
-from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
+from prefarena.training.jobs import Drawing, Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 
 GENERATOR = "prefarena-generator"
 
@@ -65,8 +67,8 @@ def judge_job(config: Comparison, plan: SeedPlan, judge: Stage) -> RewardModelJo
 
 
 def reward_model_job(plan: SeedPlan, trained: Trained) -> RewardModelJob:
-    settings = getattr(trained.entry.method, "reward", None)
-    if not isinstance(settings, RewardModel) or trained.reward_model is None:
+    settings = learned_reward(trained.entry.method)
+    if settings is None or trained.reward_model is None:
         raise TypeError(f"{trained.entry.name} has no reward model")
     return RewardModelJob(
         max_length=max_length(plan.task),
@@ -103,6 +105,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
             responses=str(plan.responses[arithmetic].folder / "train_responses") if unpaired else None,
             demonstrations=str(plan.tables / "demonstrations"),
             pretraining=str(pretraining) if method.pretraining_weight > 0 else None,
+            drawing=_drawing(config, plan, trained),
         )
     return OnPolicyJob(
         max_length=max_length(plan.task),
@@ -119,6 +122,25 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
         response_limit=response_limit(plan.task),
         critic=model_of(trained.reward_model) if trained.reward_model else None,
         monitor=_monitor(config, plan, method.reward),
+    )
+
+
+def _drawing(config: Comparison, plan: SeedPlan, trained: Trained) -> Drawing | None:
+    """How an off-policy entry gets pairs of its own; they are labelled as the task's are."""
+    method = trained.entry.method
+    online = method.online if isinstance(method, Pairwise) else None
+    if online is None:
+        return None
+    labelled = plan.task if isinstance(plan.task, LanguageTask) else plan.task.pairs or DrawnPairs()
+    return Drawing(
+        every=online.every,
+        temperature=online.temperature,
+        reward=judge_spec(plan, online.reward, trained.reward_model),
+        generators=generator_names(config),
+        generation=config.generation,
+        response_limit=response_limit(plan.task),
+        labels=labelled.labels,
+        label_temperature=labelled.label_temperature,
     )
 
 

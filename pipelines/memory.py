@@ -11,7 +11,7 @@ from pipelines.plan import SeedPlan
 from prefarena.cluster.doctor import gibibytes, largest_room, on_nodes
 from prefarena.cluster.needs import Training, least_need, num_parameters, trainings
 from prefarena.cluster.probe import NodeReport, ask_nodes
-from prefarena.config import Comparison, PretrainedModel, TextTask
+from prefarena.config import Comparison, PretrainedModel, TextTask, reward_of
 from prefarena.errors import UserError
 from prefarena.modeling.inspection import inspect_policy
 from prefarena.modeling.load import new_settings
@@ -49,7 +49,8 @@ def to_do(plans: Sequence[SeedPlan]) -> set[str]:
     }
     for trained in (one for plan in plans for one in plan.trained):
         where = f"entries.{trained.entry.name}.method"
-        found.setdefault(f"{where}.reward.training", []).append(trained.reward_model)
+        if (keyed := reward_of(trained.entry.method)) is not None:
+            found.setdefault(f"{where}.{keyed[0]}.training", []).append(trained.reward_model)
         found.setdefault(f"{where}.training", []).append(trained.training)
     return {where for where, stages in found.items() if any(stage and not stage.settled for stage in stages)}
 

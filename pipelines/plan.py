@@ -33,7 +33,9 @@ from prefarena.config import (
     OnPolicyMethod,
     PairwiseJudge,
     RewardModel,
+    Section,
     TextTask,
+    reward_of,
 )
 from prefarena.data.sources import version_of
 from prefarena.functions import source_digest
@@ -269,18 +271,22 @@ def _trained(
     inputs: list[Any] = [pairs, settings, seed]
     if not isinstance(method, BestOfN):
         inputs.append(_computed(config))
-    if isinstance(method, OnPolicyMethod | BestOfN):
-        if isinstance(method.reward, RewardModel):
-            rm_inputs: list[Any] = [logps.key, samples.key if samples else None, _dump(method.reward), seed]
+    if (keyed := reward_of(method)) is not None:
+        reward = keyed[1]
+        if isinstance(reward, RewardModel):
+            rm_inputs: list[Any] = [logps.key, samples.key if samples else None, _dump(reward), seed]
             rm_inputs.append(_computed(config))
             reward_model = Stage.at(root, "reward_model", f"s{seed}", rm_inputs)
             inputs.append(reward_model.key)
-        elif isinstance(method.reward, FunctionJudge):
-            inputs.append(_judge_inputs(method.reward))
-        inputs += [*_engine(config), judge.key if judge else None]
-        if isinstance(config.task, LanguageTask) and not isinstance(method.reward, GoldJudge | EndpointJudge):
-            scored_by = reward_model.key if reward_model else _judge_inputs(method.reward)
-            scores = Stage.at(root, "scores", f"{method.reward.kind}-s{seed}", [logps.key, scored_by])
+        elif isinstance(reward, FunctionJudge):
+            inputs.append(_judge_inputs(reward))
+        inputs += _engine(config)
+        # Beside an on-policy method's own reward its rollouts have the judge's; on the language both are tables.
+        if isinstance(method, OnPolicyMethod | BestOfN):
+            inputs.append(judge.key if judge else None)
+            if isinstance(config.task, LanguageTask) and not isinstance(reward, GoldJudge | EndpointJudge):
+                scored_by = reward_model.key if reward_model else _judge_inputs(reward)
+                scores = Stage.at(root, "scores", f"{reward.kind}-s{seed}", [logps.key, scored_by])
     training = None if isinstance(method, BestOfN) else Stage.at(root, method.kind, label, inputs)
     measured = [training.key if training else inputs, scores.key if scores else None, evaluate]
     evaluation = Stage.at(root, "evaluation", label, measured)
@@ -309,9 +315,13 @@ def learns_judge(config: Comparison) -> bool:
 
 def learns_a_reward(config: Comparison) -> bool:
     """Whether a reward model is trained: as a reward, or as the judge of a text task."""
-    return learns_judge(config) or any(
-        isinstance(getattr(e.method, "reward", None), RewardModel) for e in config.entries
-    )
+    return learns_judge(config) or any(learned_reward(entry.method) is not None for entry in config.entries)
+
+
+def learned_reward(method: Section) -> RewardModel | None:
+    """A method's reward, where it is one that is trained."""
+    keyed = reward_of(method)
+    return keyed[1] if keyed is not None and isinstance(keyed[1], RewardModel) else None
 
 
 def _judge_inputs(settings: EvaluationJudge) -> list[Any]:

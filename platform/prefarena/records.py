@@ -41,6 +41,20 @@ REFERENCED_PAIRS = pa.schema([*PAIRS, ("ref_chosen_logp", pa.float32()), ("ref_r
 SHARED_PAIRS = pa.schema(
     [*REFERENCED_PAIRS, ("ref_chosen_shared_logp", pa.float32()), ("ref_rejected_shared_logp", pa.float32())]
 )
+#: SHARED_PAIRS that a training drew from its own policy, in the order of `place`, which counts all pairs that it is
+#: trained on. `drawn_at`: the step of the policy; 0: the pair is one of the data's, which stayed. `num_judged`,
+#: `num_tokens`: responses that were scored, and tokens that were sampled, until there was a pair.
+ONLINE_PAIRS = pa.schema(
+    [
+        *SHARED_PAIRS,
+        ("place", pa.int64()),
+        ("drawn_at", pa.int64()),
+        ("chosen_score", pa.float64()),
+        ("rejected_score", pa.float64()),
+        ("num_judged", pa.int64()),
+        ("num_tokens", pa.int64()),
+    ]
+)
 #: Single responses; `label` is P(desirable).
 RESPONSES = pa.schema(
     [

@@ -19,6 +19,8 @@ ATTEMPT = "attempt.json"
 MEMORY = "memory.json"
 #: Folders of a training: the model that it made, its adapter, policies on the way, and what it goes on from.
 MODEL, ADAPTER, SNAPSHOTS, CHECKPOINTS = "model", "adapter", "snapshots", "checkpoints"
+#: Of a training online: a table for each step at which pairs were drawn.
+DRAWN_PAIRS = "drawn"
 
 #: Of an evaluation: what was measured; of every response, the reward of an entry, or a policy's log-probs.
 ROW, SCORES, LOGPS = "row.json", "scores.npy", "logps.npy"

@@ -30,6 +30,9 @@ class _Term:
     def __init__(self, plan: BatchPlan) -> None:
         self.plan = plan
 
+    def num_models_beside(self) -> int:
+        return 0
+
 
 def chosen(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, share: float, training: Optimisation) -> dict[str, Any]:
     """memory.json, where a token of the largest pass takes one MiB."""

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from prefarena.config import Comparison, OnPolicyMethod
+from prefarena.config import Comparison, draws_responses
 from prefarena.config.labels import kept_apart, selected
 from prefarena.errors import UserError, WaitTimeoutError
 
@@ -70,12 +70,13 @@ def demands(config: Comparison) -> list[Demand]:
 def side_by_side(config: Comparison) -> list[tuple[Demand, ...]]:
     """What is there at the same time, so that no part of it can wait until another has ended.
 
-    On-policy training holds the generation actors beside its workers, and an evaluation from samples holds them beside
-    what scores those, of which one at least must be there. Other trainings, and log-probs, have nodes to themselves.
+    A training whose policy responds holds the generation actors beside its workers, and an evaluation from samples
+    holds them beside what scores those, of which one at least must be there. Other trainings, and log-probs, have nodes
+    to themselves.
     """
     workers, actors, scorers = _parts(config)
     found: list[tuple[Demand, ...]] = [(workers,), (scorers,)]
-    if any(isinstance(entry.method, OnPolicyMethod) for entry in config.entries):
+    if any(draws_responses(entry.method) for entry in config.entries):
         found.append((replace(workers, number=config.resources.num_workers, counted="num_workers"), actors))
     if config.task.kind == "text":
         found.append((actors, replace(scorers, number=1, what="scoring samples", counted="")))
@@ -105,7 +106,7 @@ def _parts(config: Comparison) -> tuple[Demand, Demand, Demand]:
 
 def generates(config: Comparison) -> bool:
     """Whether a comparison starts generation actors."""
-    return config.task.kind == "text" or any(isinstance(entry.method, OnPolicyMethod) for entry in config.entries)
+    return config.task.kind == "text" or any(draws_responses(entry.method) for entry in config.entries)
 
 
 def share_beside_engine(config: Comparison) -> float:

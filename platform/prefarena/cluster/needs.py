@@ -21,7 +21,15 @@ from transformers import (
 )
 
 from prefarena.cluster.capacity import share_beside_engine
-from prefarena.config import BestOfN, Comparison, OffPolicyMethod, OnPolicyMethod, Optimisation, RewardModel
+from prefarena.config import (
+    BestOfN,
+    Comparison,
+    OffPolicyMethod,
+    OnPolicyMethod,
+    Optimisation,
+    RewardModel,
+    reward_of,
+)
 from prefarena.data.plan import LARGEST_PASS
 from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.arithmetic import Arithmetic
@@ -30,8 +38,9 @@ from prefarena.modeling.layers import recompute_layers
 from prefarena.modeling.load import scoring_settings
 from prefarena.modeling.logprobs import LogProbs
 from prefarena.modeling.lora import add_adapters
-from prefarena.modeling.memory import MemoryNeed, Spread, on_shapes, sum_of_pass, training_memory
+from prefarena.modeling.memory import MemoryNeed, Spread, on_shapes, sum_of_pass, training_memory, with_models
 from prefarena.modeling.room import LARGEST_MICRO_BATCH, SMALLEST_PASS
+from prefarena.settings.judges import is_model
 from prefarena.settings.on_policy import CriticTraining
 from prefarena.settings.optimisation import LearnerSettings
 from prefarena.training.jobs import OnPolicyJob
@@ -164,11 +173,12 @@ def trainings(config: Comparison) -> list[Training]:
         found.append(off_policy(config.trained_judge.training, "judge.training", scores=True))
     for entry in config.entries:
         where, method = f"entries.{entry.name}.method", entry.method
-        reward = getattr(method, "reward", None)
-        if isinstance(reward, RewardModel):
-            found.append(off_policy(reward.training, f"{where}.reward.training", scores=True))
+        keyed = reward_of(method)
+        if keyed is not None and isinstance(keyed[1], RewardModel):
+            found.append(off_policy(keyed[1].training, f"{where}.{keyed[0]}.training", scores=True))
         if isinstance(method, OffPolicyMethod):
-            found.append(off_policy(method.training, f"{where}.training"))
+            beside = 0 if keyed is None else 1 + is_model(keyed[1])
+            found.append(off_policy(method.training, f"{where}.training", beside=beside))
         elif isinstance(method, OnPolicyMethod):
             chosen = method.training.micro_batch_size
             found.append(
@@ -191,15 +201,17 @@ def spread_of(config: Comparison) -> Spread:
 
 
 def _off_policy(
-    config: Comparison, training: Optimisation, where: str, *, responses: int = 2, scores: bool = False
+    config: Comparison, training: Optimisation, where: str, *, responses: int = 2, scores: bool = False, beside: int = 0
 ) -> Training:
+    """beside: frozen models that a worker holds, where the policy responds on the way."""
     tokens = training.micro_batch_tokens
     return Training(
         where,
         "micro_batch_tokens",
         training,
         _halves(LARGEST_PASS, SMALLEST_PASS) if tokens == "auto" else (tokens,),
-        _OffPolicy(training, responses, scores, config.resources.num_workers, spread_of(config)),
+        _OffPolicy(training, responses, scores, config.resources.num_workers, spread_of(config), beside),
+        on_policy=beside > 0,
     )
 
 
@@ -214,7 +226,7 @@ def _halves(largest: int, smallest: int) -> tuple[int, ...]:
 class _OffPolicy:
     """What a training on a table needs; trainings that are equal in it are looked at once.
 
-    responses: to each prompt, one or a pair. scores: of a reward model.
+    responses: to each prompt, one or a pair. scores: of a reward model. beside: frozen models of about its size.
     """
 
     training: Optimisation
@@ -222,6 +234,7 @@ class _OffPolicy:
     scores: bool
     num_workers: int
     spread: Spread
+    beside: int = 0
 
     def __call__(self, settings: PretrainedConfig, lengths: Lengths, tokens: int) -> MemoryNeed | None:
         """In passes of so many tokens; what is longer goes alone."""
@@ -233,7 +246,8 @@ class _OffPolicy:
         sizes = [lengths.response] * self.responses
         loss = partial(sum_of_pass, prompt=lengths.prompt, responses=sizes, number=number)
         halved = self.training.precision == "bfloat16"
-        return training_memory(module, [loss], bfloat16=halved, spread=self.spread)
+        need = training_memory(module, [loss], bfloat16=halved, spread=self.spread)
+        return None if need is None else with_models(need, module, self.beside, self.spread)
 
     def _module(self, settings: PretrainedConfig, lengths: Lengths) -> nn.Module:
         wrap: Callable[[PreTrainedModel, int], nn.Module] = ScalarHead if self.scores else LogProbs
@@ -294,7 +308,7 @@ def disk_needed(config: Comparison, num_parameters: int, data_bytes: int) -> int
     checkpoint = 3.0  # weights and two moments
     for entry in config.entries:
         method, each = entry.method, 0.0
-        each += isinstance(getattr(method, "reward", None), RewardModel)
+        each += (keyed := reward_of(method)) is not None and isinstance(keyed[1], RewardModel)
         if not isinstance(method, BestOfN):
             each += 1 + getattr(method.training, "num_snapshots", 0)
         if isinstance(method, OnPolicyMethod):

@@ -13,6 +13,8 @@ from prefarena.config.comparison import (
     OffPolicyMethod,
     OnPolicyMethod,
     Reference,
+    draws_responses,
+    reward_of,
 )
 from prefarena.config.devices import Generation, Resources
 from prefarena.config.drawn_pairs import Annotator, DrawnPairs
@@ -38,8 +40,9 @@ from prefarena.settings.judges import (
     PairwiseJudge,
     RewardModel,
 )
-from prefarena.settings.off_policy import OffPolicy
+from prefarena.settings.off_policy import OffPolicy, Pairwise
 from prefarena.settings.on_policy import GroupTraining, OnPolicy, OnPolicyTraining
+from prefarena.settings.online import Online
 from prefarena.settings.optimisation import LoRA, Optimisation
 from prefarena.settings.section import Section
 
@@ -77,8 +80,10 @@ __all__ = [
     "OnPolicy",
     "OnPolicyMethod",
     "OnPolicyTraining",
+    "Online",
     "Optimisation",
     "PPOTraining",
+    "Pairwise",
     "PairwiseJudge",
     "PretrainedModel",
     "RLOOTraining",
@@ -90,7 +95,9 @@ __all__ = [
     "Task",
     "TextTask",
     "Tracking",
+    "draws_responses",
     "dump_config",
     "load_config",
     "parse_config",
+    "reward_of",
 ]

@@ -15,8 +15,8 @@ from prefarena.config.tasks import LanguageTask, Task, TextTask
 from prefarena.config.tracking import Tracking
 from prefarena.config.tuning import Tuning
 from prefarena.methods import on_policy
-from prefarena.settings.judges import EvaluationJudge, PairwiseJudge, RewardModel
-from prefarena.settings.off_policy import OffPolicy
+from prefarena.settings.judges import EvaluationJudge, JudgeSettings, PairwiseJudge, RewardModel
+from prefarena.settings.off_policy import OffPolicy, Pairwise
 from prefarena.settings.on_policy import OnPolicy
 from prefarena.settings.optimisation import Optimisation
 from prefarena.settings.section import Section
@@ -29,6 +29,20 @@ if TYPE_CHECKING:  # a union that is made of what is found means nothing to a ty
     Method = OffPolicy | OnPolicy | BestOfN
 else:
     Method = Annotated[Union[METHODS], Field(discriminator="kind")]  # noqa: UP007
+
+
+def reward_of(method: Section) -> tuple[str, JudgeSettings] | None:
+    """What scores responses for a method, and the key of that setting; None where labels of the data are all it has."""
+    if isinstance(method, OnPolicy | BestOfN):
+        return "reward", method.reward
+    if isinstance(method, Pairwise) and method.online is not None:
+        return "online.reward", method.online.reward
+    return None
+
+
+def draws_responses(method: Section) -> bool:
+    """Whether its training has the policy respond, for which it needs generation actors."""
+    return isinstance(method, OnPolicy) or (isinstance(method, Pairwise) and method.online is not None)
 
 
 class Reference(Section):
@@ -153,9 +167,9 @@ class Comparison(Section):
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError("seeds holds a seed twice")
         for entry in self.entries:
-            reward = getattr(entry.method, "reward", None)
-            if reward is not None and reward.kind == "gold" and self.task.kind != "language":
-                raise ValueError(f"entry {entry.name!r}: reward kind gold is the enumerable language's own")
+            reward = reward_of(entry.method)
+            if reward is not None and reward[1].kind == "gold" and self.task.kind != "language":
+                raise ValueError(f"entry {entry.name!r}: {reward[0]} kind gold is the enumerable language's own")
         if self.judge.kind == "gold" and self.task.kind != "language":
             raise ValueError("judge kind gold is the enumerable language's own")
         if self.task.kind == "language" and self.resources.scoring.dtype not in ("auto", "float32"):

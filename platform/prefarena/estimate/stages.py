@@ -6,7 +6,17 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from prefarena.config import BestOfN, Comparison, Entry, LanguageTask, OffPolicyMethod, OnPolicyMethod, RewardModel
+from prefarena.config import (
+    BestOfN,
+    Comparison,
+    Entry,
+    JudgeSettings,
+    LanguageTask,
+    OffPolicyMethod,
+    OnPolicyMethod,
+    RewardModel,
+    reward_of,
+)
 from prefarena.data.plan import LARGEST_PASS
 from prefarena.estimate.counts import Pass
 from prefarena.estimate.trainings import Named, Workload
@@ -43,14 +53,18 @@ def planned(workload: Workload) -> list[Planned]:
 def not_estimated(config: Comparison) -> list[str]:
     """What the estimate leaves out, a sentence each."""
     found = []
-    judges = [config.judge, *(getattr(entry.method, "reward", None) for entry in config.entries)]
-    kinds = {judge.kind for judge in judges if judge is not None} & {"function", "endpoint", "pairwise", "classifier"}
+    judges = [config.judge, *_rewards(config)]
+    kinds = {judge.kind for judge in judges} & {"function", "endpoint", "pairwise", "classifier"}
     if config.task.kind == "language":
         kinds -= {config.judge.kind}
     if kinds:
         found.append(f"what judges of kind {' and '.join(sorted(kinds))} take is not known and counts as nothing")
     found.append("starting Ray, workers and engines is no stage's cost: about half a minute of each command, on CPUs")
     return found
+
+
+def _rewards(config: Comparison) -> list[JudgeSettings]:
+    return [keyed[1] for entry in config.entries if (keyed := reward_of(entry.method)) is not None]
 
 
 def _shared(workload: Workload) -> Iterator[Planned]:
@@ -90,9 +104,8 @@ def _shared(workload: Workload) -> Iterator[Planned]:
 def _text_shared(workload: Workload) -> Iterator[Planned]:
     config, settings = workload.config, workload.config.evaluation
     judged = isinstance(config.judge, RewardModel)
-    rewards = [getattr(entry.method, "reward", None) for entry in config.entries]
     number = settings.num_reference_samples
-    if judged or any(isinstance(reward, RewardModel) for reward in rewards):
+    if judged or any(isinstance(reward, RewardModel) for reward in _rewards(config)):
         parts = (("sync", _loading(workload)), ("generate", workload.sampling(1, number)))
         generated = number * workload.data.prompts.mean_response
         yield Planned("reference_samples", None, StageWork(parts, generated=generated))
@@ -109,16 +122,16 @@ def _text_shared(workload: Workload) -> Iterator[Planned]:
 def _of_entry(workload: Workload, entry: Entry) -> Iterator[Planned]:
     config, method, where = workload.config, entry.method, f"entries.{entry.name}.method"
     seeds, language = len(config.seeds), isinstance(config.task, LanguageTask)
-    reward = getattr(method, "reward", None)
+    key, reward = reward_of(method) or ("", None)
     if isinstance(reward, RewardModel):
         samples = 64 * workload.data.prompts.number if language else config.evaluation.num_reference_samples
-        work = workload.reward_model(reward, workload.data.pairs, f"{where}.reward.training", samples)
+        work = workload.reward_model(reward, workload.data.pairs, f"{where}.{key}.training", samples)
         yield Planned("reward model", entry.name, work, seeds)
     if isinstance(method, OffPolicyMethod):
         yield Planned("training", entry.name, workload.off_policy(method, f"{where}.training"), seeds)
     elif isinstance(method, OnPolicyMethod):
         yield Planned("training", entry.name, workload.on_policy(method, f"{where}.training"), seeds)
-    if isinstance(config.task, LanguageTask) and isinstance(reward, RewardModel):
+    if isinstance(config.task, LanguageTask) and isinstance(reward, RewardModel) and key == "reward":
         work = StageWork((("listing", Listing("scores", config.task.num_prompts)),))
         yield Planned("evaluation (scores of all responses)", entry.name, work, seeds)
     yield Planned("evaluation", entry.name, _evaluation(workload, entry), seeds)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -27,7 +27,9 @@ from prefarena.estimate.lengths import Data, Rows, passed
 from prefarena.estimate.work import Files, Manner, Part, Passes, Sampling, Sending, StageWork, Steps
 from prefarena.modeling.room import LARGEST_MICRO_BATCH
 from prefarena.settings.judges import EvaluationJudge, is_model
+from prefarena.settings.off_policy import Pairwise
 from prefarena.settings.on_policy import CriticTraining
+from prefarena.settings.online import Online
 from prefarena.settings.optimisation import LoRA
 from prefarena.settings.unpaired import Unpaired
 from prefarena.training.terms import Shares
@@ -159,7 +161,25 @@ class Workload:
         if method.pretraining_weight > 0:  # texts are taken to be as long as demonstrations
             tables.append(("pretraining", data.demonstrations))
         first = rows if isinstance(method, Unpaired) else None
-        return self.on_table(tables, training, where, first=first)
+        work = self.on_table(tables, training, where, first=first)
+        online = method.online if isinstance(method, Pairwise) else None
+        return work if online is None else self._with_drawing(work, online, training)
+
+    def _with_drawing(self, work: StageWork, online: Online, training: Optimisation) -> StageWork:
+        """A training whose pairs are drawn on the way, once to each prompt of the steps after the first `every`."""
+        steps, generation = self.steps(self.data.pairs, training), self.config.generation
+        calls, number = (steps - 1) // online.every, max(0, steps - online.every) * training.batch_size
+        if not calls:
+            return work
+        # On prompts as they are in training; responses as long as the data's.
+        drawn = self.data.prompts.single().taking(2 * number).passed()
+        parts: list[Named] = [("generate", self.sampling(calls, 2 * number / calls))]
+        parts.append(("sync", Sending(calls, self.plain.parameters)))
+        parts += [("score", self.scored(drawn, head=False))] if is_model(online.reward) else []
+        parts.append(("logprobs", self.scored(drawn)))
+        held = generation.tensor_parallel if self.config.resources.use_gpu else 1
+        beside = float(generation.num_actors * held)
+        return replace(work, parts=(*work.parts, *parts), beside=beside, generated=drawn.scored)
 
     def reward_model(self, settings: RewardModel, rows: Rows, where: str, num_samples: int) -> StageWork:
         """Trained on these pairs, then measured on the reference's samples and on held-out pairs."""

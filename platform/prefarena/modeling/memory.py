@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 import numpy as np
@@ -107,6 +107,15 @@ def training_memory(
     if spread.offloaded:
         return MemoryNeed(gathered, 0, 0, passes + gathered, host=part + (1 + _MOMENTS) * own)
     return MemoryNeed(part + gathered, own, _MOMENTS * own, passes + gathered)
+
+
+def with_models(need: MemoryNeed, module: nn.Module, number: int, spread: Spread = _WHOLE) -> MemoryNeed:
+    """The same beside so many frozen models of the module's size, adapters left out, which are spread as it is."""
+    plain = size_of(one for name, one in module.named_parameters() if "lora_" not in name)
+    more = number * (plain // spread.num_parts)
+    if spread.offloaded:
+        return replace(need, host=need.host + more)
+    return replace(need, weights=need.weights + more)
 
 
 def sum_of_pass(module: nn.Module, prompt: int, responses: Sequence[int], number: int) -> Tensor:

@@ -30,6 +30,7 @@ from prefarena.report.charts import (
 from prefarena.report.findings import compared, data_lines, findings, limits
 from prefarena.report.leakage import leakage, leakage_tables
 from prefarena.report.measures import coverage_table, divergence_table
+from prefarena.report.online import online_table
 from prefarena.report.overoptimisation import law_table
 from prefarena.report.results import Results
 from prefarena.report.samples import SAMPLES_FILE, Samples, load_samples
@@ -53,6 +54,7 @@ def write_page(results: Results, folder: str | Path) -> Path:
         _section("results", "Results", table_html(main_table(results))),
         _section("distance", "Distance from the reference", table_html(divergence_table(results))),
         _section("coverage", "With pairs and without", table_html(coverage_table(results))),
+        _section("online", "Where pairs came from", table_html(online_table(results))),
         _section("reward-and-kl", "Reward and KL", '<div class="charts" data-charts="reward"></div>', *_sweep(results)),
         _through_training(results, target),
         _section("laws", "Laws of over-optimisation", table_html(law_table(results))),

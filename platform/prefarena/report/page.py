@@ -11,6 +11,7 @@ from prefarena.report.curves import curve_figures
 from prefarena.report.findings import compared, data_lines, findings, limits
 from prefarena.report.leakage import leakage, leakage_tables
 from prefarena.report.measures import coverage_table, divergence_table
+from prefarena.report.online import online_table
 from prefarena.report.overoptimisation import law_table
 from prefarena.report.plots import FRONTIER_NOTE, drift_figure, expected_best_figure, reward_kl_figure
 from prefarena.report.results import EntryResult, Results
@@ -48,6 +49,7 @@ def write_report(results: Results, folder: str | Path) -> Path:
         _section("Results", main_table(results)),
         _section("Distance from the reference", divergence_table(results)),
         _section("With pairs and without", coverage_table(results)),
+        _section("Where pairs came from", online_table(results)),
         *_sweep(results, target),
         _figure("Reward and KL", _reward_kl_text(results), target, reward_kl_figure(results), "reward_kl"),
         *_through_training(results, target),

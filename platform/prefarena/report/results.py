@@ -61,7 +61,7 @@ class EntryResult(Part):
     def group(self) -> str:
         """The sweep group: `settings["group"]`, else the kind.
 
-        DPO and IPO with a demonstration term are apart, and so are methods that learn from the gold reward.
+        DPO and IPO with a demonstration term are apart, and so are methods that learn from the gold reward, or online.
         """
         named = self.settings.get("group")
         if named:
@@ -69,7 +69,8 @@ class EntryResult(Part):
         if self.settings.get("reward", {}).get("kind") == "gold":
             return f"{self.kind}+gold"
         has_term = float(self.settings.get("demonstration_weight") or 0) > 0
-        return f"{self.kind}+eta" if has_term and self.kind != "mpo" else self.kind
+        kind = f"{self.kind}+eta" if has_term and self.kind != "mpo" else self.kind
+        return f"{kind} online" if self.settings.get("online") else kind
 
 
 class WinMatrix(Part):

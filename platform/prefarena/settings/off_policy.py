@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from prefarena.objectives.output import ObjectiveOutput, mean_of
@@ -16,6 +16,7 @@ from prefarena.objectives.preference import (
     preference_output,
     ratio_weights,
 )
+from prefarena.settings.online import Online
 from prefarena.settings.optimisation import Optimisation
 from prefarena.settings.search import Space, around, proposed
 from prefarena.settings.section import Section
@@ -65,6 +66,17 @@ class OffPolicy(Section):
         Metrics show them in any case.
         """
 
+    @model_validator(mode="before")
+    @classmethod
+    def _pairs_alone_are_drawn(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("online") is not None and "online" not in cls.model_fields:
+            raise ValueError(f"online draws pairs, whose losses are their own, and {cls._named()}; leave it out")
+        return given
+
+    @classmethod
+    def _named(cls) -> str:
+        return f"{cls.model_fields['kind'].default} learns from {cls.learns_from}"
+
     def address(self) -> dict[str, Any]:
         """What results depend on, for the address of stages: settings, and code outside the package."""
         fields = type(self).model_fields
@@ -107,7 +119,12 @@ class Pairwise(OffPolicy):
         "2409.06411).",
     )
 
-    _added: ClassVar[frozenset[str]] = frozenset({"pair_weight", "max_log_ratio", "tail_weight"})
+    online: Online | None = Field(
+        None,
+        description="New pairs of the policy's own on the way (every, reward, temperature); none: the data's alone.",
+    )
+
+    _added: ClassVar[frozenset[str]] = frozenset({"pair_weight", "max_log_ratio", "tail_weight", "online"})
 
     @property
     def needs_shared(self) -> bool:

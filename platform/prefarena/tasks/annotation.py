@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -90,10 +91,15 @@ def contests_of_scores(prompt: Answered, scores: np.ndarray, settings: DrawnPair
 
 
 def chance(gap: float, settings: DrawnPairs) -> float:
+    """P(y1 > y2) of a gap r1 - r2 in score, as the settings label."""
+    return chance_of_gap(gap, settings.labels, settings.label_temperature)
+
+
+def chance_of_gap(gap: float, labels: Literal["deterministic", "bradley_terry"], temperature: float) -> float:
     """P(y1 > y2) of a gap r1 - r2 in score: a sigmoid, or for deterministic labels 0, 1, or 1/2 of a tie."""
-    if settings.labels == "deterministic":
+    if labels == "deterministic":
         return 0.5 if gap == 0 else float(gap > 0)
-    return float(np.exp(-np.logaddexp(0.0, -gap / settings.label_temperature)))
+    return float(np.exp(-np.logaddexp(0.0, -gap / temperature)))
 
 
 def all_places(prompt: Answered) -> list[tuple[int, int]]:

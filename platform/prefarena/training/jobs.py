@@ -59,14 +59,36 @@ class ReferenceJob(Job):
 
 
 @dataclass(frozen=True)
+class Drawing:
+    """How an off-policy training gets pairs of its own policy, from the named generation actors.
+
+    every: steps from one drawing to the next. reward: what orders two responses. labels, label_temperature: as the
+    task's pairs are labelled.
+    """
+
+    every: int
+    reward: JudgeSpec
+    generators: tuple[str, ...]
+    generation: Generation
+    response_limit: int
+    temperature: float = 1.0
+    labels: Literal["deterministic", "bradley_terry"] = "deterministic"
+    label_temperature: float = 1.0
+
+
+@dataclass(frozen=True)
 class OffPolicyJob(Job):
-    """An off-policy method on pairs that carry the reference's log-probs, or on `responses` that do."""
+    """An off-policy method on pairs that carry the reference's log-probs, or on `responses` that do.
+
+    drawing: pairs of its own on the way; none: those of the table alone.
+    """
 
     method: OffPolicyMethod
     pairs: str
     demonstrations: str | None = None
     pretraining: str | None = None
     responses: str | None = None
+    drawing: Drawing | None = None
 
     @property
     def arithmetic(self) -> Arithmetic:

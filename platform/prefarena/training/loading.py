@@ -6,11 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import PreTrainedModel
 
 from prefarena.config import RewardModel
 from prefarena.judges.models import RewardModelJudge
-from prefarena.judges.spec import Judge, JudgeSpec, load_judge
+from prefarena.judges.spec import Judge, JudgeSpec, load_judge, usage_of
+from prefarena.judges.usage import total_costs
 from prefarena.modeling.arithmetic import Arithmetic, halve_products
 from prefarena.modeling.load import load_policy, load_reward_model, new_reward_model
 from prefarena.modeling.shapes_first import (
@@ -53,6 +55,14 @@ class Loader:
         if not (self.worker.shards and isinstance(spec.settings, RewardModel) and spec.path is not None):
             return load_judge(spec, batch_size, self.worker.device)
         return self.spread_reward_model(spec.path, spec.arithmetic, batch_size)
+
+    def calls_of(self, judge: Judge) -> dict[str, int]:
+        """What was asked of an endpoint, by all workers of this attempt; empty for other judges."""
+        own = total_costs([usage_of(judge)])
+        if not own:
+            return {}
+        sums = self.worker.sum(torch.tensor(list(own.values()), dtype=torch.float64, device=self.worker.device))
+        return {name: int(number) for name, number in zip(own, sums, strict=True)}
 
     def spread_reward_model(self, path: str, arithmetic: Arithmetic, batch_size: int = 64) -> RewardModelJudge:
         judge = RewardModelJudge.of(self.reward_model(path), batch_size, arithmetic, self.worker.device)

@@ -25,8 +25,7 @@ from prefarena.config import OnPolicyTraining
 from prefarena.errors import UserError
 from prefarena.generation.interface import RolloutSource
 from prefarena.judges.models import RewardModelJudge
-from prefarena.judges.spec import Judge, JudgeSpec, usage_of
-from prefarena.judges.usage import total_costs
+from prefarena.judges.spec import Judge, JudgeSpec
 from prefarena.modeling.heads import token_values
 from prefarena.modeling.load import load_tokenizer
 from prefarena.modeling.logprobs import token_logps
@@ -201,11 +200,7 @@ class OnPolicyTrainer:
 
     def judge_calls(self) -> dict[str, int]:
         """What was asked of an endpoint that is the reward, by all workers of this attempt; empty for other rewards."""
-        own = total_costs([usage_of(self.scorers.reward)])
-        if not own:
-            return {}
-        sums = self.worker.sum(torch.tensor(list(own.values()), dtype=torch.float64, device=self.worker.device))
-        return {name: int(number) for name, number in zip(own, sums, strict=True)}
+        return Loader(self.worker).calls_of(self.scorers.reward)
 
     # --------------------------------------------------------------------------------- checkpoints, snapshots
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from prefarena.config import Optimisation
 from prefarena.data.plan import LARGEST_PASS
-from prefarena.modeling.memory import MemoryNeed, size_of, training_memory
+from prefarena.modeling.memory import MemoryNeed, size_of, training_memory, with_models
 from prefarena.modeling.room import SMALLEST_PASS
 from prefarena.stage_files import MEMORY
 from prefarena.stages import write_json
@@ -82,6 +82,7 @@ def _parts(module: nn.Module, terms: list[Term], training: Optimisation, worker:
     )
     if need is None:
         return None
+    need = with_models(need, module, sum(term.num_models_beside() for term in terms), worker.spread)
     return parts_of(need, [module], worker.spares(training), worker)
 
 

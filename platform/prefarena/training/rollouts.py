@@ -6,22 +6,17 @@ iteration.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
-from typing import Protocol
-
 import numpy as np
 import torch
 from torch import Tensor
 
 from prefarena.data.tables import read_rows
 from prefarena.errors import UserError
-from prefarena.generation.interface import Pending, RolloutSource, Sampling, Sleeps, StaleWeightsError, TakesLayers
+from prefarena.generation.interface import Pending, RolloutSource, Sampling
 from prefarena.records import Rollout
 from prefarena.training.jobs import OnPolicyJob
+from prefarena.training.policy_source import HasWeights, PolicySource
 from prefarena.training.worker import Worker
-
-#: Generators may be restarted while they are asked; each time they come back without weights.
-_MAX_RESTARTS = 3
 
 
 class StalenessError(RuntimeError):
@@ -65,24 +60,12 @@ def read_prompts(job: OnPolicyJob) -> list[list[int]]:
     return prompts
 
 
-class HasWeights(Protocol):
-    """The policy, as generators get it."""
-
-    @property
-    def changing(self) -> frozenset[str] | None:
-        """The names of the weights that training changes; None: all of them."""
-
-    def weights(self, *, names: Collection[str] | None = None) -> Iterable[tuple[str, Tensor]]:
-        """Whole, by name, these alone or all; every worker goes through it at the same time."""
-
-
-class RolloutStream:
+class RolloutStream(PolicySource):
     """This worker's share of each iteration's rollouts, from a source that holds the weights of a named version.
 
     In synchronous mode the batch of iteration i is made by the weights of iteration i. In asynchronous mode it is asked
     for before update i - 1 and so made by the weights of iteration i - 1, while that update runs; the first batch, and
-    the first after a restart, is made when it is needed. Where adapters are trained, the layers that they change are
-    sent alone, once the source holds the others.
+    the first after a restart, is made when it is needed.
     """
 
     def __init__(
@@ -92,8 +75,8 @@ class RolloutStream:
         source: RolloutSource,
         policy: HasWeights,
     ) -> None:
-        self._job, self._worker, self.source, self._policy = job, worker, source, policy
-        self._sent: str | None = None  # the version that was pushed last
+        super().__init__(job.name, job.generation, worker, source, policy)
+        self._job = job
         self._prompts = read_prompts(job)
         self._ahead: Pending | None = None
         self.max_staleness = 1 if job.training.mode == "asynchronous" else 0
@@ -102,34 +85,6 @@ class RolloutStream:
     def longest_prompt(self) -> int:
         """Tokens of the longest prompt that is sampled on."""
         return max(map(len, self._prompts))
-
-    def version(self, iteration: int) -> str:
-        """The name of the weights that `iteration` starts with."""
-        return f"{self._job.name}@{iteration}"
-
-    def push(self, iteration: int) -> None:
-        """Give the source the policy that `iteration` starts with; no worker goes on before it has it."""
-        self._barrier()  # a slower worker may still wait for rollouts of the weights that the source holds
-        names = self._changed()
-        weights, version = self._policy.weights(names=names), self.version(iteration)
-        if self._worker.rank != 0:
-            for _ in weights:  # a sharded model's are gathered tensor by tensor, which takes every worker
-                pass
-        elif names is not None and isinstance(self.source, TakesLayers):
-            self.source.sync(weights, version, since=self._sent)
-        else:
-            self.source.sync(weights, version)
-        self._sent = version
-        self._barrier()
-
-    def _changed(self) -> frozenset[str] | None:
-        """The weights to be sent; None: all. Every worker decides the same, and takes part in gathering them."""
-        changing, names = self._policy.changing, None
-        if changing is None or self._sent is None:
-            return None
-        if isinstance(self.source, TakesLayers):
-            names = self.source.layers_of(changing, self._sent)
-        return None if self._worker.on_any(names is None) else names
 
     def take_ahead(self, iteration: int) -> list[Rollout] | None:
         """The batch of `iteration` if it was asked for one update ago; the policy is by now that of `iteration`."""
@@ -180,34 +135,7 @@ class RolloutStream:
         return self.source.submit(prompts, sampling, self.version(weights_of))
 
     def _wait(self, pending: Pending, iteration: int) -> list[Rollout]:
-        """This worker's rollouts; where a generator was restarted, after it was given the weights again.
-
-        Every worker takes part in every round, whether it has its rollouts or not: so nobody still waits for rollouts
-        of older weights when new ones are given, and rank 0 alone gives them. Workers that did so each for itself would
-        each begin a transfer with the same actors.
-        """
-        rollouts: list[Rollout] | None = None
-        for restart in range(_MAX_RESTARTS + 1):
-            if restart:
-                self.push(iteration)
-            if restart and rollouts is None:
-                pending = self._submit(iteration, iteration)
-            try:
-                rollouts = pending.result() if rollouts is None else rollouts
-            except StaleWeightsError:
-                rollouts = None
-            someone_has_none = self._worker.on_any(rollouts is None)
-            if rollouts is not None and not someone_has_none:
-                self._rest()
-                return rollouts
-        raise StaleWeightsError(f"generators lost the weights {self.version(iteration)!r} {_MAX_RESTARTS + 1} times")
-
-    def _rest(self) -> None:
-        """All have their rollouts: engines on the workers' devices make room for what is learnt from them."""
-        if self._job.generation.sleep_mode != "none" and isinstance(self.source, Sleeps):
-            if self._worker.rank == 0:
-                self.source.sleep()
-            self._barrier()
-
-    def _barrier(self) -> None:
-        self._worker.sum(torch.zeros((), device=self._worker.device))
+        """This worker's rollouts, asked for again where generators came back without weights."""
+        rollouts = self.wait(pending, iteration, lambda: self._submit(iteration, iteration))
+        self.rest()
+        return rollouts

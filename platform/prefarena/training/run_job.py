@@ -9,7 +9,8 @@ from __future__ import annotations
 from typing import Any
 
 from prefarena.failures import reason_of
-from prefarena.generation.interface import GeneratorLostError
+from prefarena.generation.interface import GeneratorLostError, RolloutSource
+from prefarena.judges.spec import Judge
 from prefarena.modeling.arithmetic import attends_in, products_of
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs
@@ -18,10 +19,12 @@ from prefarena.settings.off_policy import Pairwise
 from prefarena.settings.ranked import Ranked
 from prefarena.settings.unpaired import Unpaired
 from prefarena.stages import write_failure, write_manifest
+from prefarena.training.drawing import PairDrawer
 from prefarena.training.guard import TrainingDivergedError
-from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
+from prefarena.training.jobs import Drawing, Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 from prefarena.training.loading import Loader
 from prefarena.training.off_policy import train
+from prefarena.training.online import OnlineTerm
 from prefarena.training.ranked import RankedTerm
 from prefarena.training.reward_model import train_reward_model
 from prefarena.training.saving import save_trained
@@ -37,20 +40,22 @@ from prefarena.training.unpaired import UnpairedTerm
 from prefarena.training.worker import Worker
 
 
-def run_job(job: Job, worker: Worker) -> None:
+def run_job(job: Job, worker: Worker, source: RolloutSource | None = None, judge: Judge | None = None) -> None:
     """Run `job` to its manifest, or to its failure. Every worker of the group calls this; rank 0 writes.
+
+    source, judge: in place of the generators and the reward that a job which draws pairs names.
 
     Raises StorageFullError where there is no room for what it writes; its last checkpoint is whole then. Raises
     GeneratorLostError, and leaves the stage as it is, where new generation actors may help.
     """
     with full_disk_named(job.name, worker.stage_dir), products_of(job.arithmetic):
-        _run(job, worker)
+        _run(job, worker, source, judge)
     worker.drop_garbage()
 
 
-def _run(job: Job, worker: Worker) -> None:
+def _run(job: Job, worker: Worker, source: RolloutSource | None, judge: Judge | None) -> None:
     try:
-        contents = _contents(job, worker)
+        contents = _contents(job, worker, source, judge)
     except TrainingDivergedError as error:  # all workers meet it in the same step
         worker.flush()
         if worker.rank == 0:
@@ -77,9 +82,11 @@ def _fail(job: Job, worker: Worker, reason: str) -> None:
     write_failure(job.stage_dir, reason, label=job.name, seed=job.seed, faults=worker.stage_log.faults())
 
 
-def _contents(job: Job, worker: Worker) -> dict[str, Any]:
+def _contents(job: Job, worker: Worker, source: RolloutSource | None, judge: Judge | None) -> dict[str, Any]:
     """Of the job's manifest, when its model is saved."""
     match job:
+        case OffPolicyJob(drawing=Drawing() as drawing):
+            return _train_online(job, drawing, worker, source, judge)
         case ReferenceJob() | OffPolicyJob():
             return _train_policy(job, worker)
         case RewardModelJob():
@@ -92,7 +99,17 @@ def _contents(job: Job, worker: Worker) -> dict[str, Any]:
             raise TypeError(f"no loop for {type(job).__name__}")
 
 
-def _train_policy(job: ReferenceJob | OffPolicyJob, worker: Worker) -> dict[str, Any]:
+def _train_online(
+    job: OffPolicyJob, drawing: Drawing, worker: Worker, source: RolloutSource | None, judge: Judge | None
+) -> dict[str, Any]:
+    drawer = PairDrawer(job, drawing, worker, load_tokenizer(job.policy).pad_token_id, source, judge)
+    try:
+        return _train_policy(job, worker, drawer)
+    finally:
+        drawer.leave()
+
+
+def _train_policy(job: ReferenceJob | OffPolicyJob, worker: Worker, drawer: PairDrawer | None = None) -> dict[str, Any]:
     tokenizer = load_tokenizer(job.policy)
     settings = job.training if isinstance(job, ReferenceJob) else job.method.training
 
@@ -101,18 +118,32 @@ def _train_policy(job: ReferenceJob | OffPolicyJob, worker: Worker) -> dict[str,
         add_adapters(model, settings.lora, job.seed)
     module = LogProbs(model, job.max_length, worker.device, attends_in(settings.precision))
     worker.note_padding(module.notes)
-    counts = train(module, _terms(job, worker, tokenizer.pad_token_id, module.packed), settings, worker)
+    terms = _terms(job, worker, tokenizer.pad_token_id, module.packed, drawer)
+    counts: dict[str, Any] = train(module, terms, settings, worker)
+    pairs: dict[str, Any] = {}
+    if isinstance(terms[0], PreferenceTerm) and worker.rank == 0:
+        pairs = {"pairs": terms[0].origin(counts["num_steps"])}
+        counts |= {name: pairs["pairs"].pop(name) for name in ("num_tokens_generated",) if name in pairs["pairs"]}
+    if drawer is not None:
+        counts |= drawer.judge_calls()
     save_trained(model, job, tokenizer, worker, lambda: load_policy(job.policy), has_adapters=settings.lora is not None)
-    return {"costs": worker.costs(**counts)}
+    # The generators' devices are held all the while.
+    beside = len(job.drawing.generators) if isinstance(job, OffPolicyJob) and job.drawing is not None else 0
+    return {"costs": worker.costs(num_beside=beside, **counts), **pairs}
 
 
-def _terms(job: ReferenceJob | OffPolicyJob, worker: Worker, pad_id: int, packed: bool) -> list[Term]:
+def _terms(
+    job: ReferenceJob | OffPolicyJob, worker: Worker, pad_id: int, packed: bool, drawer: PairDrawer | None
+) -> list[Term]:
     if isinstance(job, ReferenceJob):
         shares = Shares(job.training, worker.world_size, job.seed, packed)
         return [LikelihoodTerm(job.demonstrations, shares, pad_id, loss_on=job.loss_on)]
     method = job.method
     shares = Shares(method.training, worker.world_size, job.seed, packed)
-    terms: list[Term] = [_method_term(job, shares, pad_id)]
+    own = _method_term(job, shares, pad_id)
+    if drawer is not None and isinstance(method, Pairwise):
+        own = OnlineTerm(job, method, shares, pad_id, worker, drawer)
+    terms: list[Term] = [own]
     if job.demonstrations is not None and method.demonstration_weight > 0:
         terms.append(
             LikelihoodTerm(

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
@@ -69,6 +70,10 @@ class Term(ABC):
         """Tokens that go through the model in the whole step."""
         return int(self.plan.sizes[self.plan.rows(step)].sum())
 
+    def num_models_beside(self) -> int:
+        """Frozen models of about the policy's size that the term will hold beside the one in training."""
+        return 0
+
     def begin(self, step: int, learner: Learner, worker: Worker) -> None:  # noqa: B027 - most have nothing to do
         """What the loss needs to know of the whole step, of all workers, before its first gradient."""
 
@@ -80,9 +85,9 @@ class Term(ABC):
 class Pairs:
     """A table of pairs, ready to be taken from."""
 
-    def __init__(self, path: str, *, referenced: bool = True, shared: bool = False) -> None:
-        """referenced, shared: whether it is one of REFERENCED_PAIRS or SHARED_PAIRS."""
-        table = read_rows(path)
+    def __init__(self, rows: str | pa.Table, *, referenced: bool = True, shared: bool = False) -> None:
+        """rows: a table, or where it is. referenced, shared: whether it is one of REFERENCED_PAIRS or SHARED_PAIRS."""
+        table = read_rows(rows) if isinstance(rows, str) else rows
         self.prompts = TokenColumn.of(table, "prompt_ids")
         self.chosen = TokenColumn.of(table, "chosen_ids")
         self.rejected = TokenColumn.of(table, "rejected_ids")
@@ -110,8 +115,10 @@ class PairsTerm(Term):
 
     name = "preference"
 
-    def __init__(self, path: str, method: OffPolicy, shares: Shares, pad_id: int, *, shared: bool = False) -> None:
-        self.pairs = Pairs(path, shared=shared)
+    def __init__(
+        self, rows: str | pa.Table, method: OffPolicy, shares: Shares, pad_id: int, *, shared: bool = False
+    ) -> None:
+        self.pairs = Pairs(rows, shared=shared)
         super().__init__(self.pairs.plan(shares), 1.0, pad_id)
         self.method = method
 
@@ -141,8 +148,17 @@ class PreferenceTerm(PairsTerm):
 
     method: Pairwise
 
-    def __init__(self, path: str, method: Pairwise, shares: Shares, pad_id: int) -> None:
-        super().__init__(path, method, shares, pad_id, shared=method.needs_shared)
+    def __init__(self, rows: str | pa.Table, method: Pairwise, shares: Shares, pad_id: int) -> None:
+        super().__init__(rows, method, shares, pad_id, shared=method.needs_shared)
+
+    def origin(self, num_steps: int) -> dict[str, Any]:
+        """Labels and age of the pairs that so many steps are trained on, for the manifest.
+
+        num_data_labels: different pairs of the table. mean_age: in steps, as if the reference had said all of them.
+        """
+        trained = num_steps * self.plan.batch_size
+        labels = min(trained, len(self.plan.lengths))  # every epoch uses each row once
+        return {"num_pairs_trained": trained, "num_data_labels": labels, "mean_age": (num_steps - 1) / 2}
 
     def __call__(self, module: nn.Module, rows: Rows, device: torch.device) -> ObjectiveOutput:
         values, batch = self.token_logps(module, rows, device)

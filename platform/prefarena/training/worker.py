@@ -52,7 +52,7 @@ class Worker:
     ) -> None:
         self.stage_dir = Path(stage_dir)
         self.device = torch.device(device)
-        self._storage_retry_s = storage_retry_s
+        self.storage_retry_s = storage_retry_s
         self.stage_dir.mkdir(parents=True, exist_ok=True)
         self._started = time.perf_counter()
         self._measure_from_here()
@@ -150,7 +150,7 @@ class Worker:
     @cached_property
     def stage_log(self) -> StageLog:
         """Of the job's stage."""
-        return StageLog(self.stage_dir, self.rank, lambda: self._attempt, self._storage_retry_s)
+        return StageLog(self.stage_dir, self.rank, lambda: self._attempt, self.storage_retry_s)
 
     def log(self, row: dict[str, Any]) -> None:
         """Append a row of metrics."""
@@ -177,7 +177,7 @@ class Worker:
                 rank=self.rank,
                 world_size=self.world_size,
                 attempt=self._attempt,
-                retry_s=self._storage_retry_s,
+                retry_s=self.storage_retry_s,
                 sharded=self.shards,
                 publish_rows=lambda: push(self.stage_dir, sent),
             )
@@ -186,7 +186,7 @@ class Worker:
             rank=self.rank,
             world_size=self.world_size,
             attempt=self._attempt,
-            retry_s=self._storage_retry_s,
+            retry_s=self.storage_retry_s,
             sharded=self.shards,
         )
 

@@ -1,0 +1,25 @@
+"""How an off-policy method gets pairs of its own: what its policy says on the way, labelled by a judge."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from prefarena.settings.judges import JudgeSettings, RewardModel
+from prefarena.settings.section import Section
+
+
+class Online(Section):
+    """Every so many steps the prompts of the next ones get two new responses of the policy, and a judge orders them.
+
+    Until then a training learns from the pairs of its data. docs/methods.md says what is done exactly.
+    """
+
+    every: int = Field(
+        ge=1,
+        description="Steps from one drawing to the next, the first of which comes after so many; as many as the "
+        "training has, or more: there is none.",
+    )
+    reward: JudgeSettings = Field(
+        RewardModel(), description="What orders new pairs; a learned one is trained on the pairs of the data."
+    )
+    temperature: float = Field(1.0, gt=0, description="Of the sampling of new responses.")
