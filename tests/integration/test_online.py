@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from off_policy import metric_rows, off_policy_job, weights, write_inputs
-from on_policy import LIKED, Done, LikedCount, LocalGenerator
-from workers import DyingWorker, KilledError
+from on_policy import LIKED, Done, LikedCount, LocalGenerator, SharedGenerator, syncs
+from workers import DyingWorker, KilledError, OneOfMany, Sharding
 
-from prefarena.config import DPO, IPO, MPO, Generation, GoldJudge, LoRA, OffPolicyMethod, Optimisation
+from prefarena.config import DPO, IPO, MPO, Generation, GoldJudge, LoRA, OffPolicyMethod, Optimisation, RewardModel
 from prefarena.generation.interface import Sampling, StaleWeightsError
 from prefarena.judges.spec import JudgeSpec
-from prefarena.modeling.load import load_policy
+from prefarena.modeling.load import load_policy, load_tokenizer, new_reward_model, save_policy
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import Rollout
 from prefarena.stage_files import DRAWN_PAIRS
@@ -238,3 +238,45 @@ def test_a_generator_that_loses_them_again_and_again_ends_the_job(inputs: Path, 
 
     with pytest.raises(StaleWeightsError, match="it@6"):
         run(job_of(inputs, tmp_path / "it", 6), source=Hopeless(str(inputs / "model")))
+
+
+LAYOUTS: dict[str, Sharding] = {"whole": "none", "spread": "fsdp"}
+
+
+def with_reward_model(inputs: Path, folder: Path) -> OffPolicyJob:
+    """Four steps, and a drawing before the third, labelled by a random reward model."""
+    job = job_of(inputs, folder, 2, changed={"training": TRAINING.model_copy(update={"num_steps": 4})})
+    assert job.drawing is not None
+    reward = JudgeSpec(RewardModel(), str(inputs / "reward"), job.policy)
+    return replace(job, name="it", drawing=replace(job.drawing, reward=reward))
+
+
+def run_as_one_of_two(rank: int, jobs: dict[str, OffPolicyJob], root: Path) -> None:
+    torch.set_num_threads(1)
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root}/rendezvous", rank=rank, world_size=2)
+    for layout, job in jobs.items():
+        worker = OneOfMany(job.stage_dir, rank, 2, LAYOUTS[layout])
+        (root / layout).mkdir(exist_ok=True)
+        run_job(job, worker, SharedGenerator(job.policy, root / layout, worker))
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.long
+def test_two_workers_draw_what_one_does_whole_or_spread(inputs: Path, tmp_path: Path) -> None:
+    policy = str(inputs / "model")
+    save_policy(new_reward_model(policy, 0), load_tokenizer(policy), inputs / "reward")
+    alone = with_reward_model(inputs, tmp_path / "alone")
+    run_job(alone, Worker(alone.stage_dir), LocalGenerator(alone.policy))
+    jobs = {layout: with_reward_model(inputs, tmp_path / f"job-{layout}") for layout in LAYOUTS}
+    torch.multiprocessing.spawn(run_as_one_of_two, args=(jobs, tmp_path), nprocs=2)
+    [expected] = drawn(tmp_path / "alone").values()
+    for layout, job in jobs.items():
+        assert syncs(tmp_path / layout) == [(0, "it@2")]
+        [found] = drawn(Path(job.stage_dir)).values()
+        for row, other in zip(found.to_pylist(), expected.to_pylist(), strict=True):
+            assert (row["id"], row["drawn_at"]) == (other["id"], other["drawn_at"])
+            assert row["ref_chosen_logp"] == pytest.approx(other["ref_chosen_logp"], abs=1e-4)
+            if row["drawn_at"]:
+                assert row["chosen_score"] == pytest.approx(other["chosen_score"], abs=1e-4)
+        for one, other in zip(metric_rows(Path(job.stage_dir)), metric_rows(tmp_path / "alone"), strict=True):
+            assert one["loss"] == pytest.approx(other["loss"], abs=1e-4) and one["online/own"] == other["online/own"]
