@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from pathlib import Path
 
@@ -293,6 +294,13 @@ def test_results_with_a_tuning_are_read_back_and_shown(tmp_path: Path, capsys: p
 # ---------------------------------------------------------------------------------------- the key `tuned`
 
 
+def altered(**changed: object) -> str:
+    """A record in which something of its entry was changed by hand."""
+    tree = four_trials().model_dump(mode="json")
+    tree["entries"][0] |= changed
+    return json.dumps(tree)
+
+
 def config(tmp_path: Path, tuned: str | None) -> Comparison:
     entries = [{"name": "dpo", "method": {"kind": "dpo"}}]
     return parse_config({"output": str(tmp_path), "tuned": tuned, "entries": entries})
@@ -310,6 +318,9 @@ def test_the_tuning_that_a_config_names_is_read_before_any_work(tmp_path: Path) 
         (None, "cannot be read .No such file or directory.; `prefarena tune` writes it"),
         ("{", "not what `prefarena tune` writes .Invalid JSON"),
         ('{"name": 1}', "not what `prefarena tune` writes .name: "),
+        (altered(num_trials=24), "not what `prefarena tune` writes .entry 'dpo' has 4 trials, and says 24"),
+        (altered(settings={"beta": 0.3}), "writes .entry 'dpo': its settings are not those of its trial 0"),
+        (altered(best=2), "writes .entry 'dpo': its settings are not those of its trial 2"),
         (tuning([trial("ipo", 0, 1.0)]).model_dump_json(), "is of ipo, and the comparison has none of them, but dpo"),
     ],
 )

@@ -161,7 +161,7 @@ def tuning_warnings(results: Results) -> list[str]:
         )
     for entry in results.trained():
         tuned = tuning.entry(entry.name)
-        if tuned is None:
+        if tuned is None or not tuned.num_trials:
             continue
         if tuned.best is None:
             found.append(f"**All {tuned.num_trials} trials of {entry.name} failed**: tuning chose nothing for it.")

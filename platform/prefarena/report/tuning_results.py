@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from prefarena.errors import UserError
 from prefarena.report.part import Part
@@ -75,6 +75,18 @@ class TuningResults(Part):
     sampler: Literal["tpe", "random"] | None = Field(None, description="how trials were proposed; none: not told.")
     device_seconds: float | None = Field(None, description="limit of what an entry's trials may take; none: no such.")
 
+    @model_validator(mode="after")
+    def _says_what_its_trials_say(self) -> TuningResults:
+        """A budget that a report tells is the number of trials that it lists, and a winner is one of them."""
+        for entry in self.entries:
+            trials = self.of(entry.name)
+            if entry.num_trials != len(trials):
+                raise ValueError(f"entry {entry.name!r} has {len(trials)} trials, and says {entry.num_trials}")
+            best = [trial for trial in trials if trial.number == entry.best and trial.value is not None]
+            if entry.best is not None and [trial.settings for trial in best] != [entry.settings]:
+                raise ValueError(f"entry {entry.name!r}: its settings are not those of its trial {entry.best}")
+        return self
+
     def of(self, entry: str) -> list[TrialResult]:
         """The trials of this entry, in order."""
         return [trial for trial in self.trials if trial.entry == entry]
@@ -108,7 +120,7 @@ def parse_tuning(text: str | bytes, source: str) -> TuningResults:
         return TuningResults.model_validate_json(text)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        where, told = ".".join(str(part) for part in first["loc"]), first["msg"].removeprefix("Value error, ")
         raise UserError(
-            f"{source}: not what `prefarena tune` writes ({f'{where}: ' if where else ''}{first['msg']})"
+            f"{source}: not what `prefarena tune` writes ({f'{where}: ' if where else ''}{told})"
         ) from error

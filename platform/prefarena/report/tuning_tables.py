@@ -24,7 +24,7 @@ def budget_table(results: Results) -> Table | None:
     if tuning is None or not curves:
         return None
     most = max(len(curve.trials) for curve in curves.values())
-    sizes = sorted({1, min(4, most), max(1, most // 2)})
+    sizes = [size for size in sorted({1, 4, most // 2}) if 0 < size < most]
     rows = tuple(_budget_row(tuning, entry.name, curves.get(entry.name), sizes) for entry in results.trained())
     header = (
         "policy",
@@ -80,7 +80,7 @@ def _over(tuning: TuningResults) -> str:
 
 def _chosen_row(tuning: TuningResults, entry: EntryResult) -> tuple[str, ...]:
     tuned, winner = tuning.entry(entry.name), best_trial(tuning, entry.name)
-    if tuned is None:
+    if tuned is None or not tuned.num_trials:
         return (entry.name, "not tuned", *[MISSING] * 4)
     if winner is None:
         return (entry.name, "none: all trials failed", *[MISSING] * 4)
