@@ -16,6 +16,7 @@ what is written where (under `output`, by default ./runs):
                             the same settings reuse it, changed settings get a folder of their own.
   NAME-HASH/                the comparison's run folder: config.yaml (resolved), results.json, report.html, report.md,
                             figures/, samples.parquet (text), checkpoints/ (links to the trained models)
+  NAME-tuning-HASH/         what `tune` found: tuning.json (every trial), tuned.yaml (the winners' settings)
   reference_logps/          the reference's log-probs of pairs, named by their content: computed once for all runs
   leases/                   who is at work on what; one that is left by a killed run is taken over
   ray_train/                Ray Train's own notes of runs under way
@@ -145,7 +146,9 @@ def _add_cluster_commands(commands: Any) -> None:
     _add_retry(submit)
     submit.add_argument("--name", help="the job's name; none: the comparison's and eight random characters")
     submit.add_argument("--follow", action="store_true", help=follow)
-    submit.add_argument("--check", action="store_true", help="run `prefarena doctor` there instead of the comparison")
+    instead = submit.add_mutually_exclusive_group()
+    instead.add_argument("--check", action="store_true", help="run `prefarena doctor` there instead of the comparison")
+    instead.add_argument("--tune", action="store_true", help="run `prefarena tune` there, which compares the winners")
     submit.add_argument(
         "--include",
         action="append",

@@ -36,7 +36,7 @@ def submit(arguments: argparse.Namespace) -> int:
     with tempfile.TemporaryDirectory(prefix="prefarena-") as folder:
         include = [Path(path) for path in arguments.include]
         write_package(Path(folder), Path(pipelines.__file__).parent, dump_config(config), include)
-        module = "doctor" if arguments.check else "compare"
+        module = "doctor" if arguments.check else "tune" if arguments.tune else "compare"
         retry = " --retry-failed" if arguments.retry_failed and not arguments.check else ""
         client.submit(name, f"python -m pipelines {module} {CONFIG_NAME}{retry}", Path(folder))
     what = f"it looks at {config.output}" if arguments.check else f"it writes to {config.output}"
