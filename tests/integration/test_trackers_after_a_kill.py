@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from off_policy import metric_rows, write_inputs
 
+from prefarena.config.tracking import WandB
+from prefarena.trackers.interface import Run
 from tests.helpers.tracked_training import FINAL
 from tests.helpers.trackers import KINDS, Stored, check_same, needs, points, read
 
@@ -56,3 +58,20 @@ def test_nothing_of_the_environment_is_written(killed_and_resumed: Path) -> None
         if path.is_file():
             content = path.read_bytes()
             assert CANARY.encode() not in content and b"PYTHONPATH" not in content, path
+
+
+def test_wandb_offers_nothing_of_its_own_where_a_client_of_language_models_is_imported(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("wandb")
+    import openai
+
+    from prefarena.trackers.wandb import WandBTracker
+
+    assert sys.modules["openai"] is openai  # which judges behind endpoints use
+    monkeypatch.delenv("WANDB_DISABLE_WEAVE", raising=False)
+    run = Run("mine", "dpo", 0, "dpo", "0" * 8, {})
+    WandBTracker(WandB(kind="wandb", mode="offline"), tmp_path).open(run, [{"step": 1, "loss": 0.5}]).close()
+    printed = capfd.readouterr()
+    assert "weave" not in (printed.out + printed.err).lower()
+    assert "WANDB_DISABLE_WEAVE" not in os.environ  # for the user's own runs

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import wandb
 
 from prefarena.config.tracking import WandB
 from prefarena.trackers.interface import Row, Run, described, metrics_of
+
+_WEAVE = "WANDB_DISABLE_WEAVE"
 
 
 class WandBTracker:
@@ -25,23 +29,38 @@ class WandBTracker:
         offline = self._settings.mode == "offline"
         for old in self._folder.glob(f"wandb/offline-run-*-{run.id}") if offline else ():
             shutil.rmtree(old)
-        opened = wandb.init(
-            project=self._settings.project,
-            entity=self._settings.entity,
-            id=run.id,
-            name=run.name,
-            group=run.comparison,
-            job_type=run.kind,
-            config={**described(run), "settings": dict(run.settings)},
-            dir=str(self._folder),
-            mode=self._settings.mode,
-            resume=None if offline else "allow",
-            reinit="create_new",  # one process shows several runs
-            settings=_quiet(),
-        )
+        with _no_weave():
+            opened = wandb.init(
+                project=self._settings.project,
+                entity=self._settings.entity,
+                id=run.id,
+                name=run.name,
+                group=run.comparison,
+                job_type=run.kind,
+                config={**described(run), "settings": dict(run.settings)},
+                dir=str(self._folder),
+                mode=self._settings.mode,
+                resume=None if offline else "allow",
+                reinit="create_new",  # one process shows several runs
+                settings=_quiet(),
+            )
         ours = WandBRun(opened, first_step=opened.step)
         ours.log(rows)
         return ours
+
+
+@contextmanager
+def _no_weave() -> Iterator[None]:
+    """W&B offers Weave, by a line on the terminal for every run, where a client of language models is imported: judges
+    behind endpoints have one. Whoever set the variable themselves keeps it.
+    """
+    before = os.environ.get(_WEAVE)
+    os.environ.setdefault(_WEAVE, "true")
+    try:
+        yield
+    finally:
+        if before is None:
+            os.environ.pop(_WEAVE, None)
 
 
 def _quiet() -> wandb.Settings:
