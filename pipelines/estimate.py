@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from pipelines.addresses import learns_judge
 from pipelines.calibrate import calibrate, tokenizer_of
 from pipelines.checks import check_input
 from pipelines.console import new_console
@@ -17,7 +18,6 @@ from pipelines.estimate_tables import beside_table, entry_table, stage_table
 from pipelines.init_config import Hardware
 from pipelines.jobs import longest, response_limit
 from pipelines.memory import model_settings
-from pipelines.plan import learns_judge
 from pipelines.preferences import prepare_tokenizer
 from prefarena.cluster.needs import Lengths
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, load_config

@@ -19,6 +19,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from pipelines.addresses import (
+    computing_inputs,
+    data_inputs,
+    engine_inputs,
+    evaluation_inputs,
+    judge_inputs,
+    learns_judge,
+    model_inputs,
+    tokenizer_inputs,
+)
 from prefarena.config import (
     BestOfN,
     Comparison,
@@ -28,7 +38,6 @@ from prefarena.config import (
     FunctionJudge,
     GoldJudge,
     LanguageTask,
-    Model,
     OffPolicyMethod,
     OnPolicyMethod,
     PairwiseJudge,
@@ -37,8 +46,6 @@ from prefarena.config import (
     TextTask,
     reward_of,
 )
-from prefarena.data.sources import version_of
-from prefarena.functions import source_digest
 from prefarena.mirror import root_of
 from prefarena.modeling.arithmetic import Arithmetic, named
 from prefarena.settings.off_policy import Pairwise
@@ -147,22 +154,22 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     task = config.task
     if config.seeds_vary == "task" and isinstance(task, LanguageTask):
         task = task.model_copy(update={"seed": task.seed + seed})
-    data = Stage.at(root, "data", task.kind, [_data_inputs(config, task), _tokenizer_inputs(config)])
-    base = Stage.at(root, "base", task.kind, [data.key, _model_inputs(config.model), config.reference.seed])
+    data = Stage.at(root, "data", task.kind, [data_inputs(config, task), tokenizer_inputs(config)])
+    base = Stage.at(root, "base", task.kind, [data.key, model_inputs(config.model), config.reference.seed])
     reference = base
     if config.reference.train:
         settings = config.reference.model_dump(mode="json")
-        inputs = [base.key, settings, _computed(config)]
+        inputs = [base.key, settings, computing_inputs(config)]
         reference = Stage.at(root, "reference", task.kind, inputs)
     pairs, samples, judge = data, None, None
     if isinstance(task, LanguageTask):
         pairs = samples = Stage.at(root, "pairs", task.kind, [reference.key, task.model_dump(mode="json")])
     elif learns_a_reward(config):
-        sampled = [config.evaluation.num_reference_samples, config.evaluation.seed, *_engine(config)]
+        sampled = [config.evaluation.num_reference_samples, config.evaluation.seed, *engine_inputs(config)]
         samples = Stage.at(root, "reference_samples", task.kind, [data.key, reference.key, sampled])
         if config.trained_judge is not None:
             inputs = [data.key, reference.key, samples.key, _dump(config.trained_judge)]
-            inputs += [_computed(config), *named(config.scored_in)]
+            inputs += [computing_inputs(config), *named(config.scored_in)]
             judge = Stage.at(root, "judge", task.kind, inputs)
     behaviour: Stage | None = None
     drawn: Stage | None = None
@@ -187,12 +194,12 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
         for arithmetic in _arithmetics(config, lambda method: isinstance(method, Unpaired))
     }
     logps = next(iter(scored.values()))
-    judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else _judge_inputs(config.judge)
+    judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else judge_inputs(config.judge)
     if is_pairwise(config):
         judged_by = "pairwise"  # which has a stage of its own: responses do not depend on the judge
-    evaluate = [logps.key, judged_by, _evaluation_inputs(config)]
-    if isinstance(task, TextTask) and _engine(config) != ["float32"]:
-        evaluate.append(_engine(config))
+    evaluate = [logps.key, judged_by, evaluation_inputs(config)]
+    if isinstance(task, TextTask) and engine_inputs(config) != ["float32"]:
+        evaluate.append(engine_inputs(config))
     trained = tuple(
         _trained(config, entry, seed, root, logps, trained_on, shared_lengths, responses, samples, judge, evaluate)
         for entry in config.entries
@@ -234,11 +241,11 @@ def _pair_stages(
         return None, None, Stage.at(root, "pairs", task.kind, [data.key, task.covered_share, task.split_seed])
     behaviour = None
     if task.pairs.policy is not None:
-        behaviour = Stage.at(root, "behaviour", task.kind, [data.key, _model_inputs(task.pairs.policy)])
+        behaviour = Stage.at(root, "behaviour", task.kind, [data.key, model_inputs(task.pairs.policy)])
     policy = behaviour or reference
-    drawn = Stage.at(root, "drawn", task.kind, [data.key, policy.key, task.pairs.drawing(), *_engine(config)])
+    drawn = Stage.at(root, "drawn", task.kind, [data.key, policy.key, task.pairs.drawing(), *engine_inputs(config)])
     judges = [
-        [judge.key if judge and isinstance(own, RewardModel) else _judge_inputs(own), annotator.noise]
+        [judge.key if judge and isinstance(own, RewardModel) else judge_inputs(own), annotator.noise]
         for annotator, own in zip(task.pairs.annotators, task.pairs.judges(config.judge), strict=True)
     ]
     inputs = [drawn.key, task.pairs.labelling(), task.covered_share, judges, *named(config.scored_in)]
@@ -270,22 +277,22 @@ def _trained(
             pairs = shared_lengths[arithmetic].key
     inputs: list[Any] = [pairs, settings, seed]
     if not isinstance(method, BestOfN):
-        inputs.append(_computed(config))
+        inputs.append(computing_inputs(config))
     if (keyed := reward_of(method)) is not None:
         reward = keyed[1]
         if isinstance(reward, RewardModel):
             rm_inputs: list[Any] = [logps.key, samples.key if samples else None, _dump(reward), seed]
-            rm_inputs.append(_computed(config))
+            rm_inputs.append(computing_inputs(config))
             reward_model = Stage.at(root, "reward_model", f"s{seed}", rm_inputs)
             inputs.append(reward_model.key)
         elif isinstance(reward, FunctionJudge):
-            inputs.append(_judge_inputs(reward))
-        inputs += _engine(config)
+            inputs.append(judge_inputs(reward))
+        inputs += engine_inputs(config)
         # Beside an on-policy method's own reward its rollouts have the judge's; on the language both are tables.
         if isinstance(method, OnPolicyMethod | BestOfN):
             inputs.append(judge.key if judge else None)
             if isinstance(config.task, LanguageTask) and not isinstance(reward, GoldJudge | EndpointJudge):
-                scored_by = reward_model.key if reward_model else _judge_inputs(reward)
+                scored_by = reward_model.key if reward_model else judge_inputs(reward)
                 scores = Stage.at(root, "scores", f"{reward.kind}-s{seed}", [logps.key, scored_by])
     training = None if isinstance(method, BestOfN) else Stage.at(root, method.kind, label, inputs)
     measured = [training.key if training else inputs, scores.key if scores else None, evaluate]
@@ -308,11 +315,6 @@ def is_pairwise(config: Comparison) -> bool:
     return isinstance(config.task, TextTask) and isinstance(config.judge, PairwiseJudge)
 
 
-def learns_judge(config: Comparison) -> bool:
-    """Whether the judge of a text task is trained, on pairs that are set aside for it."""
-    return config.trained_judge is not None
-
-
 def learns_a_reward(config: Comparison) -> bool:
     """Whether a reward model is trained: as a reward, or as the judge of a text task."""
     return learns_judge(config) or any(learned_reward(entry.method) is not None for entry in config.entries)
@@ -322,11 +324,6 @@ def learned_reward(method: Section) -> RewardModel | None:
     """A method's reward, where it is one that is trained."""
     keyed = reward_of(method)
     return keyed[1] if keyed is not None and isinstance(keyed[1], RewardModel) else None
-
-
-def _judge_inputs(settings: EvaluationJudge) -> list[Any]:
-    """What scores depend on; a function's source belongs to it, so that an edited one is called again."""
-    return [_dump(settings), source_digest(settings.function) if isinstance(settings, FunctionJudge) else None]
 
 
 def needs_shared(method: OffPolicyMethod) -> bool:
@@ -339,68 +336,6 @@ def _arithmetics(config: Comparison, wanted: Callable[[OffPolicyMethod], bool]) 
     methods = [entry.method for entry in config.entries if isinstance(entry.method, OffPolicyMethod)]
     found = {method.training.precision for method in methods if wanted(method)}
     return sorted(found, key=lambda arithmetic: arithmetic != "float32")
-
-
-def _engine(config: Comparison) -> list[str]:
-    """What samples depend on beside the policy, the prompts and the sampler."""
-    generation = config.generation
-    found: list[str] = [generation.dtype_on(config.resources.use_gpu)]
-    found += ["batch_invariant"] if generation.batch_invariant else []
-    return found + ([f"over {generation.tensor_parallel} devices"] if generation.tensor_parallel > 1 else [])
-
-
-def _computed(config: Comparison) -> list[Any]:
-    """How a training's numbers are computed, beside its own settings.
-
-    The number of workers and what each holds change no more than the order of additions, and a training that was
-    interrupted goes on with others: they are not in its address.
-    """
-    return [config.resources.cpus_per_worker, config.resources.use_gpu]
-
-
-def _evaluation_inputs(config: Comparison) -> dict[str, Any]:
-    """The settings that an evaluation depends on; it keeps the address that it had before there were the later ones."""
-    later = {"frontier_samples"}  # a stage of its own
-    if config.evaluation.num_coverage_prompts is None:
-        later.add("num_coverage_prompts")
-    return config.evaluation.model_dump(mode="json", exclude=later)
-
-
-def _data_inputs(config: Comparison, task: LanguageTask | TextTask) -> dict[str, Any]:
-    """The task's settings that its data depend on; files by size and time of change, remote ones by their mark."""
-    if isinstance(task, LanguageTask):
-        pair_settings = {"num_pairs", "num_test_pairs", "labels", "label_temperature"}
-        return task.model_dump(mode="json", exclude=pair_settings)
-    files: list[list[Any]] = []
-    for name in (task.data, task.test_data, task.unpaired_data, task.pretraining_text):
-        path = Path(name) if name else None
-        if path and path.exists():
-            found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-            files += _marks(found)
-        elif name and (version := version_of(name)):
-            files.append([name, version])
-    # Other data keep the address that they had; how pairs are made of the prompts is in those of the pairs' own stages.
-    later = {"pairs", "covered_share", "validation_share", *(["unpaired_data"] if task.unpaired_data is None else [])}
-    return {**task.model_dump(mode="json", exclude=later), "files": files, "learns_judge": learns_judge(config)}
-
-
-def _tokenizer_inputs(config: Comparison) -> Any:
-    """The language has a tokenizer of its own; text is tokenised by the model's, or by one trained to its size."""
-    if isinstance(config.task, LanguageTask):
-        return None
-    return config.model.vocab_size if config.model.kind == "scratch" else _model_inputs(config.model)
-
-
-def _model_inputs(model: Model) -> Any:
-    """The model's settings, and the files of a folder, to which stages refer: they may change where they are."""
-    settings = model.model_dump(mode="json")
-    if model.kind == "scratch" or not (folder := Path(model.path)).is_dir():
-        return settings
-    return {**settings, "files": _marks(sorted(file for file in folder.iterdir() if file.is_file()))}
-
-
-def _marks(files: list[Path]) -> list[list[Any]]:
-    return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
 
 
 # ---------------------------------------------------------------------------------------------- jobs

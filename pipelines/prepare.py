@@ -10,11 +10,12 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from pipelines.addresses import learns_judge
 from pipelines.annotate import annotate_language
 from pipelines.drawn_pairs import make_drawn_pairs
 from pipelines.engine import try_engine
 from pipelines.jobs import judge_job, max_length, reference_job
-from pipelines.plan import SeedPlan, learns_judge, model_of
+from pipelines.plan import SeedPlan, model_of
 from pipelines.preferences import prepare_text
 from pipelines.prompts import prepare_prompt_rows
 from pipelines.reference import add_reference_logps

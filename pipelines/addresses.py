@@ -1,0 +1,83 @@
+"""What the results of a comparison's stages depend on, for their addresses: the parts that several kinds share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from prefarena.config import Comparison, EvaluationJudge, FunctionJudge, LanguageTask, Model, TextTask
+from prefarena.data.sources import version_of
+from prefarena.functions import source_digest
+
+
+def learns_judge(config: Comparison) -> bool:
+    """Whether the judge of a text task is trained, on pairs that are set aside for it."""
+    return config.trained_judge is not None
+
+
+def judge_inputs(settings: EvaluationJudge) -> list[Any]:
+    """What scores depend on; a function's source belongs to it, so that an edited one is called again."""
+    source = source_digest(settings.function) if isinstance(settings, FunctionJudge) else None
+    return [settings.model_dump(mode="json"), source]
+
+
+def engine_inputs(config: Comparison) -> list[str]:
+    """What samples depend on beside the policy, the prompts and the sampler."""
+    generation = config.generation
+    found: list[str] = [generation.dtype_on(config.resources.use_gpu)]
+    found += ["batch_invariant"] if generation.batch_invariant else []
+    return found + ([f"over {generation.tensor_parallel} devices"] if generation.tensor_parallel > 1 else [])
+
+
+def computing_inputs(config: Comparison) -> list[Any]:
+    """How a training's numbers are computed, beside its own settings.
+
+    The number of workers and what each holds change no more than the order of additions, and a training that was
+    interrupted goes on with others: they are not in its address.
+    """
+    return [config.resources.cpus_per_worker, config.resources.use_gpu]
+
+
+def evaluation_inputs(config: Comparison) -> dict[str, Any]:
+    """The settings that an evaluation depends on; it keeps the address that it had before there were the later ones."""
+    later = {"frontier_samples"}  # a stage of its own
+    if config.evaluation.num_coverage_prompts is None:
+        later.add("num_coverage_prompts")
+    return config.evaluation.model_dump(mode="json", exclude=later)
+
+
+def data_inputs(config: Comparison, task: LanguageTask | TextTask) -> dict[str, Any]:
+    """The task's settings that its data depend on; files by size and time of change, remote ones by their mark."""
+    if isinstance(task, LanguageTask):
+        pair_settings = {"num_pairs", "num_test_pairs", "labels", "label_temperature"}
+        return task.model_dump(mode="json", exclude=pair_settings)
+    files: list[list[Any]] = []
+    for name in (task.data, task.test_data, task.unpaired_data, task.pretraining_text):
+        path = Path(name) if name else None
+        if path and path.exists():
+            found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
+            files += _marks(found)
+        elif name and (version := version_of(name)):
+            files.append([name, version])
+    # Other data keep the address that they had; how pairs are made of the prompts is in those of the pairs' own stages.
+    later = {"pairs", "covered_share", "validation_share", *(["unpaired_data"] if task.unpaired_data is None else [])}
+    return {**task.model_dump(mode="json", exclude=later), "files": files, "learns_judge": learns_judge(config)}
+
+
+def tokenizer_inputs(config: Comparison) -> Any:
+    """The language has a tokenizer of its own; text is tokenised by the model's, or by one trained to its size."""
+    if isinstance(config.task, LanguageTask):
+        return None
+    return config.model.vocab_size if config.model.kind == "scratch" else model_inputs(config.model)
+
+
+def model_inputs(model: Model) -> Any:
+    """The model's settings, and the files of a folder, to which stages refer: they may change where they are."""
+    settings = model.model_dump(mode="json")
+    if model.kind == "scratch" or not (folder := Path(model.path)).is_dir():
+        return settings
+    return {**settings, "files": _marks(sorted(file for file in folder.iterdir() if file.is_file()))}
+
+
+def _marks(files: list[Path]) -> list[list[Any]]:
+    return [[str(file.absolute()), file.stat().st_size, file.stat().st_mtime_ns] for file in files]
