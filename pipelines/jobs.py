@@ -24,7 +24,15 @@ from prefarena.mirror import root_of
 from prefarena.settings.unpaired import Unpaired
 from prefarena.stage_files import GOLD
 from prefarena.stages import Stage
-from prefarena.training.jobs import Drawing, Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
+from prefarena.training.jobs import (
+    Drawing,
+    Job,
+    OffPolicyJob,
+    OnPolicyJob,
+    ReferenceJob,
+    Replayed,
+    RewardModelJob,
+)
 
 GENERATOR = "prefarena-generator"
 
@@ -106,6 +114,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
             demonstrations=str(plan.tables / "demonstrations"),
             pretraining=str(pretraining) if method.pretraining_weight > 0 else None,
             drawing=_drawing(config, plan, trained),
+            replayed=_replayed(config, trained),
         )
     return OnPolicyJob(
         max_length=max_length(plan.task),
@@ -142,6 +151,17 @@ def _drawing(config: Comparison, plan: SeedPlan, trained: Trained) -> Drawing | 
         labels=labelled.labels,
         label_temperature=labelled.label_temperature,
     )
+
+
+def _replayed(config: Comparison, trained: Trained) -> Replayed | None:
+    """Whose pairs an off-policy entry is trained on, where they are another entry's."""
+    method = trained.entry.method
+    if trained.replayed is None or not isinstance(method, Pairwise):
+        return None
+    source = next(entry.method for entry in config.entries if entry.name == method.replay)
+    if not isinstance(source, Pairwise) or source.online is None:
+        raise TypeError(f"{method.replay} is not online")
+    return Replayed(str(trained.replayed.folder), source.online.every, source.training)
 
 
 def _monitor(config: Comparison, plan: SeedPlan, reward: JudgeSettings) -> JudgeSpec | None:

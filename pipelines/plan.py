@@ -60,7 +60,7 @@ class Trained:
 
     reward_model: before methods that learn their reward. training: none for best-of-n, which has no policy of its own.
     scores: on the enumerable language, the exact table of a reward that is not the gold one. wins: the comparison with
-    the reference, where the judge is a pairwise one.
+    the reference, where the judge is a pairwise one. replayed: the training whose pairs it is trained on.
     """
 
     entry: Entry
@@ -70,6 +70,7 @@ class Trained:
     scores: Stage | None
     evaluation: Stage
     wins: Stage | None = None
+    replayed: Stage | None = None
 
     def stages(self) -> list[Stage]:
         """All of them, in order."""
@@ -81,6 +82,8 @@ class Trained:
         """Why there is no policy, or none that could be measured; None where there is, or may yet be, a result."""
         if self.reward_model is not None and self.reward_model.failure:
             return f"its reward model failed: {self.reward_model.failure}"
+        if self.replayed is not None and self.replayed.failure:
+            return f"the training whose pairs it replays failed: {self.replayed.failure}"
         if self.training is not None and self.training.failure:
             return self.training.failure
         if self.scores is not None and self.scores.failure:
@@ -200,10 +203,14 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
     evaluate = [logps.key, judged_by, evaluation_inputs(config)]
     if isinstance(task, TextTask) and engine_inputs(config) != ["float32"]:
         evaluate.append(engine_inputs(config))
-    trained = tuple(
-        _trained(config, entry, seed, root, logps, trained_on, shared_lengths, responses, samples, judge, evaluate)
-        for entry in config.entries
-    )
+
+    def trained_as(entry: Entry) -> Trained:
+        replay = entry.method.replay if isinstance(entry.method, Pairwise) else None
+        source = None if replay is None else next(trained_as(one) for one in config.entries if one.name == replay)
+        shared = logps, trained_on, shared_lengths, responses, samples, judge, evaluate
+        return _trained(config, entry, seed, root, *shared, replayed=source.training if source else None)
+
+    trained = tuple(trained_as(entry) for entry in config.entries)
     evaluation, frontier = Stage.at(root, "evaluation", "reference", [reference.key, evaluate]), None
     if isinstance(task, TextTask) and config.evaluation.frontier_samples:
         frontier = Stage.at(root, "frontier", task.kind, [evaluation.key, config.evaluation.frontier_samples])
@@ -264,6 +271,8 @@ def _trained(
     samples: Stage | None,
     judge: Stage | None,
     evaluate: list[Any],
+    *,
+    replayed: Stage | None = None,
 ) -> Trained:
     """trained_on: what scored training pairs depend on, by the arithmetic of training."""
     method, label, reward_model, scores = entry.method, f"{entry.name}-s{seed}", None, None
@@ -275,6 +284,8 @@ def _trained(
         pairs = responses[arithmetic].key if isinstance(method, Unpaired) else trained_on[arithmetic]
         if needs_shared(method):
             pairs = shared_lengths[arithmetic].key
+        if replayed is not None:
+            pairs = replayed.key
     inputs: list[Any] = [pairs, settings, seed]
     if not isinstance(method, BestOfN):
         inputs.append(computing_inputs(config))
@@ -297,7 +308,7 @@ def _trained(
     training = None if isinstance(method, BestOfN) else Stage.at(root, method.kind, label, inputs)
     measured = [training.key if training else inputs, scores.key if scores else None, evaluate]
     evaluation = Stage.at(root, "evaluation", label, measured)
-    return Trained(entry, seed, reward_model, training, scores, evaluation)
+    return Trained(entry, seed, reward_model, training, scores, evaluation, replayed=replayed)
 
 
 def _compared(trained: Trained, root: Path, reference: Stage, judge: EvaluationJudge) -> Trained:

@@ -24,7 +24,9 @@ def train(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
     off_policy = [
         entry_job(config, plan, trained)
         for plan, trained in every
-        if isinstance(trained.entry.method, OffPolicyMethod) and not draws_responses(trained.entry.method)
+        if isinstance(trained.entry.method, OffPolicyMethod)
+        and not draws_responses(trained.entry.method)
+        and trained.replayed is None
     ]
     reward_models = [reward_model_job(plan, trained) for plan, trained in every if trained.reward_model is not None]
     run(config.resources, [*off_policy, *reward_models], config, console)
@@ -34,6 +36,8 @@ def train(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
         if draws_responses(trained.entry.method) and trained.training and not trained.failure
     }
     settle(console, with_generators, partial(_train_with_generators, config, console))
+    replays = [one for one in every if one[1].replayed is not None and one[1].replayed.finished]
+    run(config.resources, [entry_job(config, plan, trained) for plan, trained in replays], config, console)
 
 
 def _train_with_generators(config: Comparison, console: Console, entries: list[tuple[SeedPlan, Trained]]) -> None:

@@ -15,6 +15,7 @@ from prefarena.config import Comparison, Entry, LanguageTask, TextTask
 from prefarena.config.changed import with_settings
 from prefarena.errors import UserError
 from prefarena.mirror import bring
+from prefarena.settings.off_policy import Pairwise
 from prefarena.settings.search import Space, Value, setting
 from prefarena.stage_files import ROW
 from prefarena.stages import Stage
@@ -87,6 +88,8 @@ def spaces_of(config: Comparison) -> dict[str, Space]:
         raise UserError(f"tuned: these settings were chosen by a tuning, {config.tuned}; to search anew, leave it out")
     spaces: dict[str, Space] = {}
     for entry in config.entries:
+        if isinstance(entry.method, Pairwise) and entry.method.replay is not None:
+            raise UserError(f"entry {entry.name!r}: replay: trials run without the entry that it replays; leave it out")
         given = config.tuning.spaces.get(entry.name)
         space: Space = dict(entry.method.search_space() if given is None else given)
         where = f"entry {entry.name!r}" if given is None else f"tuning.spaces.{entry.name}"

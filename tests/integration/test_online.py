@@ -21,10 +21,13 @@ from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.load import load_policy, load_tokenizer, new_reward_model, save_policy
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import Rollout
+from prefarena.settings.off_policy import Pairwise
 from prefarena.stage_files import DRAWN_PAIRS
 from prefarena.stages import read_manifest
-from prefarena.training.jobs import Drawing, OffPolicyJob
+from prefarena.training.jobs import Drawing, OffPolicyJob, Replayed
+from prefarena.training.online import ReplayTerm
 from prefarena.training.run_job import run_job
+from prefarena.training.terms import PreferenceTerm, Shares
 from prefarena.training.worker import Worker
 
 STEPS, BATCH = 12, 16
@@ -161,6 +164,26 @@ def test_a_run_that_is_killed_goes_on_with_the_very_pairs(
     assert same(tmp_path / "broken", tmp_path / "straight")
     told = [read_manifest(job.stage_dir)["pairs"] for job in (straight, broken)]
     assert told[0] == told[1]
+
+
+def test_a_replay_is_trained_on_the_pairs_of_an_online_run_in_an_order_of_its_own(inputs: Path, tmp_path: Path) -> None:
+    source, replay = job_of(inputs, tmp_path / "source", 5), job_of(inputs, tmp_path / "replay", None)
+    told = run(source)["pairs"]
+    replay = replace(replay, replayed=Replayed(source.stage_dir, 5, source.method.training))
+    labels = run(replay, source="nobody is asked")["pairs"]
+    names = ("num_pairs_trained", "num_data_labels", "num_own_labels", "num_kept")
+    assert labels == {name: told[name] for name in names}
+    shares = Shares(TRAINING, 1, replay.seed)
+    assert isinstance(replay.method, Pairwise) and isinstance(source.method, Pairwise)
+    term = ReplayTerm(replay, replay.method, shares, 0)
+    data = PreferenceTerm(source.pairs, source.method, shares, 0)
+    first = [row for step in range(5) for row in data.plan.rows(step)]
+    own = [row["chosen_ids"] for table in drawn(tmp_path / "source").values() for row in table.to_pylist()]
+    expected = [ids.tolist() for ids in data.pairs.chosen.take(np.array(first))] + own
+    rows = np.concatenate([term.plan.rows(step) for step in range(STEPS)])
+    found = [ids.tolist() for ids in term.pairs.chosen.take(rows)]
+    assert sorted(found) == sorted(expected) and found != expected
+    assert not same(tmp_path / "replay", tmp_path / "source")
 
 
 class OneAnswer(LocalGenerator):

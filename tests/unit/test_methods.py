@@ -25,7 +25,7 @@ TRAINING = {
 SHARED = {
     "demonstration_weight": 0.0, "demonstration_mean": "sequences", "pretraining_weight": 0.0, "training": TRAINING,
 }  # fmt: skip
-WEIGHTS = {"pair_weight": "none", "max_log_ratio": 2.0, "tail_weight": 1.0, "online": None}
+WEIGHTS = {"pair_weight": "none", "max_log_ratio": 2.0, "tail_weight": 1.0, "online": None, "replay": None}
 #: What stages hash of a method with its defaults: another one, and finished stages would not be found again.
 DUMPED: dict[str, dict[str, Any]] = {
     "mpo": {

@@ -2,26 +2,30 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from pipelines.jobs import entry_job, reward_model_job
 from pipelines.plan import SeedPlan, make_plan, model_of
+from pipelines.trials import spaces_of
 from prefarena.cluster.capacity import generates, side_by_side
 from prefarena.cluster.needs import Lengths, trainings
-from prefarena.config import Comparison, draws_responses, parse_config, reward_of
+from prefarena.config import DPO, Comparison, draws_responses, parse_config, reward_of
 from prefarena.errors import UserError
 from prefarena.modeling.load import new_settings
 from prefarena.report.online import online_table
 from prefarena.report.results import EntryResult, Results
-from prefarena.training.jobs import OffPolicyJob
+from prefarena.stages import write_failure
+from prefarena.training.jobs import OffPolicyJob, Replayed
 
 GOLD = {"kind": "gold"}
 
 
-def method(every: int | None = 8, kind: str = "dpo", **online: Any) -> dict[str, Any]:
-    return {"kind": kind} | ({} if every is None else {"online": {"every": every, **online}})
+def method(every: int | None = 8, kind: str = "dpo", replay: str | None = None, **online: Any) -> dict[str, Any]:
+    found: dict[str, Any] = {"kind": kind, **({} if replay is None else {"replay": replay})}
+    return found | ({} if every is None else {"online": {"every": every, **online}})
 
 
 def config_of(*methods: dict[str, Any], **more: Any) -> Comparison:
@@ -52,6 +56,9 @@ TEXT = {"task": {"kind": "text", "data": "x.jsonl"}}
         (method(reward=GOLD), TEXT, "online.reward kind gold is the enumerable language's own"),
         (method(reward={"kind": "pairwise", "base_url": "http://x", "model": "m"}), TEXT, "pairwise"),
         (method(temperature=0), {}, "online.temperature"),
+        ({"kind": "dpo", "replay": "e1"}, {}, "entry 'e0': replay: 'e1' is no entry of this comparison that is online"),
+        (method(replay="e0"), {}, "does not go with online"),
+        ({"kind": "dpo", "replay": "e1", "tail_weight": 0.5}, {}, "does not go with tail_weight"),
     ],
 )
 def test_what_cannot_be_is_said(one: dict[str, Any], more: dict[str, Any], says: str) -> None:
@@ -78,6 +85,24 @@ def test_a_proxy_is_the_reward_model_that_rlhf_has() -> None:
     job = entry_job(config, plan, online)
     assert isinstance(job, OffPolicyJob) and job.drawing is not None and online.reward_model is not None
     assert job.drawing.reward.path == model_of(online.reward_model)
+
+
+def test_a_replay_depends_on_the_training_whose_pairs_it_has() -> None:
+    config, plan = planned(method(8, reward=GOLD), method(None, replay="e0"), method(None))
+    source, replay, offline = plan.trained
+    job, learned = entry_job(config, plan, replay), config.entries[0].method
+    assert isinstance(job, OffPolicyJob) and isinstance(learned, DPO) and source.training is not None
+    assert job.replayed == Replayed(str(source.training.folder), 8, learned.training) and job.drawing is None
+    assert replay.replayed == source.training and offline.replayed is None
+    assert replay.training not in (source.training, offline.training)
+    _, other = planned(method(4, reward=GOLD), method(None, replay="e0"))
+    assert other.trained[1].training != replay.training
+
+
+def test_a_replay_of_other_arithmetic_is_refused() -> None:
+    half = {**method(None, replay="e0"), "training": {"precision": "bfloat16"}}
+    with pytest.raises(UserError, match=r"'e0' has the reference's log-probs in float32; set training.precision to it"):
+        config_of(method(8, reward=GOLD), half)
 
 
 def test_pairs_are_labelled_as_the_task_s_own() -> None:
@@ -129,3 +154,16 @@ def test_the_report_tells_labels_and_ages_where_somebody_is_online() -> None:
         ("dpo-4", "4", "512", "64", "448", "1,000", "0.6 ± 0.1"),
     )
     assert (online.group, offline.group) == ("dpo online", "dpo")
+
+
+def test_a_replay_fails_with_the_training_that_it_needs(tmp_path: Path) -> None:
+    _, plan = planned(method(8, reward=GOLD), method(None, replay="e0"), output=str(tmp_path))
+    source, replay = plan.trained
+    assert source.training is not None and replay.failure is None
+    write_failure(source.training.folder, "its engine was lost")
+    assert replay.failure == "the training whose pairs it replays failed: its engine was lost"
+
+
+def test_trials_have_nothing_to_replay() -> None:
+    with pytest.raises(UserError, match="entry 'e1': replay: trials run without the entry that it replays"):
+        spaces_of(config_of(method(8, reward=GOLD), method(None, replay="e0"), seeds_vary="task"))

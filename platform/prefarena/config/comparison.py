@@ -182,6 +182,7 @@ class Comparison(Section):
                 "evaluation.frontier_samples: a frontier is of scores, and judge kind pairwise gives none; set it to 0"
             )
         self._check_drawn_pairs()
+        self._check_replays()
         check_devices(self.resources, self.generation)
         for entry in self.entries if self.generation.sleep_mode != "none" else ():
             if isinstance(entry.method, OnPolicy) and entry.method.training.mode == "asynchronous":
@@ -195,6 +196,22 @@ class Comparison(Section):
         if self.seeds_vary == "task" and self.task.kind != "language":
             raise ValueError("seeds_vary: task is for the enumerable language; a text task has one set of data")
         return self
+
+    def _check_replays(self) -> None:
+        methods = {entry.name: entry.method for entry in self.entries}
+        for name, method in methods.items():
+            if not isinstance(method, Pairwise) or method.replay is None:
+                continue
+            source = methods.get(method.replay)
+            if not isinstance(source, Pairwise) or source.online is None:
+                raise ValueError(
+                    f"entry {name!r}: replay: {method.replay!r} is no entry of this comparison that is online"
+                )
+            if source.training.precision != method.training.precision:
+                raise ValueError(
+                    f"entry {name!r}: replay: {method.replay!r} has the reference's log-probs in "
+                    f"{source.training.precision}; set training.precision to it"
+                )
 
     def _check_drawn_pairs(self) -> None:
         pairs = self.task.pairs if isinstance(self.task, TextTask) else None

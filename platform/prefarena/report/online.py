@@ -38,5 +38,7 @@ def online_table(results: Results) -> Table | None:
 
 
 def _every(entry: EntryResult) -> str:
-    online = entry.settings.get("online")
+    online, replay = entry.settings.get("online"), entry.settings.get("replay")
+    if replay:
+        return f"{replay}'s, shuffled"
     return str(online["every"]) if online else "offline"

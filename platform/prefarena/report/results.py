@@ -70,6 +70,8 @@ class EntryResult(Part):
             return f"{self.kind}+gold"
         has_term = float(self.settings.get("demonstration_weight") or 0) > 0
         kind = f"{self.kind}+eta" if has_term and self.kind != "mpo" else self.kind
+        if self.settings.get("replay"):
+            return f"{kind} replay"
         return f"{kind} online" if self.settings.get("online") else kind
 
 

@@ -123,8 +123,20 @@ class Pairwise(OffPolicy):
         None,
         description="New pairs of the policy's own on the way (every, reward, temperature); none: the data's alone.",
     )
+    replay: str | None = Field(
+        None,
+        description="Name of an entry that is online: the pairs that it was trained on, shuffled, in place of the "
+        "data's.",
+    )
 
-    _added: ClassVar[frozenset[str]] = frozenset({"pair_weight", "max_log_ratio", "tail_weight", "online"})
+    _added: ClassVar[frozenset[str]] = frozenset({"pair_weight", "max_log_ratio", "tail_weight", "online", "replay"})
+
+    @model_validator(mode="after")
+    def _pairs_are_there_before(self) -> Pairwise:
+        if self.replay is not None and (self.online is not None or self.needs_shared):
+            wrong = "online" if self.online is not None else "tail_weight"
+            raise ValueError(f"replay takes the pairs that another entry was trained on, and does not go with {wrong}")
+        return self
 
     @property
     def needs_shared(self) -> bool:

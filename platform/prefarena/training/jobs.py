@@ -77,10 +77,20 @@ class Drawing:
 
 
 @dataclass(frozen=True)
+class Replayed:
+    """A training online of the same seed whose pairs are trained on: its stage, and what decided which they were."""
+
+    stage_dir: str
+    every: int
+    training: Optimisation
+
+
+@dataclass(frozen=True)
 class OffPolicyJob(Job):
     """An off-policy method on pairs that carry the reference's log-probs, or on `responses` that do.
 
-    drawing: pairs of its own on the way; none: those of the table alone.
+    drawing: pairs of its own on the way; none: those of the table alone. replayed: pairs that another one had on its
+    way, in place of the table's but for those that it was trained on, too.
     """
 
     method: OffPolicyMethod
@@ -89,6 +99,7 @@ class OffPolicyJob(Job):
     pretraining: str | None = None
     responses: str | None = None
     drawing: Drawing | None = None
+    replayed: Replayed | None = None
 
     @property
     def arithmetic(self) -> Arithmetic:

@@ -23,8 +23,9 @@ from torch import nn
 
 from prefarena.data.plan import BatchPlan
 from prefarena.data.tables import read_rows, write_rows
+from prefarena.mirror import bring
 from prefarena.objectives.output import Mean, ObjectiveOutput, mean_of
-from prefarena.records import ONLINE_PAIRS
+from prefarena.records import ONLINE_PAIRS, REFERENCED_PAIRS
 from prefarena.settings.judges import is_model
 from prefarena.settings.off_policy import Pairwise
 from prefarena.stage_files import DRAWN_PAIRS
@@ -112,7 +113,7 @@ class OnlineTerm(PreferenceTerm):
     # ----------------------------------------------------------------------------------------------- the stage
 
     def _path(self, step: int) -> Path:
-        return self._folder / f"{step:07d}.parquet"
+        return self._folder / _name(step)
 
     def _kept(self, step: int) -> pa.Table | None:
         """What was drawn at this step, by this attempt or an earlier one, as rank 0 sees it."""
@@ -138,23 +139,56 @@ class OnlineTerm(PreferenceTerm):
 
     def origin(self, num_steps: int) -> dict[str, Any]:
         """The same of what was trained on, and what it took; from the stage's files."""
-        batch_size, every = self._data_plan.batch_size, self._every
-        own = [_read(self._path(step)) for step in range(every, num_steps, every)]
-        drawn = pa.concat_tables(own) if own else ONLINE_PAIRS.empty_table()
-        ids = pc.filter(drawn["id"], pc.equal(drawn["drawn_at"], 0)).to_pylist()
-        first = np.concatenate([self._data_plan.rows(step) for step in range(min(every, num_steps))])
-        labels = {*self._table["id"].take(pa.array(np.unique(first))).to_pylist(), *ids}
-        ages = drawn["place"].to_numpy() // batch_size - drawn["drawn_at"].to_numpy()
-        total = int(ages.sum()) + batch_size * sum(range(min(every, num_steps)))
+        own, data = trained_on(self._table, self._data_plan, self._folder, self._every, num_steps)
+        batch_size, total = self._data_plan.batch_size, self._data_plan.batch_size * num_steps
+        ages = own["place"].to_numpy() // batch_size - own["drawn_at"].to_numpy()
+        first = sum(range(min(self._every, num_steps))) * batch_size
         return {
-            "num_pairs_trained": num_steps * batch_size,
-            "num_data_labels": len(labels),
-            "num_own_labels": int(pc.sum(pc.greater(drawn["drawn_at"], 0)).as_py() or 0),
-            "num_kept": len(ids),
-            "num_judged": int(pc.sum(drawn["num_judged"]).as_py() or 0),
-            "num_tokens_generated": int(pc.sum(drawn["num_tokens"]).as_py() or 0),
-            "mean_age": total / (num_steps * batch_size),
+            "num_pairs_trained": total,
+            **_labels(own, data),
+            "num_judged": int(pc.sum(own["num_judged"]).as_py() or 0),
+            "num_tokens_generated": int(pc.sum(own["num_tokens"]).as_py() or 0),
+            "mean_age": (int(ages.sum()) + first) / total,
         }
+
+
+class ReplayTerm(PreferenceTerm):
+    """A preference objective on all pairs that another job was trained on, in an order of its own."""
+
+    def __init__(self, job: OffPolicyJob, method: Pairwise, shares: Shares, pad_id: int) -> None:
+        source = job.replayed
+        if source is None:
+            raise TypeError(f"{job.name} replays nothing")
+        table, training = read_rows(job.pairs), source.training
+        plan = Pairs(table).plan(replace(shares, training=training))
+        num_steps = training.num_steps or plan.num_steps(training.num_epochs)
+        folder = Path(source.stage_dir) / DRAWN_PAIRS
+        bring(folder)
+        self._own, self._data = trained_on(table, plan, folder, source.every, num_steps)
+        names = REFERENCED_PAIRS.names
+        super().__init__(pa.concat_tables([self._data.select(names), self._own.select(names)]), method, shares, pad_id)
+
+    def origin(self, num_steps: int) -> dict[str, Any]:
+        """The labels of the pairs that there are; they are as old as one likes."""
+        return {"num_pairs_trained": num_steps * self.plan.batch_size, **_labels(self._own, self._data)}
+
+
+def trained_on(table: pa.Table, plan: BatchPlan, folder: Path, every: int, num_steps: int) -> tuple[pa.Table, pa.Table]:
+    """The pairs of an online training, in its order: those of its drawings, as ONLINE_PAIRS, and of `table` before."""
+    own = [_read(folder / _name(step)) for step in range(every, num_steps, every)]
+    rows = np.concatenate([plan.rows(step) for step in range(min(every, num_steps))])
+    return pa.concat_tables(own) if own else ONLINE_PAIRS.empty_table(), table.take(pa.array(rows))
+
+
+def _labels(own: pa.Table, data: pa.Table) -> dict[str, int]:
+    """Different pairs of the data; pairs that were drawn; and those of the data that stayed for want of one."""
+    kept = own.filter(pc.equal(own["drawn_at"], 0))
+    labels = {*data["id"].to_pylist(), *kept["id"].to_pylist()}
+    return {"num_data_labels": len(labels), "num_own_labels": len(own) - len(kept), "num_kept": len(kept)}
+
+
+def _name(step: int) -> str:
+    return f"{step:07d}.parquet"
 
 
 def _read(path: Path) -> pa.Table:

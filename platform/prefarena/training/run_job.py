@@ -24,7 +24,7 @@ from prefarena.training.guard import TrainingDivergedError
 from prefarena.training.jobs import Drawing, Job, OffPolicyJob, OnPolicyJob, ReferenceJob, RewardModelJob
 from prefarena.training.loading import Loader
 from prefarena.training.off_policy import train
-from prefarena.training.online import OnlineTerm
+from prefarena.training.online import OnlineTerm, ReplayTerm
 from prefarena.training.ranked import RankedTerm
 from prefarena.training.reward_model import train_reward_model
 from prefarena.training.saving import save_trained
@@ -162,6 +162,8 @@ def _terms(
 def _method_term(job: OffPolicyJob, shares: Shares, pad_id: int) -> Term:
     """The method's own."""
     method = job.method
+    if isinstance(method, Pairwise) and job.replayed is not None:
+        return ReplayTerm(job, method, shares, pad_id)
     if isinstance(method, Pairwise):
         return PreferenceTerm(job.pairs, method, shares, pad_id)
     if isinstance(method, Ranked):
