@@ -40,6 +40,8 @@ from prefarena.training.worker import Worker
 _MOST_ROUNDS = 8
 #: Responses that are asked for in one call, and that a model scores in one pass.
 _ASKED_AT_ONCE, _SCORED_AT_ONCE = 2048, 64
+#: Columns of a pair, in the order in which the reference's pass gives them.
+_LOGP_NAMES = ("ref_chosen_logp", "ref_rejected_logp", "ref_chosen_shared_logp", "ref_rejected_shared_logp")
 
 Rows = NDArray[np.int64]
 
@@ -238,8 +240,9 @@ class PairDrawer:
                 made.append({**row, **beside, "drawn_at": 0})
                 continue
             gap = one.scores[0] - one.scores[1]
-            order = slice(None) if draw < chance_of_gap(gap, drawing.labels, drawing.label_temperature) else _TURNED
-            (chosen, rejected), scores = one.responses[order], one.scores[order]
+            as_drawn = draw < chance_of_gap(gap, drawing.labels, drawing.label_temperature)
+            both = list(zip(one.responses, one.scores, strict=True))
+            (chosen, chosen_score), (rejected, rejected_score) = both if as_drawn else reversed(both)
             pair = {
                 "id": content_id("online", first_place + place, row["prompt_ids"], chosen, rejected),
                 "prompt_ids": row["prompt_ids"],
@@ -247,8 +250,8 @@ class PairDrawer:
                 "rejected_ids": rejected,
                 "label": 1.0,
                 "source": f"policy at step {step}",
-                "chosen_score": scores[0],
-                "rejected_score": scores[1],
+                "chosen_score": chosen_score,
+                "rejected_score": rejected_score,
             }
             made.append({**pair, **beside, "drawn_at": step})
         new = [row for row in made if row["drawn_at"]]
@@ -275,7 +278,3 @@ class PairDrawer:
         shorter = batch.lengths.view(-1, 2).amin(1).repeat_interleave(2)
         both = [batch.sums(values).view(-1, 2), batch.first_sums(values, shorter).view(-1, 2)]
         return torch.cat(both, 1).double().cpu().numpy()
-
-
-_TURNED = slice(None, None, -1)
-_LOGP_NAMES = ("ref_chosen_logp", "ref_rejected_logp", "ref_chosen_shared_logp", "ref_rejected_shared_logp")
