@@ -240,7 +240,7 @@ CASES = (
     Case("bco", BCO(beta=0.2), "dpo", _dpo("bco_pair"), "has no shift, and adds over a pair", _no_shift),
 )  # fmt: skip
 #: Methods that TRL 1.16 does not have.
-OURS_ALONE = {"mpo", "custom"}
+OURS_ALONE = {"mpo", "custom", "odpo"}
 
 
 # ------------------------------------------------------------------------------------------------ our side

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pipelines.jobs import max_length
+from pipelines.pair_scores import learners_from_scores
 from pipelines.prompts import check_rows
 from pipelines.tuning_record import tuning_of
 from prefarena.cluster.capacity import generates
@@ -34,7 +35,7 @@ def check_input(config: Comparison) -> None:
     if isinstance(config.model, PretrainedModel):
         _check_pretrained(config, config.model)
     if isinstance(config.task, TextTask):
-        check_rows(config.task, config.model, _learner_from_answers(config))
+        check_rows(config.task, config.model, _learner_from_answers(config), _learner_from_scores(config))
         if config.task.pairs is not None:
             _check_drawn_pairs(config, config.task, config.task.pairs)
     else:
@@ -82,6 +83,12 @@ def _learner_from_answers(config: Comparison) -> str | None:
     if config.reference.train:
         return "reference.train: true"
     return "judge.kind: learned" if isinstance(config.judge, RewardModel) else None
+
+
+def _learner_from_scores(config: Comparison) -> str | None:
+    """What is trained on the scores in the data's own rows; None: nothing is. Drawn pairs have their judge's."""
+    drawn = isinstance(config.task, TextTask) and config.task.pairs is not None
+    return None if drawn else next(iter(learners_from_scores(config)), None)
 
 
 def _check_drawn_pairs(config: Comparison, task: TextTask, pairs: DrawnPairs) -> None:

@@ -12,6 +12,7 @@ from pipelines.claims import only_once
 from pipelines.evaluate import evaluate
 from pipelines.jobs import max_length
 from pipelines.memory import check_memory
+from pipelines.pair_scores import check_pair_scores
 from pipelines.plan import SeedPlan, make_plan
 from pipelines.prepare import prepare
 from pipelines.report import report, run_folder
@@ -39,6 +40,7 @@ def compare(config: Comparison, console: Console, last: str = "report", *, retry
     if is_url(config.output) and (warning := check_output(config.output)) is not None:
         console.print(warning, markup=False)
     plans = make_plan(config)
+    check_pair_scores(config, plans)
     with only_once(config.name, run_folder(config, plans)):
         for stage in all_stages(plans) if retry_failed else []:
             forget_failure(stage.folder)

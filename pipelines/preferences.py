@@ -67,12 +67,19 @@ Prepare = Callable[[Chunk, TextTask, Tokenizer], pa.Table]
 _CHUNKS = pa.schema([("file", pa.string()), ("first", pa.int64()), ("kind", pa.string()), ("data", pa.binary())])
 
 
-def check_text_task(task: TextTask, model: Model | None = None) -> list[Part]:
+def check_text_task(task: TextTask, model: Model | None = None, needs_scores: str | None = None) -> list[Part]:
     """What there is to read. Raises UserError, before Ray starts, where the first rows show that it cannot be used.
 
-    With a pretrained `model`, these rows must also suit its tokenizer and its chat template.
+    With a pretrained `model`, these rows must also suit its tokenizer and its chat template. needs_scores: what learns
+    from scores of both answers, if something does.
     """
     first, test = _look(task)
+    if needs_scores is not None and first.num_without_scores:
+        raise UserError(
+            f"{task.data}: {first.num_without_scores} of its first {first.num_rows} rows have no scores of both "
+            "answers (numbers in columns such as score_chosen and score_rejected), and "
+            f"{needs_scores} learns from them"
+        )
     if isinstance(model, PretrainedModel):
         tokenizer = Tokenizer.load(model.path, model.revision, task)
         for looked in [first] if test is None else [first, test]:

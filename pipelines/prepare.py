@@ -15,6 +15,7 @@ from pipelines.annotate import annotate_language
 from pipelines.drawn_pairs import make_drawn_pairs
 from pipelines.engine import try_engine
 from pipelines.jobs import judge_job, max_length, reference_job
+from pipelines.pair_scores import check_pair_scores
 from pipelines.plan import SeedPlan, model_of
 from pipelines.preferences import prepare_text
 from pipelines.prompts import prepare_prompt_rows
@@ -71,6 +72,8 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
         if isinstance(plan.task, LanguageTask):
             drawn = "pairs to be drawn from the reference policy and labelled"
             run_once(console, plan.pairs, partial(_write_pairs, config, plan.task, plan), drawn)
+    check_pair_scores(config, plans)
+    for plan in plans:
         scored = "scoring processes to start, and to score every pair by the reference policy"
         for arithmetic, stage in plan.scored.items():
             run_once(console, stage, partial(_write_logps, config, plan, arithmetic), scored)

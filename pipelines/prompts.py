@@ -34,13 +34,14 @@ from prefarena.records import PROMPTS
 from prefarena.stages import write_json
 
 
-def check_rows(task: TextTask, model: Model, needs_answers: str | None) -> None:
+def check_rows(task: TextTask, model: Model, needs_answers: str | None, needs_scores: str | None) -> None:
     """Raise UserError, before Ray starts, where the task's first rows show that they cannot be used.
 
-    needs_answers: what of the configuration needs rows with answers; None: nothing does.
+    needs_answers, needs_scores: what of the configuration needs rows with answers, or with scores of both answers;
+    None: nothing does.
     """
     if not prompts_alone(task):
-        check_text_task(task, model)
+        check_text_task(task, model, needs_scores)
         return
     needs_answers = needs_answers if isinstance(model, PretrainedModel) else "model.kind: scratch"
     if needs_answers is not None:

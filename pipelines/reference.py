@@ -39,7 +39,7 @@ from prefarena.mirror import bring, push
 from prefarena.modeling.arithmetic import Arithmetic, in_weights, named, products_of
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
-from prefarena.records import PAIRS, REFERENCED_PAIRS
+from prefarena.records import PAIRS, REFERENCED_PAIRS, conformed
 from prefarena.stages import costs_of, write_manifest
 
 SPLITS = TRAIN, TEST = ("train_pairs", "test_pairs")
@@ -332,6 +332,6 @@ def _write_scored(parts: list[Part], folder: Path) -> tuple[float, int]:
                 raise FileNotFoundError(f"{part.scores}: scores that were just computed are gone")
             for side, logps in (("chosen", scores.chosen), ("rejected", scores.rejected)):
                 rows = rows.append_column(f"ref_{side}_logp", pa.array(logps, pa.float32()))
-            writer.write_table(rows.select(REFERENCED_PAIRS.names).cast(REFERENCED_PAIRS))
+            writer.write_table(conformed(rows, REFERENCED_PAIRS))
             seconds, num_tokens = seconds + scores.seconds, num_tokens + scores.num_tokens
     return seconds, num_tokens

@@ -16,7 +16,7 @@ from pipelines.reference import TRAIN, score_rows
 from prefarena.config import Resources
 from prefarena.data.tables import TokenColumn, read_rows, write_rows
 from prefarena.modeling.arithmetic import Arithmetic
-from prefarena.records import PAIRS, SHARED_PAIRS
+from prefarena.records import PAIRS, SHARED_PAIRS, conformed
 from prefarena.stages import write_manifest
 
 _SIDES = ("chosen", "rejected")
@@ -51,7 +51,7 @@ def cut(pairs: pa.Table) -> pa.Table:
         ids = [ids[:length] for ids, length in zip(column.take(every), shorter, strict=True)]
         place = pairs.schema.get_field_index(f"{side}_ids")
         pairs = pairs.set_column(place, f"{side}_ids", pa.array(ids, pa.list_(pa.int32())))
-    return pairs.select(PAIRS.names)
+    return conformed(pairs, PAIRS)
 
 
 def _joined(pairs: pa.Table, scored: pa.Table) -> pa.Table:

@@ -14,6 +14,8 @@ from typing import Any
 import pyarrow as pa
 
 _IDS = pa.list_(pa.int32())
+#: What each response was worth to whoever ordered the pair, in its own units; null where that is not known.
+PAIR_SCORES = ("score_chosen", "score_rejected")
 
 TEXT_PAIRS = pa.schema(
     [
@@ -33,6 +35,7 @@ PAIRS = pa.schema(
         ("rejected_ids", _IDS),
         ("label", pa.float32()),
         ("source", pa.string()),
+        *((name, pa.float64()) for name in PAIR_SCORES),
     ]
 )
 #: PAIRS with the reference policy's log-probs, written by the reference stage.
@@ -42,15 +45,13 @@ SHARED_PAIRS = pa.schema(
     [*REFERENCED_PAIRS, ("ref_chosen_shared_logp", pa.float32()), ("ref_rejected_shared_logp", pa.float32())]
 )
 #: SHARED_PAIRS that a training drew from its own policy, in the order of `place`, which counts all pairs that it is
-#: trained on. `drawn_at`: the step of the policy; 0: the pair is one of the data's, which stayed. `num_judged`,
+#: trained on. `drawn_at`: the step of the policy; 0: the pair is one of the data's, which stayed, with its own scores. `num_judged`,
 #: `num_tokens`: responses that were scored, and tokens that were sampled, until there was a pair.
 ONLINE_PAIRS = pa.schema(
     [
         *SHARED_PAIRS,
         ("place", pa.int64()),
         ("drawn_at", pa.int64()),
-        ("chosen_score", pa.float64()),
-        ("rejected_score", pa.float64()),
         ("num_judged", pa.int64()),
         ("num_tokens", pa.int64()),
     ]
@@ -107,6 +108,14 @@ class Rollout:
     token_logps: list[float]
     finished: bool  # by a token that ends an answer, not cut off at the limit
     weight_version: str
+
+
+def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """The table with exactly `schema`. Pairs of a stage that is older than their scores get null ones."""
+    for name in PAIR_SCORES:
+        if name in schema.names and name not in table.column_names:
+            table = table.append_column(name, pa.nulls(table.num_rows, pa.float64()))
+    return table.select(schema.names).cast(schema)
 
 
 def content_id(*parts: Any) -> str:

@@ -43,7 +43,8 @@ def write_inputs(folder: Path) -> Path:
             logps = sequence_logps(module, [prompt], [[chosen, rejected]])[0].tolist()
         rows.append(
             {"id": f"{i:03}", "prompt_ids": prompt, "chosen_ids": chosen, "rejected_ids": rejected, "label": 1.0,
-             "source": "test", "ref_chosen_logp": logps[0], "ref_rejected_logp": logps[1]}
+             "source": "test", "ref_chosen_logp": logps[0], "ref_rejected_logp": logps[1],
+             "score_chosen": i % 5 + 0.25, "score_rejected": i % 3 - 0.5}
         )  # fmt: skip
     write_rows(pa.Table.from_pylist(rows, REFERENCED_PAIRS), folder / "pairs" / "part.parquet", REFERENCED_PAIRS)
     return folder

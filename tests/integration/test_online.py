@@ -122,8 +122,8 @@ def test_pairs_are_two_responses_of_the_policy_as_it_is_ordered_by_the_judge(inp
     own = [row for row in rows if row["drawn_at"]]
     assert len(own) > 0.5 * len(rows)
     for row in own:
-        assert row["chosen_ids"] != row["rejected_ids"] and row["chosen_score"] > row["rejected_score"]
-        assert row["chosen_score"] == row["chosen_ids"].count(LIKED)
+        assert row["chosen_ids"] != row["rejected_ids"] and row["score_chosen"] > row["score_rejected"]
+        assert row["score_chosen"] == row["chosen_ids"].count(LIKED)
         assert row["num_judged"] % 2 == 0 and row["num_tokens"] >= len(row["chosen_ids"] + row["rejected_ids"])
         with torch.no_grad():
             logps = sequence_logps(reference, [row["prompt_ids"]], [[row["chosen_ids"], row["rejected_ids"]]])[0]
@@ -219,7 +219,7 @@ def test_bradley_terry_labels_are_drawn_by_the_gap_over_the_temperature(inputs: 
         run(job)
         rows = [row for table in drawn(tmp_path / name).values() for row in table.to_pylist() if row["drawn_at"]]
         apart = [
-            row["chosen_score"] - row["rejected_score"] for row in rows if row["chosen_score"] != row["rejected_score"]
+            row["score_chosen"] - row["score_rejected"] for row in rows if row["score_chosen"] != row["score_rejected"]
         ]
         assert len(apart) > 20
         return float(np.mean(np.array(apart) < 0))
@@ -231,7 +231,8 @@ def test_bradley_terry_labels_are_drawn_by_the_gap_over_the_temperature(inputs: 
 def test_the_policy_learns_what_the_judge_likes(inputs: Path, tmp_path: Path) -> None:
     run(job_of(inputs, tmp_path / "it", 1, DPO(beta=0.1)))
     found = drawn(tmp_path / "it")
-    liked = [np.mean(table["chosen_score"].drop_null().to_numpy()) for table in found.values()]
+    new = [[row["score_chosen"] for row in table.to_pylist() if row["drawn_at"]] for table in found.values()]
+    liked = [np.mean(scores) for scores in new]
     assert np.mean(liked[-3:]) > np.mean(liked[:3]) + 0.3
     for step, row in enumerate(metric_rows(tmp_path / "it")):  # what is drawn is new; what stayed is the reference's
         assert row["online/age"] == pytest.approx(step * (1 - row["online/own"]))
@@ -300,6 +301,6 @@ def test_two_workers_draw_what_one_does_whole_or_spread(inputs: Path, tmp_path: 
             assert (row["id"], row["drawn_at"]) == (other["id"], other["drawn_at"])
             assert row["ref_chosen_logp"] == pytest.approx(other["ref_chosen_logp"], abs=1e-4)
             if row["drawn_at"]:
-                assert row["chosen_score"] == pytest.approx(other["chosen_score"], abs=1e-4)
+                assert row["score_chosen"] == pytest.approx(other["score_chosen"], abs=1e-4)
         for one, other in zip(metric_rows(Path(job.stage_dir)), metric_rows(tmp_path / "alone"), strict=True):
             assert one["loss"] == pytest.approx(other["loss"], abs=1e-4) and one["online/own"] == other["online/own"]

@@ -39,7 +39,7 @@ def write(path: Path, lines: list[Any]) -> str:
 
 
 def test_transcripts_become_tables_and_every_dropped_row_is_listed(ray_session: None, tmp_path: Path) -> None:
-    good = rows(60)
+    good = [{**row, "score_chosen": i, "score_rejected": 0.5 if i % 2 else None} for i, row in enumerate(rows(60))]
     bad = [hh("q", "same", "same"), {**hh("a", "x", "y"), "rejected": hh("b", "x", "y")["rejected"]}, good[0]]
     extra = write(tmp_path / "text.jsonl", [{"text": "Some text. " * 40}, {"text": "More."}])
     data = write(tmp_path / "hh.jsonl.gz", [*good, b"", *bad])
@@ -66,6 +66,8 @@ def test_transcripts_become_tables_and_every_dropped_row_is_listed(ray_session: 
         tokenizer.decode(r["prompt_ids"][1:] + r["chosen_ids"][:-1]) for t in tables.values() for r in t.to_pylist()
     }
     assert whole == {row["chosen"] for row in good}
+    scores = [(r["score_chosen"], r["score_rejected"]) for t in tables.values() for r in t.to_pylist()]
+    assert sorted(both for both in scores if both != (None, None)) == [(float(i), 0.5) for i in range(1, 60, 2)]
 
     demonstrations, listed = (read_rows(tmp_path / "out" / name) for name in ("demonstrations", "prompts"))
     assert demonstrations.schema.equals(DEMONSTRATIONS) and listed.schema.equals(PROMPTS)

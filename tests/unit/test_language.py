@@ -235,6 +235,8 @@ def test_bradley_terry_orderings_are_drawn(
     expected = 1 / (1 + np.exp(-np.abs(gaps) / temperature))
     error = np.sqrt((expected * (1 - expected)).sum()) / len(gaps)
     assert (gaps > 0).mean() == pytest.approx(expected.mean(), abs=4 * error)
+    scores = np.array([[row["score_chosen"], row["score_rejected"]] for row in rows])
+    np.testing.assert_allclose(scores[:, 0] - scores[:, 1], gaps, rtol=0, atol=1e-12)
     assert {row["label"] for row in rows} == {1.0}
 
 

@@ -27,6 +27,7 @@ from prefarena.methods.exo_pair import EXOPair
 from prefarena.methods.f_dpo import FDPO
 from prefarena.methods.hinge import Hinge
 from prefarena.methods.nca_pair import NCAPair
+from prefarena.methods.odpo import ODPO
 from prefarena.methods.orpo import ORPO
 from prefarena.methods.robust_dpo import RobustDPO
 from prefarena.methods.simpo import SimPO
@@ -49,6 +50,7 @@ EVERY += [
 ]
 EVERY += [FDPO(divergence="reverse_kl"), FDPO(divergence="forward_kl"), FDPO(divergence="alpha")]
 EVERY += [DPO(pair_weight="likelihood"), DPO(pair_weight="ratio"), DPO(tail_weight=0.4)]
+EVERY += [ODPO(scaling="linear"), ODPO(scaling="linear", tail_weight=0.4, pair_weight="ratio")]
 
 
 def named(method: Pairwise) -> str:
@@ -63,7 +65,7 @@ LEARNS_FROM_LABELS = [method for method in EVERY if method.learns_from == "label
 class Batch:
     """Random log-probs [B] of both responses, a reference's, labels and lengths, in float64.
 
-    share: of each log-prob, that of as many first tokens as the shorter response has.
+    share: of each log-prob, that of as many first tokens as the shorter response has. gaps: between the scores of both.
     """
 
     def __init__(self, seed: int, size: int = 7) -> None:
@@ -74,11 +76,12 @@ class Batch:
         self.labels = torch.rand(size, dtype=torch.float64, generator=generator)
         self.num_tokens = PairLogps(*torch.randint(1, 9, (2, size), generator=generator).double())
         self.share = PairLogps(*torch.rand(2, size, dtype=torch.float64, generator=generator))
+        self.gaps = torch.randn(size, dtype=torch.float64, generator=generator)
 
     def output(self, method: Pairwise, labels: Tensor | None = None) -> ObjectiveOutput:
         labels = self.labels if labels is None else labels
         shared = times(self.policy, self.share), times(self.reference, self.share)
-        return method.mean_loss(self.policy, self.reference, labels, self.num_tokens, shared)
+        return method.mean_loss(self.policy, self.reference, labels, self.num_tokens, shared, self.gaps)
 
     def loss(self, method: Pairwise, labels: Tensor | None = None) -> Tensor:
         mean = self.output(method, labels).loss
@@ -95,7 +98,7 @@ class Batch:
         every = (self.policy, self.reference, self.num_tokens, self.share)
         cut = [PairLogps(p.chosen[rows], p.rejected[rows]) for p in every]
         found.policy, found.reference, found.num_tokens, found.share = [p.swapped if turned_round else p for p in cut]
-        found.labels = self.labels[rows]
+        found.labels, found.gaps = self.labels[rows], -self.gaps[rows] if turned_round else self.gaps[rows]
         return found
 
 
@@ -153,7 +156,7 @@ def test_float32_and_far_log_probs_give_numbers(method: Pairwise) -> None:
     reference, counts = PairLogps(far.roll(1), far.roll(2)), PairLogps(torch.ones(7), torch.full((7,), 30.0))
     for label in (0.0, 0.5, 1.0):
         shared = times(policy, PairLogps(far / 4000 + 1, far / 4000 + 1)), reference
-        loss = method.mean_loss(policy, reference, torch.full((7,), label), counts, shared).loss.total
+        loss = method.mean_loss(policy, reference, torch.full((7,), label), counts, shared, far.double() + 2).loss.total
         leaves = [policy.chosen, policy.rejected]
         gradients = torch.autograd.grad(loss, leaves, allow_unused=True, materialize_grads=True)
         assert all(bool(torch.isfinite(values).all()) for values in (loss, *gradients)), label

@@ -53,9 +53,10 @@ def token_logps(model: PreTrainedModel, prompt: list[int], response: list[int]) 
 
 
 def test_both_responses_are_cut_to_the_shorter_one() -> None:
+    alike = {"prompt_ids": [1], "rejected_ids": [5, 2], "source": "x", "score_rejected": None}
     rows = [
-        {"id": "a", "prompt_ids": [1], "chosen_ids": [3, 4, 2], "rejected_ids": [5, 2], "label": 1.0, "source": "x"},
-        {"id": "b", "prompt_ids": [1], "chosen_ids": [3, 2], "rejected_ids": [5, 2], "label": 0.5, "source": "x"},
+        {"id": "a", "chosen_ids": [3, 4, 2], "label": 1.0, "score_chosen": 2.5, **alike},
+        {"id": "b", "chosen_ids": [3, 2], "label": 0.5, "score_chosen": None, **alike},
     ]
     found = cut(pa.Table.from_pylist(rows, PAIRS))
     assert found.schema == PAIRS and found.to_pylist() == [rows[0] | {"chosen_ids": [3, 4]}, rows[1]]

@@ -217,6 +217,12 @@ class Comparison(Section):
         pairs = self.task.pairs if isinstance(self.task, TextTask) else None
         if pairs is None or not any(isinstance(judge, PairwiseJudge) for judge in pairs.judges(self.judge)):
             return
+        for entry in self.entries:
+            if isinstance(entry.method, Pairwise) and entry.method.needs_scores:
+                raise ValueError(
+                    f"entry {entry.name!r}: {entry.method.kind} learns from scores of both responses, and a pairwise "
+                    "judge gives none; use another annotator"
+                )
         wrong = [("choose", "best_worst"), ("labels", "bradley_terry")]
         given = next((f"{name}: {value}" for name, value in wrong if getattr(pairs, name) == value), None)
         if given is None and any(a.noise > 0 and a.judge is None for a in pairs.annotators):

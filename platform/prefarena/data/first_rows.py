@@ -44,7 +44,8 @@ _ANY_TYPE = ("source", "tools", "chat_template_kwargs", *SCORES, *PROMPTS, CONVE
 class FirstRows:
     """What there is to read, and what should be known of it, a sentence each. Of the rows, some are HH transcripts.
 
-    forms: messages, or plain text. is_whole: there are no more rows than these.
+    forms: messages, or plain text. is_whole: there are no more rows than these. num_without_scores: pairs without
+    scores of both answers.
     """
 
     path: str
@@ -54,6 +55,7 @@ class FirstRows:
     num_transcripts: int
     forms: frozenset[str]
     is_whole: bool
+    num_without_scores: int = 0
 
 
 def look_at_pairs(task: TextTask) -> FirstRows:
@@ -163,7 +165,7 @@ def _look(
     found = survey(path, split, settings)
     parts = found.parts
     forms: set[str] = set()
-    rejections, num_rows, num_transcripts, num_unused = Rejections(), 0, 0, 0
+    rejections, num_rows, num_transcripts, num_unused, num_without_scores = Rejections(), 0, 0, 0, 0
     present: Counter[str] = Counter()
     ignored: dict[str, None] = {}
     labels: list[Any] = []
@@ -183,6 +185,7 @@ def _look(
                     pair = examine(row)
                     if isinstance(pair, Pair):
                         forms.add("plain text" if pair.messages is None else "messages")
+                        num_without_scores += pair.scores is None
                 except Unusable as error:
                     rejections.add(part.path, number, error.reason, error.detail)
             if num_rows >= wanted:
@@ -204,7 +207,8 @@ def _look(
     ignored |= dict.fromkeys(name for name in present if name not in columns)
     ignored |= dict.fromkeys([CONVERSATION] if num_unused else [])
     notes = [*found.notes, *_ignored(path, sorted(ignored))]
-    return FirstRows(path, parts, notes, num_rows, num_transcripts, frozenset(forms), is_whole)
+    forms_found = frozenset(forms)
+    return FirstRows(path, parts, notes, num_rows, num_transcripts, forms_found, is_whole, num_without_scores)
 
 
 def _ignored(path: str, columns: Sequence[str]) -> list[str]:

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from prefarena.data.fields import is_empty, with_fields
-from prefarena.data.labels import EVEN, scores_contradict
+from prefarena.data.labels import EVEN, scores_of
 from prefarena.data.rejections import (
     BAD_LABEL,
     BAD_ROLES,
@@ -77,8 +77,8 @@ _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 class Pair:
     """A prompt with two answers; all three are strings, or the prompt is messages and the answers are assistant texts.
 
-    `label` is P(chosen > rejected); scores_contradict: scores beside the answers order them the other way. `opening` is
-    the text up to the first answer: dialogues that go on from the same opening belong together when data is split.
+    `label` is P(chosen > rejected); scores: what the row says that chosen and rejected are worth. `opening` is the text
+    up to the first answer: dialogues that go on from the same opening belong together when data is split.
     num_turns_joined: turns of a transcript that go on with the one before them. inputs: what the chat template gets
     beside the messages (`template_inputs.written_inputs`). A single response is a pair whose answers are both it.
     """
@@ -89,7 +89,7 @@ class Pair:
     label: float
     source: str
     opening: str
-    scores_contradict: bool = False
+    scores: tuple[float, float] | None = None
     num_turns_joined: int = 0
     inputs: str = ""
 
@@ -99,6 +99,11 @@ class Pair:
         if isinstance(self.prompt, str):
             return None
         return [{"role": role, "content": content} for role, content in self.prompt]
+
+    @property
+    def scores_contradict(self) -> bool:
+        """Whether the label calls `chosen` the better answer, and its score is the lower one."""
+        return self.label >= EVEN and self.scores is not None and self.scores[0] < self.scores[1]
 
     @property
     def is_single(self) -> bool:
@@ -181,8 +186,7 @@ def _read(row: dict[str, Any], form: Format, source: str, transcripts: Transcrip
     if isinstance(row.get("source"), str):
         source = _text(row, "source")
     label = _label(row.get("label"))
-    contradict = label >= EVEN and scores_contradict(row)
-    return Pair(prompt, chosen, rejected, label, source, opening, contradict, num_joined, inputs)
+    return Pair(prompt, chosen, rejected, label, source, opening, scores_of(row), num_joined, inputs)
 
 
 _Parts = tuple[str | tuple[tuple[str, str], ...], str, str, str]

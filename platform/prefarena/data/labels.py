@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,13 +18,24 @@ _SCORES = [
 SCORES = tuple(name for names in _SCORES for name in names)
 
 
-def scores_contradict(row: dict[str, Any]) -> bool:
-    """Whether the row has scores, and gives a lower one to `chosen` than to `rejected`."""
-    for names in _SCORES:
-        chosen, rejected = (row.get(name) for name in names)
-        if isinstance(chosen, (int, float)) and isinstance(rejected, (int, float)) and chosen < rejected:
-            return True
-    return False
+def scores_of(row: dict[str, Any]) -> tuple[float, float] | None:
+    """The scores of `chosen` and `rejected`, by the first names of which the row has both as finite numbers."""
+    for chosen, rejected in _SCORES:
+        found = _number(row.get(chosen)), _number(row.get(rejected))
+        if found[0] is not None and found[1] is not None:
+            return found[0], found[1]
+    return None
+
+
+def _number(value: Any) -> float | None:
+    """A finite number, None where it is something else."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:  # JSON knows whole numbers of any size
+        return None
+    return number if math.isfinite(number) else None
 
 
 def check_labels(path: str, labels: Sequence[Any]) -> None:

@@ -18,7 +18,7 @@ from prefarena.data.sharegpt import CONVERSATION
 from prefarena.data.sources import Chunk, rows_of
 from prefarena.data.splits import Shares
 from prefarena.data.tokenization import Tokenizer, TokenPair, TokenPrompt
-from prefarena.records import PAIRS, PRETRAINING, RESPONSES, content_id
+from prefarena.records import PAIR_SCORES, PAIRS, PRETRAINING, RESPONSES, content_id
 
 #: What is read of a table of pairs.
 COLUMNS = (
@@ -226,6 +226,7 @@ def _prepared(pair: Pair, tokens: TokenPair | Unusable, shares: Shares) -> dict[
         "id": pair.id,
         "label": pair.label,
         "source": pair.source,
+        **dict(zip(PAIR_SCORES, pair.scores or (None, None), strict=True)),
         "scores_contradict": pair.scores_contradict,
         "num_turns_joined": pair.num_turns_joined,
         "split": split,

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from prefarena.mirror import bring
+from prefarena.records import conformed
 
 ROW_GROUP = 1024  # rows that are read or written at once where a table is not taken whole
 
@@ -24,11 +25,17 @@ def read_rows(path: str | Path, columns: list[str] | None = None) -> pa.Table:
     return table.sort_by("id").combine_chunks()
 
 
+def column_names(path: str | Path) -> list[str]:
+    """Of a parquet file, or a folder of them."""
+    bring(path)
+    return list(pads.dataset(str(path), format="parquet").schema.names)
+
+
 def write_rows(table: pa.Table, path: str | Path, schema: pa.Schema) -> None:
     """One parquet file at `path`, with exactly `schema`."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table.select(schema.names).cast(schema), target, row_group_size=ROW_GROUP)
+    pq.write_table(conformed(table, schema), target, row_group_size=ROW_GROUP)
 
 
 @dataclass(frozen=True)

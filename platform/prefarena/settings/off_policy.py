@@ -5,10 +5,11 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
+import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from prefarena.objectives.output import ObjectiveOutput, mean_of
+from prefarena.objectives.output import Mean, ObjectiveOutput, mean_of
 from prefarena.objectives.preference import (
     PairLogps,
     desensitised,
@@ -129,6 +130,9 @@ class Pairwise(OffPolicy):
         "data's.",
     )
 
+    #: Whether the loss depends on how much better the winner is, by scores of both responses, which pairs then need.
+    needs_scores: ClassVar[bool] = False
+
     _added: ClassVar[frozenset[str]] = frozenset({"pair_weight", "max_log_ratio", "tail_weight", "online", "replay"})
 
     @model_validator(mode="after")
@@ -164,11 +168,13 @@ class Pairwise(OffPolicy):
         labels: Tensor,
         num_tokens: PairLogps,
         shared: tuple[PairLogps, PairLogps] | None = None,
+        gaps: Tensor | None = None,
     ) -> ObjectiveOutput:
         """The mean over pairs, weighted where `pair_weight` says so, and the metrics.
 
         shared: the policy's and the reference's log-probs of as many first tokens as the shorter response has, where
-        `needs_shared`. Weights and metrics are of whole responses.
+        `needs_shared`. Weights and metrics are of whole responses. gaps: score of chosen - score of rejected, [B]
+        float64, where `needs_scores`.
         """
         seen = policy, reference
         if self.needs_shared:
@@ -178,15 +184,27 @@ class Pairwise(OffPolicy):
                 desensitised(policy, shared[0], self.tail_weight),
                 desensitised(reference, shared[1], self.tail_weight),
             )
-        losses, h = self.pair_losses(*seen, labels, num_tokens)
-        if self.pair_weight == "none":
-            return preference_output(losses, h, policy, reference, labels)
+        losses, h = self._losses(*seen, labels, num_tokens, gaps)
+        own = self._metrics(gaps)
+        if self.pair_weight != "none":
+            weights = self._weights(policy, reference, num_tokens)
+            losses, own = weights * losses, own | {"preference/weight": mean_of(weights)}
+        output = preference_output(losses, h, policy, reference, labels)
+        return ObjectiveOutput(output.loss, output.metrics | own)
+
+    def _weights(self, policy: PairLogps, reference: PairLogps, num_tokens: PairLogps) -> Tensor:
         if self.pair_weight == "likelihood":
-            weights = likelihood_weights(policy, num_tokens)
-        else:
-            weights = ratio_weights(policy, reference, self.max_log_ratio)
-        output = preference_output(weights * losses, h, policy, reference, labels)
-        return ObjectiveOutput(output.loss, output.metrics | {"preference/weight": mean_of(weights)})
+            return likelihood_weights(policy, num_tokens)
+        return ratio_weights(policy, reference, self.max_log_ratio)
+
+    def _losses(
+        self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps, gaps: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        return self.pair_losses(policy, reference, labels, num_tokens)
+
+    def _metrics(self, gaps: Tensor | None) -> dict[str, Mean]:
+        """Those that the method has beside what all share."""
+        return {}
 
 
 class OrderedLoss(Pairwise):
@@ -202,3 +220,44 @@ class OrderedLoss(Pairwise):
         as_given, h = self.losses(policy, reference, num_tokens)
         turned_round, _ = self.losses(policy.swapped, reference.swapped, num_tokens.swapped)
         return labels * as_given + (1 - labels) * turned_round, h
+
+
+class OffsetLoss(Pairwise):
+    """A method whose loss of an ordering also depends on an offset, found from the gap between both responses' scores.
+
+    A soft label weighs both orderings, and each has the offset of its own gap: p l(w, l, d) + (1 - p) l(l, w, -d).
+    """
+
+    needs_scores: ClassVar[bool] = True
+
+    @abstractmethod
+    def offsets(self, gaps: Tensor) -> Tensor:
+        """[B] float64, from winner's score - loser's score, [B] float64; -inf: the ordering costs nothing."""
+
+    @abstractmethod
+    def losses(
+        self, policy: PairLogps, reference: PairLogps, num_tokens: PairLogps, offsets: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """(losses, h), both [B], where the chosen response has won; h is what the metrics call the margin."""
+
+    def pair_losses(
+        self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps
+    ) -> tuple[Tensor, Tensor]:
+        raise TypeError(f"{self.kind} needs the scores of both responses")
+
+    def _losses(
+        self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps, gaps: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        if gaps is None:
+            return self.pair_losses(policy, reference, labels, num_tokens)
+        own, other = (self.offsets(of).to(policy.chosen.dtype) for of in (gaps, -gaps))
+        as_given, h = self.losses(policy, reference, num_tokens, own)
+        turned_round, _ = self.losses(policy.swapped, reference.swapped, num_tokens.swapped, other)
+        return labels * as_given + (1 - labels) * turned_round, h
+
+    def _metrics(self, gaps: Tensor | None) -> dict[str, Mean]:
+        if gaps is None:
+            return {}
+        offsets = self.offsets(gaps)
+        has_one = torch.isfinite(offsets)
+        return {"preference/offset": mean_of(offsets, has_one), "preference/left_out": mean_of((~has_one).double())}

@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 
 from prefarena.config import DrawnPairs
-from prefarena.records import PAIRS, content_id
+from prefarena.records import PAIR_SCORES, PAIRS, content_id
 from prefarena.tasks.language import seeded
 
 
@@ -37,11 +37,31 @@ class Answered:
 
 @dataclass(frozen=True)
 class Contest:
-    """Two responses to a prompt by their places, and P(first > second); nan: the judge is silent."""
+    """Two responses to a prompt by their places, and P(first > second); nan: the judge is silent.
+
+    scores: of first and second by their annotator, noise included; none where that one compares without scoring.
+    """
 
     first: int
     second: int
     chance: float
+    scores: tuple[float, float] | None = None
+
+
+@dataclass(frozen=True)
+class _Ordered:
+    """Two responses to a prompt by their places, the better one first, and the scores of both where there are some."""
+
+    prompt: Answered
+    winner: int
+    loser: int
+    scores: tuple[float, float] | None
+
+    @property
+    def turned_round(self) -> _Ordered:
+        """The other order. A score stays with its response."""
+        scores = None if self.scores is None else self.scores[::-1]
+        return _Ordered(self.prompt, self.loser, self.winner, scores)
 
 
 def choose_covered(ids: Sequence[str], share: float, seed: int) -> set[str]:
@@ -87,7 +107,10 @@ def contests_of_scores(prompt: Answered, scores: np.ndarray, settings: DrawnPair
     if settings.choose == "best_worst":
         best, worst = known[scores[known].argmax()], known[scores[known].argmin()]
         places = [(int(best), int(worst))] if best != worst else places[:1]
-    return [Contest(i, j, chance(float(scores[i] - scores[j]), settings)) for i, j in places]
+    return [
+        Contest(i, j, chance(float(scores[i] - scores[j]), settings), (float(scores[i]), float(scores[j])))
+        for i, j in places
+    ]
 
 
 def chance(gap: float, settings: DrawnPairs) -> float:
@@ -114,9 +137,9 @@ def make_pairs(
     """The tables `train` and `test` as records.PAIRS, and counts.
 
     Of a tie, which deterministic labels alone know, there is no pair. Of the training pairs `flip_share`, rounded, are
-    turned round. `label` is 1 always: a row is an observed ordering.
+    turned round. `label` is 1 always: a row is an observed ordering. Both responses keep their annotator's scores.
     """
-    rows: dict[str, list[tuple[Answered, int, int]]] = {"train": [], "test": []}
+    rows: dict[str, list[_Ordered]] = {"train": [], "test": []}
     counts: Counter[str] = Counter()
     for prompt, its in zip(prompts, contests, strict=True):
         uniform = seeded(settings.seed, f"labels-{prompt.id}").random(len(its))
@@ -126,21 +149,20 @@ def make_pairs(
             if settings.labels == "deterministic" and one.chance == 0.5:
                 counts["ties"] += 1
                 continue
-            winner, loser = (one.first, one.second) if draw < one.chance else (one.second, one.first)
-            rows[prompt.split].append((prompt, winner, loser))
+            found = _Ordered(prompt, one.first, one.second, one.scores)
+            rows[prompt.split].append(found if draw < one.chance else found.turned_round)
     num_train = len(rows["train"])
     flipped = seeded(settings.seed, "flips").choice(num_train, round(settings.flip_share * num_train), replace=False)
     for place in flipped:
-        prompt, winner, loser = rows["train"][place]
-        rows["train"][place] = (prompt, loser, winner)
+        rows["train"][place] = rows["train"][place].turned_round
     counts["flipped"] = len(flipped)
     return {split: _table(split, found) for split, found in rows.items()}, counts
 
 
-def _table(split: str, rows: list[tuple[Answered, int, int]]) -> pa.Table:
+def _table(split: str, rows: list[_Ordered]) -> pa.Table:
     found = []
-    for prompt, winner, loser in rows:
-        chosen, rejected = prompt.responses[winner], prompt.responses[loser]
+    for row in rows:
+        prompt, chosen, rejected = row.prompt, row.prompt.responses[row.winner], row.prompt.responses[row.loser]
         found.append(
             {
                 "id": content_id("pair", split, prompt.prompt_ids, chosen, rejected),
@@ -149,6 +171,7 @@ def _table(split: str, rows: list[tuple[Answered, int, int]]) -> pa.Table:
                 "rejected_ids": rejected,
                 "label": 1.0,
                 "source": f"annotator {prompt.annotator}",
+                **dict(zip(PAIR_SCORES, row.scores or (None, None), strict=True)),
             }
         )
     return pa.Table.from_pylist(found, schema=PAIRS)

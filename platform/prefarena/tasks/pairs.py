@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 
 from prefarena.errors import UserError
-from prefarena.records import DEMONSTRATIONS, PAIRS, content_id
+from prefarena.records import DEMONSTRATIONS, PAIR_SCORES, PAIRS, content_id
 from prefarena.tasks.language import seeded, unpadded
 
 _MOST_REDRAWS = 10_000
@@ -32,8 +32,8 @@ def sample_pairs(
     Two independent draws from the reference, given that they differ (both are drawn again until they do). The
     ordering is the one by reward, or for `bradley_terry` drawn with P(y1 > y2) = sigmoid((r1 - r2) / temperature);
     of equal rewards the second draw wins, which favours neither response. `label` is 1 always: the row holds an
-    observed ordering. `seed` and `split` together choose the draws, so train and test pairs of one seed are
-    independent.
+    observed ordering, and the scores are the rewards. `seed` and `split` together choose the draws, so train and test
+    pairs of one seed are independent.
 
     prompts: P lists of token ids. covered: bool [P]. sequences: [N, L], -1 behind the response. ref_logps and
     rewards: [P, N]. Raises UserError when the reference gives one response all the probability.
@@ -51,6 +51,7 @@ def sample_pairs(
             first_wins = rng.random(len(places)) < np.exp(-np.logaddexp(0.0, -gap / temperature))
         winners, losers = np.where(first_wins, first, second), np.where(first_wins, second, first)
         for place, winner, loser in zip(places, winners, losers, strict=True):
+            scores = (float(rewards[owner, response]) for response in (winner, loser))
             chosen, rejected = unpadded(sequences[winner]), unpadded(sequences[loser])
             rows[place] = {
                 "id": content_id("pair", split, seed, int(place), prompts[owner], chosen, rejected),
@@ -59,6 +60,7 @@ def sample_pairs(
                 "rejected_ids": rejected,
                 "label": 1.0,
                 "source": "language",
+                **dict(zip(PAIR_SCORES, scores, strict=True)),
             }
     return pa.Table.from_pylist(rows, schema=PAIRS)
 

@@ -250,8 +250,8 @@ class PairDrawer:
                 "rejected_ids": rejected,
                 "label": 1.0,
                 "source": f"policy at step {step}",
-                "chosen_score": chosen_score,
-                "rejected_score": rejected_score,
+                "score_chosen": chosen_score,
+                "score_rejected": rejected_score,
             }
             made.append({**pair, **beside, "drawn_at": step})
         new = [row for row in made if row["drawn_at"]]

@@ -33,7 +33,7 @@ from prefarena.training.drawing import PairDrawer
 from prefarena.training.jobs import OffPolicyJob
 from prefarena.training.learner import Learner
 from prefarena.training.storage import full_disk_named, retried
-from prefarena.training.terms import Pairs, PreferenceTerm, Shares
+from prefarena.training.terms import PreferenceTerm, Shares
 from prefarena.training.worker import Worker
 
 Rows = NDArray[np.int64]
@@ -104,7 +104,7 @@ class OnlineTerm(PreferenceTerm):
             data = self._table.take(pa.array(np.concatenate(rows)))
             table = self.drawer.draw(first, data, first * self._data_plan.batch_size, learner)
             self._keep(table, first)
-        self.pairs = Pairs(table, shared=self.method.needs_shared)
+        self.pairs = self.table(table, self.method)
         plan = replace(self.pairs.plan(self._shares), micro_batch_tokens=self.plan.micro_batch_tokens)
         self.plan = BlockPlan(**{one.name: getattr(plan, one.name) for one in fields(BatchPlan)}, first_step=first)
         self._drawn_at = table["drawn_at"].to_numpy().astype(np.int64)

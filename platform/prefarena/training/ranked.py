@@ -12,7 +12,7 @@ from prefarena.objectives.output import ObjectiveOutput
 from prefarena.objectives.preference import PairLogps
 from prefarena.settings.ranked import Ranked, StepPairs
 from prefarena.training.learner import Learner
-from prefarena.training.terms import PairsTerm, Rows
+from prefarena.training.terms import Pairs, PairsTerm, Rows, Shares
 from prefarena.training.worker import Worker
 
 
@@ -26,6 +26,9 @@ class RankedTerm(PairsTerm):
     method: Ranked
     #: Of the step that has begun; a pass that belongs to none, as when memory is predicted, is a step of its own.
     _step: tuple[Rows, StepPairs] | None = None
+
+    def __init__(self, path: str, method: Ranked, shares: Shares, pad_id: int) -> None:
+        super().__init__(Pairs(path), method, shares, pad_id)
 
     def num_tokens(self, step: int) -> int:
         """Those of both passes."""

@@ -26,6 +26,7 @@ from prefarena.objectives.likelihood import negative_log_likelihood
 from prefarena.objectives.output import ObjectiveOutput
 from prefarena.objectives.preference import PairLogps
 from prefarena.objectives.reward_model import bradley_terry
+from prefarena.records import PAIR_SCORES
 from prefarena.settings.off_policy import OffPolicy, Pairwise
 
 if TYPE_CHECKING:
@@ -85,7 +86,9 @@ class Term(ABC):
 class Pairs:
     """A table of pairs, ready to be taken from."""
 
-    def __init__(self, rows: str | pa.Table, *, referenced: bool = True, shared: bool = False) -> None:
+    def __init__(
+        self, rows: str | pa.Table, *, referenced: bool = True, shared: bool = False, needs_scores: bool = False
+    ) -> None:
         """rows: a table, or where it is. referenced, shared: whether it is one of REFERENCED_PAIRS or SHARED_PAIRS."""
         table = read_rows(rows) if isinstance(rows, str) else rows
         self.prompts = TokenColumn.of(table, "prompt_ids")
@@ -94,13 +97,16 @@ class Pairs:
         names = ["label", *(["ref_chosen_logp", "ref_rejected_logp"] if referenced else [])]
         names += ["ref_chosen_shared_logp", "ref_rejected_shared_logp"] if shared else []
         self._numbers = {name: torch.from_numpy(table[name].to_numpy().astype(np.float32)) for name in names}
+        if needs_scores:  # subtracted in float64: scores may be large, and near to each other
+            chosen, rejected = (table[name].to_numpy().astype(np.float64) for name in PAIR_SCORES)
+            self._numbers["score_gap"] = torch.from_numpy(chosen - rejected)
 
     def responses(self, rows: Rows) -> list[list[NDArray[np.int32]]]:
         """Chosen and rejected of each pair."""
         return [list(pair) for pair in zip(self.chosen.take(rows), self.rejected.take(rows), strict=True)]
 
     def numbers(self, name: str, rows: Rows, device: torch.device) -> Tensor:
-        """A column of numbers, [B] float32."""
+        """A column of numbers, [B] float32; `score_gap`, score of chosen - score of rejected, in float64."""
         return self._numbers[name][rows].to(device, non_blocking=True)
 
     def plan(self, shares: Shares) -> BatchPlan:
@@ -115,11 +121,9 @@ class PairsTerm(Term):
 
     name = "preference"
 
-    def __init__(
-        self, rows: str | pa.Table, method: OffPolicy, shares: Shares, pad_id: int, *, shared: bool = False
-    ) -> None:
-        self.pairs = Pairs(rows, shared=shared)
-        super().__init__(self.pairs.plan(shares), 1.0, pad_id)
+    def __init__(self, pairs: Pairs, method: OffPolicy, shares: Shares, pad_id: int) -> None:
+        self.pairs = pairs
+        super().__init__(pairs.plan(shares), 1.0, pad_id)
         self.method = method
 
     def logps(self, module: nn.Module, rows: Rows, device: torch.device) -> PairLogps:
@@ -149,7 +153,12 @@ class PreferenceTerm(PairsTerm):
     method: Pairwise
 
     def __init__(self, rows: str | pa.Table, method: Pairwise, shares: Shares, pad_id: int) -> None:
-        super().__init__(rows, method, shares, pad_id, shared=method.needs_shared)
+        super().__init__(self.table(rows, method), method, shares, pad_id)
+
+    @staticmethod
+    def table(rows: str | pa.Table, method: Pairwise) -> Pairs:
+        """The rows with what the method reads of them."""
+        return Pairs(rows, shared=method.needs_shared, needs_scores=method.needs_scores)
 
     def origin(self, num_steps: int) -> dict[str, Any]:
         """Labels and age of the pairs that so many steps are trained on, for the manifest.
@@ -166,8 +175,9 @@ class PreferenceTerm(PairsTerm):
         if self.method.needs_shared:
             shorter = batch.lengths.view(-1, 2).amin(1).repeat_interleave(2)
             shared = _pairs(batch.first_sums(values, shorter)), self.reference(rows, device, "_shared")
+        gaps = self.pairs.numbers("score_gap", rows, device) if self.method.needs_scores else None
         return self.method.mean_loss(
-            _pairs(batch.sums(values)), reference, labels, _pairs(batch.lengths.float()), shared
+            _pairs(batch.sums(values)), reference, labels, _pairs(batch.lengths.float()), shared, gaps
         )
 
 
