@@ -48,8 +48,10 @@ def draws_responses(method: Section) -> bool:
 class Reference(Section):
     """How the reference policy is made from the base model: SFT on the demonstrations."""
 
-    train: bool = Field(True, description="False: the base model is the reference as it is.")
-    loss_on: Literal["response", "all"] = Field("response", description="`all` also learns the prompt's tokens.")
+    train: bool = Field(True, description="If false, the base model itself is the reference.")
+    loss_on: Literal["response", "all"] = Field(
+        "response", description="Which tokens are learned: the response's, or with `all` the prompt's as well."
+    )
     seed: int = 0
     training: Optimisation = Optimisation(learning_rate=3e-3, num_steps=400, batch_size=256)
 
@@ -58,7 +60,9 @@ class Entry(Section):
     """A method with settings, in a comparison."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.=-]*$", description="Unique; used in tables and folder names.")
-    group: str | None = Field(None, description="Name of the grid it belongs to in a sweep; none: the method's name.")
+    group: str | None = Field(
+        None, description="Name of the grid that it belongs to in a sweep; by default the method's name."
+    )
     method: Method
 
 
@@ -69,25 +73,32 @@ class Evaluation(Section):
     samples_per_prompt: int = Field(2, ge=1)
     temperature: float = Field(1.0, gt=0)
     batch_size: int = Field(
-        64, ge=1, description="Most sequences in a forward pass, which has 8,192 tokens at most, or one sequence."
+        64,
+        ge=1,
+        description="Maximum number of sequences in a forward pass, which also holds at most 8,192 tokens, unless "
+        "it is a single sequence.",
     )
     num_reference_samples: int = Field(
-        512, ge=2, description="Samples of the reference on training prompts, on which learned rewards are normalised."
+        512,
+        ge=2,
+        description="Number of samples from the reference on training prompts, by which learned rewards are "
+        "normalised.",
     )
     frontier_samples: int = Field(
         0,
         ge=0,
-        description="Text tasks: samples of the reference on each held-out prompt, from which the best score at any KL "
-        "is estimated, and each entry's regret; 0: not estimated, else at least 8. n samples show a KL of up to about "
-        "log n - 2 nats.",
+        description="Text tasks: number of samples from the reference on each held-out prompt, from which the best "
+        "score at any KL is estimated, and with it each entry's regret. 0 turns this off; otherwise at least 8. n "
+        "samples reach KLs of up to about log n - 2 nats.",
     )
     num_coverage_prompts: int | None = Field(
         None,
         ge=0,
-        description="Text tasks with task.covered_share below 1: training prompts with pairs, and as many without, on "
-        "which policies are sampled and measured beside the held-out ones; none: num_prompts.",
+        description="Text tasks with task.covered_share below 1: number of training prompts with pairs, and as many "
+        "without, on which policies are sampled and measured in addition to the held-out ones; by default "
+        "num_prompts.",
     )
-    win_matrix: bool = Field(True, description="Win rates between all entries, not only against the reference.")
+    win_matrix: bool = Field(True, description="Compute win rates between all entries, not only against the reference.")
     seed: int = 0
 
     @model_validator(mode="after")
@@ -115,26 +126,30 @@ class Comparison(Section):
     name: str = Field("default", pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$")
     output: str = Field(
         "runs",
-        description="Folder for stages and run folders: a path that all nodes share, or a URL of an object store.",
+        description="Folder for stages and run folders: a path that all nodes share, or the URL of an object store.",
     )
     seeds: tuple[int, ...] = Field((0,), min_length=1)
     seeds_vary: Literal["training", "task"] = Field(
         "training",
-        description="`training`: seeds share task, reference and pairs. `task`: on the enumerable language every seed "
-        "is another language with its own reference and pairs, so that standard errors speak of more than one.",
+        description="`training`: all seeds share task, reference and pairs. `task`: on the enumerable language "
+        "every seed is another language with its own reference and pairs, so that standard errors cover more than "
+        "one language.",
     )
     task: Task = LanguageTask()
     model: Model = ScratchModel()
     reference: Reference = Reference()
     entries: tuple[Entry, ...] = Field(min_length=1)
     judge: EvaluationJudge = Field(
-        RewardModel(), description="Text tasks: the evaluation's judge; a learned one is trained on pairs of its own."
+        RewardModel(),
+        description="Text tasks: the judge of the evaluation; a learned one is trained on pairs of its own.",
     )
     generation: Generation = Generation()
     resources: Resources = Resources()
     evaluation: Evaluation = Evaluation()
     tracking: tuple[Tracking, ...] = Field(
-        (), description="Where trainings are shown beside their own logs: tensorboard, wandb, mlflow, trackio."
+        (),
+        description="Trackers that show the trainings in addition to their own logs: tensorboard, wandb, mlflow, "
+        "trackio.",
     )
     tuned: str | None = Field(
         None,

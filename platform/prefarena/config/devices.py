@@ -22,34 +22,38 @@ def usual_dtype(use_gpu: bool) -> Dtype:
 class Generation(Section):
     """The vLLM engines behind the generation actors."""
 
-    num_actors: int = Field(1, ge=1, description="Generation actors; prompts are balanced over them.")
+    num_actors: int = Field(1, ge=1, description="Number of generation actors, which share the prompts evenly.")
     tensor_parallel: int = Field(
         1,
         ge=1,
-        description="Devices of one node that each actor's engine is spread over: vLLM's tensor parallelism, every "
-        "layer cut among them. For models that one device does not hold, or is slow with.",
+        description="Number of devices on one node over which each actor's engine is spread (vLLM's tensor "
+        "parallelism, which splits every layer). For models that do not fit on one device, or are slow on one.",
     )
     cpus: float = Field(
-        1, ge=0, description="CPUs (and OpenMP threads) of each of the actor's devices; used when use_gpu is false."
+        1, ge=0, description="CPUs (and OpenMP threads) for each of the actor's devices; used when use_gpu is false."
     )
     gpus: float = Field(
         1,
         gt=0,
         le=1,
-        description="Of each of the actor's devices, when use_gpu is true; a share where trainer and engine share one.",
+        description="GPUs for each of the actor's devices, when use_gpu is true; a fraction where trainer and "
+        "engine share one.",
     )
-    labels: Labels = Field((), description="Labels of the nodes that hold generation actors, e.g. {role: generate}.")
+    labels: Labels = Field((), description="Labels of the nodes that may run generation actors, e.g. {role: generate}.")
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         "auto",
-        description="Of the engines' weights and products. auto: bfloat16 on GPUs, float32 on CPUs; on-policy methods "
-        "weigh tokens for the difference to the trainer's log-probs (importance_cap).",
+        description="Precision of the engines' weights and products. auto: bfloat16 on GPUs, float32 on CPUs; "
+        "on-policy methods weight tokens to correct for the difference from the trainer's log-probs "
+        "(importance_cap).",
     )
     batch_invariant: bool = Field(
         False,
-        description="Engines on GPUs compute a sequence in the same way whatever shares its batch (vLLM's "
-        "VLLM_BATCH_INVARIANT), so that the same seed gives the same samples; it is slower.",
+        description="Engines on GPUs compute a sequence in the same way whatever else is in its batch (vLLM's "
+        "VLLM_BATCH_INVARIANT), so that the same seed gives the same samples; this is slower.",
     )
-    kv_cache_gib: int = Field(1, ge=1, description="KV cache on CPU, whole GiB, of each device.")
+    kv_cache_gib: int = Field(
+        1, ge=1, description="Size of the KV cache of each device when generating on CPUs, in whole GiB."
+    )
     gpu_memory_utilization: float = Field(0.5, gt=0, le=1)
     max_num_seqs: int = Field(256, ge=1)
     weight_sync: Literal["host", "nccl", "ipc"] = Field(
@@ -59,17 +63,19 @@ class Generation(Section):
     )
     sleep_mode: Literal["none", "keep", "discard"] = Field(
         "none",
-        description="What engines do with the memory of GPUs that they share with training workers while these learn. "
-        "keep: weights go to the host's memory, the cache is dropped (vLLM's sleep, level 1); discard: weights are "
-        "dropped too, and every update sends all of them (level 2); none: they hold it all the while.",
+        description="What engines do with the memory of GPUs that they share with training workers while those "
+        "learn. keep: weights move to the host's memory and the cache is dropped (vLLM's sleep, level 1); discard: "
+        "weights are dropped as well, and every update sends all of them (level 2); none: engines keep all of it.",
     )
-    verify_weights: bool = Field(True, description="Compare a checksum of what each engine holds with what was sent.")
+    verify_weights: bool = Field(
+        True, description="Compare a checksum of the weights that each engine holds with that of what was sent."
+    )
     start_timeout_s: float = Field(300, gt=0)
     generate_timeout_s: float = Field(600, gt=0)
     sync_timeout_s: float = Field(
         120,
         gt=0,
-        description="Longest wait for a step of an update of weights; with a second for every 32 MiB of them.",
+        description="Longest wait for one step of a weight update, plus a second for every 32 MiB of weights.",
     )
 
     def dtype_on(self, use_gpu: bool) -> Dtype:
@@ -83,72 +89,86 @@ class Scoring(Section):
     num_actors: int | None = Field(
         None,
         ge=1,
-        description="How many score at the same time: actors for log-probs and labels, and tasks of each evaluation "
-        "from samples; none: resources.num_workers.",
+        description="How many processes score at the same time: actors for log-probs and labels, and tasks of each "
+        "evaluation from samples; by default resources.num_workers.",
     )
-    cpus: float = Field(1, gt=0, description="CPUs of each; its torch threads, and at least one.")
+    cpus: float = Field(
+        1, gt=0, description="CPUs of each of these processes, which has as many torch threads, but at least one."
+    )
     gpus: float | None = Field(
-        None, gt=0, le=1, description="GPUs of each, when use_gpu is true; none: resources.gpus_per_worker."
+        None,
+        gt=0,
+        le=1,
+        description="GPUs of each of these processes, when use_gpu is true; by default resources.gpus_per_worker.",
     )
-    labels: Labels = Field((), description="Labels of the nodes that they run on.")
+    labels: Labels = Field((), description="Labels of the nodes that these processes may run on.")
     dtype: Literal["auto"] | Arithmetic = Field(
         "auto",
-        description="Of the weights and products of what measures: an evaluation's policy and reference, learned and "
-        "classifier judges (their heads stay in float32), the reference on test pairs. auto: bfloat16 on GPUs, float32 "
-        "on CPUs. Training pairs are scored as the training that reads them computes (training.precision).",
+        description="Precision of the weights and products of models that measure: an evaluation's policy and "
+        "reference, learned and classifier judges (whose heads stay in float32), and the reference on test pairs. "
+        "auto: bfloat16 on GPUs, float32 on CPUs. Training pairs are scored in the precision of the training that "
+        "reads them (training.precision).",
     )
 
 
 class Resources(Section):
     """What is asked of the cluster."""
 
-    num_workers: int = Field(1, ge=1, description="Ray Train workers of a training run.")
+    num_workers: int = Field(1, ge=1, description="Number of Ray Train workers of a training run.")
     cpus_per_worker: float = Field(1, ge=1, description="CPUs, and torch threads, of each worker.")
     use_gpu: bool = Field(
-        False, description="Whether workers, engines and scorers have GPUs; without it none is used, even where one is."
+        False,
+        description="Whether workers, engines and scorers use GPUs; if false, none is used even where there is one.",
     )
-    gpus_per_worker: float = Field(1, gt=0, le=1, description="When use_gpu is true; a share for weight_sync: ipc.")
-    labels: Labels = Field((), description="Labels of the nodes that hold training workers, e.g. {role: train}.")
+    gpus_per_worker: float = Field(
+        1, gt=0, le=1, description="GPUs of each worker, when use_gpu is true; a fraction with weight_sync: ipc."
+    )
+    labels: Labels = Field((), description="Labels of the nodes that may run training workers, e.g. {role: train}.")
     scoring: Scoring = Scoring()
     concurrent_runs: int | None = Field(
         None,
         ge=0,
-        description="Groups of off-policy trainings at the same time; 0: as many as the cluster has room for. None: 0 "
-        "where each worker has GPUs of its own, else 1, because groups that share a machine slow each other down.",
+        description="How many groups of off-policy trainings run at the same time; 0: as many as the cluster has "
+        "room for. By default 0 where each worker has GPUs of its own, and otherwise 1, because groups that share a "
+        "machine slow each other down.",
     )
     sharding: Literal["none", "fsdp"] = Field(
         "none",
-        description="fsdp: each worker of a training holds a part of weights, gradients and optimizer state (FSDP2), "
-        "and an on-policy one a part of its reference and reward model as well; none: each holds all of them (DDP).",
+        description="fsdp: each worker of a training holds a part of the weights, gradients and optimizer state "
+        "(FSDP2), and in on-policy training a part of the reference and the reward model as well; none: each worker "
+        "holds all of them (DDP).",
     )
     cpu_offload: bool = Field(
         False,
-        description="With sharding: fsdp on GPUs, of one worker too: parts of weights, gradients and optimizer state "
-        "lie in the host's memory, and a GPU holds what it computes with. Slower; for what does not fit otherwise.",
+        description="With sharding: fsdp on GPUs, even with one worker: weights, gradients and optimizer state are "
+        "kept in the host's memory, and a GPU holds only what it is computing with. Slower; for models that do not "
+        "fit otherwise.",
     )
     autoscaled: bool = Field(
-        False, description="The cluster grows on demand: what it has not yet is waited for, not refused."
+        False,
+        description="The cluster grows on demand: a comparison waits for what the cluster does not have yet, "
+        "instead of being refused.",
     )
     check_memory: bool = Field(
         True,
-        description="Refuse, before any work, a training of which no worker could hold what it needs at the least; "
-        "false: try it all the same.",
+        description="Refuse, before any work, a training that needs more memory than any worker could have; false: "
+        "try it all the same.",
     )
     start_timeout_s: float = Field(
-        300, gt=0, description="Longest wait for a group of training workers to be placed, one more attempt included."
+        300, gt=0, description="Longest wait for a group of training workers to be placed, including a second attempt."
     )
     task_timeout_s: float = Field(
         3600, gt=0, description="Longest wait for a Ray task to end: drawing pairs, scoring responses, an evaluation."
     )
     max_failures: int = Field(
-        2, ge=0, description="Deaths of workers that a Ray Train run recovers from, and as many of its controller."
+        2, ge=0, description="How many deaths of workers a Ray Train run recovers from, and as many of its controller."
     )
     cache_dir: str | None = Field(
         None,
-        description="Where nodes keep their copies where `output` is a URL; none: ~/.cache/prefarena of each.",
+        description="Where each node keeps its copies if `output` is a URL; by default ~/.cache/prefarena.",
     )
     storage_retry_s: float = Field(
-        120, ge=0, description="How long a training worker asks storage again that fails in a way that may pass."
+        120, ge=0, description="How long a training worker retries storage whose failure may be temporary."
     )
 
     @property

@@ -14,9 +14,11 @@ from prefarena.settings.section import Section
 class Annotator(Section):
     """Who orders the responses to a prompt."""
 
-    judge: EvaluationJudge | None = Field(None, description="None: the comparison's judge, the learned one included.")
+    judge: EvaluationJudge | None = Field(
+        None, description="By default the comparison's judge, which may be a learned one."
+    )
     noise: float = Field(
-        0.0, ge=0, description="Standard deviation of Gaussian noise of this annotator's own on every score."
+        0.0, ge=0, description="Standard deviation of the Gaussian noise that this annotator adds to every score."
     )
 
     @model_validator(mode="after")
@@ -36,30 +38,37 @@ class DrawnPairs(Section):
     """How pairs are drawn and labelled. The prompts are those of `task.data`."""
 
     policy: PretrainedModel | None = Field(
-        None, description="What the responses are drawn from: a model with the reference's tokens; none: the reference."
+        None,
+        description="Model that the responses are drawn from, with the same tokens as the reference; by default the "
+        "reference itself.",
     )
-    num_samples: int = Field(4, ge=2, description="Responses to each prompt.")
+    num_samples: int = Field(4, ge=2, description="Number of responses to each prompt.")
     temperature: float = Field(1.0, gt=0)
     choose: Literal["all", "best_worst"] = Field(
-        "all", description="All pairs of a prompt's different responses, or its best against its worst."
+        "all", description="Which responses to a prompt become pairs: any two that differ, or the best with the worst."
     )
     labels: Literal["deterministic", "bradley_terry"] = "deterministic"
     label_temperature: float = Field(
         1.0, gt=0, description="Bradley-Terry labels: P(y1 > y2) = sigmoid((r1 - r2) / T), r being the judge's score."
     )
     flip_share: float = Field(
-        0.0, ge=0, lt=1, description="Share of the training pairs whose order is turned round afterwards."
+        0.0, ge=0, lt=1, description="Share of the training pairs whose order is reversed afterwards."
     )
     annotators: tuple[Annotator, ...] = Field(
-        (Annotator(),), min_length=1, description="Each prompt's responses are ordered by one of them, drawn evenly."
+        (Annotator(),),
+        min_length=1,
+        description="Each prompt's responses are ordered by one of these, chosen at random with equal chances.",
     )
     max_silent_share: float = Field(
         0.02,
         ge=0,
         lt=1,
-        description="Responses without a usable score are left out and counted, up to this share; more end the run.",
+        description="Responses without a usable score are left out and counted, up to this share; if there are "
+        "more, the run stops.",
     )
-    seed: int = Field(0, description="Of the samples, the labels, and which prompts have pairs.")
+    seed: int = Field(
+        0, description="Seed of the samples, of the labels, and of the choice of prompts that have pairs."
+    )
 
     @field_validator("policy", mode="before")
     @classmethod

@@ -15,16 +15,18 @@ class LanguageTask(Section):
 
     kind: Literal["language"] = "language"
     seed: int = Field(0, description="Seed of the source of demonstrations and of the gold reward.")
-    num_letters: int = Field(13, ge=2, le=13, description="Letters; with pad, bos and eos at most 16 tokens.")
+    num_letters: int = Field(13, ge=2, le=13, description="Number of letters; with pad, bos and eos at most 16 tokens.")
     num_prompts: int = Field(64, ge=2)
     prompt_letters: int = Field(3, ge=1, le=6)
-    response_limit: int = Field(4, ge=1, le=4, description="Most tokens in a response, its eos included.")
-    num_demonstrations: int = Field(16384, ge=1, description="Drawn from the source, over all prompts.")
+    response_limit: int = Field(4, ge=1, le=4, description="Maximum number of tokens in a response, its eos included.")
+    num_demonstrations: int = Field(
+        16384, ge=1, description="Number of demonstrations, drawn from the source over all prompts."
+    )
     covered_share: float = Field(0.5, gt=0, le=1, description="Share of the prompts that have preference pairs.")
     num_pairs: int = Field(
-        16384, ge=2, description="Training pairs, drawn from the reference policy on covered prompts."
+        16384, ge=2, description="Number of training pairs, drawn from the reference policy on covered prompts."
     )
-    num_test_pairs: int = Field(1024, ge=2, description="Held-out pairs, on the same covered prompts.")
+    num_test_pairs: int = Field(1024, ge=2, description="Number of held-out pairs, on the same covered prompts.")
     labels: Literal["deterministic", "bradley_terry"] = "deterministic"
     label_temperature: float = Field(
         1.0, gt=0, description="Bradley-Terry labels: P(y1 > y2) = sigmoid((r1 - r2) / T)."
@@ -36,39 +38,46 @@ class TextTask(Section):
 
     kind: Literal["text"] = "text"
     data: str = Field(
-        description="jsonl, json, csv (also compressed) or parquet file or folder, a saved `datasets`, or a hub id."
+        description="A jsonl, json, csv (also compressed) or parquet file, a folder of such files, a saved `datasets` "
+        "folder, or a hub id."
     )
-    split: str = Field("train", description="Split to read: of a saved DatasetDict, a hub id, files named by split.")
+    split: str = Field("train", description="Split to read of a saved DatasetDict, a hub id, or files named by split.")
     format: Literal["auto", "standard", "conversational", "hh"] = Field(
         "auto",
         description="Row format; `auto` recognises TRL's formats (explicit and implicit prompt) and raw HH-RLHF.",
     )
     transcripts: Literal["text", "messages"] = Field(
         "text",
-        description="HH-RLHF transcripts stay plain text, or are read as messages that go through the chat template.",
+        description="Whether HH-RLHF transcripts stay plain text or are read as messages, which go through the chat "
+        "template.",
     )
     max_rows: int | None = Field(None, ge=1, description="Use only the first rows of `data`.")
     test_data: str | None = Field(
         None,
-        description="Rows to test on, in any form of `data`; none, and no test_split: rows of `data` are held out.",
+        description="Rows to test on, in any form that `data` may have. Without this and test_split, rows of `data` "
+        "are held out.",
     )
     test_split: str | None = Field(
-        None, description="Split to test on: of `test_data` (none: test), or, where that is not given, of `data`."
+        None, description="Split to test on: of `test_data` (by default `test`) or, if that is not given, of `data`."
     )
     num_test_pairs: int | None = Field(
         None,
         ge=1,
-        description="About how many rows are held out for evaluation; none: 2000, or a fifth of the rows if that is "
-        "less.",
+        description="About how many rows are held out for evaluation; by default 2000, or a fifth of the rows if "
+        "that is less.",
     )
-    test_share: float | None = Field(None, gt=0, lt=1, description="In place of that number: a share of the prompts.")
+    test_share: float | None = Field(
+        None, gt=0, lt=1, description="Share of the prompts to hold out for evaluation, in place of num_test_pairs."
+    )
     num_judge_pairs: int | None = Field(
         None,
         ge=1,
-        description="About how many rows are held out to train the evaluation judge, where it is a learned one; none: "
-        "2000, or a fifth of the rows if that is less.",
+        description="About how many rows are held out to train the evaluation judge, if it is a learned one; by "
+        "default 2000, or a fifth of the rows if that is less.",
     )
-    judge_share: float | None = Field(None, gt=0, lt=1, description="In place of that number: a share of the prompts.")
+    judge_share: float | None = Field(
+        None, gt=0, lt=1, description="Share of the prompts to hold out for the judge, in place of num_judge_pairs."
+    )
     split_seed: int = 0
     max_prompt_tokens: int = Field(256, ge=1, description="Longer prompts keep their last tokens or are dropped.")
     long_prompts: Literal["drop", "keep_end"] = "drop"
@@ -82,14 +91,14 @@ class TextTask(Section):
     )
     unpaired_data: str | None = Field(
         None,
-        description="Rows of `prompt`, `completion` and `label` (desirable or not), in any form of `data`, for methods "
-        "that learn from single responses, such as kto; none: the pairs, taken apart.",
+        description="Rows of `prompt`, `completion` and `label` (desirable or not), in any form that `data` may "
+        "have, for methods that learn from single responses, such as kto; by default the pairs are taken apart.",
     )
-    pretraining_text: str | None = Field(None, description="jsonl(.gz) with a `text` column, for gamma > 0.")
+    pretraining_text: str | None = Field(None, description="A jsonl(.gz) file with a `text` column, for gamma > 0.")
     pairs: DrawnPairs | None = Field(
         None,
-        description="Pairs are drawn from a policy and labelled by a judge; `data` then gives the prompts, with or "
-        "without answers. None: the pairs are those of `data`.",
+        description="Pairs are drawn from a policy and labelled by a judge; `data` then provides the prompts, with or "
+        "without answers. By default the pairs are those of `data`.",
     )
     covered_share: float = Field(1.0, gt=0, le=1, description="Share of the training prompts that have pairs.")
     validation_share: float | None = Field(

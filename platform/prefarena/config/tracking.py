@@ -20,7 +20,7 @@ class TrackerSettings(Section):
     key_variables: ClassVar[str] = ""
 
     timeout_s: float = Field(
-        60, gt=0, description="Longest wait for a tracker that has not answered, when a comparison is about to end."
+        60, gt=0, description="Longest wait for a tracker that does not answer when a comparison is about to end."
     )
 
     @model_validator(mode="before")
@@ -46,7 +46,7 @@ class TensorBoard(TrackerSettings):
     """Event files, which `tensorboard --logdir FOLDER` shows."""
 
     kind: Literal["tensorboard"] = "tensorboard"
-    folder: str | None = Field(None, description="None: OUTPUT/tracking/tensorboard.")
+    folder: str | None = Field(None, description="Folder of its files; by default OUTPUT/tracking/tensorboard.")
 
 
 class WandB(TrackerSettings):
@@ -56,9 +56,9 @@ class WandB(TrackerSettings):
 
     kind: Literal["wandb"] = "wandb"
     project: str = Field("prefarena", min_length=1)
-    entity: str | None = Field(None, description="User or team; none: the key's own.")
+    entity: str | None = Field(None, description="User or team; by default the one that the key belongs to.")
     mode: Literal["online", "offline"] = "online"
-    folder: str | None = Field(None, description="For its files; none: OUTPUT/tracking/wandb.")
+    folder: str | None = Field(None, description="Folder of its files; by default OUTPUT/tracking/wandb.")
 
 
 class MLflow(TrackerSettings):
@@ -67,7 +67,9 @@ class MLflow(TrackerSettings):
     key_variables: ClassVar[str] = "MLFLOW_TRACKING_TOKEN, or MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD"
 
     kind: Literal["mlflow"] = "mlflow"
-    uri: str | None = Field(None, description="Of a server, or a folder; none: the folder OUTPUT/tracking/mlflow.")
+    uri: str | None = Field(
+        None, description="URI of a server, or a folder; by default the folder OUTPUT/tracking/mlflow."
+    )
     experiment: str = Field("prefarena", min_length=1)
 
 

@@ -23,7 +23,9 @@ class CPO(OrderedLoss):
     searched: ClassVar[tuple[str, ...]] = ("beta", "likelihood_weight")
     kind: Literal["cpo"] = "cpo"
     beta: float = Field(0.1, gt=0)
-    likelihood_weight: float = Field(1.0, ge=0, description="Of -log pi(y_w), nats per sequence; 1 in the paper.")
+    likelihood_weight: float = Field(
+        1.0, ge=0, description="Weight of -log pi(y_w), in nats per sequence; 1 in the paper."
+    )
 
     @property
     def needs_reference(self) -> bool:

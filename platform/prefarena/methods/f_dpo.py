@@ -32,7 +32,7 @@ class FDPO(OrderedLoss):
     kind: Literal["f_dpo"] = "f_dpo"
     divergence: Literal["reverse_kl", "forward_kl", "jensen_shannon", "alpha"] = "jensen_shannon"
     beta: float = Field(0.1, gt=0)
-    alpha: float = Field(0.5, gt=0, lt=1, description="Of divergence: alpha.")
+    alpha: float = Field(0.5, gt=0, lt=1, description="The alpha of `divergence: alpha`.")
 
     def losses(self, policy: PairLogps, reference: PairLogps, num_tokens: PairLogps) -> tuple[Tensor, Tensor]:
         ratio = policy.minus(reference)

@@ -24,7 +24,7 @@ class Hinge(OrderedLoss):
     searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["hinge"] = "hinge"
     beta: float = Field(0.1, gt=0)
-    margin: float = Field(1.0, gt=0, description="The h from which on a pair costs nothing; delta in SLiC.")
+    margin: float = Field(1.0, gt=0, description="The h above which a pair costs nothing; delta in SLiC.")
     reference: Literal["none", "precomputed"] = Field(
         "precomputed", description="`none` is SLiC's form; `precomputed` starts every pair at h = 0."
     )

@@ -23,7 +23,7 @@ class IPO(Pairwise):
     searched: ClassVar[tuple[str, ...]] = ("tau",)
     kind: Literal["ipo"] = "ipo"
     tau: float = Field(0.1, gt=0)
-    length_normalise: bool = Field(False, description="True averages log-ratios over tokens, as TRL does.")
+    length_normalise: bool = Field(False, description="If true, log-ratios are averaged over tokens, as in TRL.")
 
     def pair_losses(
         self, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps

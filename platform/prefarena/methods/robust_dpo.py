@@ -23,7 +23,7 @@ class RobustDPO(OrderedLoss):
     searched: ClassVar[tuple[str, ...]] = ("beta",)
     kind: Literal["robust_dpo"] = "robust_dpo"
     beta: float = Field(0.1, gt=0)
-    flip_rate: float = Field(0.1, ge=0, lt=0.5, description="Share of labels that are the wrong way round.")
+    flip_rate: float = Field(0.1, ge=0, lt=0.5, description="Share of the labels that are reversed.")
     length_normalise: bool = False
 
     def losses(self, policy: PairLogps, reference: PairLogps, num_tokens: PairLogps) -> tuple[Tensor, Tensor]:

@@ -54,7 +54,8 @@ class OffPolicy(Section):
         0.0, ge=0, description="eta: weight of -E[log pi(y|x)] on demonstrations, the off-policy forward-KL term."
     )
     demonstration_mean: Literal["sequences", "tokens"] = Field(
-        "sequences", description="Mean of the demonstration term over sequences (the formula) or over tokens."
+        "sequences",
+        description="Whether the demonstration term is a mean over sequences (as in the formula) or over tokens.",
     )
     pretraining_weight: float = Field(0.0, ge=0, description="gamma: weight of -E[log pi(x)] on pretraining text.")
     training: Optimisation = Optimisation()
@@ -105,18 +106,22 @@ class Pairwise(OffPolicy):
 
     pair_weight: Literal["none", "likelihood", "ratio"] = Field(
         "none",
-        description="What each pair's loss is multiplied by: how likely the policy would say both responses, a token "
-        "(likelihood, WPO, arXiv 2406.11827), or the ratio of policy and reference (arXiv 2506.08681).",
+        description="What each pair's loss is multiplied by: the policy's likelihood of both responses, per token "
+        "(likelihood; WPO, arXiv 2406.11827), or the ratio of the policy's to the reference's (ratio; arXiv "
+        "2506.08681).",
     )
     max_log_ratio: float = Field(
-        2.0, gt=0, description="With pair_weight: ratio; nats of both responses together, beyond which it is clipped."
+        2.0,
+        gt=0,
+        description="With pair_weight: ratio, the log-ratio of both responses together, in nats, at which it is "
+        "clipped.",
     )
 
     tail_weight: float = Field(
         1.0,
         ge=0,
         le=1,
-        description="Of the tokens that a response has beyond the length of the other one (alpha of LD-DPO, arXiv "
+        description="Weight of the tokens by which a response is longer than the other one (alpha of LD-DPO, arXiv "
         "2409.06411).",
     )
 

@@ -31,19 +31,23 @@ class LearnerSettings(Section):
 
     learning_rate: float = Field(1e-3, gt=0)
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="Of the learning rate after the warm-up, down to zero unless constant."
+        "cosine", description="Course of the learning rate after the warm-up; it falls to zero unless it is constant."
     )
     weight_decay: float = Field(0.0, ge=0)
     betas: Betas = (0.9, 0.999)
     max_grad_norm: float = Field(1.0, gt=0)
     precision: Literal["float32", "tf32", "bfloat16"] = Field(
         "float32",
-        description="What is computed in. bfloat16: copies of the weights are bfloat16, and the weights stay float32. "
-        "tf32: float32, but GPUs round what enters a product of matrices to TF32's 10 bits of mantissa.",
+        description="Precision of the computation. bfloat16: the weights stay float32, and bfloat16 copies of them are "
+        "computed with. tf32: float32, but GPUs round the factors of matrix products to TF32's 10 bits of "
+        "mantissa.",
     )
-    lora: LoRA | None = Field(None, description="Train adapters of the model; none: all of its weights.")
+    lora: LoRA | None = Field(
+        None, description="Train adapters instead of all the model's weights, which is the default."
+    )
     activation_checkpointing: bool = Field(
-        False, description="Compute each layer once more in the backward pass: less memory, about a third more time."
+        False,
+        description="Compute each layer a second time in the backward pass: less memory, about a third more time.",
     )
 
     @property
@@ -60,8 +64,9 @@ class Optimisation(LearnerSettings):
     batch_size: int = Field(64, ge=1, description="Sequences or pairs per optimizer step, over all workers.")
     micro_batch_tokens: Literal["auto"] | Annotated[int, Field(ge=1)] = Field(
         "auto",
-        description="Most tokens in a forward pass of one worker; a longer pair or sequence goes alone. auto: 8192, or "
-        "the largest half, quarter and so on, down to 512, that is predicted to fit the worker's share of memory.",
+        description="Maximum number of tokens in a forward pass of one worker; a longer pair or sequence gets a "
+        "pass of its own. auto: 8192, halved (at most down to 512) until a pass is predicted to fit the worker's "
+        "share of memory.",
     )
     num_steps: int | None = Field(None, ge=1, description="Optimizer steps; overrides num_epochs.")
     num_epochs: float = Field(1.0, gt=0)
@@ -69,8 +74,8 @@ class Optimisation(LearnerSettings):
     max_bad_steps: int = Field(
         5,
         ge=0,
-        description="Steps in a row that may be skipped, as their loss or gradient is not a number; one more, and the "
-        "method has failed.",
+        description="How many steps in a row may be skipped because their loss or gradient is not finite; after one "
+        "more, the method has failed.",
     )
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(10, ge=1, description="Steps between metric rows.")

@@ -20,17 +20,22 @@ class GRPOTraining(GroupTraining):
     token; the KL penalty is a term of the loss (equation 3 there), by equation 4's estimate or one of the same value.
     """
 
-    normalise_std: bool = Field(True, description="Divide advantages by the group's standard deviation, as the paper.")
-    kl_in: Literal["loss", "reward"] = Field("loss", description="Where the KL penalty stands.")
+    normalise_std: bool = Field(
+        True, description="Divide advantages by the group's standard deviation, as in the paper."
+    )
+    kl_in: Literal["loss", "reward"] = Field(
+        "loss", description="Whether the KL penalty is part of the loss or of the reward."
+    )
     kl_estimator: Literal["k2", "k3", "k3_straight_through"] = Field(
         "k3_straight_through",
-        description="Of the penalty in the loss: k3 as the paper has a biased gradient; straight-through has k3's "
-        "value and k2's gradient.",
+        description="Estimator of the penalty in the loss: the paper's k3 has a biased gradient; "
+        "k3_straight_through has k3's value and k2's gradient.",
     )
     loss_mean: Literal["tokens", "sequences", "limit"] = Field(
         "tokens",
-        description="Mean over all tokens; over sequences of their token means, as the paper; or the sum over tokens, "
-        "by the tokens that as many responses of the greatest length have (Dr. GRPO, arXiv 2503.20783).",
+        description="Mean over all tokens; over sequences, of each one's mean over its tokens, as in the paper; or "
+        "the sum over tokens, divided by the number of tokens that as many responses of maximum length would have "
+        "(Dr. GRPO, arXiv 2503.20783).",
     )
 
     def advantages(self, rollouts: Judged, kl_coef: float) -> Advantages:

@@ -32,12 +32,19 @@ class ReinforcePPTraining(GroupTraining):
     """
 
     group_size: int = Field(
-        1, ge=1, description="Samples of a prompt; above 1 their mean score is subtracted (REINFORCE++-baseline)."
+        1,
+        ge=1,
+        description="Samples per prompt; above 1, the mean score of a prompt's samples is subtracted "
+        "(REINFORCE++-baseline).",
     )
     kl_in: Literal["reward", "loss"] = Field(
-        "reward", description="Where the KL penalty stands; the paper has it in the loss with groups."
+        "reward",
+        description="Whether the KL penalty is part of the reward or of the loss; with groups, the paper has it in "
+        "the loss.",
     )
-    kl_estimator: Literal["k2", "k3", "k3_straight_through"] = Field("k2", description="Of the penalty in the loss.")
+    kl_estimator: Literal["k2", "k3", "k3_straight_through"] = Field(
+        "k2", description="Estimator of the penalty in the loss."
+    )
 
     def advantages(self, rollouts: Judged, kl_coef: float) -> Advantages:
         scores, in_loss = rollouts.scores, self.kl_in == "loss"
