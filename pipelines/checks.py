@@ -108,8 +108,8 @@ def _check_drawn_pairs(config: Comparison, task: TextTask, pairs: DrawnPairs) ->
     )
     if not same:
         raise UserError(
-            f"task.pairs.policy: {path} has other tokens than `model`, so its responses are none of that model's; name "
-            "a model with the same tokenizer, or reference"
+            f"task.pairs.policy: {path} has other tokens than `model`, so that model cannot have given its "
+            "responses; name a model with the same tokenizer, or reference"
         )
 
 

@@ -192,7 +192,7 @@ def _check_silence(values: np.ndarray, pairs: DrawnPairs, kind: str) -> int:
     if number > pairs.max_silent_share * len(values):
         raise UserError(
             f"task.pairs: the judge `{kind}` gave {number} of {len(values)} rows no usable score, more than "
-            f"max_silent_share {pairs.max_silent_share:g} allows; mend the judge, or raise that share"
+            f"max_silent_share {pairs.max_silent_share:g} allows; fix the judge, or raise that share"
         )
     return number
 

@@ -88,7 +88,7 @@ def _data(config: Comparison, folder: Path) -> tuple[Data, str | None]:
     if isinstance(task, LanguageTask):
         return of_language(task), None
     if task.pairs is not None or prompts_alone(task):
-        raise UserError("task.pairs: what drawn pairs cost is not estimated; take the setting out to see the rest")
+        raise UserError("task.pairs: the cost of drawn pairs is not estimated; remove the setting to see the rest")
     first, learns = look_at_pairs(task), learns_judge(config)
     shares = shares_of(task, first.parts, learns)
     trained = None

@@ -63,7 +63,7 @@ def _asked(arguments: argparse.Namespace, file: Path) -> Wanted:
     if gib is None:
         gib = float(_number("--gpu-memory", "Memory of each, in GiB", int(_GPU_GIB))) if gpus else _GPU_GIB
     if gpus < 0 or gib <= 0 or (arguments.cpus or 1) < 1:
-        raise UserError("--gpus is 0 or more, --gpu-memory and --cpus are above 0")
+        raise UserError("--gpus must be 0 or more, and --gpu-memory and --cpus above 0")
     hardware = Hardware(gpus, gib, arguments.cpus or os.cpu_count() or 1)
     return Wanted(file, _lasting(model), _lasting(data), arguments.split, hardware, arguments.quick)
 
@@ -73,7 +73,7 @@ def _question(flag: str, text: str, default: str = "") -> str:
     if not sys.stdin.isatty():
         if default:
             return default
-        raise UserError(f"{flag} is needed where no terminal can be asked; `prefarena init --help` lists all")
+        raise UserError(f"{flag} is needed, as there is no terminal to ask on; `prefarena init --help` lists all")
     answer = ""
     while not answer:
         try:
@@ -86,7 +86,7 @@ def _question(flag: str, text: str, default: str = "") -> str:
 def _number(flag: str, text: str, default: int) -> int:
     answer = _question(flag, text, str(default))
     if not answer.isdigit():
-        raise UserError(f"{flag}: a whole number is wanted (got {answer!r})")
+        raise UserError(f"{flag}: this must be a whole number (got {answer!r})")
     return int(answer)
 
 

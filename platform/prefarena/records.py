@@ -45,8 +45,8 @@ SHARED_PAIRS = pa.schema(
     [*REFERENCED_PAIRS, ("ref_chosen_shared_logp", pa.float32()), ("ref_rejected_shared_logp", pa.float32())]
 )
 #: SHARED_PAIRS that a training drew from its own policy, in the order of `place`, which counts all pairs that it is
-#: trained on. `drawn_at`: the step of the policy; 0: the pair is one of the data's, which stayed, with its own scores. `num_judged`,
-#: `num_tokens`: responses that were scored, and tokens that were sampled, until there was a pair.
+#: trained on. `drawn_at`: the step of the policy; 0: the pair is one of the data's, which stayed, with its own scores.
+#: `num_judged`, `num_tokens`: responses that were scored, and tokens that were sampled, until there was a pair.
 ONLINE_PAIRS = pa.schema(
     [
         *SHARED_PAIRS,

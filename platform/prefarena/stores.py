@@ -59,7 +59,7 @@ def file_system(url: str) -> tuple[Any, str]:
             f"{url}: {driver} is not installed, which {protocol}:// needs; pip install 'prefarena[{extra}]'"
         ) from None
     except ValueError as error:
-        raise UserError(f"{url}: no such URL can be read ({first_line(error)})") from None
+        raise UserError(f"{url}: this URL cannot be read ({first_line(error)})") from None
 
 
 @contextmanager

@@ -428,7 +428,7 @@ def test_a_bad_file_is_said_in_one_sentence_before_ray_starts(tmp_path: Path, ca
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("s4://bucket/data.jsonl", "s4://bucket/data.jsonl: no such URL can be read (Protocol not known: s4)"),
+        ("s4://bucket/data.jsonl", "s4://bucket/data.jsonl: this URL cannot be read (Protocol not known: s4)"),
         ("file:///nowhere/data.jsonl", "file:///nowhere/data.jsonl: no such file or folder"),
         ("a/b/c", "a/b/c: no such file or folder"),
     ],

@@ -179,9 +179,9 @@ def test_too_many_unusable_rows_stop_the_run(ray_session: None, tmp_path: Path) 
         prepare_text(TextTask(data=data), None, MODEL, tmp_path / "out", num_tokenisers=1)
     for part in (
         "11 of 1011 rows (1.1%) cannot be trained on, and task.max_rejected_share allows 0.01 of them",
-        f"identical responses 11, first at {data}:1001 - leave out pairs without a difference",
+        f"identical responses 11, first at {data}:1001 - leave out pairs whose responses do not differ",
         f"{tmp_path / 'out/dropped.jsonl'} lists them all",
-        "mend the rows, or raise task.max_rejected_share",
+        "fix the rows, or raise task.max_rejected_share",
     ):
         assert part in str(caught.value)
     assert len((tmp_path / "out/dropped.jsonl").read_text().splitlines()) == 11

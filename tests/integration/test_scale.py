@@ -165,7 +165,7 @@ def test_adapters_that_cannot_be_are_refused_with_a_sentence(inputs: Path) -> No
     with pytest.raises(ValidationError, match="lm_head cannot have an adapter"):
         LoRA(targets=("q_proj", "lm_head"))
     policy = load_policy(inputs / "model")
-    with pytest.raises(UserError, match=r"'query' is no linear layer of this model; it has down_proj, .*v_proj"):
+    with pytest.raises(UserError, match=r"'query' is not a linear layer of this model, which has down_proj, .*v_proj"):
         add_adapters(policy, LoRA(targets=("q_proj", "query")), seed=0)
     policy.set_output_embeddings(policy.get_submodule("model.layers.0.mlp.down_proj"))
     with pytest.raises(UserError, match=r"model.layers.0.mlp.down_proj is the model's head"):

@@ -126,7 +126,7 @@ def test_every_shipped_config_loads() -> None:
     ("overrides", "says"),
     [
         (["generation.weight_sync=nccl"], "weight_sync: nccl needs resources.use_gpu"),
-        (["generation.batch_invariant=true"], "batch_invariant is of engines on GPUs; it needs resources.use_gpu"),
+        (["generation.batch_invariant=true"], "batch_invariant is for engines on GPUs; it needs resources.use_gpu"),
         (
             ["generation.weight_sync=ipc", "resources.use_gpu=true"],
             "lower resources.gpus_per_worker (1) and generation.gpus (1) to at most 1 together",

@@ -232,7 +232,7 @@ def numbered(**columns: list[Any]) -> list[Row]:
 @pytest.mark.parametrize(
     ("labels", "says"),
     [
-        ([0, 1, 0, 1], "holds whole numbers alone, as classes do, and 2 of its first 4 are 0"),
+        ([0, 1, 0, 1], "holds only whole numbers, as classes do, and 2 of its first 4 are 0"),
         ([0, 0, 0], "and 3 of its first 3 are 0"),
         ([0, 1, 2, 1], "holds whole numbers alone"),
         ([0.0, 0.1, 0.2], "all of its first 3 labels are under one half"),

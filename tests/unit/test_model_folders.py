@@ -333,7 +333,7 @@ def test_a_masked_language_model_is_no_policy(tmp_path: Path, name: str, ending:
     config = getattr(transformers, f"{name}Config")(**settings)
     made = getattr(transformers, f"{name}{ending}", None) or getattr(transformers, f"{name}ForCausalLM")
     folder = save_model(tmp_path / "model", made(config))
-    refused(lambda: inspect_policy(folder), "no causal language model", "masked")
+    refused(lambda: inspect_policy(folder), "not a causal language model", "masked")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -343,7 +343,7 @@ def test_attention_to_both_sides_is_found_by_computing(family: str) -> None:
     embed = model.get_input_embeddings()
     # What a later token does to earlier logits in a model that attends to both sides.
     embed.register_forward_hook(lambda _, inputs, output: output + output.mean(dim=1, keepdim=True))
-    refused(lambda: check_causal("here", model), "no causal language model")
+    refused(lambda: check_causal("here", model), "not a causal language model")
 
 
 def test_bidirectional_attention_by_the_config_is_refused(made: Callable[..., Path]) -> None:

@@ -216,7 +216,7 @@ def comparison(mode: str = "keep", **changed: Any) -> Comparison:
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"resources": {"use_gpu": False}}, "is of engines on GPUs; it needs resources.use_gpu: true"),
+        ({"resources": {"use_gpu": False}}, "is for engines on GPUs; it needs resources.use_gpu: true"),
         ({"generation": {"tensor_parallel": 2}}, "generation.tensor_parallel: 2 takes whole GPUs"),
         ({"generation": {"gpus": 1}}, "makes room for a worker on the same GPU, and here each has its own"),
         (

@@ -54,7 +54,7 @@ def lacking(tools: Toolchain) -> str | None:
     oldest = _DRIVERS.get(int(tools.cuda.split(".")[0]))
     if tools.driver is None:
         wanted = f" of at least {oldest}" if oldest else ""
-        return f"no NVIDIA driver answers there (nvidia-smi); install one{wanted}, or mend it"
+        return f"no NVIDIA driver answers there (nvidia-smi); install one{wanted}, or fix it"
     if oldest is not None and int(tools.driver.split(".")[0]) < oldest:
         return (
             f"its NVIDIA driver {tools.driver} is too old for torch's CUDA {tools.cuda}; install {oldest} or newer, or "

@@ -129,8 +129,8 @@ def check_placement(config: Comparison, nodes: Sequence[Node]) -> None:
         if room < demand.number:
             labels = f" or {demand.setting}.labels, or label nodes (`ray start --labels`)" if demand.labels else ""
             raise UserError(
-                f"asked for is {demand}, and there is room for {room}: the cluster has {describe(nodes)}; change "
-                f"{demand.setting}{labels}, or set resources.autoscaled: true where nodes come on demand"
+                f"the comparison asks for {demand}, and there is room for {room}: the cluster has {describe(nodes)}; "
+                f"change {demand.setting}{labels}, or set resources.autoscaled: true where nodes come on demand"
             )
     check_side_by_side(config, nodes)
 

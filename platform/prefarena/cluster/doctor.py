@@ -40,7 +40,7 @@ def judge_nodes(
 
     engines: labels of the nodes that hold them, where the comparison generates.
     """
-    found = [Finding(True, f"node {name} does not answer; mend it, or take it out of the cluster") for name in silent]
+    found = [Finding(True, f"node {name} does not answer; fix it, or remove it from the cluster") for name in silent]
     for report in reports:
         listed = ", ".join(f"{name} {version}" for name, version in report.versions.items())
         cards = ", ".join(f"{name} ({memory / _GIB:.0f} GiB)" for name, memory in report.gpus) or "no GPU"

@@ -111,7 +111,9 @@ class JobClient:
         The entrypoint and the folder's content can be read by everybody who can look at the cluster's jobs.
         """
         if not _NAME.fullmatch(name):
-            raise UserError(f"--name {name}: letters, digits, '.', '_' and '-', and a letter or digit first")
+            raise UserError(
+                f"--name {name}: a name has letters, digits, '.', '_' and '-', and begins with a letter or digit"
+            )
         if self.find(name) is not None:
             raise UserError(f"--name {name}: {self.shown} has a job of this name already; choose another one")
         environment = {"working_dir": str(folder)}
@@ -186,7 +188,9 @@ def head_address(address: str | None, environment: Mapping[str, str]) -> str:
         address = f"http://{address}"
     parts = urlsplit(address)
     if parts.scheme not in ("http", "https") or not parts.hostname:
-        raise UserError(f"--address {_shown(address)}: an http(s) URL of the head's dashboard, like {DEFAULT_ADDRESS}")
+        raise UserError(
+            f"--address {_shown(address)}: this must be the http(s) URL of the head's dashboard, like {DEFAULT_ADDRESS}"
+        )
     return address.rstrip("/")
 
 

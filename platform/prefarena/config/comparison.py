@@ -184,9 +184,9 @@ class Comparison(Section):
         for entry in self.entries:
             reward = reward_of(entry.method)
             if reward is not None and reward[1].kind == "gold" and self.task.kind != "language":
-                raise ValueError(f"entry {entry.name!r}: {reward[0]} kind gold is the enumerable language's own")
+                raise ValueError(f"entry {entry.name!r}: {reward[0]} kind gold exists on the enumerable language alone")
         if self.judge.kind == "gold" and self.task.kind != "language":
-            raise ValueError("judge kind gold is the enumerable language's own")
+            raise ValueError("judge kind gold exists on the enumerable language alone")
         if self.task.kind == "language" and self.resources.scoring.dtype not in ("auto", "float32"):
             raise ValueError(
                 f"resources.scoring.dtype: {self.resources.scoring.dtype} is for text tasks; the enumerable language "
@@ -194,7 +194,8 @@ class Comparison(Section):
             )
         if self.evaluation.frontier_samples and self.judge.kind == "pairwise" and self.task.kind != "language":
             raise ValueError(
-                "evaluation.frontier_samples: a frontier is of scores, and judge kind pairwise gives none; set it to 0"
+                "evaluation.frontier_samples: a frontier is made of scores, and judge kind pairwise gives none; set "
+                "it to 0"
             )
         self._check_drawn_pairs()
         self._check_replays()
@@ -207,7 +208,7 @@ class Comparison(Section):
                 )
         if not self.resources.use_gpu:
             for where in _with_value(self, "tf32"):
-                raise ValueError(f"{where}: tf32 is how GPUs multiply; it needs resources.use_gpu: true")
+                raise ValueError(f"{where}: tf32 is a precision of GPUs; it needs resources.use_gpu: true")
         if self.seeds_vary == "task" and self.task.kind != "language":
             raise ValueError("seeds_vary: task is for the enumerable language; a text task has one set of data")
         return self

@@ -197,8 +197,8 @@ def _check_offload(resources: Resources) -> None:
         return
     if not resources.use_gpu:
         raise ValueError(
-            "resources.cpu_offload moves weights and optimizer from GPUs to the host's memory, where all is without "
-            "resources.use_gpu: true; take it out"
+            "resources.cpu_offload moves weights and optimizer from GPUs to the host's memory, where everything is "
+            "anyway without resources.use_gpu: true; remove it"
         )
     if resources.sharding != "fsdp":
         raise ValueError(
@@ -211,7 +211,7 @@ def _check_sleep(resources: Resources, generation: Generation) -> None:
     if mode == "none":
         return
     if not resources.use_gpu:
-        raise ValueError(f"{told} is of engines on GPUs; it needs resources.use_gpu: true")
+        raise ValueError(f"{told} is for engines on GPUs; it needs resources.use_gpu: true")
     if generation.tensor_parallel > 1:
         raise ValueError(
             f"{told} is for engines that share a worker's GPU, and one with generation.tensor_parallel: "
@@ -220,7 +220,7 @@ def _check_sleep(resources: Resources, generation: Generation) -> None:
     if resources.gpus_per_worker + generation.gpus > 1 or kept_apart(resources.labels, generation.labels):
         raise ValueError(
             f"{told} makes room for a worker on the same GPU, and here each has its own: let them share it, as with "
-            "resources.gpus_per_worker: 0.9 and generation.gpus: 0.1, or take it out"
+            "resources.gpus_per_worker: 0.9 and generation.gpus: 0.1, or remove it"
         )
 
 
@@ -257,7 +257,7 @@ def _check_gpus(resources: Resources, generation: Generation) -> None:
     """
     if not resources.use_gpu:
         if generation.batch_invariant:
-            raise ValueError("generation.batch_invariant is of engines on GPUs; it needs resources.use_gpu: true")
+            raise ValueError("generation.batch_invariant is for engines on GPUs; it needs resources.use_gpu: true")
         return
     if generation.tensor_parallel > 1 and generation.gpus != 1:
         raise ValueError(

@@ -26,7 +26,7 @@ class Annotator(Section):
         if self.judge is None:
             return self
         if self.judge.kind == "gold":
-            raise ValueError("judge kind gold is the enumerable language's own")
+            raise ValueError("judge kind gold exists on the enumerable language alone")
         if self.judge.kind == "learned":
             raise ValueError("a learned annotator is the comparison's own judge: leave the annotator's judge out")
         if self.noise > 0 and isinstance(self.judge, PairwiseJudge):

@@ -103,7 +103,7 @@ def _of_split(folder: str, files: list[str], split: str, settings: tuple[str, st
     if not chosen:
         there = sorted({stems[name] if _is_shard(name) else str(found) for name, found in named.items()})
         raise UserError(
-            f"{folder}: its files are named by split, and none is of {split!r}: there are {listed(there)}; set "
+            f"{folder}: its files are named by split, and none belongs to {split!r}: there are {listed(there)}; set "
             f"{settings[1]} to one of them, or name the file itself in {settings[0]}"
         )
     shards = sorted({stems[name] for name in chosen if _is_shard(name)})

@@ -251,7 +251,7 @@ def _conversational(row: dict[str, Any]) -> _Parts:
 def _check_turns(messages: tuple[tuple[str, str], ...]) -> None:
     """Raise Unusable unless the messages are a prompt: turns in order, with text, up to what is to be answered."""
     if all(role in _LEADING for role, _ in messages):
-        raise Unusable(EMPTY_PROMPT, "there is no message of the user")
+        raise Unusable(EMPTY_PROMPT, "there is no user message")
     before = ""
     for number, (role, content) in enumerate(messages, start=1):
         if before not in _BEFORE[role]:

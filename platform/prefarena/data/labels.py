@@ -45,9 +45,9 @@ def check_labels(path: str, labels: Sequence[Any]) -> None:
     meaning = "`label` is P(chosen preferred), and a label under one half says that `rejected` is the better answer"
     if whole and len(whole) == len(labels) and 0 in whole:
         raise UserError(
-            f"{path}: the column 'label' holds whole numbers alone, as classes do, and {whole.count(0)} of its first "
-            f"{len(labels)} are 0: {meaning}; rename the column if it is something else, or write 0.0 and 1.0 if that "
-            "is meant"
+            f"{path}: the column 'label' holds only whole numbers, as classes do, and {whole.count(0)} of its first "
+            f"{len(labels)} are 0: {meaning}; rename the column if it is something else, or write 0.0 and 1.0 if "
+            "that is meant"
         )
     if labels and len(under) == len(labels):
         raise UserError(

@@ -62,9 +62,9 @@ REMEDIES = {
     BAD_UNICODE: "replace lone surrogates by the characters that are meant",
     NUL_INSIDE: "remove the NUL characters",
     EMPTY_PROMPT: "give a prompt with text in it",
-    EMPTY_RESPONSE: "give every response, with text in it",
-    EMPTY_MESSAGE: "give every message of user and assistant some text",
-    IDENTICAL: "leave out pairs without a difference",
+    EMPTY_RESPONSE: "give every row its responses, with text in them",
+    EMPTY_MESSAGE: "give every message of the user and the assistant some text",
+    IDENTICAL: "leave out pairs whose responses do not differ",
     PROMPTS_DIFFER: "make both texts begin with the same prompt",
     NO_BOUNDARY: "give the prompt in a column `prompt`, or mark the answer by `Assistant:` at the start of a line",
     NOT_HH: "write the turns as '\\n\\nHuman: ...\\n\\nAssistant: ...', or set task.format",
@@ -78,9 +78,9 @@ REMEDIES = {
     BAD_LABEL: "give P(chosen preferred), of a single response P(desirable), from 0 to 1; rename the column where it "
     "is something else",
     PROMPT_TOO_LONG: "raise task.max_prompt_tokens, or set task.long_prompts: keep_end",
-    TEMPLATE_REFUSES: "bring the messages into the order that the model's chat template takes, or mend the template",
+    TEMPLATE_REFUSES: "bring the messages into the order that the model's chat template takes, or fix the template",
     NO_ROW: "resize_token_embeddings(len(tokenizer)) and save the model, or remove that token from the text",
-    NOT_CONTINUED: "give answers with the thoughts that it opens, or take a template without that opening",
+    NOT_CONTINUED: "give answers with the thoughts that it opens, or use a template without that opening",
     END_INSIDE: "remove the special tokens from the text",
     IDENTICAL_CUT: "raise task.max_response_tokens",
     OTHER_SPLIT: "raise task.max_prompt_tokens",
@@ -160,9 +160,9 @@ class Rejections:
         some = f"{'its first ' if first else ''}{num_rows} rows"
         listed = f"; {self.path} lists them all" if self.path else ""
         raise UserError(
-            f"{source}: {self.num_counted} of {some} ({self.num_counted / num_rows:.1%}) cannot be trained "
-            f"on, and task.max_rejected_share allows {most:.4g} of them: {self._commonest()}{listed}; "
-            f"{'; '.join([*remedies, 'mend the rows, or raise task.max_rejected_share'])}"
+            f"{source}: {self.num_counted} of {some} ({self.num_counted / num_rows:.1%}) cannot be trained on, and "
+            f"task.max_rejected_share allows {most:.4g} of them: {self._commonest()}{listed}; "
+            f"{'; '.join([*remedies, 'fix the rows, or raise task.max_rejected_share'])}"
         )
 
     def check_first(self, source: str, num_rows: int) -> None:

@@ -280,7 +280,7 @@ def _broken_at(part: Part, following: Callable[[], int]) -> Iterator[None]:
         ) from None
     except pa.ArrowException as error:
         raise BrokenFile(
-            f"{part.path}:{following()}: not readable as csv from here on ({_what(error)}); mend the file"
+            f"{part.path}:{following()}: not readable as csv from here on ({_what(error)}); fix the file"
         ) from None
     except OSError as error:
         raise BrokenFile(f"{part.path}:{following()}: the file cannot be read ({_what(error)})") from None

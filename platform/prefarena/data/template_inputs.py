@@ -34,7 +34,7 @@ def written_inputs(row: dict[str, Any]) -> str:
             raise Unusable(WRONG_TYPE, f"{TOOLS} is {type(tools).__name__}, not a list")
         inputs[TOOLS] = [_value(tool, TOOLS) for tool in tools]
         if not all(isinstance(tool, dict) for tool in inputs[TOOLS]):
-            raise Unusable(WRONG_TYPE, f"{TOOLS} holds something that is no mapping")
+            raise Unusable(WRONG_TYPE, f"{TOOLS} holds something that is not a mapping")
     try:
         return json.dumps(inputs, ensure_ascii=False) if inputs else ""
     except TypeError as error:  # a table's cell may be bytes or a date
@@ -52,7 +52,7 @@ def read_inputs(written: str, tokenizer: PreTrainedTokenizerBase) -> Inputs:
     own = inspect.signature(tokenizer.apply_chat_template).parameters
     for name in inputs:
         if name != TOOLS and name in own:
-            raise Unusable(LOST_COLUMN, f"{SETTINGS} holds {name}, which is not for rows to say")
+            raise Unusable(LOST_COLUMN, f"{SETTINGS} holds {name}, which rows cannot set")
         if not re.search(rf"\b{re.escape(name)}\b", template):
             raise Unusable(LOST_COLUMN, f"{name}: the chat template does not use it")
     return inputs
@@ -64,7 +64,7 @@ def _value(value: Any, column: str) -> Any:
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
-            raise Unusable(WRONG_TYPE, f"{column} is text, and no JSON: {value[:60]}") from None
+            raise Unusable(WRONG_TYPE, f"{column} is text that is not JSON: {value[:60]}") from None
     return _filled(value)
 
 

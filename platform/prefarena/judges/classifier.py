@@ -99,7 +99,9 @@ def check_classifier(settings: ClassifierJudge) -> PreTrainedTokenizerBase:
         tokenizer = read_tokenizer(settings.path, settings.revision)
         check_tokens(settings.path, tokenizer, config, settings.revision)
     if config.num_labels != 1:
-        raise UserError(f"judge classifier {settings.path}: it has {config.num_labels} labels; a judge has one")
+        raise UserError(
+            f"judge classifier {settings.path}: it has {config.num_labels} labels, and a judge must have one"
+        )
     return tokenizer
 
 

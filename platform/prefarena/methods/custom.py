@@ -101,13 +101,15 @@ def _try(method: Custom) -> None:
     losses = _tried(method, policy, reference, labels, num_tokens)
     if not losses.requires_grad:
         raise UserError(
-            f"objective {method.objective}: its losses have no gradient by the policy's log-probs; do not detach them"
+            f"objective {method.objective}: its losses have no gradient with respect to the policy's log-probs; do "
+            "not detach them"
         )
     leaves = (policy.chosen, policy.rejected)
     gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
     if not all(bool(torch.isfinite(values).all()) for values in (losses, *gradients)):
         raise UserError(
-            f"objective {method.objective}: losses or gradient are not finite, tried on {len(labels)} ordinary pairs"
+            f"objective {method.objective}: its losses or their gradient were not finite when it was tried on "
+            f"{len(labels)} ordinary pairs"
         )
     parts = [
         _tried(method, _cut(policy, rows), _cut(reference, rows), labels[rows], _cut(num_tokens, rows))

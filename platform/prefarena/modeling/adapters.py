@@ -36,7 +36,7 @@ class Adapter:
     def unusable(self, why: object) -> UserError:
         """The error that this adapter cannot be merged, with the remedy."""
         return UserError(
-            f"{self.folder}: an adapter of {self.base}, which cannot be merged into it ({why}); mend that, {_REMEDY}"
+            f"{self.folder}: an adapter of {self.base}, which cannot be merged into it ({why}); fix that, {_REMEDY}"
         )
 
 

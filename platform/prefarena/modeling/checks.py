@@ -97,7 +97,7 @@ def check_buffers(where: str | Path, model: PreTrainedModel) -> None:
             _check_finite(where, name, buffer)
         elif name.endswith("inv_freq") and not _finite(buffer):
             raise UserError(
-                f"{where}: the rotary frequencies that follow from its config.json ({name}) are NaN or infinite; mend "
+                f"{where}: the rotary frequencies that follow from its config.json ({name}) are NaN or infinite; fix "
                 "rope_theta, or the other numbers of rope_parameters"
             )
 
@@ -142,8 +142,8 @@ def check_causal(where: str | Path, model: PreTrainedModel) -> None:
         )
     if not torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max()) + 1e-7):
         raise UserError(
-            f"{where}: no causal language model: a token changes the logits before it ({type(model).__name__} attends "
-            "to both sides); use a decoder"
+            f"{where}: not a causal language model: a token changes the logits before it ({type(model).__name__} "
+            "attends to both sides); use a decoder"
         )
 
 
@@ -158,7 +158,7 @@ def check_direction(where: str | Path, config: PretrainedConfig, masked: bool) -
         why = f"{config.model_type} is a masked language model, whose tokens see those behind them"
     else:
         return
-    raise UserError(f"{where}: no causal language model: {why}; use a decoder")
+    raise UserError(f"{where}: not a causal language model: {why}; use a decoder")
 
 
 @contextmanager

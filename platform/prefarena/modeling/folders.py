@@ -63,7 +63,7 @@ def read_object(file: Path) -> dict[str, Any]:
     except UnicodeDecodeError:
         raise UserError(f"{file}: not UTF-8 text, so not the JSON that it must be; fetch the file again") from None
     except ValueError as error:
-        raise UserError(f"{file}: not valid JSON ({error}); mend it, or fetch the file again") from None
+        raise UserError(f"{file}: not valid JSON ({error}); fix it, or fetch the file again") from None
     if not isinstance(found, dict):
         raise UserError(f"{file}: it holds a JSON {type(found).__name__}, not an object; fetch the file again")
     return found
@@ -89,7 +89,7 @@ def headers_of(file: Path) -> dict[str, TensorHeader]:
                 part = content.get_slice(name)
                 headers[name] = TensorHeader(part.get_dtype(), tuple(part.get_shape()))
     except SafetensorError as error:
-        raise UserError(f"{file}: damaged or cut short, no safetensors ({error}); fetch it again") from None
+        raise UserError(f"{file}: damaged or cut short, so not a safetensors file ({error}); fetch it again") from None
     return headers
 
 
@@ -116,7 +116,7 @@ def weight_files(folder: Path) -> list[Path]:
 def check_settings_files(folder: Path) -> None:
     """Raise UserError where a JSON file that is loaded with the model is a pointer, empty or no JSON."""
     if not (folder / CONFIG).is_file():
-        raise UserError(f"{folder}: there is no {CONFIG} in it, so this is no transformers model")
+        raise UserError(f"{folder}: there is no {CONFIG} in it, so this is not a transformers model")
     _check_objects(folder, (CONFIG, "generation_config.json"))
 
 

@@ -79,7 +79,7 @@ def inspect_policy(path: str, revision: str | None = None, *, scored: bool = Fal
     masked = type(config) in MODEL_FOR_MASKED_LM_MAPPING
     check_direction(path, config, masked)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{path}: {config.model_type} is no causal language model in transformers; use one that is")
+        raise UserError(f"{path}: {config.model_type} is not a causal language model in transformers; use one that is")
     _compare(path, AutoModelForCausalLM, config, headers)
     if scored and not _can_be_scored(path, config):
         raise UserError(
@@ -290,7 +290,7 @@ def _compare(path: str, auto: Any, config: PretrainedConfig, headers: Mapping[st
     num_layers = getattr(text, "num_hidden_layers", None)
     if headers is not None and isinstance(num_layers, int) and num_layers > len(headers):
         raise UserError(
-            f"{path}: {CONFIG} speaks of {num_layers} layers, and the weights have {len(headers)} tensors in all; "
+            f"{path}: {CONFIG} says {num_layers} layers, and the weights have only {len(headers)} tensors in all; "
             "use the files of one model"
         )
     pad, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)

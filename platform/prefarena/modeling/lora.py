@@ -70,7 +70,7 @@ def _targets(model: PreTrainedModel, lora: LoRA) -> list[str]:
     for target in lora.targets:
         if not any(name == target or name.endswith(f".{target}") for name in found):
             known = ", ".join(sorted({name.rsplit(".", 1)[-1] for name, layer in linear.items() if layer not in heads}))
-            raise UserError(f"training.lora.targets: {target!r} is no linear layer of this model; it has {known}")
+            raise UserError(f"training.lora.targets: {target!r} is not a linear layer of this model, which has {known}")
     for name in found:
         if linear[name] in heads:
             raise UserError(

@@ -80,7 +80,7 @@ class Endpoint(Section):
             if pattern is not None and re.compile(pattern).groups == 0:
                 raise ValueError(r"the pattern needs a group around the verdict, e.g. 'Score: (\d+)'")
         except re.error as error:
-            raise ValueError(f"the pattern is no regular expression ({error})") from None
+            raise ValueError(f"the pattern is not a regular expression ({error})") from None
         return pattern
 
     @model_validator(mode="after")

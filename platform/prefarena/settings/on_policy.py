@@ -115,7 +115,7 @@ class OnPolicyTraining(LearnerSettings):
             raise ValueError("reference_mix says how far the reference moves, and needs reference_every")
         if self.lora is not None and self.reference_mix != 1:
             raise ValueError(
-                "reference_mix below 1 averages weights, and an average of adapters is none of what they add; set "
+                "reference_mix below 1 averages weights, and averaging adapters does not average what they add; set "
                 "reference_mix: 1, or train without lora"
             )
         return self

@@ -119,7 +119,9 @@ class GoldReward:
             bring(path)
             tree = json.loads(Path(path).read_text(encoding="utf-8"))
             if tree["format"] != _FORMAT:
-                raise UserError(f"{path}: gold reward of format {tree['format']}, this version reads {_FORMAT}")
+                raise UserError(
+                    f"{path}: gold reward of format {tree['format']}, but this version reads format {_FORMAT}"
+                )
             offsets = {tuple(map(int, key.split())): float(offset) for key, offset in tree["offsets"].items()}
             prompt, position, neighbour = (np.array(tree[name], float) for name in ("prompt", "position", "neighbour"))
             return cls(prompt, position, neighbour, offsets, float(tree["scale"]))

@@ -98,4 +98,4 @@ def _draw_different(
         if not len(same):
             return first, second
         first[same], second[same] = sample_responses(rng, logps, len(same)), sample_responses(rng, logps, len(same))
-    raise UserError(f"task: the reference policy has one response only to prompt {prompt}; no pair can be drawn")
+    raise UserError(f"task: the reference policy has only one response to prompt {prompt}; no pair can be drawn")
