@@ -358,7 +358,7 @@ def test_a_policy_with_other_tokens_is_refused(tmp_path: Path, tiny_policy: str)
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ({"annotators": [{"judge": {"kind": "gold"}}]}, "the enumerable language's own"),
+        ({"annotators": [{"judge": {"kind": "gold"}}]}, "exists on the enumerable language alone"),
         ({"annotators": [{"judge": {"kind": "learned"}}]}, "leave the annotator's judge out"),
         ({"annotators": []}, "at least 1"),
         ({"num_samples": 1}, "greater than or equal to 2"),

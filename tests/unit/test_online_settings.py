@@ -53,7 +53,7 @@ TEXT = {"task": {"kind": "text", "data": "x.jsonl"}}
         ),
         (method(4, "aot"), {}, "aot learns from ranks of labelled pairs"),
         (method(4, "rlhf"), {}, "unknown key 'entries.0.method.online'"),
-        (method(reward=GOLD), TEXT, "online.reward kind gold is the enumerable language's own"),
+        (method(reward=GOLD), TEXT, "online.reward kind gold exists on the enumerable language alone"),
         (method(reward={"kind": "pairwise", "base_url": "http://x", "model": "m"}), TEXT, "pairwise"),
         (method(temperature=0), {}, "online.temperature"),
         ({"kind": "dpo", "replay": "e1"}, {}, "entry 'e0': replay: 'e1' is no entry of this comparison that is online"),
