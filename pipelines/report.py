@@ -258,6 +258,7 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
             f"Generator and trainer gave every token of {runs} log-probs that differ by at most "
             f"{max(gaps):.1e} nats (`logp_gap/max`)."
         )
+    notes += _moving_reference_note(config)
     for entry in config.entries:
         if isinstance(entry.method, BestOfN):
             notes.append(_best_of_n_note(entry.name, entry.method.n, isinstance(config.task, LanguageTask)))
@@ -300,6 +301,22 @@ def _largest_gaps(plans: list[SeedPlan]) -> Iterator[float]:
         method, rows = trained.entry.method, _metric_rows(trained)
         if isinstance(method, OnPolicyMethod) and method.training.mode == "synchronous" and rows:
             yield max(row.get("logp_gap/max", 0.0) for row in rows)
+
+
+def _moving_reference_note(config: Comparison) -> list[str]:
+    """Which KL is which, where the one in training is against another reference than the one in tables."""
+    names = [
+        entry.name
+        for entry in config.entries
+        if isinstance(entry.method, OnPolicyMethod) and entry.method.training.reference_every is not None
+    ]
+    if not names:
+        return []
+    return [
+        f"{', '.join(names)}: the KL penalty is against a reference that moves, and so are the KLs that training "
+        "logged (`kl_moving/…`), which are not compared with exact ones. Every KL in this report is against the "
+        "original reference."
+    ]
 
 
 def _best_of_n_note(name: str, n: int, exact: bool) -> str:
