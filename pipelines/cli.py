@@ -12,24 +12,24 @@ from prefarena.errors import ClusterLostError, UserError, WaitTimeoutError
 _EPILOG = """\
 what is written where (under `output`, by default ./runs):
   stages/KIND-LABEL-HASH/   every finished step: tables (parquet), models (transformers folders), metrics.jsonl,
-                            and manifest.json, written last. The hash is that of everything the step depends on:
-                            the same settings reuse it, changed settings get a folder of their own.
+                            and manifest.json, written last. The hash covers everything that the step depends on:
+                            the same settings reuse the folder, and changed settings get a folder of their own.
   NAME-HASH/                the comparison's run folder: config.yaml (resolved), results.json, report.html, report.md,
                             figures/, samples.parquet (text), checkpoints/ (links to the trained models)
   NAME-tuning-HASH/         what `tune` found: tuning.json (every trial), tuned.yaml (the winners' settings)
   reference_logps/          the reference's log-probs of pairs, named by their content: computed once for all runs
-  leases/                   who is at work on what; one that is left by a killed run is taken over
-  ray_train/                Ray Train's own notes of runs under way
+  leases/                   which process works on which step; those of a killed run are taken over
+  ray_train/                Ray Train's own records of runs in progress
 
 exit status: 0 done; 2 input that cannot be used (one sentence says what); 1 anything else, with a traceback.
-`submit --follow` and `logs --follow` end with the job's own; 143 when it was stopped.
+`submit --follow` and `logs --follow` end with the job's own status, 143 if it was stopped.
 """
 
 _STEPS = {
     "compare": "run the whole comparison and print its table",
-    "prepare": "only data, base model, reference policy, pairs and reference log-probs",
-    "train": "up to the entries' training",
-    "evaluate": "up to the evaluation of every policy",
+    "prepare": "run only data, base model, reference policy, pairs and reference log-probs",
+    "train": "run everything up to the training of the entries",
+    "evaluate": "run everything up to the evaluation of every policy",
     "report": "write the report again from finished stages (runs what is missing)",
 }
 
@@ -55,14 +55,12 @@ def build_parser() -> argparse.ArgumentParser:
         _add_retry(command)
     _add_tune(commands)
     _add_init(commands)
-    doctor = commands.add_parser("doctor", help="what is here, what a comparison needs, and what of it will not fit")
-    doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="none: only what is here")
+    doctor = commands.add_parser("doctor", help="report what is here, what a comparison needs, and what will not fit")
+    doctor.add_argument("config", nargs="?", metavar="CONFIG.yaml", help="without it: only what is here")
     _add_overrides(doctor)
     _add_estimate(commands)
-    methods = commands.add_parser("methods", help="the methods and their settings with defaults")
-    methods.add_argument(
-        "--table", action="store_true", help="those that are trained, as the tables in docs/methods.md"
-    )
+    methods = commands.add_parser("methods", help="list the methods and their settings with defaults")
+    methods.add_argument("--table", action="store_true", help="print trained methods as the tables in docs/methods.md")
     _add_cluster_commands(commands)
     _add_reading_commands(commands)
     return parser
@@ -80,37 +78,39 @@ def _add_tune(commands: Any) -> None:
 
 def _add_init(commands: Any) -> None:
     """`init`, which writes a config."""
-    text = "look at a model and at data, and write a config to start from"
-    init = commands.add_parser("init", help=text, description=text + "; a flag that is missing is asked for.")
+    text = "look at a model and data, and write a config to start from"
+    init = commands.add_parser("init", help=text, description=text + "; you are asked for missing flags.")
     init.add_argument("config", nargs="?", default="mine.yaml", metavar="CONFIG.yaml", help="default: mine.yaml")
     init.add_argument("--model", help="a transformers folder, or a name on the Hugging Face hub")
     init.add_argument("--data", help="preference pairs: a file or folder (docs/data.md), a URL, or a name on the hub")
-    init.add_argument("--split", default="train", help="of a saved data set or one on the hub; default: train")
+    init.add_argument("--split", default="train", help="split of a saved data set or one on the hub; default: train")
     init.add_argument("--gpus", type=int, metavar="N", help="GPUs to use, over all machines; 0: CPUs alone")
     init.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of each GPU")
     init.add_argument("--cpus", type=int, metavar="N", help="without GPUs: CPUs to use; default: this machine's")
-    init.add_argument("--quick", action="store_true", help="few rows and steps, to see that everything runs")
-    init.add_argument("--force", action="store_true", help="overwrite CONFIG.yaml where it exists")
+    init.add_argument("--quick", action="store_true", help="use few rows and steps, to see that everything runs")
+    init.add_argument("--force", action="store_true", help="overwrite CONFIG.yaml if it exists")
 
 
 def _add_estimate(commands: Any) -> None:
     """`estimate`, which says what a comparison will cost."""
-    text = "what a comparison will cost: time, memory, tokens, FLOPs and money of every stage, before anything runs"
+    text = "estimate, before anything runs, what every stage will cost: time, memory, tokens, FLOPs and money"
     estimate = commands.add_parser("estimate", help=text, description=text + " (docs/estimate.md).")
     _add_config(estimate)
-    where = "hardware that is elsewhere, such as 8xH100; none: this machine, after a short timed run"
+    where = "hardware elsewhere, such as 8xH100; default: this machine, after a short timed run"
     estimate.add_argument("--gpus", metavar="NxCARD", help=where)
-    estimate.add_argument("--price", type=float, metavar="PRICE", help="of one device for an hour, in your currency")
-    beside = "a finished run (OUTPUT/NAME-HASH): show what it took beside the estimate"
+    estimate.add_argument(
+        "--price", type=float, metavar="PRICE", help="price of one device for an hour, in your currency"
+    )
+    beside = "a finished run (OUTPUT/NAME-HASH), whose actual costs are shown beside the estimate"
     estimate.add_argument("--beside", metavar="RUN", help=beside)
 
 
 def _add_reading_commands(commands: Any) -> None:
     """`show` and `diff`, which read finished runs."""
     where = "a run folder (OUTPUT/NAME-HASH), or its URL"
-    show = commands.add_parser("show", help="the findings and the table of a finished run")
+    show = commands.add_parser("show", help="print the findings and the table of a finished run")
     show.add_argument("run", metavar="RUN", help=where)
-    diff = commands.add_parser("diff", help="which settings, versions and numbers differ between two runs")
+    diff = commands.add_parser("diff", help="print which settings, versions and numbers differ between two runs")
     diff.add_argument("first", metavar="RUN", help=where)
     diff.add_argument("second", metavar="RUN", help=where)
 
@@ -140,11 +140,11 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
 
 def _add_cluster_commands(commands: Any) -> None:
     """`submit`, and what is done with its jobs."""
-    follow = "stay, show the log, and end with the job's exit status"
+    follow = "wait for the job, show its log, and end with its exit status"
     submit = commands.add_parser("submit", help="run a comparison as a job on a Ray cluster (docs/cluster.md)")
     _add_config(submit)
     _add_retry(submit)
-    submit.add_argument("--name", help="the job's name; none: the comparison's and eight random characters")
+    submit.add_argument("--name", help="the job's name; default: the comparison's and eight random characters")
     submit.add_argument("--follow", action="store_true", help=follow)
     instead = submit.add_mutually_exclusive_group()
     instead.add_argument("--check", action="store_true", help="run `prefarena doctor` there instead of the comparison")
@@ -156,18 +156,20 @@ def _add_cluster_commands(commands: Any) -> None:
         metavar="PATH",
         help="a module or folder to ship with the code, e.g. that of a function judge (repeatable)",
     )
-    status = commands.add_parser("status", help="jobs of a cluster, or one of them")
+    status = commands.add_parser("status", help="list the jobs of a cluster, or show one of them")
     status.add_argument("job", nargs="?", metavar="JOB")
-    logs = commands.add_parser("logs", help="what a job has logged")
+    logs = commands.add_parser("logs", help="print what a job has logged")
     logs.add_argument("--follow", action="store_true", help=follow)
-    stop = commands.add_parser("stop", help="end a job; submitted again, the comparison goes on where it was")
+    stop = commands.add_parser(
+        "stop", help="stop a job; if it is submitted again, the comparison continues where it was"
+    )
     for command in (logs, stop):
         command.add_argument("job", metavar="JOB")
     for command in (submit, status, logs, stop):
         command.add_argument(
             "--address",
             metavar="http://HEAD:8265",
-            help="the dashboard of the cluster's head; none: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, else this machine",
+            help="the dashboard of the cluster's head; default: RAY_API_SERVER_ADDRESS, RAY_ADDRESS, or this machine",
         )
 
 
