@@ -139,8 +139,8 @@ BAD_ROWS = [
     BadRow("a role that is a list", chat(message(["user"], "Blue?")), why.BAD_ROLES, "['user']"),
     BadRow("a message without role", chat({"content": "Blue?"}), why.BAD_ROLES, "None"),
     BadRow("a prompt that ends with an answer", chat(USER, YES), why.BAD_ROLES, "ends with a message of assistant"),
-    BadRow("a system message alone", chat(message("system", "s")), why.EMPTY_PROMPT, "no message of the user"),
-    BadRow("no messages", chat(), why.EMPTY_PROMPT, "no message of the user"),
+    BadRow("a system message alone", chat(message("system", "s")), why.EMPTY_PROMPT, "no user message"),
+    BadRow("no messages", chat(), why.EMPTY_PROMPT, "no user message"),
     BadRow("an empty message", chat(message("user", ""), YES, USER), why.EMPTY_MESSAGE, "message 1, of user"),
     BadRow("a blank message", chat(USER, message("assistant", " "), USER), why.EMPTY_MESSAGE, "message 2"),
     BadRow("null as content", chat(message("user", None)), why.WRONG_TYPE, "without text in `content`"),
@@ -507,7 +507,7 @@ def test_a_template_that_fails_stops_the_run_before_ray_starts(
         check_text_task(task_of(path), PretrainedModel(path=str(tmp_path / "model")))
     said = str(caught.value)
     assert f"with the tokenizer of {tmp_path / 'model'}: none of its first 9 rows" in said
-    assert f"{path}:1" in said and says in said and "mend the template" in said
+    assert f"{path}:1" in said and says in said and "fix the template" in said
 
 
 @pytest.mark.parametrize(

@@ -201,7 +201,7 @@ def test_the_doctor_looks_at_the_memory_of_each_node_for_all_its_workers() -> No
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"use_gpu": False}, "where all is without resources.use_gpu: true"),
+        ({"use_gpu": False}, "where everything is anyway without resources.use_gpu: true"),
         ({"sharding": "none"}, "is for what resources.sharding: fsdp cuts into parts"),
     ],
 )

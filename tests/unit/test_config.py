@@ -108,7 +108,7 @@ def test_files_that_are_no_config(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="key 'name' is written twice, on lines 1 and 3"):
         load_config(broken)
     broken.write_text("- 1\n", encoding="utf-8")
-    with pytest.raises(UserError, match="a config is a mapping"):
+    with pytest.raises(UserError, match="a config must be a mapping"):
         load_config(broken)
     with pytest.raises(UserError, match="'entries' is required"):
         parse_config({"name": "x"})

@@ -72,8 +72,8 @@ def without_times(row: dict[str, Any]) -> dict[str, Any]:
         ("losses:mean", r"the losses it returns must have one number for each of 3 pairs, not shape \[\]"),
         ("losses:numbers", "the h it returns must be a tensor, not float 1.0"),
         ("losses:counted", "the h it returns must be floating-point numbers, not torch.bool"),
-        ("losses:detached", "no gradient by the policy's log-probs"),
-        ("losses:infinite", "are not finite"),
+        ("losses:detached", "no gradient with respect to the policy's log-probs"),
+        ("losses:infinite", "were not finite"),
         ("losses:whitened", "changes with the other pairs of the batch"),
     ],
 )

@@ -234,7 +234,7 @@ def numbered(**columns: list[Any]) -> list[Row]:
     [
         ([0, 1, 0, 1], "holds only whole numbers, as classes do, and 2 of its first 4 are 0"),
         ([0, 0, 0], "and 3 of its first 3 are 0"),
-        ([0, 1, 2, 1], "holds whole numbers alone"),
+        ([0, 1, 2, 1], "holds only whole numbers"),
         ([0.0, 0.1, 0.2], "all of its first 3 labels are under one half"),
         (["chosen", "rejected"], "label is str, not a number"),
         ([True, False], "label is bool, not a number"),
@@ -368,9 +368,9 @@ def test_files_that_are_named_by_split_honour_it(
 @pytest.mark.parametrize(
     ("names", "split", "says"),
     [
-        (("test.jsonl", "dev.jsonl"), "train", "none is of 'train': there are test, validation"),
-        (("train.jsonl",), "tset", "none is of 'tset': there are train"),
-        (("a.jsonl", "test.jsonl"), "train", "none is of 'train': there are test"),
+        (("test.jsonl", "dev.jsonl"), "train", "none belongs to 'train': there are test, validation"),
+        (("train.jsonl",), "tset", "none belongs to 'tset': there are train"),
+        (("a.jsonl", "test.jsonl"), "train", "none belongs to 'train': there are test"),
         (
             ("train_prefs-00000-of-00001.jsonl", "train_sft-00000-of-00001.jsonl"),
             "train",

@@ -96,7 +96,7 @@ def test_an_existing_file_is_kept_unless_forced(
     [
         ({"--model": "nowhere/at-all"}, "nowhere/at-all"),
         ({"--data": "nothing.jsonl"}, "nothing.jsonl"),
-        ({"--gpus": "-1"}, "--gpus is 0 or more"),
+        ({"--gpus": "-1"}, "--gpus must be 0 or more"),
         ({"--model": None}, "--model is needed"),
         ({"--data": None}, "--data is needed"),
         ({"config": "no/such/folder/x.yaml"}, "there is no folder"),

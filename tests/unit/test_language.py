@@ -270,5 +270,5 @@ def test_pairs_depend_on_seed_and_split_alone(language: Language, ref_logps: np.
 
 def test_a_reference_with_one_response_gives_no_pairs(language: Language, gold: GoldReward) -> None:
     one = np.where(np.arange(len(RESPONSES.lengths)) == 7, 0.0, -np.inf)
-    with pytest.raises(UserError, match="one response only"):
+    with pytest.raises(UserError, match="only one response"):
         _pairs(language, np.tile(one, (TASK.num_prompts, 1)), gold, num_pairs=4)

@@ -124,7 +124,7 @@ def test_too_many_long_prompts_stop_the_run_after_the_first_rows(tmp_path: Path,
     assert str(error.value) == (
         f"{data}: 38 of its first 1000 rows (3.8%) cannot be trained on, and task.max_rejected_share allows 0.01 of "
         f"them: prompt too long 38, first at {data}:1 (913 tokens) - raise task.max_prompt_tokens, or set "
-        "task.long_prompts: keep_end; task.max_prompt_tokens: 1024 would keep all whole; mend the rows, or raise "
+        "task.long_prompts: keep_end; task.max_prompt_tokens: 1024 would keep all whole; fix the rows, or raise "
         "task.max_rejected_share"
     )
     for settings in ({"max_prompt_tokens": 1024}, {"long_prompts": "keep_end"}, {"max_rejected_share": 0.038}):

@@ -144,7 +144,7 @@ def parsed(**training: Any) -> GRPO:
 
 
 def test_what_cannot_move_is_refused_with_a_sentence() -> None:
-    with pytest.raises(UserError, match="an average of adapters is none of what they add; set reference_mix: 1"):
+    with pytest.raises(UserError, match="averaging adapters does not average what they add; set reference_mix: 1"):
         parsed(reference_every=1, reference_mix=0.1, lora={"rank": 2})
     with pytest.raises(UserError, match=r"reference_mix .* needs reference_every"):
         parsed(reference_mix=0.1)

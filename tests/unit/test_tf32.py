@@ -212,10 +212,10 @@ def test_without_gpus_it_is_refused_wherever_it_is_set(
         config(tmp_path, **changed)
         return
     if not changed:
-        with pytest.raises(UserError, match=f"{where}: tf32 is how GPUs multiply"):
+        with pytest.raises(UserError, match=f"{where}: tf32 is a precision of GPUs"):
             in_tf32(tmp_path, use_gpu=False)
         return
-    with pytest.raises(UserError, match=f"{where}: tf32 is how GPUs multiply"):
+    with pytest.raises(UserError, match=f"{where}: tf32 is a precision of GPUs"):
         config(tmp_path, **changed)
 
 
