@@ -25,6 +25,7 @@ class ODPO(OffsetLoss):
     formula: ClassVar[str] = (
         r"-\log\sigma(h-\Delta),\;\Delta=\alpha\log d\text{ or }\alpha d,\;d=\text{score}_w-\text{score}_l"
     )
+    searched: ClassVar[tuple[str, ...]] = ("beta", "alpha")
     kind: Literal["odpo"] = "odpo"
     beta: float = Field(0.1, gt=0)
     alpha: float = Field(1.0, gt=0, description="How much the scores count; the smaller, the nearer to DPO.")
