@@ -281,7 +281,7 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
             {"name": "rlhf", "method": {**ENTRIES[4]["method"], "prompts": "all"}},  # type: ignore[dict-item]
             {"name": "best-of-3", "method": {"kind": "best_of_n", "reward": LEARNED, "n": 3}},
             {"name": "kto", "method": {"kind": "kto", "training": {**QUICK, "num_steps": 30}}},
-            {"name": "odpo", "method": {"kind": "odpo", "tail_weight": 0.5, "training": {**QUICK, "num_steps": 30}}},
+            {"name": "odpo", "method": {"kind": "odpo", "training": {**QUICK, "num_steps": 30}}},
         ],
         "evaluation": {"num_prompts": 8, "samples_per_prompt": 2, "frontier_samples": 8},
         "resources": {"scoring": {"num_actors": 2}},  # each evaluation is scored by two tasks
