@@ -25,7 +25,7 @@ from prefarena.data.plan import BatchPlan
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.mirror import bring
 from prefarena.objectives.output import Mean, ObjectiveOutput, mean_of
-from prefarena.records import ONLINE_PAIRS, REFERENCED_PAIRS
+from prefarena.records import ONLINE_PAIRS, REFERENCED_PAIRS, conformed
 from prefarena.settings.judges import is_model
 from prefarena.settings.off_policy import Pairwise
 from prefarena.stage_files import DRAWN_PAIRS
@@ -33,7 +33,7 @@ from prefarena.training.drawing import PairDrawer
 from prefarena.training.jobs import OffPolicyJob
 from prefarena.training.learner import Learner
 from prefarena.training.storage import full_disk_named, retried
-from prefarena.training.terms import PreferenceTerm, Shares
+from prefarena.training.terms import Pairs, PreferenceTerm, Shares
 from prefarena.training.worker import Worker
 
 Rows = NDArray[np.int64]
@@ -165,8 +165,8 @@ class ReplayTerm(PreferenceTerm):
         folder = Path(source.stage_dir) / DRAWN_PAIRS
         bring(folder)
         self._own, self._data = trained_on(table, plan, folder, source.every, num_steps)
-        names = REFERENCED_PAIRS.names
-        super().__init__(pa.concat_tables([self._data.select(names), self._own.select(names)]), method, shares, pad_id)
+        both = [conformed(table, REFERENCED_PAIRS) for table in (self._data, self._own)]
+        super().__init__(pa.concat_tables(both), method, shares, pad_id)
 
     def origin(self, num_steps: int) -> dict[str, Any]:
         """The labels of the pairs that there are; they are as old as one likes."""
