@@ -205,19 +205,13 @@ def test_trackers_show_every_training_of_a_comparison_and_its_final_numbers(
 
 
 def test_rlhf_shards_and_trains_adapters(language_run: tuple[Path, Results]) -> None:
-    """Two sharded workers, roles on one copy of the weights, a real engine that takes the merged adapters.
-
-    Beside PPO REINFORCE++, whose reference becomes the policy after each of three iterations.
-    """
+    """Two sharded workers, roles on one copy of the weights, a real engine that takes the merged adapters."""
     folder, _ = language_run
     adapters = {"lora": {"rank": 4}, "learning_rate": 1e-2, "activation_checkpointing": True}
     reward = {"kind": "learned", "training": {**QUICK, **adapters}}
     entry = {"name": "rlhf", "method": {"kind": "rlhf", "reward": reward, "training": {**PPO, **adapters}}}
     resources = {"num_workers": 2, "sharding": "fsdp"}
-    training = {**PPO, **adapters, "reference_every": 1}
-    moving = {"kind": "reinforce_pp", "reward": {"kind": "gold"}, "training": training}
-    entries = [entry, {"name": "moving", "method": moving}]
-    results = run({**LANGUAGE, "name": "sharded", "entries": entries, "resources": resources}, folder)
+    results = run({**LANGUAGE, "name": "sharded", "entries": [entry], "resources": resources}, folder)
     start, snapshot, end = results.trajectories["rlhf"]["0"]
     assert start["kl"] == 0 < snapshot["kl"] < end["kl"]
     (compared,) = results.kl_agreement["rlhf"]["0"]
@@ -226,12 +220,6 @@ def test_rlhf_shards_and_trains_adapters(language_run: tuple[Path, Results]) -> 
     assert read_manifest(stage)["weights_verified"]["share_of_parameters"] > 0.9
     assert max(row["logp_gap/max"] for row in rows_of(stage)) < 1e-3
     assert len(list((folder / "runs" / "stages").glob("reference-*"))) == 1  # workers are not in its address
-    rows = read_log(Path(results.curves["moving"]["0"]))
-    assert len(rows) == 3 and all(row["kl_moving/k1"] == 0 for row in rows)  # it is the policy at each start
-    assert not any(name.startswith("kl/k") for row in rows for name in row)
-    assert 0 < results.trajectories["moving"]["0"][1]["kl"] < results.trajectories["moving"]["0"][2]["kl"]
-    assert "moving" not in results.kl_agreement
-    assert any(note.startswith("moving: the KL penalty is against a reference that moves") for note in results.notes)
 
 
 def rows_of(stage: Path) -> list[dict]:
@@ -249,8 +237,7 @@ def transcripts(path: Path, number: int) -> None:
             question = f"\n\nHuman: tell me about {' '.join(rng.choices(WORDS, k=3))} number {i}\n\nAssistant:"
             chosen = f" Gladly, {' and '.join(rng.choices(WORDS, k=3))} are lovely."
             rejected = f" No, {' or '.join(rng.choices(WORDS, k=rng.randint(1, 4)))}."
-            row = {"chosen": question + chosen, "rejected": question + rejected, "score_chosen": 4 + i % 3}
-            file.write(json.dumps({**row, "score_rejected": i % 7 / 8}) + "\n")
+            file.write(json.dumps({"chosen": question + chosen, "rejected": question + rejected}) + "\n")
 
 
 def singles(path: Path, number: int) -> None:
@@ -281,7 +268,6 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
             {"name": "rlhf", "method": {**ENTRIES[4]["method"], "prompts": "all"}},  # type: ignore[dict-item]
             {"name": "best-of-3", "method": {"kind": "best_of_n", "reward": LEARNED, "n": 3}},
             {"name": "kto", "method": {"kind": "kto", "training": {**QUICK, "num_steps": 30}}},
-            {"name": "odpo", "method": {"kind": "odpo", "training": {**QUICK, "num_steps": 30}}},
         ],
         "evaluation": {"num_prompts": 8, "samples_per_prompt": 2, "frontier_samples": 8},
         "resources": {"scoring": {"num_actors": 2}},  # each evaluation is scored by two tasks
@@ -300,10 +286,6 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     assert not any("{" in note for note in results.notes)
     kto = results.entry("kto").seeds["0"]  # from other responses to other prompts
     assert kto["preference_accuracy"] - 2 * kto["preference_accuracy_stderr"] > 0.5
-    odpo = results.entry("odpo").seeds["0"]
-    assert odpo["preference_accuracy"] - 2 * odpo["preference_accuracy_stderr"] > 0.5
-    offsets = [row["preference/offset"] for row in read_log(Path(results.curves["odpo"]["0"]))]
-    assert all(np.log(3) < offset < np.log(6) for offset in offsets)  # scores of 4 to 6 against those of 0 to 1
     best = results.entry("best-of-3").seeds["0"]
     assert best["kl_bound"] == pytest.approx(np.log(3) - 2 / 3) and best["win_rate_stderr"] >= 0
     assert "kl" not in best and "preference_accuracy" not in best
@@ -315,6 +297,6 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     (run_folder,) = (path.parent for path in (tmp_path / "runs").glob("*/results.json"))
     samples = load_samples(run_folder)
     assert samples is not None and samples.num_all == 16 and samples.num_left_out == 0
-    assert all(row.answers.keys() == {"reference", "dpo", "rlhf", "best-of-3", "kto", "odpo"} for row in samples.rows)
+    assert all(row.answers.keys() == {"reference", "dpo", "rlhf", "best-of-3", "kto"} for row in samples.rows)
     assert dpo["judge_score"] == pytest.approx(np.mean([row.answers["dpo"][1] for row in samples.rows]))
     assert embedded(samples.rows[0].prompt) in (run_folder / "report.html").read_text(encoding="utf-8")
