@@ -29,6 +29,7 @@ from prefarena.config import (
 )
 from prefarena.config.changed import with_settings
 from prefarena.config.comparison import METHODS
+from prefarena.config.tuning import Tuning
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import UserError
 from prefarena.methods.dpo import DPO
@@ -125,6 +126,12 @@ def test_a_space_lies_around_what_is_configured() -> None:
     assert "training.num_epochs" not in space
     assert "demonstration_weight" not in space  # which is 0: not at work
     assert RLHF().search_space()["training.num_epochs"] == OneOf(values=(1, 2, 4))
+
+
+def test_a_config_with_spaces_can_be_a_key_as_any_other() -> None:
+    """The prediction of memory looks at trainings that are equal in everything once."""
+    one, other = (Tuning.model_validate({"spaces": {"dpo": {"beta": {"low": 0.01, "high": 1.0}}}}) for _ in range(2))
+    assert {one: 1}[other] == 1 and hash(one) != hash(Tuning())
 
 
 @pytest.mark.parametrize(

@@ -60,6 +60,10 @@ class Tuning(Section):
         "as training.learning_rate: {low, high, log, integer} or {values: [...]}.",
     )
 
+    def __hash__(self) -> int:
+        """By what it holds, as for every section: a comparison is hashed, and a mapping like `spaces` cannot be."""
+        return hash(self.model_dump_json())
+
     @model_validator(mode="after")
     def _seeds_are_once(self) -> Tuning:
         if len(set(self.seeds)) != len(self.seeds):
