@@ -161,7 +161,7 @@ def _replayed(config: Comparison, trained: Trained) -> Replayed | None:
     source = next(entry.method for entry in config.entries if entry.name == method.replay)
     if not isinstance(source, Pairwise) or source.online is None:
         raise TypeError(f"{method.replay} is not online")
-    return Replayed(str(trained.replayed.folder), source.online.every, source.training)
+    return Replayed(str(trained.replayed.folder), source.online.every, source.training, source.num_pairs)
 
 
 def _monitor(config: Comparison, plan: SeedPlan, reward: JudgeSettings) -> JudgeSpec | None:

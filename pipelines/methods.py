@@ -121,15 +121,14 @@ def _settings(kind: type[BaseModel], prefix: str = "") -> list[tuple[str, Any, s
             continue
         default = "(required)" if field.is_required() else field.get_default(call_default_factory=True)
         if isinstance(default, BaseModel):
-            values = default.model_dump()
             inner = _settings(type(default), f"{prefix}{name}.")
-            found += [(key, _at(values, key.removeprefix(f"{prefix}{name}.")), text) for key, _, text in inner]
+            found += [(key, _at(default, key.removeprefix(f"{prefix}{name}.")), text) for key, _, text in inner]
         else:
             found.append((prefix + name, default, field.description or ""))
     return found
 
 
-def _at(tree: Any, key: str) -> Any:
+def _at(settings: Any, key: str) -> Any:
     for part in key.split("."):
-        tree = tree[part]
-    return tree
+        settings = getattr(settings, part)
+    return settings

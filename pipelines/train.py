@@ -13,6 +13,8 @@ from pipelines.jobs import entry_job, reward_model_job
 from pipelines.plan import SeedPlan, Trained
 from pipelines.runner import run, run_claimed, say_outcomes
 from prefarena.config import Comparison, OffPolicyMethod, draws_responses
+from prefarena.config.label_budgets import all_limits
+from prefarena.errors import UserError
 from prefarena.failures import cluster_answers
 from prefarena.generation.interface import GeneratorLostError
 from prefarena.stages import is_settled, write_failure
@@ -20,6 +22,7 @@ from prefarena.stages import is_settled, write_failure
 
 def train(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
     """Have every entry's training finished or failed. The shared stages must be finished. Needs Ray."""
+    check_numbers_of_pairs(plans)
     every = [(plan, trained) for plan in plans for trained in plan.trained]
     off_policy = [
         entry_job(config, plan, trained)
@@ -38,6 +41,19 @@ def train(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
     settle(console, with_generators, partial(_train_with_generators, config, console))
     replays = [one for one in every if one[1].replayed is not None and one[1].replayed.finished]
     run(config.resources, [entry_job(config, plan, trained) for plan, trained in replays], config, console)
+
+
+def check_numbers_of_pairs(plans: list[SeedPlan]) -> None:
+    """Raise UserError where an entry is to learn from more pairs than there are."""
+    for plan in plans:
+        known = plan.pairs.manifest()["data"]["num_train_pairs"]
+        for trained in plan.trained:
+            most = max(all_limits(trained.entry.method), default=0)
+            if most > known:
+                raise UserError(
+                    f"entry {trained.entry.name!r} asks for {most:,} pairs (num_pairs, label_budgets), and there are "
+                    f"{known:,} to train on; ask for fewer"
+                )
 
 
 def _train_with_generators(config: Comparison, console: Console, entries: list[tuple[SeedPlan, Trained]]) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Annotated, Literal, Union
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from prefarena import methods
 from prefarena.config.best_of_n import BestOfN
 from prefarena.config.devices import Arithmetic, Generation, Resources, check_devices, usual_dtype
+from prefarena.config.label_budgets import all_limits, at_budgets
 from prefarena.config.models import Model, ScratchModel
 from prefarena.config.tasks import LanguageTask, Task, TextTask
 from prefarena.config.tracking import Tracking
@@ -20,6 +21,7 @@ from prefarena.settings.off_policy import OffPolicy, Pairwise
 from prefarena.settings.on_policy import OnPolicy
 from prefarena.settings.optimisation import Optimisation
 from prefarena.settings.section import Section
+from prefarena.settings.unpaired import Unpaired
 
 #: Every method, as their files are found.
 METHODS: tuple[type[Section], ...] = (*methods.discover().values(), *on_policy.discover().values(), BestOfN)
@@ -138,7 +140,13 @@ class Comparison(Section):
     task: Task = LanguageTask()
     model: Model = ScratchModel()
     reference: Reference = Reference()
-    entries: tuple[Entry, ...] = Field(min_length=1)
+    label_budgets: tuple[Annotated[int, Field(ge=1)], ...] = Field(
+        (),
+        exclude_if=lambda budgets: budgets == (),
+        description="Numbers of labelled pairs: every entry that learns from labels becomes one for each, NAME-NUMBER, "
+        "in a group of its name, and the report has the curves of reward over them; none: all pairs.",
+    )
+    entries: tuple[Entry, ...] = Field(min_length=1)  # behind label_budgets, which it is validated with
     judge: EvaluationJudge = Field(
         RewardModel(),
         description="Text tasks: the judge of the evaluation; a learned one is trained on pairs of its own.",
@@ -171,6 +179,18 @@ class Comparison(Section):
         """The judge of a text task, if it is one that is trained, on pairs that are set aside for it."""
         return self.judge if self.task.kind == "text" and isinstance(self.judge, RewardModel) else None
 
+    @field_validator("label_budgets")
+    @classmethod
+    def _budgets_are_once(cls, budgets: tuple[int, ...]) -> tuple[int, ...]:
+        if len(set(budgets)) != len(budgets):
+            raise ValueError("a number of pairs stands there twice")
+        return budgets
+
+    @field_validator("entries")
+    @classmethod
+    def _at_every_budget(cls, entries: tuple[Entry, ...], info: ValidationInfo) -> tuple[Entry, ...]:
+        return at_budgets(entries, info.data.get("label_budgets", ()))
+
     @model_validator(mode="after")
     def _check(self) -> Comparison:
         names = [entry.name for entry in self.entries]
@@ -199,6 +219,7 @@ class Comparison(Section):
             )
         self._check_drawn_pairs()
         self._check_replays()
+        self._check_numbers_of_pairs()
         check_devices(self.resources, self.generation)
         for entry in self.entries if self.generation.sleep_mode != "none" else ():
             if isinstance(entry.method, OnPolicy) and entry.method.training.mode == "asynchronous":
@@ -228,6 +249,25 @@ class Comparison(Section):
                     f"entry {name!r}: replay: {method.replay!r} has the reference's log-probs in "
                     f"{source.training.precision}; set training.precision to it"
                 )
+
+    def _check_numbers_of_pairs(self) -> None:
+        """How many pairs a text task has is known when they are prepared; `pipelines/train.py` looks then."""
+        if self.trained_judge is not None and self.trained_judge.num_pairs is not None:
+            raise ValueError(
+                "judge.num_pairs: the judge is trained on all pairs that are set aside for it; leave it out"
+            )
+        for entry in self.entries:
+            for number in all_limits(entry.method):
+                if isinstance(self.task, LanguageTask) and number > self.task.num_pairs:
+                    raise ValueError(
+                        f"entry {entry.name!r} asks for {number:,} pairs (num_pairs, label_budgets), and "
+                        f"task.num_pairs is {self.task.num_pairs:,}; raise that, or ask for fewer"
+                    )
+                if isinstance(self.task, TextTask) and self.task.unpaired_data and isinstance(entry.method, Unpaired):
+                    raise ValueError(
+                        f"entry {entry.name!r}: num_pairs counts pairs, and with task.unpaired_data it learns from "
+                        "single responses; leave one of them out"
+                    )
 
     def _check_drawn_pairs(self) -> None:
         pairs = self.task.pairs if isinstance(self.task, TextTask) else None

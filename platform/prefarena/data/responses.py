@@ -13,6 +13,8 @@ from prefarena.data.tables import TokenColumn
 from prefarena.errors import UserError
 from prefarena.records import RESPONSES, content_id
 
+_SIDES = ("chosen", "rejected")
+
 
 def taken_apart(pairs: pa.Table) -> pa.Table:
     """Both responses of each pair, as RESPONSES: with a label p the chosen one is desirable by p, the other by 1 - p.
@@ -20,9 +22,9 @@ def taken_apart(pairs: pa.Table) -> pa.Table:
     pairs: a table with the columns of records.PAIRS.
     """
     sides = []
-    for side, labels in (("chosen", pairs["label"]), ("rejected", pc.subtract(1.0, pairs["label"]))):
+    for side, labels in zip(_SIDES, (pairs["label"], pc.subtract(1.0, pairs["label"])), strict=True):
         columns = {
-            "id": pa.array([content_id("response", side, name) for name in pairs["id"].to_pylist()], pa.string()),
+            "id": pa.array([_id(side, name) for name in pairs["id"].to_pylist()], pa.string()),
             "prompt_ids": pairs["prompt_ids"],
             "response_ids": pairs[f"{side}_ids"],
             "label": labels,
@@ -30,6 +32,19 @@ def taken_apart(pairs: pa.Table) -> pa.Table:
         }
         sides.append(pa.table(columns).cast(RESPONSES))
     return pa.concat_tables(sides).sort_by("id").combine_chunks()
+
+
+def of_pairs(responses: pa.Table, ids: list[str]) -> pa.Table:
+    """Of responses that `taken_apart` made, those of the pairs with these ids.
+
+    Their mismatched responses may be of other pairs: those serve as they are, without a label.
+    """
+    wanted = pa.array([_id(side, name) for side in _SIDES for name in ids], pa.string())
+    return responses.filter(pc.is_in(responses["id"], wanted)).combine_chunks()
+
+
+def _id(side: str, pair: str) -> str:
+    return content_id("response", side, pair)
 
 
 def mismatch(responses: pa.Table) -> NDArray[np.int64]:

@@ -17,12 +17,17 @@ from prefarena.records import conformed
 ROW_GROUP = 1024  # rows that are read or written at once where a table is not taken whole
 
 
-def read_rows(path: str | Path, columns: list[str] | None = None) -> pa.Table:
-    """A parquet file, or a folder of them, sorted by `id`: the order of files and blocks does not matter."""
+def read_rows(path: str | Path, columns: list[str] | None = None, *, first: int | None = None) -> pa.Table:
+    """A parquet file, or a folder of them, sorted by `id`: the order of files and blocks does not matter.
+
+    first: no more rows than that. Ids are hashes of content, so these are a random subset, the same on every machine,
+    and within that of any larger number.
+    """
     bring(path)
     wanted = None if columns is None else list(dict.fromkeys(["id", *columns]))
     table = pads.dataset(str(path), format="parquet").to_table(columns=wanted)
-    return table.sort_by("id").combine_chunks()
+    rows = table.sort_by("id").combine_chunks()
+    return rows if first is None else rows.slice(0, first)
 
 
 def column_names(path: str | Path) -> list[str]:

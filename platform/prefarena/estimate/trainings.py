@@ -154,7 +154,8 @@ class Workload:
 
     def off_policy(self, method: OffPolicyMethod, where: str) -> StageWork:
         training, data = method.training, self.data
-        rows = data.pairs.apart() if isinstance(method, Unpaired) else data.pairs
+        pairs = data.pairs if method.num_pairs is None else data.pairs.taking(method.num_pairs)
+        rows = pairs.apart() if isinstance(method, Unpaired) else pairs
         tables = [("responses" if isinstance(method, Unpaired) else "pairs", rows)]
         if method.demonstration_weight > 0:
             tables.append(("demonstrations", data.demonstrations))
@@ -163,11 +164,11 @@ class Workload:
         first = rows if isinstance(method, Unpaired) else None
         work = self.on_table(tables, training, where, first=first)
         online = method.online if isinstance(method, Pairwise) else None
-        return work if online is None else self._with_drawing(work, online, training)
+        return work if online is None else self._with_drawing(work, online, training, self.steps(pairs, training))
 
-    def _with_drawing(self, work: StageWork, online: Online, training: Optimisation) -> StageWork:
+    def _with_drawing(self, work: StageWork, online: Online, training: Optimisation, steps: int) -> StageWork:
         """A training whose pairs are drawn on the way, once to each prompt of the steps after the first `every`."""
-        steps, generation = self.steps(self.data.pairs, training), self.config.generation
+        generation = self.config.generation
         calls, number = (steps - 1) // online.every, max(0, steps - online.every) * training.batch_size
         if not calls:
             return work
@@ -183,6 +184,7 @@ class Workload:
 
     def reward_model(self, settings: RewardModel, rows: Rows, where: str, num_samples: int) -> StageWork:
         """Trained on these pairs, then measured on the reference's samples and on held-out pairs."""
+        rows = rows if settings.num_pairs is None else rows.taking(settings.num_pairs)
         work = self.on_table([("pairs", rows)], settings.training, where, scores=True)
         test = self.data.test_pairs.passed()
         samples = self.data.prompts.taking(num_samples).passed()

@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from prefarena.report.curves import OFF_POLICY_METRICS, ON_POLICY_METRICS, OWN_SCALE, read_curves
+from prefarena.report.label_efficiency import label_curves, measures
 from prefarena.report.overoptimisation import law_line
 from prefarena.report.plots import FRONTIER_NOTE, frontier_lines, group_curves
 from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, kl_key, with_gains
@@ -35,7 +36,7 @@ _MOST_POINTS = 240  # of one line of a training curve
 _KL = "KL(π ‖ reference), nats"
 
 Line = dict[str, Any]  # key, name, role (how it is drawn), x, y, and as it has them ex, ey, text
-Chart = dict[str, Any]  # id, title, note, x, y (names of the axes), lines
+Chart = dict[str, Any]  # id, title, note, x, y (names of the axes), lines; ticks: of an x axis in logarithms
 Value = Callable[[Results, EntryResult], Aggregate | None]
 
 
@@ -287,6 +288,33 @@ def training_charts(results: Results, folder: Path) -> list[Chart]:
         for metric, found in lines.items()
         if found
     ]
+
+
+# ------------------------------------------------------------------------------------------------ labels
+
+
+def label_charts(results: Results) -> list[Chart]:
+    """A chart for each measure over the number of labelled pairs, a line for each method; none without such curves."""
+    charts = []
+    for measure in measures(results):
+        lines, ticks = [], set[int]()
+        for curve in label_curves(results):
+            known = [(pairs, value) for pairs, entry in curve.entries if (value := aggregate(entry, measure.key))]
+            text = [
+                f"<b>{html.escape(curve.group)}</b>, {pairs:,} pairs<br>{measure.name}: {plus_minus(value, 3)}"
+                for pairs, value in known
+            ]
+            x, y, errors = [pairs for pairs, _ in known], [v.mean for _, v in known], [v.stderr for _, v in known]
+            key = key_of(results, curve.entries[0][1])
+            lines.append(_line(key, curve.group, "grid", x, y, text=text, ey=_numbers(errors)))
+            ticks.update(x)
+        better = {True: "Up is better.", False: "Down is better.", None: "How far policies went for it."}
+        note = f"{better[measure.more_is_better]} Means over seeds; bars are one standard error."
+        title = f"{measure.name[:1].upper()}{measure.name[1:]} over the number of labelled pairs"
+        axes = {"x": "labelled pairs", "y": measure.name, "ticks": sorted(ticks)}
+        name = f"labels-{measure.name.replace(' ', '-').lower()}"
+        charts.append({"id": name, "title": title, "note": note, **axes, "lines": lines})
+    return charts
 
 
 # ------------------------------------------------------------------------------------------------ tuning

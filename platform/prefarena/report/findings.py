@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from prefarena.report.label_efficiency import label_finding
 from prefarena.report.leakage import baseline_of, leakage
 from prefarena.report.results import Aggregate, Results, kl_key
 from prefarena.report.tables import number, plus_minus
@@ -26,11 +27,12 @@ def compared(results: Results) -> str:
 
 
 def findings(results: Results) -> list[str]:
-    """Sentences in Markdown, the most important first: failures, unequal tuning, drift at equal gain, verdict."""
+    """Sentences in Markdown, the most important first: failures, unequal tuning, drift at equal gain, labels …"""
     return [
         *_failed(results),
         *tuning_warnings(results),
         *_leaks(results),
+        *label_finding(results),
         *verdict(results),
         *tuning_note(results),
     ]

@@ -21,6 +21,7 @@ from prefarena.report.against import against_table
 from prefarena.report.charts import (
     cost_chart,
     key_of,
+    label_charts,
     legend,
     reward_kl_charts,
     through_training_charts,
@@ -28,6 +29,7 @@ from prefarena.report.charts import (
     tuning_charts,
 )
 from prefarena.report.findings import compared, data_lines, findings, limits
+from prefarena.report.label_efficiency import measured_table, needed_table
 from prefarena.report.leakage import leakage, leakage_tables
 from prefarena.report.measures import coverage_table, divergence_table
 from prefarena.report.online import online_table
@@ -56,6 +58,7 @@ def write_page(results: Results, folder: str | Path) -> Path:
         _section("coverage", "With pairs and without", table_html(coverage_table(results))),
         _section("online", "Where pairs came from", table_html(online_table(results))),
         _section("reward-and-kl", "Reward and KL", '<div class="charts" data-charts="reward"></div>', *_sweep(results)),
+        _labels(results),
         _through_training(results, target),
         _section("laws", "Laws of over-optimisation", table_html(law_table(results))),
         _section("win-rates-matrix", "Win rates", table_html(win_table(results))),
@@ -131,6 +134,7 @@ def _data(results: Results, folder: Path, samples: Samples | None) -> dict[str, 
             "training": training_charts(results, folder),
             "costs": [cost] if cost else [],
             "tuning": tuning_charts(results),
+            "labels": label_charts(results),
         },
         "samples": _sample_data(results, samples),
     }
@@ -216,6 +220,16 @@ def _sweep(results: Results) -> list[str]:
         if not parts:
             parts = ["<p>The methods' grids share no range of gains, so nothing can be read at equal gain.</p>"]
     return parts
+
+
+def _labels(results: Results) -> str:
+    return _section(
+        "labels",
+        "Labelled pairs",
+        _charts("labels", label_charts(results)),
+        table_html(measured_table(results), heading=True),
+        table_html(needed_table(results), heading=True),
+    )
 
 
 def _through_training(results: Results, folder: Path) -> str:

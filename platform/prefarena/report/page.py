@@ -9,6 +9,8 @@ from typing import Any
 from prefarena.report.against import against_table
 from prefarena.report.curves import curve_figures
 from prefarena.report.findings import compared, data_lines, findings, limits
+from prefarena.report.label_efficiency import measured_table, needed_table
+from prefarena.report.label_plots import labels_figure
 from prefarena.report.leakage import leakage, leakage_tables
 from prefarena.report.measures import coverage_table, divergence_table
 from prefarena.report.online import online_table
@@ -52,6 +54,7 @@ def write_report(results: Results, folder: str | Path) -> Path:
         _section("Where pairs came from", online_table(results)),
         *_sweep(results, target),
         _figure("Reward and KL", _reward_kl_text(results), target, reward_kl_figure(results), "reward_kl"),
+        *_labels(results, target),
         *_through_training(results, target),
         _section("Laws of over-optimisation", law_table(results)),
         _wins(results),
@@ -107,6 +110,16 @@ def _reward_kl_text(results: Results) -> str:
 def _figure(title: str, text: str, folder: Path, figure: Any, name: str) -> str:
     write_figure(figure, folder / "figures", name)
     return f"## {title}\n\n{text}\n\n![{title}](figures/{name}.png)\n\n[SVG](figures/{name}.svg)\n"
+
+
+def _labels(results: Results, folder: Path) -> list[str]:
+    figure, measured = labels_figure(results), measured_table(results)
+    if figure is None or measured is None:
+        return []
+    text = "One line for each method; means over seeds, bars are one standard error."
+    sections = [_figure("Over the number of labelled pairs", text, folder, figure, "labels"), f"{measured.markdown()}"]
+    needed = needed_table(results)
+    return [*sections, *([_section(needed.title, needed)] if needed else [])]
 
 
 def _through_training(results: Results, folder: Path) -> list[str]:

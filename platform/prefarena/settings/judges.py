@@ -9,7 +9,7 @@ from pydantic import Field, field_validator, model_validator
 
 from prefarena.functions import NAME
 from prefarena.settings.optimisation import Optimisation
-from prefarena.settings.section import Section
+from prefarena.settings.section import Section, is_none
 
 
 class RewardModel(Section):
@@ -19,6 +19,13 @@ class RewardModel(Section):
     training: Optimisation = Optimisation()
     centre_weight: float = Field(
         0.0, ge=0, description="Weight of (r_w + r_l)^2, which keeps scores near zero (2312.09244)."
+    )
+    num_pairs: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=is_none,
+        description="Labelled pairs that it is trained on, a random subset that is within that of any larger number; "
+        "none: all.",
     )
 
 

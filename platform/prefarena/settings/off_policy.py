@@ -20,7 +20,7 @@ from prefarena.objectives.preference import (
 from prefarena.settings.online import Online
 from prefarena.settings.optimisation import Optimisation
 from prefarena.settings.search import Space, around, proposed
-from prefarena.settings.section import Section
+from prefarena.settings.section import Section, is_none
 
 LearnsFrom = Literal["labelled pairs", "ranks of labelled pairs", "chosen responses", "labelled responses"]
 
@@ -58,6 +58,13 @@ class OffPolicy(Section):
         description="Whether the demonstration term is a mean over sequences (as in the formula) or over tokens.",
     )
     pretraining_weight: float = Field(0.0, ge=0, description="gamma: weight of -E[log pi(x)] on pretraining text.")
+    num_pairs: int | None = Field(
+        None,
+        ge=1,
+        exclude_if=is_none,
+        description="Labelled pairs that it learns from, a random subset that is within that of any larger number; "
+        "none: all.",
+    )
     training: Optimisation = Optimisation()
 
     @property
@@ -142,8 +149,13 @@ class Pairwise(OffPolicy):
 
     @model_validator(mode="after")
     def _pairs_are_there_before(self) -> Pairwise:
-        if self.replay is not None and (self.online is not None or self.needs_shared):
-            wrong = "online" if self.online is not None else "tail_weight"
+        own = {
+            "online": self.online is not None,
+            "tail_weight": self.needs_shared,
+            "num_pairs": self.num_pairs is not None,
+        }
+        if self.replay is not None and any(own.values()):
+            wrong = next(name for name, is_set in own.items() if is_set)
             raise ValueError(f"replay takes the pairs that another entry was trained on, and does not go with {wrong}")
         return self
 

@@ -14,6 +14,11 @@ TRUTH_VALUE = "truth_value"
 Betas = tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]]
 
 
+def is_none(value: object) -> bool:
+    """`exclude_if` of a setting that came later: while it is none, dumps and addresses of stages are as they were."""
+    return value is None
+
+
 class Section(BaseModel):
     """A frozen group of settings; unknown keys are errors, and so are infinite numbers and truth values as numbers."""
 

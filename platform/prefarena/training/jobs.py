@@ -83,6 +83,7 @@ class Replayed:
     stage_dir: str
     every: int
     training: Optimisation
+    num_pairs: int | None = None
 
 
 @dataclass(frozen=True)

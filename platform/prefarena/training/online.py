@@ -60,7 +60,7 @@ class OnlineTerm(PreferenceTerm):
     ) -> None:
         if job.drawing is None:
             raise TypeError(f"{job.name} draws nothing")
-        self._table = read_rows(job.pairs)
+        self._table = read_rows(job.pairs, first=method.num_pairs)
         super().__init__(self._table, method, shares, pad_id)
         self.drawer, self._worker, self._shares = drawer, worker, shares
         self._every, self._folder = job.drawing.every, Path(job.stage_dir) / DRAWN_PAIRS
@@ -159,7 +159,7 @@ class ReplayTerm(PreferenceTerm):
         source = job.replayed
         if source is None:
             raise TypeError(f"{job.name} replays nothing")
-        table, training = read_rows(job.pairs), source.training
+        table, training = read_rows(job.pairs, first=source.num_pairs), source.training
         plan = Pairs(table).plan(replace(shares, training=training))
         num_steps = training.num_steps or plan.num_steps(training.num_epochs)
         folder = Path(source.stage_dir) / DRAWN_PAIRS

@@ -28,7 +28,7 @@ class RankedTerm(PairsTerm):
     _step: tuple[Rows, StepPairs] | None = None
 
     def __init__(self, path: str, method: Ranked, shares: Shares, pad_id: int) -> None:
-        super().__init__(Pairs(path), method, shares, pad_id)
+        super().__init__(Pairs(path, first=method.num_pairs), method, shares, pad_id)
 
     def num_tokens(self, step: int) -> int:
         """Those of both passes."""

@@ -50,7 +50,13 @@ def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
     head = ScalarHead(model, job.max_length, worker.device, attends_in(job.settings.training.precision))
     worker.note_padding(head.notes)
     shares = Shares(settings.training, worker.world_size, job.seed, head.packed)
-    term = RewardModelTerm(job.pairs, shares, tokenizer.pad_token_id, centre_weight=settings.centre_weight)
+    term = RewardModelTerm(
+        job.pairs,
+        shares,
+        tokenizer.pad_token_id,
+        centre_weight=settings.centre_weight,
+        num_pairs=settings.num_pairs,
+    )
     counts = train(head, [term], settings.training, worker)
     trained = save_trained(
         model,

@@ -87,10 +87,19 @@ class Pairs:
     """A table of pairs, ready to be taken from."""
 
     def __init__(
-        self, rows: str | pa.Table, *, referenced: bool = True, shared: bool = False, needs_scores: bool = False
+        self,
+        rows: str | pa.Table,
+        *,
+        referenced: bool = True,
+        shared: bool = False,
+        needs_scores: bool = False,
+        first: int | None = None,
     ) -> None:
-        """rows: a table, or where it is. referenced, shared: whether it is one of REFERENCED_PAIRS or SHARED_PAIRS."""
-        table = read_rows(rows) if isinstance(rows, str) else rows
+        """rows: a table, or where it is. referenced, shared: whether it is one of REFERENCED_PAIRS or SHARED_PAIRS.
+
+        first: of what is read, no more than so many rows.
+        """
+        table = read_rows(rows, first=first) if isinstance(rows, str) else rows
         self.prompts = TokenColumn.of(table, "prompt_ids")
         self.chosen = TokenColumn.of(table, "chosen_ids")
         self.rejected = TokenColumn.of(table, "rejected_ids")
@@ -158,7 +167,8 @@ class PreferenceTerm(PairsTerm):
     @staticmethod
     def table(rows: str | pa.Table, method: Pairwise) -> Pairs:
         """The rows with what the method reads of them."""
-        return Pairs(rows, shared=method.needs_shared, needs_scores=method.needs_scores)
+        needs_scores, first = method.needs_scores, method.num_pairs
+        return Pairs(rows, shared=method.needs_shared, needs_scores=needs_scores, first=first)
 
     def origin(self, num_steps: int) -> dict[str, Any]:
         """Labels and age of the pairs that so many steps are trained on, for the manifest.
@@ -239,8 +249,10 @@ class RewardModelTerm(Term):
 
     name = "reward_model"
 
-    def __init__(self, path: str, shares: Shares, pad_id: int, *, centre_weight: float) -> None:
-        self.pairs = Pairs(path, referenced=False)
+    def __init__(
+        self, path: str, shares: Shares, pad_id: int, *, centre_weight: float, num_pairs: int | None = None
+    ) -> None:
+        self.pairs = Pairs(path, referenced=False, first=num_pairs)
         super().__init__(self.pairs.plan(shares), 1.0, pad_id)
         self.centre_weight = centre_weight
 

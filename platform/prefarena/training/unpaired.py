@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from prefarena.data.plan import BatchPlan
+from prefarena.data.responses import of_pairs
 from prefarena.data.tables import TokenColumn, read_rows
 from prefarena.modeling.logprobs import sequence_logps
 from prefarena.objectives.output import ObjectiveOutput
@@ -28,8 +29,11 @@ class UnpairedTerm(Term):
 
     name = "responses"
 
-    def __init__(self, path: str, method: Unpaired, shares: Shares, pad_id: int) -> None:
+    def __init__(self, path: str, method: Unpaired, shares: Shares, pad_id: int, pairs: str | None = None) -> None:
+        """pairs: the table that the responses are of, which `num_pairs` counts."""
         table = read_rows(path)
+        if method.num_pairs is not None and pairs is not None:
+            table = of_pairs(table, read_rows(pairs, ["id"], first=method.num_pairs)["id"].to_pylist())
         self.prompts = TokenColumn.of(table, "prompt_ids")
         self._responses = {name: TokenColumn.of(table, f"{name}_ids") for name in ("response", "mismatched")}
         names = ("label", "ref_logp", "ref_mismatched_logp")

@@ -100,6 +100,9 @@ function layoutOf(chart, lines) {
     xaxis: { ...axis, title: { text: chart.x, standoff: 10 } },
     yaxis: { ...axis, title: { text: chart.y, standoff: 10 } },
   };
+  if (chart.ticks) {
+    Object.assign(layout.xaxis, { type: "log", tickvals: chart.ticks, ticktext: chart.ticks.map((value) => value.toLocaleString("en")) });
+  }
   if (lines.some((line) => line.role === "bar")) {
     Object.assign(layout.yaxis, { type: "category", range: [lines.length - 0.4, -0.6], gridcolor: "rgba(0,0,0,0)", tickfont: { color: text } });
     if (typeof chart.at === "number") {
