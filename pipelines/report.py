@@ -193,7 +193,8 @@ def _entry_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
 
 def _pairs_row(trained: Trained) -> dict[str, float]:
     """Labels and age of the pairs that it learned from; empty where its stage does not tell."""
-    told = trained.training.manifest().get("pairs", {}) if trained.training is not None else {}
+    stage = trained.training
+    told = stage.manifest().get("pairs", {}) if stage is not None and stage.finished else {}
     return {shown: told[name] for name, shown in _PAIRS.items() if name in told}
 
 
