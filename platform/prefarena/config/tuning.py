@@ -17,9 +17,12 @@ class Tuning(Section):
     first of the selection's seeds, and the better ones of each entry with the others.
     """
 
-    num_trials: int = Field(24, ge=2, description="Trials of every entry.")
+    num_trials: int = Field(24, ge=2, description="Number of trials of every entry.")
     device_seconds: float | None = Field(
-        None, gt=0, description="An entry whose trials have taken as many gets no further batch; none: no such limit."
+        None,
+        gt=0,
+        description="An entry whose trials have taken this long gets no further batch; by default there "
+        "is no such limit.",
     )
     batch_size: int = Field(
         8, ge=1, description="Trials of an entry that are proposed together, before the results of any are known."
@@ -27,26 +30,28 @@ class Tuning(Section):
     sampler: Literal["tpe", "random"] = Field(
         "tpe",
         description="tpe: the first batch is random and later ones learn from it (Optuna's tree-structured Parzen "
-        "estimator); random: all are, so that the curves of expected best trials are of independent trials.",
+        "estimator); random: all batches are random, so that curves of expected best trials describe "
+        "independent trials.",
     )
-    seed: int = Field(0, description="Of what is proposed.")
+    seed: int = Field(0, description="Seed of the proposals.")
     seeds: tuple[int, ...] = Field(
         (1000, 1001),
         min_length=1,
-        description="Seeds of the selection. On the enumerable language each is another language, none of those of "
-        "the comparison; on text each is a seed of training.",
+        description="Seeds of the selection. On the enumerable language each is another language, different from "
+        "those of the comparison; on text each is a seed of training.",
     )
     kept_share: float = Field(
         0.5,
         gt=0,
         le=1,
-        description="Share of each entry's trials in a batch that go on to the other seeds, the best by the first.",
+        description="Share of each entry's trials in a batch that are also trained with the other seeds: the best "
+        "with the first one.",
     )
     kl_limit: float = Field(
         5.0,
         gt=0,
-        description="Trials are ranked by reward among those whose KL to the reference is at most this, in nats per "
-        "response; those beyond it come after all that beat the reference, the farthest last.",
+        description="Trials whose KL to the reference is at most this, in nats per response, are ranked by reward; "
+        "those beyond it come after all that beat the reference, the farthest last.",
     )
     validation_share: float = Field(
         0.2,
@@ -56,8 +61,8 @@ class Tuning(Section):
     )
     spaces: dict[str, dict[str, Dimension]] = Field(
         {},
-        description="By an entry's name: what is searched in place of what its method proposes, by dotted names such "
-        "as training.learning_rate: {low, high, log, integer} or {values: [...]}.",
+        description="By an entry's name: the space to search in place of the one that its method proposes, by "
+        "dotted names such as training.learning_rate: {low, high, log, integer} or {values: [...]}.",
     )
 
     def __hash__(self) -> int:

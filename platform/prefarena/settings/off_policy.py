@@ -134,12 +134,13 @@ class Pairwise(OffPolicy):
 
     online: Online | None = Field(
         None,
-        description="New pairs of the policy's own on the way (every, reward, temperature); none: the data's alone.",
+        description="Replace the data's pairs, every so many steps, by new ones from the policy itself (every, reward, "
+        "temperature); by default all pairs are the data's.",
     )
     replay: str | None = Field(
         None,
-        description="Name of an entry that is online: the pairs that it was trained on, shuffled, in place of the "
-        "data's.",
+        description="Name of an entry that is online; the pairs that it was trained on, shuffled, take the place of "
+        "the data's.",
     )
 
     #: Whether the loss depends on how much better the winner is, by scores of both responses, which pairs then need.

@@ -16,10 +16,10 @@ class Online(Section):
 
     every: int = Field(
         ge=1,
-        description="Steps from one drawing to the next, the first of which comes after so many; as many as the "
-        "training has, or more: there is none.",
+        description="Number of steps before the first drawing of new pairs, and from one drawing to the next; with "
+        "no fewer than the training has, nothing is drawn.",
     )
     reward: JudgeSettings = Field(
-        RewardModel(), description="What orders new pairs; a learned one is trained on the pairs of the data."
+        RewardModel(), description="The judge that orders new pairs; a learned one is trained on the pairs of the data."
     )
-    temperature: float = Field(1.0, gt=0, description="Of the sampling of new responses.")
+    temperature: float = Field(1.0, gt=0, description="Temperature at which new responses are sampled.")
