@@ -8,7 +8,10 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 import yaml
+from off_policy import off_policy_job, write_inputs, write_responses
+from safetensors.torch import load_file
 
 from pipelines.jobs import entry_job, reward_model_job
 from pipelines.memory import model_settings
@@ -16,7 +19,7 @@ from pipelines.plan import make_plan
 from pipelines.train import check_numbers_of_pairs
 from prefarena.config import Comparison, Optimisation, RewardModel, dump_config, load_config, parse_config
 from prefarena.config.label_budgets import num_pairs_of
-from prefarena.data.responses import mismatch, taken_apart
+from prefarena.data.responses import mismatch, of_pairs, taken_apart
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import UserError
 from prefarena.estimate.lengths import Data, Rows
@@ -25,11 +28,13 @@ from prefarena.methods.aot import AOT
 from prefarena.methods.dpo import DPO
 from prefarena.methods.kto import KTO
 from prefarena.records import PAIRS, REFERENCED_PAIRS, REFERENCED_RESPONSES, SHARED_PAIRS, content_id
-from prefarena.stages import write_manifest
-from prefarena.training.jobs import OffPolicyJob
+from prefarena.stages import read_manifest, write_manifest
+from prefarena.training.jobs import Job, OffPolicyJob, RewardModelJob
 from prefarena.training.ranked import RankedTerm
+from prefarena.training.run_job import run_job
 from prefarena.training.terms import Pairs, PreferenceTerm, RewardModelTerm, Shares
 from prefarena.training.unpaired import UnpairedTerm
+from prefarena.training.worker import Worker
 
 NUM_PAIRS = 40
 
@@ -205,6 +210,44 @@ def test_single_responses_are_those_of_the_same_pairs(pairs: Path) -> None:
     assert sorted(found) == sorted(first["chosen_ids"].to_pylist() + first["rejected_ids"].to_pylist())
     assert len(term.plan.lengths) == 10
     assert len(UnpairedTerm(str(path), KTO(), shares, 0, pairs=str(pairs)).plan.lengths) == 2 * NUM_PAIRS
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model, its demonstrations, 48 pairs, and these taken apart."""
+    folder = write_inputs(tmp_path_factory.mktemp("inputs"))
+    write_responses(folder)
+    return folder
+
+
+def weights_of(inputs: Path, kind: str, number: int | None, folder: Path) -> dict[str, torch.Tensor]:
+    """What a method, or a reward model, that is limited to so many pairs has learned."""
+    training = Optimisation(batch_size=4, num_steps=5, warmup_steps=0)
+    job: Job = off_policy_job(inputs, folder, (DPO if kind == "dpo" else KTO)(training=training, num_pairs=number))
+    if kind == "reward model":
+        settings, pairs = RewardModel(training=training, num_pairs=number), str(inputs / "pairs")
+        job = RewardModelJob(
+            stage_dir=str(folder), name="rm", policy=str(inputs / "model"), seed=3, settings=settings, pairs=pairs,
+            test_pairs=pairs, samples=str(inputs / "demonstrations"),
+        )  # fmt: skip
+    run_job(job, Worker(job.stage_dir))
+    return load_file(folder / "model" / "model.safetensors")
+
+
+@pytest.mark.parametrize("kind", ["dpo", "kto", "reward model"])
+def test_a_training_on_some_pairs_is_that_on_a_table_of_them(inputs: Path, tmp_path: Path, kind: str) -> None:
+    """Bit for bit."""
+    few = read_rows(inputs / "pairs", first=12)
+    responses = of_pairs(read_rows(inputs / "responses"), few["id"].to_pylist())
+    for name, table, schema in (("pairs", few, REFERENCED_PAIRS), ("responses", responses, REFERENCED_RESPONSES)):
+        write_rows(table, tmp_path / name / "part.parquet", schema)
+    for name in ("model", "demonstrations"):
+        (tmp_path / name).symlink_to(inputs / name)
+    some = weights_of(inputs, kind, 12, tmp_path / "some")
+    alone = weights_of(tmp_path, kind, None, tmp_path / "alone")
+    assert some.keys() == alone.keys() and all(torch.equal(some[name], alone[name]) for name in alone)
+    if kind == "dpo":
+        assert read_manifest(tmp_path / "some")["pairs"]["num_data_labels"] == 12
 
 
 def test_an_estimate_counts_the_pairs_that_are_trained_on() -> None:

@@ -72,7 +72,7 @@ def test_nothing_is_said_beyond_the_ends() -> None:
     assert pairs_needed(NUMBERS, [0.5, 1.0], 0.2) == Needed(1000.0, at_most=True)
     assert pairs_needed(NUMBERS, [0.0, 1.0], 1.01) == Needed(None)
     assert [str(one) for one in (Needed(None), Needed(1000.0, True), Needed(3162.3))] == [
-        "not reached", "at most 1,000", "3,200",
+        "not reached", "≤ 1,000", "3,200",
     ]  # fmt: skip
 
 
@@ -87,8 +87,8 @@ def test_levels_are_what_each_method_has_with_the_most_pairs() -> None:
     need = easy.needs["dpo"]  # the mean goes from 0.5 to 2, the seeds from 0 and from 1
     assert need.mean.pairs == pytest.approx(1000 * 10 ** (1 / 3))
     assert need.seeds[0].pairs == pytest.approx(1000 * math.sqrt(10)) and need.seeds[1] == Needed(1000.0, True)
-    assert str(need) == "2,200 (at most 1,000 to 3,200)"
-    assert str(hard.needs["rlhf"]) == "not reached (not reached)"
+    assert str(need) == "2,200 (≤ 1,000 to 3,200)"
+    assert str(hard.needs["rlhf"]) == "not reached"
 
 
 def test_of_regret_less_is_better() -> None:
@@ -96,7 +96,7 @@ def test_of_regret_less_is_better() -> None:
     regret = measures(results)[1]
     found = levels(results, regret)
     assert [(one.group, one.value) for one in found] == [("rlhf", 1.0), ("dpo", 0.0)]
-    assert str(found[0].needs["dpo"]) == "2,200 (at most 1,000 to 3,200)"
+    assert str(found[0].needs["dpo"]) == "2,200 (≤ 1,000 to 3,200)"
     assert levels(results, measures(results)[2]) == []  # of KL neither is
 
 
@@ -123,7 +123,7 @@ def test_both_tables_to_the_digit() -> None:
     assert [row[1] for row in measured.rows] == ["reward", "reward", "regret", "regret", "KL", "KL"]
     assert needed is not None and needed.header == ("measure", "level", "dpo", "rlhf")
     assert needed.rows[0] == (
-        "reward", "rlhf with 10,000: 1.000", "2,200 (at most 1,000 to 3,200)", "10,000 (10,000)",
+        "reward", "rlhf with 10,000: 1.000", "2,200 (≤ 1,000 to 3,200)", "10,000",
     )  # fmt: skip
 
 
@@ -142,8 +142,8 @@ def test_the_caption_says_whether_fewer_pairs_were_fewer_steps() -> None:
 def test_the_easiest_level_is_a_finding() -> None:
     (sentence,) = label_finding(two_methods())
     assert sentence == (
-        "**Labels:** the reward that rlhf has with 10,000 labelled pairs (1.000) takes dpo about 2,200 (at most 1,000 "
-        "to 3,200)."
+        "**Labels:** the reward that rlhf has with 10,000 labelled pairs (1.000) takes dpo about 2,200 (≤ 1,000 to "
+        "3,200)."
     )
     assert sentence in findings(two_methods())
 
@@ -195,7 +195,7 @@ def test_both_pages_have_the_section(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "## Over the number of labelled pairs" in report and "## Labelled pairs for the same result" in report
     assert "labels" in drawn
     page = write_page(results, tmp_path).read_text(encoding="utf-8")
-    assert '<section id="labels"' in page and "at most 1,000 to 3,200" in page
+    assert '<section id="labels"' in page and "≤ 1,000 to 3,200" in page
     data = re.search(r'<script[^>]*id="report-data"[^>]*>(.*?)</script>', page, re.DOTALL)
     assert data is not None
     charts = json.loads(data[1])["charts"]["labels"]

@@ -48,7 +48,7 @@ class Needed(NamedTuple):
     def __str__(self) -> str:
         if self.pairs is None:
             return NOT_REACHED
-        return f"{'at most ' if self.at_most else ''}{number(two_digits(self.pairs), 0)}"
+        return f"{'≤ ' if self.at_most else ''}{number(two_digits(self.pairs), 0)}"
 
 
 class Need(NamedTuple):
@@ -58,11 +58,11 @@ class Need(NamedTuple):
     seeds: tuple[Needed, ...]
 
     def __str__(self) -> str:
-        """The means' number, and the least and the most of the seeds."""
-        if len(self.seeds) < 2:
-            return str(self.mean)
+        """The means' number, and the least and the most of the seeds where they are not all as the means."""
         ordered = sorted(self.seeds, key=lambda one: math.inf if one.pairs is None else one.pairs)
         low, high = str(ordered[0]), str(ordered[-1])
+        if {low, high} == {str(self.mean)}:
+            return str(self.mean)
         return f"{self.mean} ({low if low == high else f'{low} to {high}'})"
 
 
@@ -242,13 +242,13 @@ def needed_table(results: Results) -> Table | None:
     )
     caption = (
         "The fewest labelled pairs that reach what a method has with the most that it was given, by lines that are "
-        "straight in the logarithm of the number, at two digits. At most: the fewest that were tried do; not reached: "
-        "none of those that were tried do."
+        "straight in the logarithm of the number, at two digits. ≤: the fewest that were tried do; not reached: none "
+        "of those that were tried do."
     )
     if len(results.seeds) > 1:
         caption += (
-            " By the means over seeds; in brackets the least and the most by one seed alone, where the level is what "
-            "that method reaches with that seed."
+            " By the means over seeds; in brackets, unless all say the same, the least and the most by one seed alone, "
+            "where the level is what that method reaches with that seed."
         )
     if any(one.measure.name == "regret" for one in found):
         caption += (
