@@ -237,7 +237,8 @@ def transcripts(path: Path, number: int) -> None:
             question = f"\n\nHuman: tell me about {' '.join(rng.choices(WORDS, k=3))} number {i}\n\nAssistant:"
             chosen = f" Gladly, {' and '.join(rng.choices(WORDS, k=3))} are lovely."
             rejected = f" No, {' or '.join(rng.choices(WORDS, k=rng.randint(1, 4)))}."
-            file.write(json.dumps({"chosen": question + chosen, "rejected": question + rejected}) + "\n")
+            row = {"chosen": question + chosen, "rejected": question + rejected, "score_chosen": 4 + i % 3}
+            file.write(json.dumps({**row, "score_rejected": i % 7 / 8}) + "\n")
 
 
 def singles(path: Path, number: int) -> None:
@@ -268,6 +269,7 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
             {"name": "rlhf", "method": {**ENTRIES[4]["method"], "prompts": "all"}},  # type: ignore[dict-item]
             {"name": "best-of-3", "method": {"kind": "best_of_n", "reward": LEARNED, "n": 3}},
             {"name": "kto", "method": {"kind": "kto", "training": {**QUICK, "num_steps": 30}}},
+            {"name": "odpo", "method": {"kind": "odpo", "training": {**QUICK, "num_steps": 30}}},
         ],
         "evaluation": {"num_prompts": 8, "samples_per_prompt": 2, "frontier_samples": 8},
         "resources": {"scoring": {"num_actors": 2}},  # each evaluation is scored by two tasks
@@ -286,6 +288,10 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     assert not any("{" in note for note in results.notes)
     kto = results.entry("kto").seeds["0"]  # from other responses to other prompts
     assert kto["preference_accuracy"] - 2 * kto["preference_accuracy_stderr"] > 0.5
+    odpo = results.entry("odpo").seeds["0"]
+    assert odpo["preference_accuracy"] - 2 * odpo["preference_accuracy_stderr"] > 0.5
+    offsets = [row["preference/offset"] for row in read_log(Path(results.curves["odpo"]["0"]))]
+    assert all(np.log(3) < offset < np.log(6) for offset in offsets)  # scores of 4 to 6 against those of 0 to 1
     best = results.entry("best-of-3").seeds["0"]
     assert best["kl_bound"] == pytest.approx(np.log(3) - 2 / 3) and best["win_rate_stderr"] >= 0
     assert "kl" not in best and "preference_accuracy" not in best
@@ -297,6 +303,6 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     (run_folder,) = (path.parent for path in (tmp_path / "runs").glob("*/results.json"))
     samples = load_samples(run_folder)
     assert samples is not None and samples.num_all == 16 and samples.num_left_out == 0
-    assert all(row.answers.keys() == {"reference", "dpo", "rlhf", "best-of-3", "kto"} for row in samples.rows)
+    assert all(row.answers.keys() == {"reference", "dpo", "rlhf", "best-of-3", "kto", "odpo"} for row in samples.rows)
     assert dpo["judge_score"] == pytest.approx(np.mean([row.answers["dpo"][1] for row in samples.rows]))
     assert embedded(samples.rows[0].prompt) in (run_folder / "report.html").read_text(encoding="utf-8")
