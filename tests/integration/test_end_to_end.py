@@ -205,13 +205,19 @@ def test_trackers_show_every_training_of_a_comparison_and_its_final_numbers(
 
 
 def test_rlhf_shards_and_trains_adapters(language_run: tuple[Path, Results]) -> None:
-    """Two sharded workers, roles on one copy of the weights, a real engine that takes the merged adapters."""
+    """Two sharded workers, roles on one copy of the weights, a real engine that takes the merged adapters.
+
+    Beside PPO REINFORCE++, whose reference becomes the policy after each of three iterations.
+    """
     folder, _ = language_run
     adapters = {"lora": {"rank": 4}, "learning_rate": 1e-2, "activation_checkpointing": True}
     reward = {"kind": "learned", "training": {**QUICK, **adapters}}
     entry = {"name": "rlhf", "method": {"kind": "rlhf", "reward": reward, "training": {**PPO, **adapters}}}
     resources = {"num_workers": 2, "sharding": "fsdp"}
-    results = run({**LANGUAGE, "name": "sharded", "entries": [entry], "resources": resources}, folder)
+    training = {**PPO, **adapters, "reference_every": 1}
+    moving = {"kind": "reinforce_pp", "reward": {"kind": "gold"}, "training": training}
+    entries = [entry, {"name": "moving", "method": moving}]
+    results = run({**LANGUAGE, "name": "sharded", "entries": entries, "resources": resources}, folder)
     start, snapshot, end = results.trajectories["rlhf"]["0"]
     assert start["kl"] == 0 < snapshot["kl"] < end["kl"]
     (compared,) = results.kl_agreement["rlhf"]["0"]
@@ -220,6 +226,12 @@ def test_rlhf_shards_and_trains_adapters(language_run: tuple[Path, Results]) -> 
     assert read_manifest(stage)["weights_verified"]["share_of_parameters"] > 0.9
     assert max(row["logp_gap/max"] for row in rows_of(stage)) < 1e-3
     assert len(list((folder / "runs" / "stages").glob("reference-*"))) == 1  # workers are not in its address
+    rows = read_log(Path(results.curves["moving"]["0"]))
+    assert len(rows) == 3 and all(row["kl_moving/k1"] == 0 for row in rows)  # it is the policy at each start
+    assert not any(name.startswith("kl/k") for row in rows for name in row)
+    assert all(row["kl"] > 0 for row in results.trajectories["moving"]["0"][1:])  # against the original one
+    assert "moving" not in results.kl_agreement
+    assert any(note.startswith("moving: the KL penalty is against a reference that moves") for note in results.notes)
 
 
 def rows_of(stage: Path) -> list[dict]:
