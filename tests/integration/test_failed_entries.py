@@ -22,7 +22,6 @@ from prefarena.errors import JudgeError
 from prefarena.generation.interface import GeneratorLostError
 from prefarena.report.results import load_results
 from prefarena.stages import failure_of, is_settled
-from prefarena.training.on_policy import train_on_policy
 from prefarena.training.run_job import run_job
 from prefarena.training.worker import Worker
 
@@ -166,17 +165,10 @@ def test_a_job_that_cannot_go_on_fails_with_its_reason(
 
     training = GRPOTraining(num_iterations=2, rollouts_per_iteration=16, group_size=4)
     job = make_job(tmp_path, tiny_policy, training)
-    from prefarena.training import run_job as module
-
-    def contents(job, worker):  # type: ignore[no-untyped-def]
-        return train_on_policy(job, worker, LocalGenerator(tiny_policy), Raises())
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "_contents", contents)
-        run_job(job, Worker(job.stage_dir))
-        assert reason in str(failure_of(job.stage_dir))
-        other = replace(job, stage_dir=str(tmp_path / "bug"))
-        error = KeyError("a bug")
-        with pytest.raises(KeyError):
-            run_job(other, Worker(other.stage_dir))
-        assert failure_of(other.stage_dir) is None
+    run_job(job, Worker(job.stage_dir), LocalGenerator(tiny_policy), Raises())
+    assert reason in str(failure_of(job.stage_dir))
+    other = replace(job, stage_dir=str(tmp_path / "bug"))
+    error = KeyError("a bug")
+    with pytest.raises(KeyError):
+        run_job(other, Worker(other.stage_dir), LocalGenerator(tiny_policy), Raises())
+    assert failure_of(other.stage_dir) is None

@@ -110,3 +110,9 @@ def test_no_module_asks_the_machine_for_a_gpu(path: Path) -> None:
     }
     # Weights that go from GPU to GPU are sent by a thread, which is to be on its process's own.
     assert not found & asks or path == PACKAGE / "generation" / "transfer.py"
+
+
+def test_modules_of_tests_have_names_of_their_own() -> None:
+    """Tests import each other by name, wherever they are, so pytest takes two of one name for the same module."""
+    names = [path.name for path in (ROOT / "tests").rglob("*.py") if path.name not in ("__init__.py", "conftest.py")]
+    assert len(names) == len(set(names)), sorted(name for name in names if names.count(name) > 1)

@@ -43,7 +43,7 @@ from prefarena.training.worker import Worker
 def run_job(job: Job, worker: Worker, source: RolloutSource | None = None, judge: Judge | None = None) -> None:
     """Run `job` to its manifest, or to its failure. Every worker of the group calls this; rank 0 writes.
 
-    source, judge: in place of the generators and the reward that a job which draws pairs names.
+    source, judge: in place of the generators and the reward that a job names whose policy responds while it learns.
 
     Raises StorageFullError where there is no room for what it writes; its last checkpoint is whole then. Raises
     GeneratorLostError, and leaves the stage as it is, where new generation actors may help.
@@ -94,7 +94,7 @@ def _contents(job: Job, worker: Worker, source: RolloutSource | None, judge: Jud
         case OnPolicyJob():
             from prefarena.training.on_policy import train_on_policy
 
-            return train_on_policy(job, worker)
+            return train_on_policy(job, worker, source, judge)
         case _:
             raise TypeError(f"no loop for {type(job).__name__}")
 

@@ -15,6 +15,7 @@ import yaml
 from test_end_to_end import LANGUAGE, QUICK
 
 from pipelines.cli import main
+from prefarena.config import load_config
 from prefarena.report.comparison import load_results
 from prefarena.report.tuning_results import TuningResults, load_tuning
 
@@ -33,23 +34,21 @@ def config(folder: Path, entries: list[dict], **tuning: object) -> str:
     return str(path)
 
 
-def test_the_winner_of_the_trials_is_compared_on_a_language_that_they_did_not_see(
-    ray_session: None, tmp_path: Path
-) -> None:
-    path = config(tmp_path, ENTRIES[:1], num_trials=2, seeds=[100], kl_limit=2.0)
-    assert main(["tune", path]) == 0
+def test_trials_are_stages_and_the_best_of_them_is_chosen(ray_session: None, tmp_path: Path) -> None:
+    assert main(["tune", config(tmp_path, ENTRIES[:1], num_trials=2, seeds=[100], kl_limit=2.0), "--only-trials"]) == 0
     (record,) = (tmp_path / "runs").glob("mini-tuning-*/tuning.json")
     found = load_tuning(record)
     assert [trial.state for trial in found.trials] == ["complete", "complete"]
     assert found.entries[0].best == max((0, 1), key=lambda number: found.trials[number].value or 0.0)
-    (report,) = (tmp_path / "runs").glob("*/results.json")
-    result = load_results(report.parent)
-    assert result.results.tuning == found
-    method = result.results.entry("dpo").settings
-    assert method["beta"] == found.entries[0].settings["beta"]
-    assert any("2 trials" in sentence for sentence in result.findings)
-    trained = {stage.name for stage in (tmp_path / "runs" / "stages").glob("dpo-*")}
-    assert {name.rsplit("-", 1)[0] for name in trained} == {"dpo-dpo-t0-s100", "dpo-dpo-t1-s100", "dpo-dpo-s0"}
+    winner = load_config(record.with_name("tuned.yaml"))
+    assert winner.tuned == str(record)
+    assert getattr(winner.entries[0].method, "beta", None) == found.entries[0].settings["beta"]
+    assert trained(tmp_path) == {"dpo-dpo-t0-s100", "dpo-dpo-t1-s100"}
+
+
+def trained(folder: Path) -> set[str]:
+    """The trainings of DPO that there are, without their hashes."""
+    return {stage.name.rsplit("-", 1)[0] for stage in (folder / "runs" / "stages").glob("dpo-*")}
 
 
 def tuned(path: str, log: Path, *, kill_after: int | None = None) -> TuningResults | None:
@@ -97,3 +96,14 @@ def without_seconds(results: TuningResults) -> dict:
     for part in [*tree["trials"], *tree["entries"]]:
         del part["device_seconds"]
     return tree
+
+
+@pytest.mark.long
+def test_the_winner_is_compared_on_a_language_that_no_trial_saw(ray_session: None, tmp_path: Path) -> None:
+    assert main(["tune", config(tmp_path, ENTRIES[:1], num_trials=2, seeds=[100], kl_limit=2.0)]) == 0
+    (record,) = (tmp_path / "runs").glob("mini-tuning-*/tuning.json")
+    (report,) = (tmp_path / "runs").glob("*/results.json")
+    result = load_results(report.parent)
+    assert result.results.tuning == load_tuning(record)
+    assert any("2 trials" in sentence for sentence in result.findings)
+    assert trained(tmp_path) == {"dpo-dpo-t0-s100", "dpo-dpo-t1-s100", "dpo-dpo-s0"}
