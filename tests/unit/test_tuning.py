@@ -24,6 +24,7 @@ from prefarena.config import (
     OnPolicyMethod,
     Section,
     TextTask,
+    dump_config,
     load_config,
     parse_config,
 )
@@ -40,6 +41,7 @@ from prefarena.settings.search import OneOf, Space, Span, around
 from prefarena.tuning.ranking import Measured, Outcome, best_of, going_on, mean_value, value_of
 from prefarena.tuning.study import Sampling, Study
 
+ROOT = Path(__file__).parents[2]
 SPACE: Space = {"beta": around(1.0, 10), "training.num_epochs": OneOf(values=(1, 2, 4))}
 
 
@@ -322,3 +324,14 @@ def test_the_winners_settings_are_what_is_compared(tmp_path: Path) -> None:
     assert winners.seeds == config.seeds
     assert winners.tuned == str(tmp_path / "tuning.json")
     assert results.entries[0].method == winners.entries[0].method.model_dump(mode="json")
+
+
+@pytest.mark.parametrize("path", [None, *sorted((ROOT / "pipelines" / "configs").glob("*.yaml"))], ids=str)
+def test_a_config_with_every_default_written_out_finds_the_same_stages(path: Path | None, tmp_path: Path) -> None:
+    """As tuned.yaml and a run's config.yaml are: the winners' comparison shares the reference of the trials."""
+    config = load_config(path)
+    written = tmp_path / "written.yaml"
+    written.write_text(dump_config(config), encoding="utf-8")
+    again = load_config(written)
+    folders, found = ([stage.folder for stage in all_stages(make_plan(one))] for one in (config, again))
+    assert found == folders
