@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ import numpy as np
 from prefarena.generation.interface import Sampling
 from prefarena.mirror import bring, push, remove_file
 from prefarena.records import Rollout, content_id
-from prefarena.stages import is_finished, read_manifest
+from prefarena.stages import is_finished, read_manifest, whole_file
 
 PART_ROLLOUTS = 256
 Draw = Callable[[list[list[int]], Sampling], list[Rollout]]
@@ -159,10 +158,8 @@ def _read_values(path: Path) -> np.ndarray | None:
 def _write_values(path: Path, values: np.ndarray) -> None:
     """A reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    with temporary.open("wb") as file:
+    with whole_file(path) as temporary, temporary.open("wb") as file:
         np.save(file, values)
-    os.replace(temporary, path)
     push(path)
 
 
@@ -177,8 +174,6 @@ def _read(path: Path) -> list[Rollout] | None:
 def _write(path: Path, rollouts: list[Rollout]) -> None:
     """A reader sees the whole file or none."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{os.getpid()}-{path.name}")
-    with gzip.open(temporary, "wt", encoding="utf-8") as file:
+    with whole_file(path) as temporary, gzip.open(temporary, "wt", encoding="utf-8") as file:
         json.dump([vars(rollout) for rollout in rollouts], file)
-    os.replace(temporary, path)
     push(path)

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import shutil
 import time
 import zipfile
@@ -40,7 +39,7 @@ from prefarena.modeling.arithmetic import Arithmetic, in_weights, named, product
 from prefarena.modeling.load import load_policy, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import PAIRS, REFERENCED_PAIRS, conformed
-from prefarena.stages import costs_of, write_manifest
+from prefarena.stages import costs_of, whole_file, write_manifest
 
 SPLITS = TRAIN, TEST = ("train_pairs", "test_pairs")
 PART_ROWS = 1024
@@ -231,9 +230,8 @@ def write_scores(part: Part, scores: Scores) -> None:
     """Write a part's scores so that a reader sees all of them or none."""
     path = Path(part.scores)
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{os.getpid()}.npz")
-    np.savez(temporary, **vars(scores))
-    os.replace(temporary, path)
+    with whole_file(path) as temporary:
+        np.savez(temporary, **vars(scores))
     push(path)
 
 

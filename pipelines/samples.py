@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +18,7 @@ from prefarena.mirror import bring
 from prefarena.records import ALL_SAMPLES, SAMPLES, Rollout
 from prefarena.report.samples import SAMPLES_FILE
 from prefarena.stage_files import GAMES
-from prefarena.stages import Stage
+from prefarena.stages import Stage, whole_file
 
 
 def write_samples(
@@ -42,16 +42,15 @@ def gather_samples(plans: list[SeedPlan], folder: Path) -> None:
     Nothing is written where no evaluation has any: on the language, and where an earlier version evaluated.
     """
     target = folder / SAMPLES_FILE
-    temporary = target.with_name(f".{SAMPLES_FILE}.{os.getpid()}")
-    writer = None
-    for policy, seed, table in _tables(plans):
-        writer = writer or pq.ParquetWriter(temporary, ALL_SAMPLES, compression="zstd")
-        named = {"policy": pa.repeat(policy, len(table)), "seed": pa.repeat(seed, len(table))}
-        columns = named | {name: table[name] for name in SAMPLES.names}
-        writer.write_table(pa.table(columns).cast(ALL_SAMPLES))
-    if writer is not None:
-        writer.close()
-        os.replace(temporary, target)
+    tables = _tables(plans)
+    first = next(tables, None)
+    if first is None:
+        return
+    with whole_file(target) as temporary, pq.ParquetWriter(temporary, ALL_SAMPLES, compression="zstd") as writer:
+        for policy, seed, table in chain([first], tables):
+            named = {"policy": pa.repeat(policy, len(table)), "seed": pa.repeat(seed, len(table))}
+            columns = named | {name: table[name] for name in SAMPLES.names}
+            writer.write_table(pa.table(columns).cast(ALL_SAMPLES))
 
 
 def _tables(plans: list[SeedPlan]) -> Iterator[tuple[str, int, pa.Table]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import html
 import importlib.util
 import json
-import os
 import re
 from importlib import resources
 from pathlib import Path
@@ -41,6 +40,7 @@ from prefarena.report.tables import Table, cost_table, main_table, win_table
 from prefarena.report.trajectories import agreement_summary, agreement_table, on_policy, summary_table, trajectory_table
 from prefarena.report.tuning import tuning_text
 from prefarena.report.tuning_tables import budget_table, chosen_table, trial_tables
+from prefarena.stages import write_text
 
 PAGE_FILE = "report.html"
 _SCRIPTS = ("legend.js", "charts.js", "tables.js", "samples.js", "main.js")
@@ -84,10 +84,8 @@ def write_page(results: Results, folder: str | Path) -> Path:
         "script": "\n".join(_asset(name) for name in _SCRIPTS),
     }
     page = target / PAGE_FILE
-    temporary = page.with_name(f".{PAGE_FILE}.{os.getpid()}")
     text = re.sub(r"\{\{(\w+)\}\}", lambda match: parts[match[1]], _asset("report.html"))
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, page)
+    write_text(page, text)
     return page
 
 

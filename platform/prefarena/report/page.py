@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +33,7 @@ from prefarena.report.trajectories import (
 )
 from prefarena.report.tuning import expected_best_text, tuning_text
 from prefarena.report.tuning_tables import budget_table, chosen_table
+from prefarena.stages import write_text
 
 _WIDEST_WIN_MATRIX = 12
 
@@ -67,9 +67,7 @@ def write_report(results: Results, folder: str | Path) -> Path:
         _reproduce(results),
     ]
     page = target / "report.md"
-    temporary = page.with_name(f".report.md.{os.getpid()}")
-    temporary.write_text("\n".join(section for section in sections if section), encoding="utf-8")
-    os.replace(temporary, page)
+    write_text(page, "\n".join(section for section in sections if section))
     return page
 
 

@@ -8,7 +8,6 @@ buys no label twice. With `every` as large as the number of steps nothing is dra
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -29,6 +28,7 @@ from prefarena.records import ONLINE_PAIRS, REFERENCED_PAIRS, conformed
 from prefarena.settings.judges import is_model
 from prefarena.settings.off_policy import Pairwise
 from prefarena.stage_files import DRAWN_PAIRS
+from prefarena.stages import whole_file
 from prefarena.training.drawing import PairDrawer
 from prefarena.training.jobs import OffPolicyJob
 from prefarena.training.learner import Learner
@@ -127,11 +127,10 @@ class OnlineTerm(PreferenceTerm):
         if self._worker.rank == 0:
             self._worker.stage_log.check_current()
             path = self._path(step)
-            partial = path.with_name(f".{path.name}.{os.getpid()}")
 
             def write() -> None:
-                write_rows(table, partial, ONLINE_PAIRS)
-                os.replace(partial, path)
+                with whole_file(path) as temporary:
+                    write_rows(table, temporary, ONLINE_PAIRS)
 
             with full_disk_named(f"{self._worker.stage_dir.name}: drawn pairs", self._folder):
                 retried(write, self._worker.storage_retry_s, str(path))
