@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
+
 from pipelines.console import new_console
 from prefarena.cluster.session import listen_on_loopback
 from prefarena.config import Comparison, load_config, parse_config
@@ -68,13 +70,11 @@ def run_tuning(
 
     Returns the folder of the winners' comparison; with `only_trials` that of tuning.json and tuned.yaml.
     """
-    _quieten()
+    console = _started(quiet)
     from pipelines.compare import compare as run_stages
     from pipelines.tune import TUNED
     from pipelines.tune import tune as run_trials
 
-    console = new_console(quiet)
-    console.print("looking at the settings, the data and the models …")
     folder = run_trials(config, console, retry_failed=retry_failed)
     if only_trials:
         return folder
@@ -83,18 +83,19 @@ def run_tuning(
 
 def run(config: Comparison, last: str, *, retry_failed: bool = False, quiet: bool = False) -> Path:
     """Run a comparison up to and including the step `last`, and print how it goes. Returns the run folder."""
-    _quieten()
+    console = _started(quiet)
     from pipelines.compare import compare as run_stages
 
-    console = new_console(quiet)
-    console.print("looking at the settings, the data and the models …")
     return run_stages(config, console, last, retry_failed=retry_failed)
 
 
-def _quieten() -> None:
-    """What libraries would print beside our own progress, and what has to be settled before anything imports Ray."""
+def _started(quiet: bool) -> Console:
+    """The console, once it is settled what libraries may print, and where Ray listens, before anything imports it."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     listen_on_loopback()
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+    console = new_console(quiet)
+    console.print("looking at the settings, the data and the models …")
+    return console

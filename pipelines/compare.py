@@ -11,15 +11,14 @@ from pipelines.checks import check_input
 from pipelines.claims import only_once
 from pipelines.evaluate import evaluate
 from pipelines.jobs import max_length
-from pipelines.memory import check_memory
 from pipelines.pair_scores import check_pair_scores
 from pipelines.plan import SeedPlan, make_plan
 from pipelines.prepare import prepare
 from pipelines.report import report, run_folder
+from pipelines.session import checked_session
 from pipelines.tracking import Trackers, tracking
 from pipelines.train import train
-from prefarena.cluster.capacity import check_placement, cluster_nodes
-from prefarena.cluster.session import check_resources, ray_session, requested
+from prefarena.cluster.session import requested
 from prefarena.config import Comparison, OnPolicyMethod
 from prefarena.mirror import shown
 from prefarena.report.tables import main_table
@@ -54,11 +53,7 @@ def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: 
     wanted = STEPS[: STEPS.index(last) + 1]
     if any(not stage.finished for stage in needed_stages(plans)):
         console.print("starting or joining Ray …")
-        with ray_session() as available:
-            if not config.resources.autoscaled:
-                check_resources(config, available)
-                check_placement(config, cluster_nodes())
-                check_memory(config, plans)
+        with checked_session(config, plans):
             for step, work in zip(STEPS, (prepare, train, evaluate), strict=False):
                 if step in wanted:
                     work(config, plans, console)

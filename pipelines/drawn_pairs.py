@@ -57,7 +57,7 @@ def make_drawn_pairs(config: Comparison, plans: list[SeedPlan], console: Console
     settle(console, drawn, partial(_draw, config, console))
     said: set[Path] = set()
     for plan in plans:
-        stage = plan.undivided or plan.pairs
+        stage = plan.made_pairs
         if not isinstance(plan.task, TextTask) or stage == plan.data:
             continue
         make, waiting_for = partial(_keep_covered, plan, plan.task), "pairs of the covered prompts"
@@ -125,7 +125,7 @@ def _label(config: Comparison, plan: SeedPlan, task: TextTask, pairs: DrawnPairs
     started = time.perf_counter()
     samples, all_prompts = read_rows(plan.drawn.folder / _SAMPLES), read_rows(plan.data.folder / "prompts")
     prompts = answered(samples, all_prompts, task.covered_share, pairs)
-    kept = root_of(config.output, config.resources.cache_dir) / "rollouts" / (plan.undivided or plan.pairs).key
+    kept = root_of(config.output, config.resources.cache_dir) / "rollouts" / plan.made_pairs.key
     contests, costs = _judge_all(config, plan, pairs, prompts, kept)
     tables, counts = make_pairs(prompts, contests, pairs)
     for split, table in tables.items():

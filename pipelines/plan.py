@@ -122,6 +122,11 @@ class SeedPlan:
         return (self.data if isinstance(self.task, LanguageTask) else self.pairs).folder
 
     @property
+    def made_pairs(self) -> Stage:
+        """Pairs as the data or a policy gave them."""
+        return self.undivided or self.pairs
+
+    @property
     def singles(self) -> Path | None:
         """Where single responses are, if the task has rows of such; none: they are pairs, taken apart."""
         if not isinstance(self.task, TextTask) or self.task.unpaired_data is None:

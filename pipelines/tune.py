@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
@@ -17,16 +16,16 @@ from rich.markup import escape
 from pipelines.checks import check_input
 from pipelines.claims import only_once
 from pipelines.evaluate import evaluate
-from pipelines.memory import check_memory
-from pipelines.plan import make_plan
+from pipelines.plan import SeedPlan, make_plan
 from pipelines.prepare import prepare
+from pipelines.session import checked_session
 from pipelines.tracking import tracking
 from pipelines.train import train
 from pipelines.trials import Found, Proposal, described, read, selection, spaces_of
-from prefarena.cluster.capacity import check_placement, cluster_nodes
-from prefarena.cluster.session import check_resources, ray_session
-from prefarena.config import Comparison, Entry, dump_config
+from prefarena.config import Comparison, Entry, Method, dump_config
+from prefarena.config.changed import with_settings
 from prefarena.mirror import push, root_of, shown
+from prefarena.report.tuning import shown_settings
 from prefarena.report.tuning_results import FILE, TrialResult, TunedEntry, TuningResults, save_tuning
 from prefarena.settings.search import Space, Value
 from prefarena.stages import Stage, forget_failure, write_text
@@ -60,7 +59,8 @@ def tune(config: Comparison, console: Console, *, retry_failed: bool = False) ->
     spaces = spaces_of(config)
     whole = selection(config, config.entries, config.tuning.seeds)
     check_input(whole)
-    folder = tuning_folder(config)
+    plans = make_plan(whole)
+    folder = tuning_folder(config, plans)
     with only_once(f"{config.name} (tuning)", folder):
         folder.mkdir(parents=True, exist_ok=True)
         sampling = Sampling(config.tuning.sampler, config.tuning.seed, config.tuning.batch_size)
@@ -70,11 +70,7 @@ def tune(config: Comparison, console: Console, *, retry_failed: bool = False) ->
             if entry.name in spaces
         ]
         _say_start(config, spaces, console)
-        with ray_session() as available:
-            if not config.resources.autoscaled:
-                check_resources(whole, available)
-                check_placement(whole, cluster_nodes())
-                check_memory(whole, make_plan(whole))
+        with checked_session(whole, plans):
             while batch := _ask(config, tuned):
                 _run_batch(config, tuned, batch, folder, console, retry_failed)
                 save_tuning(results_of(config, tuned), folder)
@@ -84,9 +80,11 @@ def tune(config: Comparison, console: Console, *, retry_failed: bool = False) ->
     return folder
 
 
-def tuning_folder(config: Comparison) -> Path:
-    """Where tuning.json and tuned.yaml go: named by the configuration and the data, as a run folder is."""
-    plans = make_plan(selection(config, config.entries, config.tuning.seeds))
+def tuning_folder(config: Comparison, plans: list[SeedPlan]) -> Path:
+    """Where tuning.json and tuned.yaml go: named by the configuration and the data, as a run folder is.
+
+    plans: of the selection.
+    """
     said = dump_config(config, without={"tracking"})
     key = Stage.at("", "tuning", config.name, [said, [plan.logps.key for plan in plans]]).key
     return root_of(config.output, config.resources.cache_dir) / f"{config.name}-tuning-{key[-12:-4]}"
@@ -183,23 +181,7 @@ def _outcome(proposal: Proposal, found: dict[int, Found], went_on: bool, kl_limi
 
 def results_of(config: Comparison, tuned: Sequence[Tuned]) -> TuningResults:
     """All trials so far, and each entry's best."""
-    tuning, trials, entries = config.tuning, list[TrialResult](), list[TunedEntry]()
-    for one in tuned:
-        for number, outcome in enumerate(one.outcomes):
-            trials.append(_trial(one.entry, number, outcome))
-        best = best_of(one.outcomes)
-        entries.append(
-            TunedEntry(
-                name=one.entry.name,
-                kind=one.entry.method.kind,
-                group=one.entry.group,
-                num_trials=len(one.outcomes),
-                device_seconds=one.device_seconds,
-                best=best,
-                settings=dict(one.outcomes[best].settings) if best is not None else {},
-                method=_winner(one, best),
-            )
-        )
+    tuning = config.tuning
     return TuningResults(
         name=config.name,
         criterion=f"the reward gained over the reference, among trials with a KL of at most {tuning.kl_limit:g} nats",
@@ -211,16 +193,30 @@ def results_of(config: Comparison, tuned: Sequence[Tuned]) -> TuningResults:
         batch_size=tuning.batch_size,
         sampler=tuning.sampler,
         device_seconds=tuning.device_seconds,
-        trials=trials,
-        entries=entries,
+        trials=[_trial(one.entry, number, outcome) for one in tuned for number, outcome in enumerate(one.outcomes)],
+        entries=[_tuned_entry(one) for one in tuned],
     )
 
 
-def _winner(one: Tuned, best: int | None) -> dict[str, Any]:
-    """All settings of the method of the best trial; none where all failed."""
-    if best is None:
-        return {}
-    return Proposal(one.entry, best, one.outcomes[best].settings).as_entry().method.model_dump(mode="json")
+def _tuned_entry(one: Tuned) -> TunedEntry:
+    """Its budget and what won; no settings where all trials failed."""
+    best = best_of(one.outcomes)
+    won: Mapping[str, Value] = {} if best is None else one.outcomes[best].settings
+    return TunedEntry(
+        name=one.entry.name,
+        kind=one.entry.method.kind,
+        group=one.entry.group,
+        num_trials=len(one.outcomes),
+        device_seconds=one.device_seconds,
+        best=best,
+        settings=dict(won),
+        method={} if best is None else _winning(one.entry, won).model_dump(mode="json"),
+    )
+
+
+def _winning(entry: Entry, settings: Mapping[str, Value]) -> Method:
+    """An entry's method with the settings that won."""
+    return with_settings(entry.method, settings, f"entry {entry.name!r}")
 
 
 def _trial(entry: Entry, number: int, outcome: Outcome) -> TrialResult:
@@ -250,13 +246,11 @@ def save_winners(config: Comparison, tuned: Sequence[Tuned], folder: Path) -> Tu
 
 def with_winners(config: Comparison, results: TuningResults) -> Comparison:
     """The comparison with the settings that won."""
-    won = {entry.name: entry for entry in results.entries if entry.best is not None}
-    entries = []
-    for entry in config.entries:
-        if entry.name in won:
-            tried = Proposal(entry, won[entry.name].best or 0, won[entry.name].settings).as_entry()
-            entry = entry.model_copy(update={"method": tried.method})
-        entries.append(entry)
+    won = {entry.name: entry.settings for entry in results.entries if entry.best is not None}
+    entries = [
+        entry.model_copy(update={"method": _winning(entry, won[entry.name])}) if entry.name in won else entry
+        for entry in config.entries
+    ]
     return config.model_copy(update={"entries": tuple(entries)})
 
 
@@ -285,18 +279,13 @@ def _say_best(config: Comparison, one: Tuned, console: Console) -> None:
         console.print(f"{start}, all of which failed: {escape(str(one.outcomes[-1].reason))}")
         return
     outcome = one.outcomes[best]
-    console.print(f"{start}, best t{best}: {outcome.value:.3f} ({escape(_said(outcome.settings))})")
+    console.print(f"{start}, best t{best}: {outcome.value:.3f} ({escape(shown_settings(outcome.settings, 4))})")
 
 
 def _say_winners(results: TuningResults, folder: Path, console: Console) -> None:
     for entry in results.entries:
         states = [trial.state for trial in results.of(entry.name)]
         counts = ", ".join(f"{states.count(state)} {state}" for state in ("complete", "stopped", "failed"))
-        won = f"t{entry.best}: {_said(entry.settings)}" if entry.best is not None else "all trials failed"
+        won = f"t{entry.best}: {shown_settings(entry.settings, 4)}" if entry.best is not None else "all trials failed"
         console.print(f"{entry.name} ({counts}; {entry.device_seconds:.0f} device-seconds): {won}", markup=False)
     console.print(f"all trials: {shown(folder / FILE)}; the winners: {shown(folder / TUNED)}", markup=False)
-
-
-def _said(settings: Mapping[str, Value]) -> str:
-    said = {name: f"{value:.4g}" if isinstance(value, float) else str(value) for name, value in settings.items()}
-    return ", ".join(f"{name} {value}" for name, value in said.items())

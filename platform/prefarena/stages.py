@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from prefarena import mirror
-from prefarena.stage_files import FAILURE, MANIFEST
+from prefarena.stage_files import FAILURE, MANIFEST, ROW
 
 #: Raise when the meaning of stored results changes: older stages are then not reused.
 FORMAT_VERSION = 4
@@ -62,6 +62,12 @@ class Stage:
 
     def manifest(self) -> dict[str, Any]:
         return read_manifest(self.folder)
+
+    def row(self) -> dict[str, float]:
+        """What an evaluation measured, or a comparison by pairs."""
+        mirror.bring(self.folder / ROW)
+        row: dict[str, float] = json.loads((self.folder / ROW).read_text(encoding="utf-8"))
+        return row
 
     def begin(self) -> Path:
         """An empty folder to work in: leftovers of an interrupted attempt are removed."""

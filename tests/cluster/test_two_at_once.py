@@ -83,7 +83,7 @@ def test_a_failed_method_is_marked_and_the_others_go_on(both: Both) -> None:
 
 def test_a_second_run_leaves_a_failed_method_alone_and_says_so(both: Both, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = both[0]
-    monkeypatch.setattr("pipelines.compare.ray_session", None)  # nothing is to do, so Ray is not asked for
+    monkeypatch.setattr("pipelines.compare.checked_session", None)  # nothing is to do, so Ray is not asked for
     console = Console(record=True, width=1000, file=(Path(settings.output) / "again.txt").open("w"))
     compare(settings, console)
     text = console.export_text()

@@ -8,7 +8,8 @@ from pathlib import Path
 import numpy as np
 
 from prefarena.report.results import Results
-from prefarena.report.tuning_results import TrialResult, TunedEntry, TuningResults, Value, save_tuning
+from prefarena.report.tuning_results import TrialResult, TunedEntry, TuningResults, save_tuning
+from prefarena.settings.search import Value
 
 KL_LIMIT = 5.0
 SEEDS = ["1000", "1001"]

@@ -24,7 +24,7 @@ from tiny import EOS, save_tiny_policy
 from pipelines.jobs import judge_spec
 from pipelines.judge_notes import judge_notes
 from pipelines.plan import make_plan
-from pipelines.report import _entry_row, _row
+from pipelines.report import _entry_row
 from pipelines.sampled import score_samples
 from pipelines.sampled_values import SampledJob
 from prefarena import mirror
@@ -320,7 +320,7 @@ def test_an_evaluation_and_its_report_say_who_was_silent_and_what_was_paid(
         assert (row["num_judged"], row["num_silent"], row["num_silent_rewards"]) == (9, 1, 2), trained
     row = _entry_row(plan, plan.trained[0])
     assert row["win_rate"] == 0.5 and row["num_silent"] == 1
-    rows = {stage: _row(stage) for stage in (plan.evaluation, plan.trained[0].evaluation)}
+    rows = {stage: stage.row() for stage in (plan.evaluation, plan.trained[0].evaluation)}
     notes = list(judge_notes(config, [plan], rows, {}))
     assert any("no readable score: 1 of 10 of the reference, 1 of 10 of best." in note for note in notes), notes
     assert any("best: 2 samples got no readable reward" in note for note in notes), notes

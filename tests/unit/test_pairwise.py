@@ -15,7 +15,7 @@ from tiny import EOS, save_tiny_policy
 from pipelines.evaluate import sampled_job
 from pipelines.judge_notes import judge_notes
 from pipelines.plan import make_plan
-from pipelines.report import _entry_row, _row, _win_matrix
+from pipelines.report import _entry_row, _win_matrix
 from pipelines.sampled import score_samples
 from pipelines.samples import gather_samples
 from pipelines.wins import (
@@ -139,7 +139,7 @@ def test_a_stage_of_wins_pays_once(server: Server, policy: str, tmp_path: Path) 
         compare_pairs(WinsJob(spec, own, reference, stage.begin()))
         costs = read_manifest(stage.folder)["costs"]
         assert (costs["num_judge_calls"], costs["num_judge_calls_reused"]) == (paid, 6 - paid)
-        row = _row(stage)
+        row = stage.row()
         assert row["win_rate"] == pytest.approx((0.5 + 1 + 0.5) / 3) and row["position_bias"] == 0
         json.dumps(row, allow_nan=False)
     write_responses(reference, [Rollout([1, 9], [6, EOS], [], True, "0")])
@@ -200,7 +200,7 @@ def test_the_stages_of_a_pairwise_comparison_without_ray(server: Server, policy:
         job = replace(job, policy=policy, reward=function)  # with a reward no policy is loaded
         pairs = zip(PROMPTS, responses, strict=True)
         score_samples([Rollout(prompt, ids, [0.0], True, "0") for prompt, ids in pairs], job, config.evaluation, 0.0)
-        assert "judge_score" not in _row(stage) and stage.finished
+        assert "judge_score" not in stage.row() and stage.finished
         assert pq.read_table(stage.folder / "samples.parquet")["score"].null_count == len(PROMPTS)
     wins = wins_job(config, plan, trained, trained.wins.begin())
     assert wins.judge.calls == str(tmp_path / "runs" / "judge_calls")
@@ -213,7 +213,7 @@ def test_the_stages_of_a_pairwise_comparison_without_ray(server: Server, policy:
     assert gathered["score"] == [None] * 4 + [1.0, 0.0, 1.0, 0.5]  # what each response counts against the reference's
     matrix = _win_matrix(config, [plan])
     assert matrix.rows == ["reference", "best"] and matrix.win_rate[1][0] == pytest.approx(2 / 3)
-    rows = {stage: _row(stage) for stage in (plan.evaluation, trained.evaluation, trained.wins)}
+    rows = {stage: stage.row() for stage in (plan.evaluation, trained.evaluation, trained.wins)}
     notes = " ".join(judge_notes(config, [plan], rows, {}))
     assert "best against the reference: 4 pairs with a verdict, 0 without, left out; 1 of equal texts" in notes
     assert "position bias +0.000" in notes and "answered 6 requests" in notes

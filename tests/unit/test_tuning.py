@@ -215,7 +215,8 @@ def test_a_space_of_the_users_takes_the_place_of_the_methods() -> None:
 def test_how_a_comparison_is_tuned_is_no_part_of_its_address() -> None:
     plain, tuned = config_of(), config_of({"num_trials": 3, "kl_limit": 1})
     assert run_folder(plain, make_plan(plain)) == run_folder(tuned, make_plan(tuned))
-    assert tuning_folder(plain) != tuning_folder(tuned)
+    plans = make_plan(selection(plain, plain.entries, plain.tuning.seeds))
+    assert tuning_folder(plain, plans) != tuning_folder(tuned, plans)
 
 
 # ------------------------------------------------------------------------------------- what selection gets to see

@@ -16,7 +16,7 @@ from prefarena.report.results import Results
 from prefarena.report.significance import holm
 from prefarena.report.tables import MISSING, Table, number
 from prefarena.report.tuning import TunedCurve, shown_value, tuned_curves
-from prefarena.report.tuning_results import Value
+from prefarena.settings.search import Value
 
 _FEWEST = 6  # trials: two in each third
 _NUM_DEALS = 2000

@@ -8,6 +8,7 @@ and at most as much as the winner, since it could not have won.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,7 +16,8 @@ import numpy as np
 from prefarena.report.expected_best import ExpectedBest, best_so_far, expected_best_with_interval
 from prefarena.report.results import Aggregate, EntryResult, Results, mean_and_error
 from prefarena.report.tables import number
-from prefarena.report.tuning_results import TrialResult, TunedEntry, TuningResults, Value
+from prefarena.report.tuning_results import TrialResult, TunedEntry, TuningResults
+from prefarena.settings.search import Value
 
 REFERENCE = 0.0
 
@@ -108,9 +110,9 @@ def shown_value(value: Any, digits: int = 3) -> str:
     return f"{value:.{digits}g}" if isinstance(value, float) else str(value)
 
 
-def shown_settings(settings: dict[str, Value]) -> str:
+def shown_settings(settings: Mapping[str, Value], digits: int = 3) -> str:
     """`beta 0.1, training.learning_rate 0.001`."""
-    return ", ".join(f"{name} {shown_value(value)}" for name, value in settings.items())
+    return ", ".join(f"{name} {shown_value(value, digits)}" for name, value in settings.items())
 
 
 # ------------------------------------------------------------------------------------------------ sentences

@@ -13,10 +13,10 @@ from pydantic import Field, ValidationError, model_validator
 
 from prefarena.errors import UserError
 from prefarena.report.part import Part
+from prefarena.settings.search import Value
 from prefarena.stages import write_json
 
 FILE = "tuning.json"
-Value = float | int | str | bool
 
 
 class TrialResult(Part):
