@@ -35,9 +35,7 @@ def computing_inputs(config: Comparison) -> list[Any]:
     The number of workers and what each holds change no more than the order of additions, and a training that was
     interrupted goes on with others: they are not in its address.
     """
-    cpus = config.resources.cpus_per_worker
-    # The default is the whole number 1, and a config that has it written out reads as 1.0: the same address.
-    return [int(cpus) if float(cpus).is_integer() else cpus, config.resources.use_gpu]
+    return [config.resources.cpus_per_worker, config.resources.use_gpu]
 
 
 def evaluation_inputs(config: Comparison) -> dict[str, Any]:

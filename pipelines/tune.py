@@ -15,6 +15,7 @@ from rich.markup import escape
 
 from pipelines.checks import check_input
 from pipelines.claims import only_once
+from pipelines.compare import all_stages
 from pipelines.evaluate import evaluate
 from pipelines.plan import SeedPlan, make_plan
 from pipelines.prepare import prepare
@@ -148,7 +149,7 @@ def _run(
     trials = selection(config, [proposal.as_entry() for proposal in batch], seeds)
     plans = make_plan(trials)
     if retry_failed:
-        for stage in (stage for plan in plans for trained in plan.trained for stage in trained.stages()):
+        for stage in all_stages(plans):
             forget_failure(stage.folder)
     with tracking(trials, plans, folder.name, console) as trackers:
         for step in (prepare, train, evaluate):

@@ -330,7 +330,19 @@ def test_the_winners_settings_are_what_is_compared(tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", [None, *sorted((ROOT / "pipelines" / "configs").glob("*.yaml"))], ids=str)
 def test_a_config_with_every_default_written_out_finds_the_same_stages(path: Path | None, tmp_path: Path) -> None:
     """As tuned.yaml and a run's config.yaml are: the winners' comparison shares the reference of the trials."""
-    config = load_config(path)
+    check_written_out(load_config(path), tmp_path)
+
+
+def test_so_does_one_with_a_judge_behind_an_endpoint(tmp_path: Path) -> None:
+    data = tmp_path / "pairs.jsonl"
+    data.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    judge = {"kind": "endpoint", "base_url": "http://localhost:1/v1", "model": "m"}
+    config = config_of(task={"kind": "text", "data": str(data)}, judge=judge, output=str(tmp_path))
+    assert config.judge.min_score == 1  # type: ignore[union-attr]  # whole numbers where numbers are wanted
+    check_written_out(config, tmp_path)
+
+
+def check_written_out(config: Comparison, tmp_path: Path) -> None:
     written = tmp_path / "written.yaml"
     written.write_text(dump_config(config), encoding="utf-8")
     again = load_config(written)

@@ -35,6 +35,24 @@ class Section(BaseModel):
                 raise PydanticCustomError(TRUTH_VALUE, "a truth value stands for a number", {"field": name})
         return given
 
+    @model_validator(mode="before")
+    @classmethod
+    def _whole_number_as_its_default(cls, given: Any) -> Any:
+        """A default that is a whole number stays one where it is written out, as in a run's own config.yaml.
+
+        Read as any number it would be 1.0 and not 1, also in the addresses of stages, which are hashes of text.
+        """
+        if not isinstance(given, dict):
+            return given
+        return {name: value for name, value in given.items() if not cls._is_whole_default(name, value)}
+
+    @classmethod
+    def _is_whole_default(cls, name: str, value: Any) -> bool:
+        field = cls.model_fields.get(name)
+        if field is None or type(field.default) is not int or type(value) not in (int, float):
+            return False
+        return float in _types(field.annotation) and bool(value == field.default)
+
 
 def _types(annotation: Any) -> set[Any]:
     """The plain types in an annotation, those inside unions and tuples included."""
