@@ -14,7 +14,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipelines.preferences import check_text_task, first_of, stream, write_others
+from pipelines.preferences import check_text_task, write_others
+from pipelines.streaming import first_of, stream
 from prefarena.config import Model, PretrainedModel, TextTask
 from prefarena.data.first_rows import (
     FirstRows,

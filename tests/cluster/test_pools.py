@@ -12,7 +12,7 @@ import pools_that_die
 import pytest
 from test_reference import run, write_pairs
 
-from pipelines import preferences, reference
+from pipelines import reference, streaming
 from prefarena.cluster.pools import MOST_DEATHS, map_in_pool, through_deaths
 from prefarena.config import TextTask
 from prefarena.data.preparation import COLUMNS
@@ -74,8 +74,8 @@ def test_rows_of_data_come_once_and_in_order_when_an_actor_dies(ray_session: Non
     train_tokenizer(["Question yes no 1 2 3"], 300, tmp_path / "tokenizer")
     parts = find_parts(task.data, task.split)
 
-    def ids(prepare: preferences.Prepare) -> list[str]:
-        stream = preferences.stream(task, parts, COLUMNS, None, prepare, (str(tmp_path / "tokenizer"), None), 1)
+    def ids(prepare: streaming.Prepare) -> list[str]:
+        stream = streaming.stream(task, parts, COLUMNS, None, prepare, (str(tmp_path / "tokenizer"), None), 1)
         return [one for rows in stream for one in rows["id"].to_pylist()]
 
     assert ids(pools_that_die.prepare_and_die) == ids(pools_that_die.prepare)
