@@ -85,7 +85,11 @@ def server() -> Iterator[Server]:
         def log_message(self, format: str, *args: object) -> None:  # noqa: A002 - the base class's name
             pass
 
-    http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    class Listener(ThreadingHTTPServer):
+        # Connections that wait to be accepted. Of a judge's 16 at once, the default of 5 lets the kernel reset some.
+        request_queue_size = 128
+
+    http = Listener(("127.0.0.1", 0), Handler)
     state.url = f"http://127.0.0.1:{http.server_address[1]}/v1"
     thread = threading.Thread(target=http.serve_forever, args=(0.02,), daemon=True)
     thread.start()

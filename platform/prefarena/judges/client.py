@@ -125,7 +125,7 @@ class Client(Generic[Found]):
             try:
                 body = self._asked(question)
             except OpenAIError as error:
-                reason = f"no answer ({self._without_key(str(error)):.300})"
+                reason = f"no answer ({self._without_key(_told(error)):.300})"
                 if isinstance(error, APIStatusError) and error.status_code in _WRONG_SETTINGS:
                     raise JudgeError(f"{self._where()}, row {row}: {reason}") from None
                 if not isinstance(error, APIStatusError | APIConnectionError):
@@ -195,6 +195,15 @@ class Client(Generic[Found]):
     def _without_key(self, text: str) -> str:
         """Servers may repeat the key that they refuse."""
         return text.replace(self._key, "(key)") if self._key else text
+
+
+def _told(error: OpenAIError) -> str:
+    """What went wrong, with what lies beneath: of a lost connection the client itself says no more than that."""
+    causes, cause = [str(error)], error.__cause__
+    while cause is not None:
+        causes.append(str(cause))
+        cause = cause.__cause__
+    return ": ".join(dict.fromkeys(text.rstrip(".") for text in causes if text))
 
 
 def answer_schema(name: str, value: dict[str, Any]) -> dict[str, Any]:
