@@ -41,7 +41,7 @@ def resolve(config: Config | None, overrides: Sequence[str] = ()) -> Comparison:
     """The comparison that a path, a mapping or nothing describes. Raises UserError."""
     if isinstance(config, Comparison):
         if overrides:
-            raise ValueError("overrides are for paths and mappings; change the Comparison itself")
+            raise ValueError("overrides apply only to paths and mappings; change the Comparison itself instead")
         return config
     if isinstance(config, Mapping):
         return parse_config(dict(config), overrides=overrides)

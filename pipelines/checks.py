@@ -44,7 +44,8 @@ def check_input(config: Comparison) -> None:
         width = config.model.hidden_size // config.model.num_heads
         if width not in (32, 64, 128, 256):
             raise UserError(
-                f"model: hidden_size / num_heads is {width}; vLLM's attention takes 32, 64, 128 or 256 - change one"
+                f"model: hidden_size / num_heads is {width}; vLLM's attention supports 32, 64, 128 or 256, so change "
+                f"one of the two"
             )
         if generates(config):
             check_split("model", new_settings(config.model, 1, 1), config.generation.tensor_parallel)
@@ -58,7 +59,7 @@ def check_input(config: Comparison) -> None:
     workers = config.resources.num_workers
     for name, training in _optimisations(config):
         if training % workers:
-            raise UserError(f"{name}: {training} cannot be shared evenly by resources.num_workers = {workers}")
+            raise UserError(f"{name}: {training} cannot be divided evenly among resources.num_workers = {workers}")
 
 
 def _check_pretrained(config: Comparison, model: PretrainedModel) -> None:
@@ -108,8 +109,8 @@ def _check_drawn_pairs(config: Comparison, task: TextTask, pairs: DrawnPairs) ->
     )
     if not same:
         raise UserError(
-            f"task.pairs.policy: {path} has other tokens than `model`, so that model cannot have given its "
-            "responses; name a model with the same tokenizer, or reference"
+            f"task.pairs.policy: {path} does not have the same tokenizer as `model`, so its responses cannot be used; "
+            f"name a model that does, or `reference`"
         )
 
 
@@ -132,7 +133,7 @@ def _optimisations(config: Comparison) -> list[tuple[str, int]]:
             if training.rollouts_per_iteration % training.num_minibatches:
                 raise UserError(
                     f"{where}.training: rollouts_per_iteration {training.rollouts_per_iteration} cannot be cut into "
-                    f"{training.num_minibatches} minibatches of one size"
+                    f"{training.num_minibatches} minibatches of equal size"
                 )
         else:
             sizes.append((f"{where}.training.batch_size", entry.method.training.batch_size))

@@ -41,7 +41,7 @@ def settle(console: Console, items: Mapping[Path, Item], work: Callable[[list[It
             for folder, holder in holders.items():
                 if holder is not None and folder not in said:
                     said.add(folder)
-                    console.print(f"waiting for {folder.name}, which another comparison is doing ({holder})")
+                    console.print(f"waiting for {folder.name}, which another comparison is working on ({holder})")
             waiting = {folder: item for folder, item in waiting.items() if not is_settled(folder)}
             if waiting and not ours:
                 time.sleep(_POLL_S)
@@ -60,7 +60,7 @@ def only_once(name: str, folder: Path) -> Iterator[None]:
         holder = leases.take_or_tell(path)
         if holder is not None:
             raise UserError(
-                f"comparison {name!r} is already running: {holder} ({shown(path)}); wait for it, end it, or give "
-                "`output` another folder"
+                f"comparison {name!r} is already running: {holder} ({shown(path)}); wait for it, stop it, or set "
+                f"`output` to another folder"
             )
         yield

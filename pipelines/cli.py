@@ -84,9 +84,13 @@ def _add_init(commands: Any) -> None:
     init.add_argument("--model", help="a transformers folder, or a name on the Hugging Face hub")
     init.add_argument("--data", help="preference pairs: a file or folder (docs/data.md), a URL, or a name on the hub")
     init.add_argument("--split", default="train", help="split of a saved data set or one on the hub; default: train")
-    init.add_argument("--gpus", type=int, metavar="N", help="GPUs to use, over all machines; 0: CPUs alone")
+    init.add_argument(
+        "--gpus", type=int, metavar="N", help="number of GPUs to use on all machines together; 0: CPUs only"
+    )
     init.add_argument("--gpu-memory", type=float, metavar="GIB", help="memory of each GPU")
-    init.add_argument("--cpus", type=int, metavar="N", help="without GPUs: CPUs to use; default: this machine's")
+    init.add_argument(
+        "--cpus", type=int, metavar="N", help="without GPUs: number of CPUs to use; default: all of this machine's"
+    )
     init.add_argument("--quick", action="store_true", help="use few rows and steps, to see that everything runs")
     init.add_argument("--force", action="store_true", help="overwrite CONFIG.yaml if it exists")
 
@@ -124,7 +128,7 @@ def _add_retry(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--retry-failed",
         action="store_true",
-        help="train again what failed in an earlier run, from its last checkpoint",
+        help="try again what failed in an earlier run, from its last checkpoint",
     )
 
 
@@ -161,7 +165,7 @@ def _add_cluster_commands(commands: Any) -> None:
     logs = commands.add_parser("logs", help="print what a job has logged")
     logs.add_argument("--follow", action="store_true", help=follow)
     stop = commands.add_parser(
-        "stop", help="stop a job; if it is submitted again, the comparison continues where it was"
+        "stop", help="stop a job; if it is submitted again, the comparison continues where it stopped"
     )
     for command in (logs, stop):
         command.add_argument("job", metavar="JOB")

@@ -103,8 +103,10 @@ def show_plan(config: Comparison, plans: list[SeedPlan], console: Console) -> No
     for stage in stages:
         if stage.failure:
             console.print(
-                f"[red]✗[/red] {stage.kind} ({stage.label}) failed before and is left alone: {stage.failure}. "
-                f"--retry-failed tries again, from its last checkpoint; to start it anew, delete {shown(stage.folder)}"
+                f"[red]✗[/red] {stage.kind} ({stage.label}) failed in an earlier run and is left as it is: "
+                f"{stage.failure}. "
+                f"--retry-failed tries again, from its last checkpoint; to start it afresh, delete "
+                f"{shown(stage.folder)}"
             )
     for entry in config.entries:
         if isinstance(entry.method, OnPolicyMethod):
@@ -114,4 +116,4 @@ def show_plan(config: Comparison, plans: list[SeedPlan], console: Console) -> No
                 f"{ppo.num_epochs * ppo.num_minibatches} updates on each of {ppo.num_iterations} rollout batches"
             )
     asked = ", ".join(f"{amount:g} {kind}s ({why})" for kind, (amount, why) in requested(config).items())
-    console.print(f"asked of the cluster: {asked}; sequences of up to {max_length(config.task)} tokens")
+    console.print(f"requested from the cluster: {asked}; sequences of up to {max_length(config.task)} tokens")

@@ -64,7 +64,7 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
         return
     try:
         check_input(config)
-        yield Finding(False, f"comparison {config.name!r}: its settings and its data can be used")
+        yield Finding(False, f"comparison {config.name!r}: its settings and its data are usable")
     except UserError as error:
         yield Finding(True, str(error))
     output, places = Path(config.output).absolute(), _places(config)
@@ -72,7 +72,7 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
         with nullcontext((None, "")) if is_url(config.output) else token_file(output) as (token, text):
             reports, silent = ask_nodes(token, text, _ANSWER_LIMIT_S, places)
     except OSError as error:
-        yield Finding(True, f"output: {output} cannot be written ({error.strerror or error})")
+        yield Finding(True, f"output: {output} cannot be written to ({error.strerror or error})")
         return
     yield from judge_nodes(reports, silent, generates(config), config.generation.labels)
     yield from judge_reach(reports, places)

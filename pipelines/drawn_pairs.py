@@ -132,7 +132,7 @@ def _label(config: Comparison, plan: SeedPlan, task: TextTask, pairs: DrawnPairs
         if not table.num_rows:
             raise UserError(
                 f"task.pairs: no {split} pairs are left of {len(prompts)} prompts ({counts['ties']} ties); draw more "
-                "samples, or use a judge that tells responses apart"
+                f"samples, or use a judge that distinguishes more responses"
             )
         write_rows(table, folder / f"{split}_pairs" / "part-0.parquet", PAIRS)
     _write_prompts(all_prompts, tables["train"], folder)
@@ -192,7 +192,7 @@ def _check_silence(values: np.ndarray, pairs: DrawnPairs, kind: str) -> int:
     if number > pairs.max_silent_share * len(values):
         raise UserError(
             f"task.pairs: the judge `{kind}` gave {number} of {len(values)} rows no usable score, more than "
-            f"max_silent_share {pairs.max_silent_share:g} allows; fix the judge, or raise that share"
+            f"max_silent_share {pairs.max_silent_share:g} allows; fix the judge or raise that share"
         )
     return number
 
@@ -208,13 +208,15 @@ def _summary(
     found |= {"num_ties": counts["ties"], "num_flipped": counts["flipped"]}
     who = [by_annotator[number] for number in range(len(pairs.annotators))]
     notes = [
-        f"{found['num_train_pairs']:,} pairs to train on, of {num_covered:,} prompts, and {found['num_test_pairs']:,} "
-        f"to test on; {found['num_repeated']:,} repeated responses and {found['num_ties']:,} ties make none"
+        f"{found['num_train_pairs']:,} training pairs from {num_covered:,} prompts, and {found['num_test_pairs']:,} "
+        f"test pairs; {found['num_repeated']:,} repeated responses and {found['num_ties']:,} ties were left out"
     ]
     if found["num_without_pairs"]:
-        notes.append(f"{found['num_without_pairs']:,} prompts that should have pairs have none left")
+        notes.append(f"{found['num_without_pairs']:,} prompts that should have pairs ended up with none")
     if found["num_flipped"]:
-        notes.append(f"{found['num_flipped']:,} of the pairs to train on are turned round (task.pairs.flip_share)")
+        notes.append(
+            f"{found['num_flipped']:,} of the training pairs have chosen and rejected exchanged (task.pairs.flip_share)"
+        )
     return {**found, "num_prompts_by_annotator": who, "notes": notes}
 
 
@@ -266,7 +268,8 @@ def _keep_covered(plan: SeedPlan, task: TextTask, folder: Path) -> None:
         write_rows(read_rows(source / name), folder / name / "part-0.parquet", schema)
     summary: dict[str, Any] = {"num_train_pairs": table.num_rows, "num_covered_prompts": len(covered)}
     summary["notes"] = [
-        f"{table.num_rows:,} of {pairs.num_rows:,} pairs train, those of {len(covered):,} of {train.num_rows:,} "
+        f"{table.num_rows:,} of {pairs.num_rows:,} pairs are used for training: those of {len(covered):,} of "
+        f"{train.num_rows:,} "
         "prompts (task.covered_share)"
     ]
     wall = time.perf_counter() - started

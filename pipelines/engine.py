@@ -78,8 +78,8 @@ def tried_generator(config: Comparison, plan: SeedPlan, console: Console) -> Ite
             raise ClusterLostError(f"Ray no longer runs tasks here; run the same command again: {error}") from error
         model = config.model.path if isinstance(config.model, PretrainedModel) else "the model"
         raise UserError(
-            f"{model}: vLLM, which generates, does not work with it: {error}; every policy of this comparison is "
-            "measured by what it generates: use another model, or change `generation`"
+            f"{model}: vLLM, which generates the responses, does not work with it: {error}; this comparison measures "
+            f"every policy by its responses, so use another model, or change `generation`"
         ) from error
     finally:
         if generators is not None:

@@ -38,7 +38,7 @@ def init(arguments: argparse.Namespace) -> int:
     """Write a config, and say what was found and what to do next. Returns the exit status."""
     file = Path(arguments.config)
     if file.exists() and not arguments.force:
-        raise UserError(f"{file} exists and is not overwritten; give another name, or --force")
+        raise UserError(f"{file} exists and is not overwritten; give another name, or add --force")
     if not file.absolute().parent.is_dir():
         raise UserError(f"{file}: there is no folder {file.absolute().parent}; make it, or give another name")
     wanted = _asked(arguments, file)
@@ -48,20 +48,27 @@ def init(arguments: argparse.Namespace) -> int:
     write_text(file, text)
     print(f"model: {look.told_model}\ndata: {look.told_data}")
     if not fits:
-        print("No setting that was tried is predicted to fit into that memory; the least was taken: ask the doctor.")
+        print(
+            "None of the layouts tried is predicted to fit in that memory. The config has the smallest of them; "
+            "check it with `prefarena doctor`."
+        )
     shown = f"'{file}'" if " " in str(file) else str(file)
-    print(f"{file} is written; next: prefarena doctor {shown} and estimate {shown}, then prefarena compare {shown}")
+    print(f"{file} is written. Next: prefarena doctor {shown} and estimate {shown}, then prefarena compare {shown}")
     return 0
 
 
 def _asked(arguments: argparse.Namespace, file: Path) -> Wanted:
     """The flags, and at a terminal questions where one is missing."""
-    model = arguments.model or _question("--model", "Model, a folder or a name on the Hugging Face hub")
-    data = arguments.data or _question("--data", "Preference pairs, a file, a folder or a name on the hub")
-    gpus = arguments.gpus if arguments.gpus is not None else _number("--gpus", "GPUs to use, over all machines", 0)
+    model = arguments.model or _question("--model", "Model (a folder, or a name on the Hugging Face hub)")
+    data = arguments.data or _question("--data", "Preference pairs (a file, a folder, or a name on the hub)")
+    gpus = (
+        arguments.gpus
+        if arguments.gpus is not None
+        else _number("--gpus", "Number of GPUs to use, on all machines together", 0)
+    )
     gib = arguments.gpu_memory
     if gib is None:
-        gib = float(_number("--gpu-memory", "Memory of each, in GiB", int(_GPU_GIB))) if gpus else _GPU_GIB
+        gib = float(_number("--gpu-memory", "Memory of each GPU, in GiB", int(_GPU_GIB))) if gpus else _GPU_GIB
     if gpus < 0 or gib <= 0 or (arguments.cpus or 1) < 1:
         raise UserError("--gpus must be 0 or more, and --gpu-memory and --cpus above 0")
     hardware = Hardware(gpus, gib, arguments.cpus or os.cpu_count() or 1)
@@ -73,7 +80,9 @@ def _question(flag: str, text: str, default: str = "") -> str:
     if not sys.stdin.isatty():
         if default:
             return default
-        raise UserError(f"{flag} is needed, as there is no terminal to ask on; `prefarena init --help` lists all")
+        raise UserError(
+            f"{flag} is needed, because there is no terminal to ask on; `prefarena init --help` lists all flags"
+        )
     answer = ""
     while not answer:
         try:
@@ -86,7 +95,7 @@ def _question(flag: str, text: str, default: str = "") -> str:
 def _number(flag: str, text: str, default: int) -> int:
     answer = _question(flag, text, str(default))
     if not answer.isdigit():
-        raise UserError(f"{flag}: this must be a whole number (got {answer!r})")
+        raise UserError(f"{flag} must be a whole number (got {answer!r})")
     return int(answer)
 
 
@@ -110,7 +119,7 @@ def look_at(wanted: Wanted) -> Look:
         tokenizer = Tokenizer.load(wanted.model, None, task)
     prompts, responses = lengths_of(task, first, tokenizer)
     if not prompts or not responses:
-        raise UserError(f"{wanted.data}: none of its first {first.num_rows} rows can be trained on with this model")
+        raise UserError(f"{wanted.data}: none of its first {first.num_rows} rows can be used to train this model")
     limits = [getattr(settings.get_text_config(decoder=True), "max_position_embeddings", None)]
     limits.append(tokenizer.tokenizer.model_max_length)
     return Look(

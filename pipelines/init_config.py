@@ -122,12 +122,17 @@ def config_text(wanted: Wanted, name: str, look: Look, memory: Memory) -> str:
 def _head(wanted: Wanted, look: Look) -> str:
     return "\n".join(
         [
-            "# Written by `prefarena init` after a look at the model and the data: settings to start from, not tuned.",
-            "# Every setting and its default: prefarena/config; `prefarena methods` lists the methods and theirs.",
+            "# Written by `prefarena init` from a look at the model and the data: a starting point; nothing has been "
+            "tuned.",
+            "# Every setting with its default is in prefarena/config; `prefarena methods` lists the methods and their "
+            "settings.",
             f"# Model: {look.told_model}.",
             f"# Data: {look.told_data}.",
             *(
-                ["# --quick: a few rows and steps, to see that everything runs. Its numbers mean nothing."]
+                [
+                    "# --quick: only a few rows and steps, to see that everything runs. The resulting numbers mean "
+                    "nothing."
+                ]
                 * wanted.quick
             ),
         ]
@@ -135,7 +140,7 @@ def _head(wanted: Wanted, look: Look) -> str:
 
 
 def _seeds() -> str:
-    return "seeds: [0]  # several, such as [0, 1, 2], tell differences between methods from those between seeds"
+    return "seeds: [0]  # several, such as [0, 1, 2], separate differences between methods from those between seeds"
 
 
 def _task(wanted: Wanted, look: Look) -> str:
@@ -145,9 +150,9 @@ def _task(wanted: Wanted, look: Look) -> str:
     lines += ["  transcripts: messages  # through the model's chat template"] if look.as_messages else []
     lines += [f"  max_rows: {_QUICK_ROWS}"] if wanted.quick else []
     lines += [
-        f"  max_prompt_tokens: {prompt}  # {_whole(look.prompts, prompt)} of the prompts looked at are whole",
-        "  long_prompts: keep_end  # the others lose their beginning; `drop` would leave them out",
-        f"  max_response_tokens: {response}  # {_whole(look.responses, response)} of the responses are whole",
+        f"  max_prompt_tokens: {prompt}  # {_whole(look.prompts, prompt)} of the prompts in the sample fit whole",
+        "  long_prompts: keep_end  # longer ones lose their beginning; `drop` leaves them out",
+        f"  max_response_tokens: {response}  # {_whole(look.responses, response)} of the responses fit whole",
     ]
     return "\n".join(lines)
 
@@ -156,13 +161,15 @@ def _model(wanted: Wanted, look: Look, memory: Memory) -> str:
     lines = [f"model: {{kind: pretrained, path: {_quoted(wanted.model)}}}"]
     if look.has_template:
         lines += [
-            "# It has a chat template, so it has learnt to answer: it is itself the reference that methods start from.",
+            "# The model has a chat template, so it has learnt to answer: it is itself the reference that methods "
+            "start from.",
             "reference: {train: false}",
         ]
         return "\n".join(lines)
     rate = starting_point(look.num_parameters).sft
     lines += [
-        "# It has no chat template, so it is first fine-tuned on the chosen answers; the result is the reference.",
+        "# The model has no chat template, so it is first fine-tuned on the chosen answers; the result is the "
+        "reference.",
         *_rate_comment("", rate, memory),
         "reference:",
         f"  training: {_training(rate, wanted, memory)}",
@@ -174,7 +181,8 @@ def _judge(wanted: Wanted, look: Look, memory: Memory) -> str:
     rate = starting_point(look.num_parameters).reward_model
     return "\n".join(
         [
-            "# Judges every policy's answers: a reward model from pairs of its own. docs/judges.md has others.",
+            "# The judge that scores every policy's answers: a reward model trained on its own pairs. Others: "
+            "docs/judges.md.",
             *_rate_comment("", rate, memory),
             "judge:",
             "  kind: learned",
@@ -192,10 +200,11 @@ def _entries(wanted: Wanted, look: Look, memory: Memory) -> str:
         *_rate_comment("  ", point.preference, memory),
         "  - name: dpo",
         f"    method: {{kind: dpo, beta: 0.1, training: &pairs {_training(point.preference, wanted, memory)}}}",
-        "  # No recipe of MPO by size is known to us: DPO's rate, and a weak pull towards the chosen answers.",
+        "  # We know of no MPO recipe by model size, so this has DPO's rate and a weak pull towards the chosen "
+        "answers.",
         "  - {name: mpo, method: {kind: mpo, beta: 0.1, demonstration_weight: 0.002, training: *pairs}}",
         *_rate_comment("  ", point.on_policy, memory),
-        "  # The critic starts from the reward model, and learns at its rate.",
+        "  # The critic starts from the reward model and uses its learning rate.",
         "  - name: rlhf",
         "    method:",
         "      kind: rlhf",
@@ -219,13 +228,13 @@ def _rest(wanted: Wanted, memory: Memory) -> str:
         share = max(1, hardware.num_cpus // 2)
         if share > 1:
             lines += [
-                f"# {hardware.num_cpus} CPUs: half for training or scoring, half for the engine that generates.",
+                f"# {hardware.num_cpus} CPUs: half for training or scoring, half for the generation engine.",
                 f"resources: {{cpus_per_worker: {share}, scoring: {{cpus: {share}}}}}",
                 f"generation: {{cpus: {share}}}",
             ]
     elif hardware.num_gpus == 1:
         lines += [
-            "# One GPU, which training and the engine that generates share: half of its memory each.",
+            "# Training and the generation engine share one GPU, with half of its memory each.",
             "resources: {use_gpu: true, gpus_per_worker: 0.5}",
             "generation: {gpus: 0.5, gpu_memory_utilization: 0.45, weight_sync: ipc}",
         ]
@@ -233,7 +242,7 @@ def _rest(wanted: Wanted, memory: Memory) -> str:
         workers, engines = hardware.num_workers, hardware.num_gpus - hardware.num_workers
         sharded = ", sharding: fsdp" if memory.sharded else ""
         lines += [
-            f"# {hardware.num_gpus} GPUs: some train, the others generate.",
+            f"# {hardware.num_gpus} GPUs: some are for training, the others for generation.",
             f"resources: {{use_gpu: true, num_workers: {workers}{sharded}}}",
             f"generation: {{num_actors: {engines}, gpu_memory_utilization: 0.85, weight_sync: nccl}}",
         ]

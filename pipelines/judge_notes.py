@@ -19,7 +19,7 @@ def judge_notes(
     """Notes for the report. rows: of finished evaluations; logs: metric rows of finished on-policy trainings."""
     if not isinstance(config.task, LanguageTask):
         if plans[0].pairs != plans[0].data:
-            yield f"Of the pairs: {'; '.join(plans[0].pairs.manifest()['data']['notes'])}."
+            yield f"Pairs: {'; '.join(plans[0].pairs.manifest()['data']['notes'])}."
         yield _source(config, plans[0])
         if isinstance(config.judge, EndpointJudge):
             yield from _silent(plans, rows)
@@ -32,18 +32,18 @@ def judge_notes(
 def _source(config: Comparison, plan: SeedPlan) -> str:
     if isinstance(config.judge, PairwiseJudge):
         return (
-            f"Win rates come from {config.judge.model}, a judge that was shown each response beside the reference's, "
-            "in both orders: a pair is won or lost where both orders say so, and counts half where they disagree or "
-            "one is a tie. There are no scores, and entries are not compared with each other."
+            f"Win rates come from {config.judge.model}, a judge that compared each response with the reference's in "
+            f"both orders. A pair counts as won or lost if both orders agree, and as half a win if they disagree or "
+            f"either is a tie. This judge gives no scores, and entries are not compared with each other."
         )
     if plan.judge is None:
-        return f"Judge scores and win rates come from the judge `{config.judge.kind}` of the configuration."
+        return f"Judge scores and win rates come from the judge `{config.judge.kind}` set in the config."
     quality = plan.judge.manifest()["reward_model"]
     return (
-        "Judge scores and win rates come from a reward model trained on pairs that no entry saw. It orders "
+        "Judge scores and win rates come from a reward model trained on pairs that no entry was trained on. It ranks "
         f"{quality['accuracy']:.1%} ± {quality['accuracy_stderr']:.1%} of the held-out pairs as people did "
-        f"(chance is 50 %), with a log loss of {quality['log_loss']:.3f} nats (chance is 0.693) and an "
-        f"expected calibration error of {quality['ece']:.3f}: read them with that in mind."
+        f"(chance is 50 %), with a log loss of {quality['log_loss']:.3f} nats (chance is 0.693) and an expected "
+        f"calibration error of {quality['ece']:.3f}; read scores and win rates with that in mind."
     )
 
 
@@ -58,8 +58,8 @@ def _silent(plans: list[SeedPlan], rows: dict[Stage, dict[str, float]]) -> Itera
     ]
     if found:
         yield (
-            f"Responses that the judge gave no readable score: {', '.join(found)}. They are left out of judge scores, "
-            "and pairs with one of them out of win rates."
+            f"Responses for which the judge gave no readable score: {', '.join(found)}. They are left out of judge "
+            f"scores, and pairs that contain one are left out of win rates."
         )
     else:
         yield "The judge gave every response a readable score."
@@ -91,10 +91,10 @@ def _silent_rewards(
         log = logs.get(trained.training, []) if trained.training else []
         silent = sum(row.get("reward/num_silent", 0) for row in log)
         if silent:
-            yield f"{name}: {silent:.0f} rollouts got no readable reward; nothing was learnt from them."
+            yield f"{name}: {silent:.0f} rollouts got no readable reward and were not learned from."
         picked = rows.get(trained.evaluation, {}).get("num_silent_rewards", 0)
         if picked:
-            yield f"{name}: {picked:.0f} samples got no readable reward, and were picked only where no other had one."
+            yield f"{name}: {picked:.0f} samples got no readable reward, and were picked only if no other had one."
 
 
 def _calls(stages: list[Stage]) -> Iterator[str]:
@@ -104,10 +104,10 @@ def _calls(stages: list[Stage]) -> Iterator[str]:
         for kind in ("", "_reused", "_torn", "_unstructured")
     )
     if plain:
-        yield f"The server refused structured output: {plain:,} answers were asked for as text."
+        yield f"The server refused structured output: {plain:,} answers were requested as plain text."
     if paid or reused:
-        cut = f" Of the calls that were kept, {torn} lines were cut off and asked again." if torn else ""
-        yield f"Judge endpoints answered {paid:,} requests; {reused:,} answers had been paid for before.{cut}"
+        cut = f" In the stored judge calls, {torn} lines were cut off, and were requested again." if torn else ""
+        yield f"Judge endpoints answered {paid:,} requests; {reused:,} answers came from stored calls.{cut}"
 
 
 def _name(trained: Trained, plans: list[SeedPlan]) -> str:

@@ -67,16 +67,17 @@ def refuse_what_cannot_fit(
     if need.host > max(hosts):
         raise UserError(
             f"{training.where}: a worker keeps {gibibytes(need.host)} in its host's memory (resources.cpu_offload), "
-            f"and the largest node that it may run on has {gibibytes(max(hosts))}; raise resources.num_workers, or set "
-            f"{training.where}.lora; resources.check_memory: false tries it all the same"
+            f"but the largest node available to it has {gibibytes(max(hosts))}; raise resources.num_workers, or set "
+            f"{training.where}.lora; resources.check_memory: false tries it anyway"
         )
     waking = int(room * config.generation.gpu_memory_utilization)
     if training.on_policy and config.generation.sleep_mode != "none" and need.weights + need.optimizer + waking > room:
         raise UserError(
-            f"{training.where}: between two updates a worker holds {gibibytes(need.weights + need.optimizer)}, and the "
-            f"engine that wakes beside it takes {gibibytes(waking)} of the {gibibytes(room)} of the largest GPU; lower "
+            f"{training.where}: between two updates a worker holds {gibibytes(need.weights + need.optimizer)}, and "
+            f"the engine that wakes on the same GPU takes {gibibytes(waking)} of the {gibibytes(room)} of the largest "
+            f"GPU; lower "
             "generation.gpu_memory_utilization, or set resources.cpu_offload; resources.check_memory: false tries it "
-            "all the same"
+            "anyway"
         )
     if need.total > room:
         what = "GPU" if config.resources.use_gpu else "node"

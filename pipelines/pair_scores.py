@@ -35,8 +35,8 @@ def check_pair_scores(config: Comparison, plans: list[SeedPlan]) -> None:
         old = [stage.folder for stage in dict.fromkeys(stages) if not _has_scores(stage.folder)]
         if old:
             raise UserError(
-                f"{learners[0]} learns from scores of both responses, and an earlier version made these stages without "
-                f"them: {', '.join(map(shown, old))}; delete them, and they are made again with the scores"
+                f"{learners[0]} learns from scores of both responses, but an earlier version made these stages "
+                f"without them: {', '.join(map(shown, old))}; delete them, and they will be made again with the scores"
             )
         if plan.pairs.finished:
             _check_rows(plan.pairs.folder / "train_pairs", learners[0])
@@ -67,5 +67,5 @@ def _check_rows(pairs: Path, learner: str) -> None:
     if missing:
         raise UserError(
             f"{learner} learns from scores of both responses, and {missing:,} of {table.num_rows:,} training pairs "
-            "have none; give every row of task.data its scores, or leave these rows out"
+            f"have none; add the scores to every row of task.data, or remove the rows without them"
         )

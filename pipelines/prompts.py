@@ -47,8 +47,8 @@ def check_rows(task: TextTask, model: Model, needs_answers: str | None, needs_sc
     needs_answers = needs_answers if isinstance(model, PretrainedModel) else "model.kind: scratch"
     if needs_answers is not None:
         raise UserError(
-            f"{task.data}: its rows are prompts without answers, and {needs_answers} learns from answers; give rows "
-            "with `chosen` and `rejected`, or change that setting"
+            f"{task.data}: its rows are prompts without answers, but {needs_answers} learns from answers; provide "
+            f"rows with `chosen` and `rejected`, or change that setting"
         )
     first, test = _look(task)
     if isinstance(model, PretrainedModel):
@@ -156,8 +156,8 @@ class PromptTable:
         for split in ("train", "test"):
             if not self._counts[split]:
                 raise UserError(
-                    f"{task.data}: no {split} prompts are left of {num_rows} rows; give more data or another share of "
-                    "it"
+                    f"{task.data}: no {split} prompts are left of {num_rows} rows; provide more data, or change the "
+                    f"shares"
                 )
         dropped = dict((self.rejections.reasons + self.test_rejections.reasons).most_common())
         return {

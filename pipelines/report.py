@@ -149,8 +149,8 @@ def _fault_notes(plans: list[SeedPlan]) -> Iterator[str]:
             lost = sum(fault["steps_lost"] for fault in resumed)
             times = "once" if len(resumed) == 1 else f"{len(resumed)} times"
             yield (
-                f"{stage.kind} ({stage.label}) was interrupted {times} and went on from its last checkpoint; at least "
-                f"{lost} steps were done again."
+                f"{stage.kind} ({stage.label}) was interrupted {times} and resumed from its last checkpoint; at least "
+                f"{lost} steps were repeated."
             )
         for fault in faults:
             if fault["kind"] == "damaged_checkpoint":
@@ -160,7 +160,7 @@ def _fault_notes(plans: list[SeedPlan]) -> Iterator[str]:
         if skipped:
             yield (
                 f"{trained.entry.name} (seed {trained.seed}) skipped {skipped:.0f} optimizer steps whose loss or "
-                "gradient was not a number."
+                f"gradient was not finite."
             )
 
 
@@ -250,7 +250,7 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
     if gaps:
         runs = f"{len(gaps)} on-policy run{'s' if len(gaps) > 1 else ''}"
         notes.append(
-            f"Generator and trainer gave every token of {runs} log-probs that differ by at most "
+            f"The log-probs that generator and trainer gave any token of {runs} differ by at most "
             f"{max(gaps):.1e} nats (`logp_gap/max`)."
         )
     notes += _moving_reference_note(config)
@@ -258,9 +258,9 @@ def _notes(config: Comparison, plans: list[SeedPlan]) -> list[str]:
         if isinstance(entry.method, BestOfN):
             notes.append(_best_of_n_note(entry.name, entry.method.n, isinstance(config.task, LanguageTask)))
     if config.seeds_vary == "task":
-        notes.append("Every seed is another language, with its own reference policy and pairs.")
+        notes.append("Each seed is a different language, with its own reference policy and pairs.")
     elif len(config.seeds) > 1:
-        notes.append("Seeds share the task, the reference policy and the pairs; they differ in training alone.")
+        notes.append("Seeds share the task, the reference policy and the pairs; they differ only in training.")
     return notes
 
 
@@ -308,9 +308,9 @@ def _moving_reference_note(config: Comparison) -> list[str]:
     if not names:
         return []
     return [
-        f"{', '.join(names)}: the KL penalty is against a reference that moves, and so are the KLs that training "
-        "logged (`kl_moving/…`), which are not compared with exact ones. Every KL in this report is against the "
-        "original reference."
+        f"{', '.join(names)}: the KL penalty is measured against a moving reference, and so are the KLs logged during "
+        f"training (`kl_moving/…`), which are not compared with exact ones. Every KL in this report is measured "
+        f"against the original reference."
     ]
 
 
@@ -322,8 +322,10 @@ def _best_of_n_note(name: str, n: int, exact: bool) -> str:
         else f"its KL is not estimated but bounded, by log n - (n - 1) / n = {kl_bound(n):.2f} nats"
     )
     return (
-        f"{name} trains no policy and has no checkpoint: it is the best of {n} samples of the reference by its reward; "
-        f"{measured}. Every answer costs {n} samples and their scores, in use as here; `wall` does not hold that."
+        f"{name} trains no policy and has no checkpoint: each of its answers is the one of {n} reference samples with "
+        f"the highest reward; "
+        f"{measured}. Each answer costs {n} samples and their scores, here as in deployment; `wall` does not include "
+        f"that cost."
     )
 
 

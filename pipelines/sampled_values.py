@@ -110,7 +110,7 @@ def judged(
         num_bad = int((~np.isfinite(scores)).sum())
         raise JudgeError(
             f"the judge `{spec.settings.kind}` gave {num_bad} of {len(scores)} responses scores that are not finite "
-            "numbers; look at its weights"
+            f"numbers; check its weights"
         )
     return scores, usage
 

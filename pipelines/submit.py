@@ -43,7 +43,7 @@ def submit(arguments: argparse.Namespace) -> int:
     print(f"job {name} is submitted to {client.shown}; {what}", flush=True)
     if arguments.follow:
         return _follow(client, name)
-    print(f"prefarena logs {name} --follow    shows what it does; `status`, `stop` take its name too")
+    print(f"prefarena logs {name} --follow    shows its log; `status` and `stop` take its name, too")
     return 0
 
 
@@ -67,13 +67,13 @@ def check_paths(config: Comparison) -> None:
         if folder and not is_url(folder) and not Path(folder).is_absolute():
             raise UserError(
                 f"tracking.{place}: {folder} would lie in the job's temporary directory; give an absolute path that "
-                "the cluster has, or leave it out: it is then beside the stages, under `output`"
+                f"exists on the cluster, or leave it out to have it next to the stages, under `output`"
             )
     for key, path in paths.items():
         if path and not Path(path).is_absolute() and Path(path).exists():
             raise UserError(
-                f"{key}: {path} is a relative path on this machine, which the cluster does not see; put it on storage "
-                "that all nodes share and give its absolute path or URL"
+                f"{key}: {path} is a relative path on this machine, which the cluster cannot see; put it on storage "
+                f"that all nodes share, and give its absolute path or URL"
             )
 
 
@@ -132,7 +132,7 @@ def _follow(client: JobClient, name: str) -> int:
     try:
         details = follow(client, name, _write)
     except KeyboardInterrupt:
-        print(f"\njob {name} goes on; `prefarena stop {name}` ends it", file=sys.stderr)
+        print(f"\njob {name} is still running; `prefarena stop {name}` ends it", file=sys.stderr)
         return _INTERRUPTED
     print(f"job {name}: {describe(details)}", flush=True)
     return exit_status(details)

@@ -169,9 +169,7 @@ class Follower:
             return []
         missing = sum(_num_missing(one) for one in self._followed)
         times = "once" if self._num_failures == 1 else f"{self._num_failures} times"
-        left = (
-            f"; it lacks {missing} rows, which the stages' {METRICS} have" if missing > 0 else "; it has all rows now"
-        )
+        left = f"; it lacks {missing} rows of the stages' {METRICS}" if missing > 0 else "; it has all rows now"
         return [f"Tracker {self._name} failed {times} (at first: {self._reason}){left}."]
 
     # ----------------------------------------------------------------------------------------- its thread
@@ -209,7 +207,7 @@ class Follower:
         self._not_before = time.monotonic() + pause
         if self._num_failures == 1:
             self._reason = reason
-            text = f"tracker {self._name} fails ({reason}); the comparison goes on, and the tracker is tried again"
+            text = f"tracker {self._name} fails ({reason}); the comparison goes on, and the tracker will be tried again"
             self._console.print(f"[yellow]![/yellow] {escape(text)}")
 
     def _show_rows(self) -> None:

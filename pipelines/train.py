@@ -51,8 +51,8 @@ def check_numbers_of_pairs(plans: list[SeedPlan]) -> None:
             most = max(all_limits(trained.entry.method), default=0)
             if most > known:
                 raise UserError(
-                    f"entry {trained.entry.name!r} asks for {most:,} pairs (num_pairs, label_budgets), and there are "
-                    f"{known:,} to train on; ask for fewer"
+                    f"entry {trained.entry.name!r} asks for {most:,} pairs (num_pairs, label_budgets), but there are "
+                    f"only {known:,} to train on; ask for fewer"
                 )
 
 

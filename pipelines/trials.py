@@ -64,7 +64,7 @@ def described(config: Comparison) -> str:
     tuning = config.tuning
     seeds = ", ".join(str(seed) for seed in tuning.seeds)
     if isinstance(config.task, LanguageTask):
-        return f"languages of their own (seeds {seeds}), none of which the report is about"
+        return f"other languages (seeds {seeds}), none of which is in the report"
     share = f"{tuning.validation_share:.0%} of the training prompts"
     return f"{share}, which trials do not train on (training seeds {seeds})"
 
@@ -81,7 +81,10 @@ def spaces_of(config: Comparison) -> dict[str, Space]:
             raise UserError(f"tuning.spaces.{name}: there is no such entry; there are {', '.join(names)}")
     _check_seeds(config)
     if config.tuned is not None:
-        raise UserError(f"tuned: these settings were chosen by a tuning, {config.tuned}; to search anew, leave it out")
+        raise UserError(
+            f"tuned: these settings were chosen by an earlier tuning, {config.tuned}; to search again, "
+            f"leave `tuned` out"
+        )
     spaces: dict[str, Space] = {}
     for entry in config.entries:
         if isinstance(entry.method, Pairwise) and entry.method.replay is not None:
@@ -109,7 +112,7 @@ def _check_seeds(config: Comparison) -> None:
     for seed in config.tuning.seeds:
         if seed in reported:
             raise UserError(
-                f"tuning.seeds: seed {seed} is a language that the report is about, and selection has to be on others"
+                f"tuning.seeds: seed {seed} is one of the report's languages, and selection must use others"
             )
 
 

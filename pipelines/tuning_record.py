@@ -19,7 +19,8 @@ def tuning_of(config: Comparison) -> TuningResults | None:
     tuned, compared = [entry.name for entry in found.entries], [entry.name for entry in config.entries]
     if not set(tuned) & set(compared):
         raise UserError(
-            f"tuned: {config.tuned} is of {', '.join(tuned) or 'no entries'}, and the comparison has none of them, but "
+            f"tuned: {config.tuned} is of {', '.join(tuned) or 'no entries'}, but the comparison has none of them; "
+            f"its entries are "
             f"{', '.join(compared)}; name the tuning of these entries, or leave `tuned` out"
         )
     return found

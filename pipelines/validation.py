@@ -61,7 +61,7 @@ def set_aside(task: TextTask, pairs: Path, singles: Path | None, folder: Path) -
     summary: dict[str, Any] = {f"num_{name}": parts[name].num_rows for name in ("train_pairs", "test_pairs")}
     summary["notes"] = [
         f"{len(aside):,} of {prompts.num_rows:,} training prompts, with {summary['num_test_pairs']:,} of "
-        f"{table.num_rows:,} pairs, are set aside to tune on; the test prompts are not read"
+        f"{table.num_rows:,} pairs, are set aside for tuning; the test prompts are not used"
     ]
     write_json(folder / "summary.json", summary)
     write_manifest(folder, {"data": summary, "costs": costs_of(time.perf_counter() - started)})

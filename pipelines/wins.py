@@ -81,7 +81,7 @@ def compare_pairs(job: WinsJob) -> None:
     own, other = read_responses(job.own), read_responses(job.reference)
     prompts = [prompt for prompt, _ in own]
     if prompts != [prompt for prompt, _ in other]:
-        raise ValueError("win rates are paired by prompt, and the two policies answered different prompts")
+        raise ValueError("win rates are paired by prompt, but the two policies answered different prompts")
     comparer = load_comparer(job.judge)
     games = comparer.compare(prompts, [response for _, response in own], [response for _, response in other])
     clusters = clusters_of(prompts)

@@ -87,7 +87,7 @@ def test_a_second_run_leaves_a_failed_method_alone_and_says_so(both: Both, monke
     console = Console(record=True, width=1000, file=(Path(settings.output) / "again.txt").open("w"))
     compare(settings, console)
     text = console.export_text()
-    assert "dpo (wild-s0) failed before and is left alone: the loss or the gradient" in text
+    assert "dpo (wild-s0) failed in an earlier run and is left as it is: the loss or the gradient" in text
     assert "--retry-failed tries again" in text and "delete /" in text
     (failure,) = Path(settings.output).glob("stages/dpo-wild-*/failure.json")
     assert json.loads(failure.read_text())["status"] == "failed"

@@ -170,7 +170,7 @@ def test_what_a_user_must_mend_comes_out_of_ray_train_as_it_was_said(
     ray_session: None, inputs: Path, tmp_path: Path
 ) -> None:
     job = off_policy_job(inputs, tmp_path / "dpo", MPO(training=QUICK.model_copy(update={"batch_size": 15})))
-    with pytest.raises(UserError, match="batch_size 15 cannot be shared evenly by 2 workers"):
+    with pytest.raises(UserError, match="batch_size 15 cannot be divided evenly among 2 workers"):
         run_jobs([job], Resources(num_workers=2, max_failures=0), str(tmp_path / "ray"))
     assert not list((tmp_path / "ray").iterdir())  # Ray Train's own notes are gone
 

@@ -40,7 +40,7 @@ def text_config(folder: Path, data: str, **task: object) -> str:
         ("entries.dpo.method.beta=high", "entries.2.method.beta"),
         ("task.num_prompts=5000", "make only 2197"),
         ("model.num_heads=4", "hidden_size / num_heads is 16"),
-        ("resources.num_workers=3", "cannot be shared evenly"),
+        ("resources.num_workers=3", "cannot be divided evenly"),
         ("entries.rlhf.method.training.num_minibatches=7", "cannot be cut into 7 minibatches"),
         ("entries.dpo.method.pretraining_weight=1", "needs task.pretraining_text"),
     ],

@@ -351,7 +351,7 @@ def test_a_policy_with_other_tokens_is_refused(tmp_path: Path, tiny_policy: str)
     tokenizer.save_pretrained(other)
     data = write_prompts(tmp_path / "prompts.jsonl", some_prompts(20))
     check_input(config(tmp_path, tiny_policy, data, {"policy": {"path": tiny_policy}}))
-    with pytest.raises(UserError, match=r"task\.pairs\.policy: .*other tokens than `model`"):
+    with pytest.raises(UserError, match=r"task\.pairs\.policy: .*not have the same tokenizer as `model`"):
         check_input(config(tmp_path, tiny_policy, data, {"policy": {"path": other}}))
 
 

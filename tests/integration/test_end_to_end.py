@@ -231,7 +231,9 @@ def test_rlhf_shards_and_trains_adapters(language_run: tuple[Path, Results]) -> 
     assert not any(name.startswith("kl/k") for row in rows for name in row)
     assert all(row["kl"] > 0 for row in results.trajectories["moving"]["0"][1:])  # against the original one
     assert "moving" not in results.kl_agreement
-    assert any(note.startswith("moving: the KL penalty is against a reference that moves") for note in results.notes)
+    assert any(
+        note.startswith("moving: the KL penalty is measured against a moving reference") for note in results.notes
+    )
 
 
 def rows_of(stage: Path) -> list[dict]:
@@ -295,7 +297,7 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     assert dpo["kl_vocabulary"] > 0 and dpo["forward_kl"] > 0 and dpo["demonstration_gain_stderr"] > 0
     assert 0 < dpo["win_rate_at_equal_length"] < 1
     assert len(results.estimated_frontier["0"]) == 33 and any(c.stage == "evaluation (frontier)" for c in results.costs)
-    assert any("reward model trained on pairs that no entry saw" in note for note in results.notes)
+    assert any("reward model trained on pairs that no entry was trained on" in note for note in results.notes)
     assert any("every token of 1 on-policy run log-probs" in note for note in results.notes)
     assert not any("{" in note for note in results.notes)
     kto = results.entry("kto").seeds["0"]  # from other responses to other prompts

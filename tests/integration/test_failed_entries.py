@@ -70,7 +70,7 @@ def test_the_others_go_on_to_the_report(tmp_path: Path) -> None:
     page = (folder / "report.md").read_text(encoding="utf-8")
     assert all(f"{name}" in page for name in reasons) and "failed" in page
     # What failed is not tried again, and what is finished is reused.
-    assert "failed before and is left alone" in compare(config)
+    assert "failed in an earlier run and is left as it is" in compare(config)
 
 
 @pytest.mark.long

@@ -325,7 +325,7 @@ def test_an_evaluation_and_its_report_say_who_was_silent_and_what_was_paid(
     assert any("no readable score: 1 of 10 of the reference, 1 of 10 of best." in note for note in notes), notes
     assert any("best: 2 samples got no readable reward" in note for note in notes), notes
     assert len(judge_server.requests) == 20
-    assert "Judge endpoints answered 20 requests; 40 answers had been paid for before." in notes
+    assert "Judge endpoints answered 20 requests; 40 answers came from stored calls." in notes
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])

@@ -208,6 +208,6 @@ def test_a_model_whose_weights_no_engine_takes_is_refused_before_any_training(
     path.write_text(yaml.safe_dump(tree), encoding="utf-8")
     assert main(["compare", str(path)]) == 2
     told = capsys.readouterr().err
-    assert "vLLM, which generates, does not work with it" in told and "Traceback" not in told
+    assert "vLLM, which generates the responses, does not work with it" in told and "Traceback" not in told
     kinds = {folder.name.split("-")[0] for folder in (tmp_path / "runs" / "stages").iterdir()}
     assert kinds == {"data", "base"}

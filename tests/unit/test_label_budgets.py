@@ -104,7 +104,7 @@ def test_more_pairs_than_a_text_task_has_are_refused_before_anything_is_trained(
         if number == 9:
             check_numbers_of_pairs(plans)
             continue
-        with pytest.raises(UserError, match=r"entry 'dpo-10' asks for 10 pairs .*, and there are 9 to train on"):
+        with pytest.raises(UserError, match=r"entry 'dpo-10' asks for 10 pairs .*, but there are only 9 to train on"):
             check_numbers_of_pairs(plans)
 
 

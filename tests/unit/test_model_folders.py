@@ -748,7 +748,8 @@ def test_devices_among_which_a_model_cannot_be_cut_are_named_with_those_that_can
         check_split("here", settings, devices)
     refused(
         lambda: check_split("here", smollm2, 2),
-        "its 9 attention heads cannot be shared evenly by generation.tensor_parallel: 2; possible with this model: 1",
+        "its 9 attention heads cannot be divided evenly among the devices of generation.tensor_parallel: 2; "
+        "possible with this model: 1",
     )
     refused(
         lambda: check_split("here", heads(6, 2), 3), "its 2 key and value heads", "possible with this model: 1, 2, 6"

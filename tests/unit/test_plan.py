@@ -62,7 +62,7 @@ def test_seeds_and_epochs_change_the_order() -> None:
 
 
 def test_sizes_that_do_not_fit_are_refused() -> None:
-    with pytest.raises(UserError, match="cannot be shared evenly by 2 workers"):
+    with pytest.raises(UserError, match="cannot be divided evenly among 2 workers"):
         make(10, 3, 1, 2)
     with pytest.raises(UserError, match="no rows"):
         BatchPlan(np.array([], dtype=np.int64), np.array([], dtype=np.int64), 2, 1, 1, 0)

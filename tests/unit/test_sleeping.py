@@ -266,5 +266,5 @@ def test_what_cannot_stay_beside_an_awake_engine_is_refused(monkeypatch: pytest.
         if not refused:
             refuse_what_cannot_fit(config, training, object(), [node])  # type: ignore[arg-type]
             continue
-        with pytest.raises(UserError, match=r"the engine that wakes beside it takes .* of the 80"):
+        with pytest.raises(UserError, match=r"the engine that wakes on the same GPU takes .* of the 80"):
             refuse_what_cannot_fit(config, training, object(), [node])  # type: ignore[arg-type]

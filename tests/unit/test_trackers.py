@@ -171,7 +171,7 @@ def test_a_tracker_that_fails_is_said_once_counted_and_made_whole_when_it_works_
     stage.checkpoint(4)
     follower.catch_up()
     assert follower.notes() == [
-        "Tracker it failed once (at first: the server is down); it lacks 4 rows, which the stages' metrics.jsonl have."
+        "Tracker it failed once (at first: the server is down); it lacks 4 rows of the stages' metrics.jsonl."
     ]
     follower.catch_up()
     assert tracker.rows == metric_rows(stage.folder) and tracker.num_opened == 2
@@ -189,7 +189,7 @@ def test_a_tracker_that_cannot_be_made_ends_nothing(stage: Stage, follow: Callab
     follower.catch_up()
     follower.summarise(results({"reward": 1.0}))
     assert follower.notes() == [
-        "Tracker it failed 2 times (at first: no key); it lacks 1 rows, which the stages' metrics.jsonl have."
+        "Tracker it failed 2 times (at first: no key); it lacks 1 rows of the stages' metrics.jsonl."
     ]
 
 

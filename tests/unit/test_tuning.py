@@ -198,7 +198,7 @@ def test_a_trial_has_failed_where_one_of_its_seeds_has() -> None:
         ({"spaces": {"dpo": {"training.lr": {"low": 1, "high": 2}}}}, "no setting 'training.lr'; there are .*learning"),
         ({"spaces": {"dpo": {"beta": {"low": -1, "high": 2}}}}, "tuning.spaces.dpo: beta: -1.0: beta: "),
         ({"spaces": {"dpo": {"pair_weight": {"values": ["none", "some"]}}}}, "pair_weight: some: "),
-        ({"seeds": [0, 7]}, "seed 0 is a language that the report is about"),
+        ({"seeds": [0, 7]}, "seed 0 is one of the report's languages"),
         ({"spaces": {"dpo": {}, "mpo": {}}}, "no entry has a setting to search"),
     ],
 )

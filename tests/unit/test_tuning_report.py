@@ -321,7 +321,10 @@ def test_the_tuning_that_a_config_names_is_read_before_any_work(tmp_path: Path) 
         (altered(num_trials=24), "not what `prefarena tune` writes .entry 'dpo' has 4 trials, and says 24"),
         (altered(settings={"beta": 0.3}), "writes .entry 'dpo': its settings are not those of its trial 0"),
         (altered(best=2), "writes .entry 'dpo': its settings are not those of its trial 2"),
-        (tuning([trial("ipo", 0, 1.0)]).model_dump_json(), "is of ipo, and the comparison has none of them, but dpo"),
+        (
+            tuning([trial("ipo", 0, 1.0)]).model_dump_json(),
+            "is of ipo, but the comparison has none of them; its entries are dpo",
+        ),
     ],
 )
 def test_a_tuning_that_cannot_be_used_is_one_sentence(tmp_path: Path, text: str | None, told: str) -> None:

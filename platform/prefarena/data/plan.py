@@ -40,7 +40,7 @@ class BatchPlan:
             raise UserError("there are no rows to train on")
         if self.batch_size % self.world_size:
             raise UserError(
-                f"batch_size {self.batch_size} cannot be shared evenly by {self.world_size} workers; "
+                f"batch_size {self.batch_size} cannot be divided evenly among {self.world_size} workers; "
                 "change training.batch_size or resources.num_workers"
             )
 

@@ -158,7 +158,8 @@ def check_split(path: str, config: PretrainedConfig, num_devices: int) -> None:
             largest = heads if isinstance(heads, int) else num_devices
             possible = [among for among in range(1, largest + 1) if all(cut(*one, among) for one in counts)]
             raise UserError(
-                f"{path}: its {count} {what} cannot be shared evenly by generation.tensor_parallel: {num_devices}; "
+                f"{path}: its {count} {what} cannot be divided evenly among the devices of "
+                f"generation.tensor_parallel: {num_devices}; "
                 f"possible with this model: {', '.join(map(str, possible))}"
             )
 
