@@ -8,23 +8,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from pipelines.jobs import max_length
 from prefarena.cluster.needs import trainings
 from prefarena.cluster.session import ray_session
-from prefarena.config import Comparison, LanguageTask, Optimisation, PretrainedModel
+from prefarena.config import Comparison, EvaluationJudge, LanguageTask, Optimisation, PretrainedModel
+from prefarena.data.tables import write_rows
+from prefarena.errors import JudgeError, UserError
 from prefarena.estimate.calibration import Bench, Timed, time_listing, time_scoring, time_training
-from prefarena.estimate.lengths import Data, ids_like
+from prefarena.estimate.lengths import Data
 from prefarena.estimate.memory import Held
 from prefarena.estimate.speeds import Curve, Measured
 from prefarena.estimate.stages import Planned
 from prefarena.estimate.trainings import Workload
-from prefarena.estimate.work import Listing, Manner, Passes, Sampling
+from prefarena.estimate.work import Judging, Listing, Manner, Passes, Sampling, Writing
 from prefarena.generation.interface import Sampling as Sampler
+from prefarena.judges.spec import JudgeSpec, load_judge
 from prefarena.modeling.checks import quietly
 from prefarena.modeling.load import load_policy, load_tokenizer, new_policy, new_reward_model, save_policy
-from prefarena.records import Rollout
+from prefarena.records import PAIRS, Rollout
 from prefarena.settings.optimisation import LearnerSettings
 from prefarena.tasks.language import Language
 
@@ -35,15 +39,16 @@ _LEAST_MARGIN = 0.25
 #: Measured on two cores: Ray Data's actors import torch and transformers, and read a model.
 _START_S = 4.0
 _FEW = 8  # responses of the smaller call
+_ROWS = 1000  # that are written as a table
 _BUSY = 0.9  # share of a CPU below which it is said
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """response: mean tokens of what the model answers, where that was seen."""
+    """responses: tokens of what the model answers, where that was seen; none: other models answer."""
 
     measured: Measured
-    response: float | None
+    responses: tuple[int, ...]
 
 
 def calibrate(
@@ -78,20 +83,26 @@ def calibrate(
     if any(isinstance(part, Listing) for part in parts) and isinstance(config.task, LanguageTask):
         say("timing the listing of every response …")
         listing = time_listing(load_policy(model_folder), new_reward_model(model_folder, 0), Language(config.task))
-    sampling, sending, loading, response = None, 0.0, 0.0, None
+    engine: _Engine | None = None
     if calls := [part for part in parts if isinstance(part, Sampling)]:
         say("starting an engine, and timing a few responses …")
-        engine, sending, loading, response = _time_engine(config, workload, calls, model_folder, vocab_size)
         # By the clock, of which this machine's other work had a part just before.
-        sampling, sending, loading = engine.times(had), had * sending, had * loading
+        engine = _time_engine(config, workload, calls, model_folder).times(had)
+    judging: dict[EvaluationJudge, float] = {}
+    for judge in {part.judge: None for part in parts if isinstance(part, Judging)}:
+        say(f"timing the judge of kind {judge.kind} …")
+        judging[judge] = had * _time_judge(judge, model_folder, config, engine.rollouts if engine else [])
     if had < _BUSY:
         say(f"this machine is busy: passes had {had:.0%} of a CPU; the seconds are those of one that is not")
     margin = max(_LEAST_MARGIN, float(np.median(spreads)))
     measured = Measured(
-        training, forward, steps, sampling, sending, loading, listing, reading, writing, _START_S, margin
+        training, forward, steps, engine.sampling if engine else None, engine.sending if engine else 0.0,
+        engine.loading if engine else 0.0, listing, reading, writing, judging,
+        _time_row(folder) if any(isinstance(part, Writing) for part in parts) else 0.0,
+        {"pool": _START_S, "engine": engine.starting if engine else 0.0}, margin,
     )  # fmt: skip
-    known = isinstance(config.model, PretrainedModel) and not config.reference.train
-    return Calibrated(measured, response if known else None)
+    known = engine is not None and isinstance(config.model, PretrainedModel) and not config.reference.train
+    return Calibrated(measured, tuple(len(one.response_ids) for one in engine.rollouts) if known and engine else ())
 
 
 def _files(config: Comparison, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[str, float, float]:
@@ -131,22 +142,36 @@ def _time(folder: str, settings: LearnerSettings, workload: Workload, most: int,
     return time_training(load_policy(folder), plain, workload.counts(settings.lora), most, bench)
 
 
-def _time_engine(
-    config: Comparison, workload: Workload, calls: list[Sampling], folder: str, vocab_size: int
-) -> tuple[Curve, float, float, float]:
-    """Calls by their tokens, an update of weights, one that is read, and the mean tokens of a response."""
+@dataclass(frozen=True)
+class _Engine:
+    """Calls by their tokens, the start, an update of weights, one that is read, and what was answered."""
+
+    sampling: Curve
+    starting: float
+    sending: float
+    loading: float
+    rollouts: list[Rollout]
+
+    def times(self, factor: float) -> _Engine:
+        """All seconds multiplied."""
+        seconds = (factor * self.starting, factor * self.sending, factor * self.loading)
+        return _Engine(self.sampling.times(factor), *seconds, self.rollouts)
+
+
+def _time_engine(config: Comparison, workload: Workload, calls: list[Sampling], folder: str) -> _Engine:
+    """On the data's own prompts, since a model answers other ones at other lengths."""
     from prefarena.generation.fleet import Generators
 
-    model, prompts = load_policy(folder), workload.data.prompts
+    model, prompts = load_policy(folder), workload.data.some_prompts
     most = max(_FEW, round(max(call.sequences for call in calls) / config.generation.num_actors))
-    random = np.random.default_rng(0)
-    lengths = np.resize(prompts.prompts, most)
-    ids = ids_like(lengths.tolist(), vocab_size, random)
+    ids = [list(prompts[at % len(prompts)]) for at in range(most)]
     with ray_session():
+        started = time.perf_counter()
         generators = Generators.start(
             folder, config.generation.model_copy(update={"num_actors": 1}), max_model_len=max_length(config.task),
             use_gpu=config.resources.use_gpu, names=("prefarena-estimate",), seed=0,
         )  # fmt: skip
+        starting = time.perf_counter() - started
         try:
             generators.load_checkpoint(folder, "estimate@0")  # the first one is compared whole
             loading = _seconds(lambda: generators.load_checkpoint(folder, "estimate@1"))
@@ -172,8 +197,31 @@ def _time_engine(
                 points.append((tokens, seconds))
         finally:
             generators.stop()
-    response = sum(len(one.response_ids) for one in rollouts) / len(rollouts)
-    return Curve(tuple(points)), sending, loading, response
+    return _Engine(Curve(tuple(points)), starting, sending, loading, rollouts)
+
+
+def _time_judge(judge: EvaluationJudge, folder: str, config: Comparison, rollouts: list[Rollout]) -> float:
+    """Seconds of a response's score, by the responses that the engine gave. Raises UserError where there is none."""
+    spec = JudgeSpec(judge, None, folder, arithmetic=config.scored_in, may_be_silent=True)
+    scorer = load_judge(spec, config.evaluation.batch_size, config.resources.device)
+    prompts, responses = [one.prompt_ids for one in rollouts], [one.response_ids for one in rollouts]
+    try:
+        scorer.score(prompts[:1], responses[:1])  # what is done but once
+        return _seconds(lambda: scorer.score(prompts, responses)) / len(rollouts)
+    except JudgeError as error:
+        raise UserError(str(error)) from None
+
+
+def _time_row(folder: Path) -> float:
+    """Seconds of a pair that is written."""
+    ids = list(range(32))
+    row = {"id": "0" * 16, "prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "label": 1.0, "source": ""}
+    table = [row | {"score_chosen": None, "score_rejected": None}] * _ROWS
+
+    def write() -> None:
+        write_rows(pa.Table.from_pylist(table, PAIRS), folder / "rows" / "part-0.parquet", PAIRS)
+
+    return _seconds(write) / _ROWS
 
 
 def _seconds(work: Callable[[], object]) -> float:

@@ -8,8 +8,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-
 from pipelines.addresses import learns_judge
 from pipelines.calibrate import calibrate, tokenizer_of
 from pipelines.checks import check_input
@@ -22,15 +20,15 @@ from pipelines.preferences import prepare_tokenizer
 from prefarena.cluster.needs import Lengths
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, load_config
 from prefarena.data.counting import count_rows
-from prefarena.data.first_rows import NUM_FIRST_ROWS, look_at_pairs, prompts_alone
+from prefarena.data.first_rows import NUM_FIRST_ROWS, look_at_pairs, look_at_prompts, prompts_alone
 from prefarena.data.splits import shares_of
 from prefarena.data.tokenization import Tokenizer
 from prefarena.errors import UserError
 from prefarena.estimate.hardware import Cards, parse_cards
 from prefarena.estimate.lengths import Data, of_language, of_text
-from prefarena.estimate.memory import held_by_trainings
+from prefarena.estimate.memory import Held, held_by_trainings
 from prefarena.estimate.result import Estimated, estimate
-from prefarena.estimate.speeds import OnCards, Speeds, ThisMachine
+from prefarena.estimate.speeds import OnCards, ThisMachine
 from prefarena.estimate.stages import not_estimated, planned
 from prefarena.estimate.trainings import Workload
 from prefarena.report.results import load_results
@@ -55,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(entry_table(stages, arguments.price).rich())
     if results is not None:
         console.print(beside_table(stages, results).rich())
-    for sentence in not_estimated(config):
+    for sentence in not_estimated(config, elsewhere=cards is not None):
         console.print(f"Not in it: {sentence}.", markup=False)
     return 0
 
@@ -68,18 +66,22 @@ def estimated(config: Comparison, cards: Cards | None, folder: Path, say: Callab
     if trained_tokenizer is not None:
         settings.vocab_size = len(tokenizer_of(config, folder, trained_tokenizer))
     workload = Workload(config, settings, data, {}, response_limit(config.task))
-    gib = cards.card.gib if cards else None
-    memory = held_by_trainings(config, settings, Lengths(*longest(config.task)), workload.in_passes, card_gib=gib)
-    workload = replace(workload, sizes={where: held.size for where, held in memory.items()})
-    stages, speeds = planned(workload), OnCards(cards, config) if cards else None
-    if speeds is None:
-        tokenizer = tokenizer_of(config, folder, trained_tokenizer)
-        calibrated = calibrate(config, workload, stages, memory, tokenizer, folder, say)
-        speeds_here: Speeds = ThisMachine(calibrated.measured, config.generation.num_actors)
-        if calibrated.response is not None:  # what it answers, rather than what the data answer
-            stages = planned(replace(workload, data=_answering(data, calibrated.response)))
-        return estimate(stages, speeds_here, memory)
-    return estimate(stages, speeds, memory)
+    workload, memory = _sized(workload, cards)
+    if cards is not None:
+        return estimate(planned(workload), OnCards(cards, config), memory)
+    tokenizer = tokenizer_of(config, folder, trained_tokenizer)
+    calibrated = calibrate(config, workload, planned(workload), memory, tokenizer, folder, say)
+    if calibrated.responses:  # what it answers, rather than what the data answer, or what it may answer
+        workload, memory = _sized(replace(workload, data=data.answered(calibrated.responses)), None)
+    return estimate(planned(workload), ThisMachine(calibrated.measured, config.generation.num_actors), memory)
+
+
+def _sized(workload: Workload, cards: Cards | None) -> tuple[Workload, dict[str, Held]]:
+    """With the sizes of passes that trainings will choose, and the memory that they need in them."""
+    config = workload.config
+    gib, most = cards.card.gib if cards else None, Lengths(*longest(config.task))
+    memory = held_by_trainings(config, workload.settings, most, workload.in_passes, card_gib=gib)
+    return replace(workload, sizes={where: held.size for where, held in memory.items()}), memory
 
 
 def _data(config: Comparison, folder: Path) -> tuple[Data, str | None]:
@@ -87,9 +89,8 @@ def _data(config: Comparison, folder: Path) -> tuple[Data, str | None]:
     task = config.task
     if isinstance(task, LanguageTask):
         return of_language(task), None
-    if task.pairs is not None or prompts_alone(task):
-        raise UserError("task.pairs: the cost of drawn pairs is not estimated; remove the setting to see the rest")
-    first, learns = look_at_pairs(task), learns_judge(config)
+    alone, learns = prompts_alone(task), learns_judge(config)
+    first = look_at_prompts(task) if alone else look_at_pairs(task)
     shares = shares_of(task, first.parts, learns)
     trained = None
     if isinstance(config.model, PretrainedModel):
@@ -99,14 +100,7 @@ def _data(config: Comparison, folder: Path) -> tuple[Data, str | None]:
         trained = prepare_tokenizer(few, config.model, folder / "tokenizer", shares)
         tokenizer = Tokenizer.load(trained, None, task)
     num_rows = count_rows(first.parts, task.max_row_bytes, task.max_rows)
-    return of_text(config, task, first, tokenizer, num_rows, shares), trained
-
-
-def _answering(data: Data, response: float) -> Data:
-    """Prompts whose responses have so many tokens."""
-    prompts = data.prompts
-    own = np.full_like(prompts.responses, max(1, round(response)))
-    return replace(data, prompts=replace(prompts, responses=own))
+    return of_text(config, task, first, tokenizer, num_rows, shares, answers=not alone), trained
 
 
 def on_cards(config: Comparison, cards: Cards) -> tuple[Comparison, str]:

@@ -12,23 +12,28 @@ import numpy as np
 import pytest
 import torch
 from off_policy import off_policy_job, write_inputs
+from tiny import save_tiny_policy
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from pipelines.cli import main
 from pipelines.estimate import on_cards
-from prefarena.config import DPO, LanguageTask, LoRA, Optimisation, parse_config
+from prefarena.config import DPO, Comparison, LanguageTask, LoRA, Optimisation, RewardModel, TextTask, parse_config
+from prefarena.data.first_rows import look_at_prompts
+from prefarena.data.splits import Shares as DataShares
 from prefarena.data.tables import TokenColumn, read_rows
+from prefarena.data.tokenization import Tokenizer
 from prefarena.errors import UserError
 from prefarena.estimate.calibration import Bench, time_training
 from prefarena.estimate.counts import Pass, count_model
 from prefarena.estimate.hardware import CARDS, Cards, parse_cards
 from prefarena.estimate.interval import Interval
-from prefarena.estimate.lengths import Data, Rows, of_language, passed
+from prefarena.estimate.lengths import Data, Rows, of_language, of_text, passed
 from prefarena.estimate.result import Estimated, by_entry, price_of
 from prefarena.estimate.speeds import Curve, OnCards
+from prefarena.estimate.stages import planned
 from prefarena.estimate.trainings import Workload
-from prefarena.estimate.work import Manner, Passes, Sampling, StageWork
+from prefarena.estimate.work import Judging, Manner, Passes, Sampling, StageWork, Writing
 from prefarena.modeling.load import load_policy
 from prefarena.training.run_job import run_job
 from prefarena.training.worker import Worker
@@ -248,3 +253,73 @@ def test_this_machine_is_timed_without_ray_where_nothing_generates(
     [row] = [line for line in shown.splitlines() if re.search(r"dpo +│ training", line)]
     seconds, memory = (float(row.split("│")[at].split()[0].replace(",", "")) for at in (3, 5))
     assert seconds > 0 and memory > 500  # a process and a small model
+
+
+# ------------------------------------------------------------------------------------------- pairs that are drawn
+
+FUNCTION = {"kind": "function", "function": "prefarena.judges.sentiment:valence"}
+SMALL = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
+
+
+def drawn(**changed: Any) -> Comparison:
+    """A comparison on pairs that are drawn, whose rows are prompts alone; nothing of it is there."""
+    pairs = {"num_samples": 4} | changed.pop("pairs", {})
+    return parse_config({
+        "task": {"kind": "text", "data": "prompts.jsonl", "max_response_tokens": 16, "pairs": pairs, **changed},
+        "model": {"kind": "pretrained", "path": "model"}, "reference": {"train": False},
+        "judge": FUNCTION,
+        "entries": [{"name": "dpo", "method": {"kind": "dpo", "training": {"batch_size": 8}}}],
+        "evaluation": {"num_prompts": 8, "samples_per_prompt": 1},
+    })  # fmt: skip
+
+
+def data_of(config: Comparison, folder: Path) -> Data:
+    """As of 40 prompts of which one stands there twice, a fifth of them to test on."""
+    assert isinstance(config.task, TextTask)
+    path = folder / "prompts.jsonl"
+    texts = [f"{first} {second}" for first in "abcdefghijklm" for second in "abc"] + ["a a"]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts), encoding="utf-8")
+    task = config.task.model_copy(update={"data": str(path)})
+    tokenizer = Tokenizer.load(save_tiny_policy(folder / "model"), None, task)
+    return of_text(config, task, look_at_prompts(task), tokenizer, 40, DataShares(0.2, 0.0, 0), answers=False)
+
+
+def stage_of(config: Comparison, data: Data, name: str) -> StageWork:
+    [found] = [one.work for one in planned(Workload(config, SMALL, data, {}, 16)) if one.stage == name]
+    return found
+
+
+@pytest.mark.parametrize(("choose", "of_each"), [("all", 6), ("best_worst", 1)])
+def test_drawn_pairs_are_counted_from_the_prompts(tmp_path: Path, choose: str, of_each: int) -> None:
+    config = drawn(covered_share=0.5, pairs={"choose": choose})
+    data = data_of(config, tmp_path)
+    train, test = 31, 8  # of 39 different prompts
+    assert data.drawn is not None and data.drawn.number == 4 * (train + test)
+    assert (data.pairs.number, data.test_pairs.number) == (of_each * 16, of_each * test)
+    assert data.num_labelled == 4 * (16 + test) and data.demonstrations.number == 4 * train
+    [generated] = [part for _, part in stage_of(config, data, "drawn").parts if isinstance(part, Sampling)]
+    assert generated.calls * generated.sequences == data.drawn.number
+    [judged] = [part for _, part in stage_of(config, data, "pairs").parts if isinstance(part, Judging)]
+    assert judged.responses == data.num_labelled
+
+
+def test_all_that_is_drawn_is_as_long_as_what_the_model_answers(tmp_path: Path) -> None:
+    config = drawn()
+    data = data_of(config, tmp_path)
+    assert data.pairs.mean_response == 16  # nobody has seen an answer yet
+    seen = data.answered([3, 5])
+    for rows in (seen.drawn, seen.pairs, seen.test_pairs, seen.demonstrations, seen.prompts):
+        assert rows is not None and rows.mean_response == pytest.approx(4, abs=0.1)
+    shorter = [stage_of(config, one, "training").trained for one in (seen, data)]
+    assert shorter[0] < shorter[1]
+
+
+def test_a_learned_annotator_scores_by_passes_and_a_function_by_its_own_time(tmp_path: Path) -> None:
+    config = drawn(pairs={"annotators": [{"judge": FUNCTION}, {}]}).model_copy(update={"judge": RewardModel()})
+    data = data_of(config, tmp_path)
+    data = replace(data, judge=data.pairs)
+    kinds = [type(part).__name__ for name, part in stage_of(config, data, "pairs").parts if name == "labels"]
+    assert kinds == ["Judging", "Passes"]
+    parts = dict(stage_of(config, data, "pairs").parts)
+    assert isinstance(parts["writing"], Writing)
+    assert parts["writing"].rows == data.pairs.number + data.test_pairs.number

@@ -7,10 +7,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from numpy.typing import NDArray
 
 from prefarena.config import TextTask
 from prefarena.data.first_rows import FirstRows
@@ -95,17 +93,27 @@ def lengths_of(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> tuple[
     return _lengths(_first_chunks(task, first), task, tokenizer, first.num_rows)
 
 
-def usable_lengths(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> tuple[NDArray[np.int64], float]:
-    """[N, 3], tokens of prompt, chosen and rejected of those of the first rows that can be used, within the limits.
+def usable_pairs(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> tuple[pa.Table, float]:
+    """Those of the first rows that can be used, tokenised within the limits.
 
     And the seconds that reading and tokenising the first rows took.
     """
     started = time.perf_counter()
-    rows = _prepared(_first_chunks(task, first), task, tokenizer).slice(0, first.num_rows)
-    seconds = time.perf_counter() - started
-    rows = rows.filter(pc.is_null(rows["reason"]))
-    columns = [pc.list_value_length(rows[f"{name}_ids"]).to_numpy() for name in ("prompt", "chosen", "rejected")]
-    return np.stack(columns, 1).astype(np.int64), seconds
+    rows = _prepared(_first_chunks(task, first), task, tokenizer)
+    return _usable(rows, first), time.perf_counter() - started
+
+
+def usable_prompts(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> tuple[pa.Table, float]:
+    """`usable_pairs` of prompts without answers."""
+    started = time.perf_counter()
+    chunks = _first_chunks(task, first, PROMPT_COLUMNS)
+    rows = pa.concat_tables([prepare_prompts(chunk, task, tokenizer, shares=NONE_HELD_OUT) for chunk in chunks])
+    return _usable(rows, first), time.perf_counter() - started
+
+
+def _usable(rows: pa.Table, first: FirstRows) -> pa.Table:
+    rows = rows.slice(0, first.num_rows)
+    return rows.filter(pc.is_null(rows["reason"]))
 
 
 def look_at_prompt_limit(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> list[str]:

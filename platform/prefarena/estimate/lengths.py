@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
+import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from prefarena.config import Comparison, LanguageTask, RewardModel, TextTask
+from prefarena.config import Comparison, DrawnPairs, LanguageTask, RewardModel, TextTask
 from prefarena.data.first_rows import FirstRows
-from prefarena.data.limits import usable_lengths
+from prefarena.data.limits import usable_pairs, usable_prompts
 from prefarena.data.splits import Shares
 from prefarena.data.tokenization import Tokenizer
 from prefarena.errors import UserError
@@ -35,6 +36,12 @@ class Rows:
 
     def taking(self, number: int) -> Rows:
         return Rows(number, self.prompts, self.responses)
+
+    def answered(self, lengths: Sequence[int]) -> Rows:
+        """The same prompts with responses of these lengths, over and over; those of a row are neighbours among them."""
+        own = np.resize(np.array(lengths, np.int64), len(self.prompts))
+        columns = [np.roll(own, place) for place in range(self.responses.shape[1])]
+        return Rows(self.number, self.prompts, np.maximum(1, np.stack(columns, 1)))
 
     def single(self, column: int = 0) -> Rows:
         """Each prompt with one of its responses."""
@@ -67,7 +74,9 @@ class Rows:
 class Data:
     """What a comparison will have. judge: rows set aside for a learned judge. prompts: to sample on, by training.
 
-    row_seconds: what making a row of the language took, or reading and tokenising one.
+    row_seconds: what making a row of the language took, or reading and tokenising one. some_prompts: a few as tokens.
+    drawn: where pairs are drawn, every response that is, of which judges order `num_labelled`; the other tables are
+    made of these, demonstrations too unless the rows have `answers`.
     """
 
     pairs: Rows
@@ -77,6 +86,21 @@ class Data:
     prompts: Rows
     row_seconds: float = 0.0
     num_raw: int = 0
+    some_prompts: tuple[tuple[int, ...], ...] = ()
+    drawn: Rows | None = None
+    num_labelled: int = 0
+    answers: bool = True
+
+    def answered(self, lengths: Sequence[int]) -> Data:
+        """The same where the model's own responses have these lengths."""
+        found = replace(self, prompts=self.prompts.answered(lengths))
+        if self.drawn is None:
+            return found
+        pairs, test_pairs = self.pairs.answered(lengths), self.test_pairs.answered(lengths)
+        demonstrations = self.demonstrations if self.answers else self.demonstrations.answered(lengths)
+        return replace(
+            found, drawn=self.drawn.answered(lengths), pairs=pairs, test_pairs=test_pairs, demonstrations=demonstrations
+        )
 
 
 def passed(prompts: _Ints, responses: _Ints) -> Pass:
@@ -108,26 +132,37 @@ def of_language(task: LanguageTask) -> Data:
         prompts=Rows(task.num_prompts, pairs.prompts, pairs.responses[:, :1]),
         row_seconds=seconds / task.num_demonstrations,
         num_raw=task.num_demonstrations,
+        some_prompts=tuple(map(tuple, language.prompt_ids)),
     )
 
 
 def of_text(
-    config: Comparison, task: TextTask, first: FirstRows, tokenizer: Tokenizer, num_rows: int, shares: Shares
-) -> Data:
+    config: Comparison, task: TextTask, first: FirstRows, tokenizer: Tokenizer, num_rows: int, shares: Shares,
+    *, answers: bool = True,
+) -> Data:  # fmt: skip
     """From the first rows that can be used, as they are tokenised for training. num_rows: of the source, in all.
 
-    Raises UserError where none of them can be.
+    Without `answers` the rows are prompts alone; what is drawn on them is taken to be as long as it may be. Raises
+    UserError where none of the rows can be used.
     """
-    lengths, seconds = usable_lengths(task, first, tokenizer)
-    if not len(lengths):
+    table, seconds = (usable_pairs if answers else usable_prompts)(task, first, tokenizer)
+    if not table.num_rows:
         raise UserError(f"{task.data}: none of its first {first.num_rows} rows can be trained on with this model")
+    tokens = table["prompt_ids"].to_pylist()
+    lengths = np.array([len(ids) for ids in tokens], np.int64)
+    both = np.full((len(tokens), 2), task.max_response_tokens, np.int64)
+    if answers:
+        columns = [pc.list_value_length(table[f"{name}_ids"]).to_numpy() for name in ("chosen", "rejected")]
+        both = np.stack(columns, 1).astype(np.int64)
     usable = num_rows * len(lengths) / first.num_rows
-    rows = Rows(0, lengths[:, 0], lengths[:, 1:])
+    if task.pairs is not None:  # which are drawn on each prompt once
+        usable *= len(set(map(tuple, tokens))) / len(tokens)
+    rows = Rows(0, lengths, both)
     test = usable * shares.test if task.test_source is None else min(2000.0, usable)
     judge = usable * shares.judge if isinstance(config.judge, RewardModel) else 0.0
     left = usable - judge - (test if task.test_source is None else 0.0)
     pairs = rows.taking(max(1, round(left * task.covered_share)))
-    return Data(
+    data = Data(
         pairs=pairs,
         test_pairs=rows.taking(max(1, round(test))),
         demonstrations=rows.single().taking(pairs.number),
@@ -135,7 +170,33 @@ def of_text(
         prompts=rows.single().taking(max(1, round(left))),
         row_seconds=seconds / first.num_rows,
         num_raw=num_rows,
+        some_prompts=tuple(map(tuple, tokens)),
+        answers=answers,
     )
+    data = data if task.pairs is None else _with_drawn(data, task.pairs)
+    return data if task.validation_share is None else _set_aside(data, task.validation_share)
+
+
+def _with_drawn(data: Data, settings: DrawnPairs) -> Data:
+    """Pairs of responses that are drawn on the prompts. No two of them are taken to be equal, or tied."""
+    number, covered, tested = settings.num_samples, data.pairs.number, data.test_pairs.number
+    of_each = number * (number - 1) // 2 if settings.choose == "all" else 1
+    demonstrations = data.demonstrations if data.answers else data.prompts.taking(number * data.prompts.number)
+    return replace(
+        data,
+        drawn=data.prompts.taking(number * (data.prompts.number + tested)),
+        num_labelled=number * (covered + tested),
+        pairs=data.pairs.taking(of_each * covered),
+        test_pairs=data.test_pairs.taking(of_each * tested),
+        demonstrations=demonstrations,
+    )
+
+
+def _set_aside(data: Data, share: float) -> Data:
+    """Without the share of the training prompts that `prefarena tune` measures its trials on, in place of the rest."""
+    left = {name: getattr(data, name) for name in ("pairs", "demonstrations", "prompts")}
+    kept = {name: rows.taking(max(1, round((1 - share) * rows.number))) for name, rows in left.items()}
+    return replace(data, test_pairs=data.pairs.taking(max(1, round(share * data.pairs.number))), **kept)
 
 
 def ids_like(lengths: Sequence[int], vocab_size: int, random: np.random.Generator) -> list[list[int]]:

@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
-from prefarena.config import Comparison
+from prefarena.config import Comparison, EvaluationJudge
 from prefarena.estimate.hardware import Cards
 from prefarena.estimate.interval import NOTHING, Interval, total
 from prefarena.estimate.work import (
     Files,
+    Judging,
     Listing,
     Manner,
     Part,
@@ -23,6 +24,7 @@ from prefarena.estimate.work import (
     StageWork,
     Start,
     Steps,
+    Writing,
 )
 
 _FLOAT, _HALF = 4, 2  # bytes
@@ -32,8 +34,11 @@ _ADAM = 28
 _GATHERS, _GATHERS_IN_TRAINING = 1, 3
 #: Kernels that a pass launches in each layer, and in one with its gradient (counted for Llama, roughly); and a launch.
 _KERNELS, _KERNELS_IN_TRAINING, _LAUNCH = 30, 100, Interval(3e-6, 6e-6, 12e-6)
-#: Guesses, not measurements: bytes/s of a disk, and of weights that go through host memory; starting a pool of actors.
-_DISK, _HOST, _START = Interval(0.3e9, 1e9, 3e9), Interval(1e9, 3e9, 10e9), Interval(2.0, 5.0, 15.0)
+#: Guesses, not measurements: bytes/s of a disk, and of weights that go through host memory; starting a pool of actors,
+#: and engines; a row of a table.
+_DISK, _HOST = Interval(0.3e9, 1e9, 3e9), Interval(1e9, 3e9, 10e9)
+_START = {"pool": Interval(2.0, 5.0, 15.0), "engine": Interval(15.0, 40.0, 120.0)}
+_ROW = Interval(1e-5, 3e-5, 1e-4)
 
 
 class Speeds(Protocol):
@@ -77,8 +82,9 @@ class Measured:
     """What a short run took here, in seconds.
 
     training, forward: a pass with its gradient, and one without, by its FLOPs. steps: one of the optimizer. sampling:
-    a call of an actor, by the tokens of prompts and responses. listing: one prompt of the language. margin: the share
-    by which all of it may be wrong.
+    a call of an actor, by the tokens of prompts and responses. listing: one prompt of the language. judging: a response
+    that a judge scores. row: one that is written. starts: of a pool of actors, and of engines. margin: the share by
+    which all of it may be wrong.
     """
 
     training: Mapping[Manner, Curve]
@@ -90,7 +96,9 @@ class Measured:
     listing: Mapping[str, float]
     reading: float
     writing: float
-    start: float
+    judging: Mapping[EvaluationJudge, float]
+    row: float
+    starts: Mapping[str, float]
     margin: float
 
 
@@ -126,8 +134,12 @@ class ThisMachine:
                 return part.read * measured.reading + part.written * measured.writing
             case Raw():
                 return part.seconds / part.actors
+            case Judging():
+                return part.responses / part.processes * measured.judging[part.judge]
+            case Writing():
+                return part.rows * measured.row
             case Start():
-                return measured.start
+                return measured.starts[part.what]
 
 
 # ----------------------------------------------------------------------------------------------- named hardware
@@ -160,8 +172,12 @@ class OnCards:
                 return _DISK.under((part.read + part.written) * part.parameters * _FLOAT)
             case Raw():
                 return Interval.exactly(part.seconds / part.actors)
+            case Judging():
+                return NOTHING  # a program or a model that nothing is known of
+            case Writing():
+                return _ROW.times(part.rows)
             case Start():
-                return _START
+                return _START[part.what]
 
     def _passes(self, part: Passes, workers: int) -> Interval:
         launches = part.number * part.layers * (_KERNELS_IN_TRAINING if part.backward else _KERNELS)

@@ -10,17 +10,19 @@ from prefarena.config import (
     BestOfN,
     Comparison,
     Entry,
-    JudgeSettings,
+    EvaluationJudge,
     LanguageTask,
     OffPolicyMethod,
     OnPolicyMethod,
+    Pairwise,
+    PairwiseJudge,
     RewardModel,
+    TextTask,
     reward_of,
 )
-from prefarena.data.plan import LARGEST_PASS
 from prefarena.estimate.counts import Pass
 from prefarena.estimate.trainings import Named, Workload
-from prefarena.estimate.work import Files, Listing, Raw, Sending, StageWork, Start
+from prefarena.estimate.work import Files, Listing, Raw, Sending, StageWork, Start, Writing
 from prefarena.settings.unpaired import Unpaired
 
 #: Samples that an evaluation draws in one call.
@@ -50,20 +52,27 @@ def planned(workload: Workload) -> list[Planned]:
     return [*_shared(workload), *(one for entry in workload.config.entries for one in _of_entry(workload, entry))]
 
 
-def not_estimated(config: Comparison) -> list[str]:
-    """What the estimate leaves out, a sentence each."""
-    found = []
-    judges = [config.judge, *_rewards(config)]
-    kinds = {judge.kind for judge in judges} & {"function", "endpoint", "pairwise", "classifier"}
-    if config.task.kind == "language":
-        kinds -= {config.judge.kind}
-    if kinds:
-        found.append(f"what judges of kind {' and '.join(sorted(kinds))} take is not known and counts as nothing")
-    found.append("starting Ray, workers and engines is no stage's cost: about half a minute of each command, on CPUs")
+def not_estimated(config: Comparison, *, elsewhere: bool) -> list[str]:
+    """What the estimate leaves out, a sentence each. elsewhere: it is for named hardware, where nothing is timed."""
+    found, task = list[str](), config.task
+    judges: list[EvaluationJudge] = _rewards(config)
+    if isinstance(task, TextTask):
+        judges += [config.judge, *(task.pairs.judges(config.judge) if task.pairs else [])]
+    own = {"function", "classifier"}
+    kinds = {judge.kind for judge in judges}
+    if unknown := kinds & ({"endpoint", "pairwise"} | (own if elsewhere else set())):
+        found.append(f"what judges of kind {' and '.join(sorted(unknown))} take is not known and counts as nothing")
+    if kinds & own and not isinstance(task, TextTask):
+        found.append("scores of all responses of the language by a function or a classifier are not counted")
+    if isinstance(task, TextTask) and task.pairs is not None:
+        if task.pairs.policy is not None:
+            found.append("the model of task.pairs.policy is taken to be as large and as wordy as the comparison's own")
+        found.append("repeated responses and ties make no pairs; there may be fewer than are counted here")
+    found.append("starting Ray and workers is no stage's cost: about half a minute of each command, on CPUs")
     return found
 
 
-def _rewards(config: Comparison) -> list[JudgeSettings]:
+def _rewards(config: Comparison) -> list[EvaluationJudge]:
     return [keyed[1] for entry in config.entries if (keyed := reward_of(entry.method)) is not None]
 
 
@@ -85,6 +94,8 @@ def _shared(workload: Workload) -> Iterator[Planned]:
         yield Planned("reference", None, work, seeds)
     if isinstance(task, LanguageTask):
         yield Planned("pairs", None, StageWork((("listing", Listing("reference", task.num_prompts)),)), seeds)
+    else:
+        yield from _pairs(workload, task)
     for kind, method_kind in (("logps", False), ("responses", True)):
         found = {
             entry.method.training.precision
@@ -96,9 +107,44 @@ def _shared(workload: Workload) -> Iterator[Planned]:
             if method_kind:
                 scored = data.pairs.apart().passed().times(2)
             yield Planned(kind, None, StageWork((("start", Start()), ("passes", workload.scored(scored)))), seeds)
-    if not isinstance(task, LanguageTask):
+    for _ in {
+        entry.method.training.precision
+        for entry in config.entries
+        if isinstance(entry.method, Pairwise) and entry.method.needs_shared
+    }:  # responses are cut to the shorter one's length, which is not known of each pair
+        cut = ("passes", workload.scored(data.pairs.passed()))
+        yield Planned("shared_logps", None, StageWork((("start", Start()), cut)), seeds)
+    if not language:
         yield from _text_shared(workload)
     yield Planned("evaluation (reference)", None, _evaluation(workload, None), seeds)
+
+
+def _pairs(workload: Workload, task: TextTask) -> Iterator[Planned]:
+    """Where pairs are not simply those of the data: drawn and labelled, or without some."""
+    config, data, settings = workload.config, workload.data, task.pairs
+    written = ("writing", Writing(data.pairs.number + data.test_pairs.number))
+    if settings is not None and data.drawn is not None:
+        if settings.policy is not None:
+            yield Planned("behaviour", None, StageWork((("files", Files(1, 0, workload.plain.parameters)),)))
+        calls = math.ceil(data.drawn.number / _PART_ROLLOUTS)
+        parts: list[Named] = [("start", Start("engine")), ("sync", _loading(workload))]
+        parts.append(("generate", workload.sampling(calls, data.drawn.number / calls)))
+        yield Planned("drawn", None, StageWork(tuple(parts), generated=data.drawn.passed().scored))
+        parts, judges = [], settings.judges(config.judge)
+        for judge in judges:  # each orders the responses to its share of the prompts, in a pool of its own
+            number = data.num_labelled / len(judges)
+            labelled = data.drawn.passed().times(number / data.drawn.number)
+            scoring = workload.judging(judge, labelled, number, _num_scorers(config))
+            parts += [("start", Start()), *(("labels", part) for part in scoring)]
+        yield Planned("pairs", None, StageWork((*parts, written)))
+    elif task.covered_share < 1:
+        yield Planned("pairs", None, StageWork((written,)))
+    if task.validation_share is not None:
+        yield Planned("validation", None, StageWork((written,)))
+
+
+def _num_scorers(config: Comparison) -> int:
+    return config.resources.scoring.num_actors or config.resources.num_workers
 
 
 def _text_shared(workload: Workload) -> Iterator[Planned]:
@@ -135,6 +181,8 @@ def _of_entry(workload: Workload, entry: Entry) -> Iterator[Planned]:
         work = StageWork((("listing", Listing("scores", config.task.num_prompts)),))
         yield Planned("evaluation (scores of all responses)", entry.name, work, seeds)
     yield Planned("evaluation", entry.name, _evaluation(workload, entry), seeds)
+    if not language and isinstance(config.judge, PairwiseJudge):
+        yield Planned("evaluation (pairs)", entry.name, StageWork(()), seeds)
 
 
 def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
@@ -146,14 +194,18 @@ def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
         if isinstance(method, BestOfN):
             return StageWork(())
         return StageWork((("listing", Listing("policy", policies * config.task.num_prompts)),))
+    starts: list[Named] = [("start", Start("engine"))] if entry is None else []  # it is sampled first
     best_of = method.n if isinstance(method, BestOfN) else 1
     sequences = settings.num_prompts * settings.samples_per_prompt
     if config.task.kind == "text" and config.task.covered_share < 1:
         others = settings.num_prompts if settings.num_coverage_prompts is None else settings.num_coverage_prompts
         sequences += 2 * others * settings.samples_per_prompt
-    parts = [("sync", _loading(workload)), *_samples(workload, sequences * best_of)]
-    generated = sequences * best_of * workload.data.prompts.mean_response
+    drawn = sequences * best_of
+    parts = [*starts, ("sync", _loading(workload)), *_samples(workload, drawn, judged=sequences)]
+    generated = drawn * workload.data.prompts.mean_response
     if isinstance(method, BestOfN):
+        every = workload.data.prompts.single().taking(drawn).passed()
+        parts += [("reward", part) for part in workload.judging(method.reward, every, drawn)]
         return StageWork(tuple(parts), generated=generated)
     samples = workload.data.prompts.single().taking(sequences).passed()
     pairs = workload.data.test_pairs.apart().passed()
@@ -168,14 +220,13 @@ def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
     return StageWork(tuple(parts), generated=generated)
 
 
-def _samples(workload: Workload, sequences: int) -> list[Named]:
-    """Drawn in parts, and judged where the judge is a model."""
+def _samples(workload: Workload, sequences: int, *, judged: int | None = None) -> list[Named]:
+    """Drawn in parts, and judged: all of them, or so many."""
     calls = math.ceil(sequences / _PART_ROLLOUTS)
     parts: list[Named] = [("generate", workload.sampling(calls, sequences / calls))]
-    if isinstance(workload.config.judge, RewardModel):
-        drawn = workload.data.prompts.single().taking(sequences).passed()
-        parts.append(("judge", workload.scored(drawn, head=False, size=LARGEST_PASS)))
-    return parts
+    number = sequences if judged is None else judged
+    drawn = workload.data.prompts.single().taking(number).passed()
+    return [*parts, *(("judge", part) for part in workload.judging(workload.config.judge, drawn, number))]
 
 
 def _loading(workload: Workload) -> Sending:

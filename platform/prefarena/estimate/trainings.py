@@ -24,9 +24,9 @@ from prefarena.config import (
 from prefarena.data.plan import LARGEST_PASS, BatchPlan
 from prefarena.estimate.counts import Counts, Pass, count_model
 from prefarena.estimate.lengths import Data, Rows, passed
-from prefarena.estimate.work import Files, Manner, Part, Passes, Sampling, Sending, StageWork, Steps
+from prefarena.estimate.work import Files, Judging, Manner, Part, Passes, Sampling, Sending, StageWork, Steps
 from prefarena.modeling.room import LARGEST_MICRO_BATCH
-from prefarena.settings.judges import EvaluationJudge, is_model
+from prefarena.settings.judges import ClassifierJudge, EvaluationJudge, FunctionJudge
 from prefarena.settings.off_policy import Pairwise
 from prefarena.settings.on_policy import CriticTraining
 from prefarena.settings.online import Online
@@ -176,7 +176,7 @@ class Workload:
         drawn = self.data.prompts.single().taking(2 * number).passed()
         parts: list[Named] = [("generate", self.sampling(calls, 2 * number / calls))]
         parts.append(("sync", Sending(calls, self.plain.parameters)))
-        parts += [("score", self.scored(drawn, head=False))] if is_model(online.reward) else []
+        parts += [("score", part) for part in self.judging(online.reward, drawn, 2 * number, self.workers)]
         parts.append(("logprobs", self.scored(drawn)))
         held = generation.tensor_parallel if self.config.resources.use_gpu else 1
         beside = float(generation.num_actors * held)
@@ -197,6 +197,12 @@ class Workload:
         number = max(1.0, passed.tokens / size)
         flops = self.plain.forward(passed, head=head)
         return Passes(number, flops, passed.tokens, manner, False, self.plain.layers)
+
+    def judging(self, judge: EvaluationJudge, responses: Pass, number: float, processes: int = 1) -> list[Part]:
+        """What a judge's scores of so many responses take; nothing of the gold reward, and of what is not known."""
+        if isinstance(judge, RewardModel):
+            return [self.scored(responses, head=False)]
+        return [Judging(judge, number, processes)] if isinstance(judge, FunctionJudge | ClassifierJudge) else []
 
     # --------------------------------------------------------------------------------------------- on policy
 
@@ -224,9 +230,11 @@ class Workload:
 
         has_critic = isinstance(training, CriticTraining)
         parts: list[Named] = [("sync", Sending(iterations, self.plain.parameters))]
-        judges = [judge for judge in (method.reward, self._monitor(method.reward)) if is_model(judge)]
-        scoring = Manner(self.config.scored_in)
+        every = (method.reward, self._monitor(method.reward))
+        judges, scoring = [one for one in every if isinstance(one, RewardModel)], Manner(self.config.scored_in)
         parts += [("score", forward(1, False, scoring)) for _ in judges]
+        if isinstance(method.reward, FunctionJudge | ClassifierJudge):
+            parts.append(("score", Judging(method.reward, iterations * training.rollouts_per_iteration, workers)))
         parts += [("logprobs", forward(2, True))]
         parts += [("values", forward(1, False))] if has_critic else []
         parts += [("update", part) for part in learning(iterations - frozen, True)]

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from prefarena.modeling.arithmetic import Arithmetic
+from prefarena.settings.judges import ClassifierJudge, FunctionJudge
 from prefarena.settings.optimisation import LearnerSettings, LoRA
 
 
@@ -102,11 +103,29 @@ class Raw:
 
 
 @dataclass(frozen=True)
+class Judging:
+    """Responses that a judge scores which is none of the comparison's own models, by `processes` at a time."""
+
+    judge: FunctionJudge | ClassifierJudge
+    responses: float
+    processes: int = 1
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Rows of pairs that are written as a table."""
+
+    rows: int
+
+
+@dataclass(frozen=True)
 class Start:
-    """Actors of Ray Data that are started."""
+    """Processes that are started: a pool of Ray Data's actors, or engines."""
+
+    what: Literal["pool", "engine"] = "pool"
 
 
-Part = Passes | Steps | Sampling | Sending | Listing | Files | Raw | Start
+Part = Passes | Steps | Sampling | Sending | Listing | Files | Raw | Judging | Writing | Start
 
 
 @dataclass(frozen=True)
