@@ -5,7 +5,17 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from prefarena.config import Comparison, EvaluationJudge, FunctionJudge, LanguageTask, Model, TextTask
+from prefarena.config import (
+    Comparison,
+    EvaluationJudge,
+    FunctionJudge,
+    LanguageTask,
+    Model,
+    OffPolicyMethod,
+    OnPolicyMethod,
+    Section,
+    TextTask,
+)
 from prefarena.data.sources import version_of
 from prefarena.functions import source_digest
 
@@ -51,17 +61,40 @@ def data_inputs(config: Comparison, task: LanguageTask | TextTask) -> dict[str, 
     if isinstance(task, LanguageTask):
         pair_settings = {"num_pairs", "num_test_pairs", "labels", "label_temperature"}
         return task.model_dump(mode="json", exclude=pair_settings)
-    files: list[list[Any]] = []
-    for name in (task.data, task.test_data, task.unpaired_data, task.pretraining_text):
-        path = Path(name) if name else None
-        if path and path.exists():
-            found = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-            files += _marks(found)
-        elif name and (version := version_of(name)):
-            files.append([name, version])
-    # Other data keep the address that they had; how pairs are made of the prompts is in those of the pairs' own stages.
-    later = {"pairs", "covered_share", "validation_share", *(["unpaired_data"] if task.unpaired_data is None else [])}
+    named = (task.data, task.test_data, task.unpaired_data, task.pretraining_text)
+    files = [mark for name in named if name for mark in source_marks(name)]
+    # Other data keep the address that they had; how pairs are made of the prompts, and demonstrations, is in those of
+    # stages of their own.
+    later = {"pairs", "covered_share", "validation_share", "demonstration_data"}
+    later |= {"unpaired_data"} if task.unpaired_data is None else set()
     return {**task.model_dump(mode="json", exclude=later), "files": files, "learns_judge": learns_judge(config)}
+
+
+def demonstration_stage(method: Section) -> str | None:
+    """The source of what a method's eta term is over, where the term is at work and that has a stage of its own."""
+    if not isinstance(method, OffPolicyMethod | OnPolicyMethod) or method.demonstration_weight == 0:
+        return None
+    return method.demonstration_source if method.demonstration_source in ("samples", "file") else None
+
+
+def demonstration_inputs(
+    config: Comparison, task: LanguageTask | TextTask, source: str, pairs: str, reference: str
+) -> list[Any]:
+    """What the demonstrations of such a stage depend on. pairs, reference: the keys of these stages."""
+    if isinstance(task, LanguageTask):
+        return [pairs]
+    if source == "file":
+        return [pairs, task.demonstration_data, source_marks(task.demonstration_data or "")]
+    return [pairs, reference, config.evaluation.seed, *engine_inputs(config)]
+
+
+def source_marks(name: str) -> list[list[Any]]:
+    """What changes with the content of data at a path, a URL or a hub id; empty where nothing is there."""
+    path = Path(name)
+    if path.exists():
+        return _marks([path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()))
+    version = version_of(name)
+    return [[name, version]] if version else []
 
 
 def tokenizer_inputs(config: Comparison) -> Any:

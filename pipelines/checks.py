@@ -135,9 +135,12 @@ def _optimisations(config: Comparison) -> list[tuple[str, int]]:
                     f"{where}.training: rollouts_per_iteration {training.rollouts_per_iteration} cannot be cut into "
                     f"{training.num_minibatches} minibatches of equal size"
                 )
+            if entry.method.demonstration_weight > 0 or entry.method.pretraining_weight > 0:
+                size = training.rollouts_per_iteration // training.num_minibatches
+                sizes.append((f"{where}.training.rollouts_per_iteration / num_minibatches", size))
         else:
             sizes.append((f"{where}.training.batch_size", entry.method.training.batch_size))
-            has_text = isinstance(config.task, TextTask) and config.task.pretraining_text is not None
-            if entry.method.pretraining_weight > 0 and not has_text:
-                raise UserError(f"{where}.pretraining_weight: above 0 it needs task.pretraining_text (text tasks)")
+        has_text = isinstance(config.task, TextTask) and config.task.pretraining_text is not None
+        if entry.method.pretraining_weight > 0 and not has_text:
+            raise UserError(f"{where}.pretraining_weight: above 0 it needs task.pretraining_text (text tasks)")
     return sizes

@@ -115,7 +115,7 @@ def _places(config: Comparison) -> dict[str, str]:
     if isinstance(config.task, TextTask):
         named |= {
             f"task.{name}": getattr(config.task, name)
-            for name in ("data", "test_data", "unpaired_data", "pretraining_text")
+            for name in ("data", "test_data", "unpaired_data", "demonstration_data", "pretraining_text")
         }
     if isinstance(config.model, PretrainedModel):
         named["model.path"] = config.model.path

@@ -15,10 +15,12 @@ from prefarena.config import (
     JudgeSettings,
     LanguageTask,
     OffPolicyMethod,
+    OnPolicyMethod,
     Pairwise,
     RewardModel,
     TextTask,
 )
+from prefarena.config.label_budgets import all_limits
 from prefarena.judges.spec import JudgeSpec
 from prefarena.mirror import root_of
 from prefarena.settings.unpaired import Unpaired
@@ -30,6 +32,7 @@ from prefarena.training.jobs import (
     OffPolicyJob,
     OnPolicyJob,
     ReferenceJob,
+    Regulariser,
     Replayed,
     RewardModelJob,
 )
@@ -111,7 +114,8 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
             method=method,
             pairs=str(scored.folder / "train_pairs"),
             responses=str(plan.responses[arithmetic].folder / "train_responses") if unpaired else None,
-            demonstrations=str(plan.tables / "demonstrations"),
+            demonstrations=str(plan.demonstrations_of(method)),
+            num_demonstrations=_num_demonstrations(method),
             pretraining=str(pretraining) if method.pretraining_weight > 0 else None,
             drawing=_drawing(config, plan, trained),
             replayed=_replayed(config, trained),
@@ -131,7 +135,20 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
         response_limit=response_limit(plan.task),
         critic=model_of(trained.reward_model) if trained.reward_model else None,
         monitor=_monitor(config, plan, method.reward),
+        regulariser=Regulariser(
+            method.demonstration_weight,
+            method.demonstration_mean,
+            method.pretraining_weight,
+            str(plan.demonstrations_of(method)),
+            str(plan.data.folder / "pretraining"),
+            _num_demonstrations(method),
+        ),
     )
+
+
+def _num_demonstrations(method: OffPolicyMethod | OnPolicyMethod) -> int | None:
+    """How many chosen responses the eta term is over, where it is over those: of the pairs that are learned from."""
+    return min(all_limits(method), default=None) if method.demonstration_source == "chosen" else None
 
 
 def _drawing(config: Comparison, plan: SeedPlan, trained: Trained) -> Drawing | None:

@@ -13,7 +13,7 @@ pairs are drawn from the reference policy.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,8 @@ from pydantic import BaseModel
 from pipelines.addresses import (
     computing_inputs,
     data_inputs,
+    demonstration_inputs,
+    demonstration_stage,
     engine_inputs,
     evaluation_inputs,
     judge_inputs,
@@ -114,12 +116,20 @@ class SeedPlan:
     trained: tuple[Trained, ...]
     behaviour: Stage | None = None  # another model than the reference that drawn pairs come from
     drawn: Stage | None = None  # responses of which pairs are made
+    demonstrations: dict[str, Stage] = field(default_factory=dict)  # by their source, where that has a stage of its own
     undivided: Stage | None = None  # pairs before training prompts were set aside to tune on
 
     @property
     def tables(self) -> Path:
         """Where prompts and demonstrations are: with the pairs of text, and with the data of the language."""
         return (self.data if isinstance(self.task, LanguageTask) else self.pairs).folder
+
+    def demonstrations_of(self, method: OffPolicyMethod | OnPolicyMethod) -> Path:
+        """The table that a method's eta term is over."""
+        if method.demonstration_source == "chosen":
+            return self.pairs.folder / "train_pairs"
+        own = self.demonstrations.get(method.demonstration_source)
+        return (self.tables if own is None else own.folder) / "demonstrations"
 
     @property
     def made_pairs(self) -> Stage:
@@ -143,7 +153,7 @@ class SeedPlan:
         stages: list[Stage | None] = [self.data, self.base, self.reference, self.behaviour, self.drawn]
         stages += [self.undivided, self.pairs]
         stages += [*self.scored.values(), *self.shared_lengths.values(), *self.responses.values()]
-        stages += [self.samples, self.judge]
+        stages += [*self.demonstrations.values(), self.samples, self.judge]
         return list(dict.fromkeys(stage for stage in stages if stage))
 
 
@@ -201,6 +211,11 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
         arithmetic: Stage.at(root, "responses", task.kind, [pairs.key, reference.key, arithmetic])
         for arithmetic in _arithmetics(config, lambda method: isinstance(method, Unpaired))
     }
+    sources = {source for entry in config.entries if (source := demonstration_stage(entry.method)) is not None}
+    demonstrations = dict[str, Stage]()
+    for source in sorted(sources):
+        inputs = demonstration_inputs(config, task, source, pairs.key, reference.key)
+        demonstrations[source] = Stage.at(root, "demonstrations", source, inputs)
     logps = next(iter(scored.values()))
     judged_by = None if isinstance(task, LanguageTask) else judge.key if judge else judge_inputs(config.judge)
     if is_pairwise(config):
@@ -213,7 +228,9 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
         replay = entry.method.replay if isinstance(entry.method, Pairwise) else None
         source = None if replay is None else next(trained_as(one) for one in config.entries if one.name == replay)
         shared = logps, trained_on, shared_lengths, responses, samples, judge, evaluate
-        return _trained(config, entry, seed, root, *shared, replayed=source.training if source else None)
+        own = demonstrations.get(demonstration_stage(entry.method) or "")
+        replayed = source.training if source else None
+        return _trained(config, entry, seed, root, *shared, replayed=replayed, demonstrations=own)
 
     trained = tuple(trained_as(entry) for entry in config.entries)
     evaluation, frontier = Stage.at(root, "evaluation", "reference", [reference.key, evaluate]), None
@@ -239,6 +256,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
         trained,
         behaviour,
         drawn,
+        demonstrations,
         undivided,
     )
 
@@ -278,8 +296,11 @@ def _trained(
     evaluate: list[Any],
     *,
     replayed: Stage | None = None,
+    demonstrations: Stage | None = None,
 ) -> Trained:
-    """trained_on: what scored training pairs depend on, by the arithmetic of training."""
+    """trained_on: what scored training pairs depend on, by the arithmetic of training. demonstrations: what the eta
+    term is over, where that is a stage of its own.
+    """
     method, label, reward_model, scores = entry.method, f"{entry.name}-s{seed}", None, None
     pairs, settings = logps.key, _dump(method)
     if isinstance(method, OnPolicyMethod):
@@ -292,6 +313,8 @@ def _trained(
         if replayed is not None:
             pairs = replayed.key
     inputs: list[Any] = [pairs, settings, seed]
+    if demonstrations is not None:
+        inputs.append(["demonstrations", demonstrations.key])
     if not isinstance(method, BestOfN):
         inputs.append(computing_inputs(config))
     if (keyed := reward_of(method)) is not None:

@@ -12,6 +12,7 @@ from rich.markup import escape
 
 from pipelines.addresses import learns_judge
 from pipelines.annotate import annotate_language
+from pipelines.demonstrations import make_demonstrations
 from pipelines.drawn_pairs import make_drawn_pairs
 from pipelines.engine import try_engine
 from pipelines.jobs import judge_job, max_length, reference_job
@@ -73,6 +74,7 @@ def prepare(config: Comparison, plans: list[SeedPlan], console: Console) -> None
             drawn = "pairs to be drawn from the reference policy and labelled"
             run_once(console, plan.pairs, partial(_write_pairs, config, plan.task, plan), drawn)
     check_pair_scores(config, plans)
+    make_demonstrations(config, plans, console)
     for plan in plans:
         scored = "scoring processes to start, and to score every pair by the reference policy"
         for arithmetic, stage in plan.scored.items():

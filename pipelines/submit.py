@@ -58,7 +58,7 @@ def check_paths(config: Comparison) -> None:
     if isinstance(config.task, TextTask):
         paths |= {
             f"task.{name}": getattr(config.task, name)
-            for name in ("data", "test_data", "unpaired_data", "pretraining_text")
+            for name in ("data", "test_data", "unpaired_data", "demonstration_data", "pretraining_text")
         }
     if isinstance(config.model, PretrainedModel):
         paths["model.path"] = config.model.path

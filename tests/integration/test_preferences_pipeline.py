@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from pipelines.demonstrations import write_demonstrations
 from pipelines.preferences import check_text_task, prepare_text
 from prefarena.config import ScratchModel, TextTask
 from prefarena.data import rejections
@@ -122,6 +123,31 @@ def test_single_responses_that_cannot_be_used_stop_the_run(
     task = TextTask(data=write(tmp_path / "data.jsonl", rows(40)), unpaired_data=write(tmp_path / "s.jsonl", lines))
     with pytest.raises(UserError, match=says):
         prepare_text(task, None, MODEL, tmp_path / "out", num_tokenisers=1, learns_judge=False)
+
+
+def test_demonstrations_of_a_file_become_a_table_or_are_refused_by_file_and_row(
+    ray_session: None, tmp_path: Path
+) -> None:
+    data = write(tmp_path / "data.jsonl", [{"prompt": f"Q {i}?", "chosen": "yes", "rejected": "no"} for i in range(40)])
+    good = [{"prompt": f"Other {i}?", "response": f"I think {i}"} for i in range(20)]
+    own = write(tmp_path / "own.jsonl", [*good, good[3], {"prompt": "Q 1?", "response": "maybe"}, {"prompt": "P"}])
+    task = TextTask(data=data, demonstration_data=own, max_rejected_share=0.1)
+    summary = prepare_text(task, None, MODEL, tmp_path / "out", num_tokenisers=1, learns_judge=False)
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(summary["tokenizer"])
+    prompts = read_rows(tmp_path / "out/prompts").to_pylist()
+    tested = {row["id"] for row in prompts if tokenizer.decode(row["prompt_ids"][1:]) == "Q 1?"}
+    assert len(tested) == 1
+    found = write_demonstrations(task, (summary["tokenizer"], None), tested, tmp_path / "own", 1)
+    assert (found["num_rows"], found["num_demonstrations"]) == (23, 20)
+    assert found["dropped"] == {rejections.DUPLICATE: 1, rejections.IN_TEST_DATA: 1, rejections.MISSING_COLUMN: 1}
+    table = read_rows(tmp_path / "own/demonstrations")
+    said = {
+        (tokenizer.decode(r["prompt_ids"][1:]), tokenizer.decode(r["response_ids"][:-1])) for r in table.to_pylist()
+    }
+    assert table.schema.equals(DEMONSTRATIONS) and said == {(row["prompt"], row["response"]) for row in good}
+    strict = task.model_copy(update={"max_rejected_share": 0.01})
+    with pytest.raises(UserError, match=rf"missing column 1, first at {own}:23 \(response\)"):
+        write_demonstrations(strict, (summary["tokenizer"], None), tested, tmp_path / "strict", 1)
 
 
 def test_a_test_set_of_its_own_goes_through_the_pipeline(ray_session: None, tmp_path: Path) -> None:

@@ -219,6 +219,7 @@ class Comparison(Section):
             )
         self._check_drawn_pairs()
         self._check_replays()
+        self._check_demonstrations()
         self._check_numbers_of_pairs()
         check_devices(self.resources, self.generation)
         for entry in self.entries if self.generation.sleep_mode != "none" else ():
@@ -248,6 +249,15 @@ class Comparison(Section):
                 raise ValueError(
                     f"entry {name!r}: replay: {method.replay!r} has the reference's log-probs in "
                     f"{source.training.precision}; set training.precision to it"
+                )
+
+    def _check_demonstrations(self) -> None:
+        given = isinstance(self.task, TextTask) and self.task.demonstration_data is not None
+        for entry in self.entries:
+            is_own = isinstance(entry.method, OffPolicy | OnPolicy) and entry.method.demonstration_source == "file"
+            if is_own and not given:
+                raise ValueError(
+                    f"entry {entry.name!r}: demonstration_source: file needs task.demonstration_data (text tasks)"
                 )
 
     def _check_numbers_of_pairs(self) -> None:

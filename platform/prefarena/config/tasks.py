@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from prefarena.config.drawn_pairs import DrawnPairs
-from prefarena.settings.section import Section
+from prefarena.settings.section import Section, is_none
 
 
 class LanguageTask(Section):
@@ -93,6 +93,12 @@ class TextTask(Section):
         None,
         description="Rows of `prompt`, `completion` and `label` (desirable or not), in any form that `data` may "
         "have, for methods that learn from single responses, such as kto; by default the pairs are taken apart.",
+    )
+    demonstration_data: str | None = Field(
+        None,
+        exclude_if=is_none,
+        description="Rows of `prompt` and `response`, in any form that `data` may have, for methods whose "
+        "demonstration_source is file.",
     )
     pretraining_text: str | None = Field(None, description="A jsonl(.gz) file with a `text` column, for gamma > 0.")
     pairs: DrawnPairs | None = Field(

@@ -17,9 +17,11 @@ from prefarena.data.formats import Pair
 from prefarena.data.labels import SCORES, check_labels
 from prefarena.data.preparation import (
     COLUMNS,
+    DEMONSTRATION_COLUMNS,
     PROMPT_COLUMNS,
     SINGLE_COLUMNS,
     TEXT_COLUMNS,
+    demonstration_of,
     pair_of,
     prompt_of,
     single_of,
@@ -36,6 +38,7 @@ NUM_FIRST_ROWS = 1000
 #: The settings that path and split come from.
 DATA, TEXT = ("task.data", "task.split"), ("task.pretraining_text", "task.split")
 SINGLE = ("task.unpaired_data", "task.split")
+DEMONSTRATION = ("task.demonstration_data", "task.split")
 _ANSWERS = ("chosen", "rejected")
 _ANY_TYPE = ("source", "tools", "chat_template_kwargs", *SCORES, *PROMPTS, CONVERSATION)
 
@@ -136,9 +139,11 @@ def look_at_text(task: TextTask, path: str) -> FirstRows:
 
 
 def look_at_others(task: TextTask) -> None:
-    """At single responses and pretraining text, where the task has them."""
+    """At single responses, demonstrations and pretraining text, where the task has them."""
     if task.unpaired_data is not None:
         look_at_singles(task, task.unpaired_data)
+    if task.demonstration_data is not None:
+        look_at_demonstrations(task, task.demonstration_data)
     if task.pretraining_text is not None:
         look_at_text(task, task.pretraining_text)
 
@@ -147,6 +152,12 @@ def look_at_singles(task: TextTask, path: str) -> FirstRows:
     """Of single responses. Raises UserError as `look_at_pairs` does."""
     every, needed = task.model_copy(update={"max_rows": None}), ("completion", "label")
     return _look(every, (path, task.split), SINGLE, SINGLE_COLUMNS, needed, functools.partial(single_of, task=task))
+
+
+def look_at_demonstrations(task: TextTask, path: str) -> FirstRows:
+    """Of demonstrations of the user's own. Raises UserError as `look_at_pairs` does."""
+    every, examine = task.model_copy(update={"max_rows": None}), functools.partial(demonstration_of, task=task)
+    return _look(every, (path, task.split), DEMONSTRATION, DEMONSTRATION_COLUMNS, (), examine)
 
 
 def _look(

@@ -147,6 +147,18 @@ def normalise_single(row: dict[str, Any], form: Format = "auto", source: str = "
     return _read({**row, **answers, "label": label}, form, source, "text")
 
 
+def normalise_demonstration(row: dict[str, Any], form: Format = "auto", source: str = "") -> Pair:
+    """The response that a row of `prompt` and `response` (or `completion`) holds, which somebody would have given.
+
+    Raises Unusable as `normalise` does.
+    """
+    response = row.get("completion") if row.get("response") is None else row["response"]
+    if response is None:
+        raise Unusable(MISSING_COLUMN, "response")
+    answers = {"chosen": response, "rejected": response, "label": None}
+    return _read({**row, **answers}, "standard" if form == "hh" else form, source, "text")
+
+
 def normalise_prompt(row: dict[str, Any], form: Format = "auto", source: str = "") -> Pair:
     """The prompt of a row that has no answers, as a pair whose answers are both `NO_ANSWER`.
 

@@ -10,7 +10,14 @@ import pyarrow as pa
 
 from prefarena.config import TextTask
 from prefarena.data.fields import SYSTEM
-from prefarena.data.formats import Pair, normalise, normalise_prompt, normalise_single, valid_text
+from prefarena.data.formats import (
+    Pair,
+    normalise,
+    normalise_demonstration,
+    normalise_prompt,
+    normalise_single,
+    valid_text,
+)
 from prefarena.data.labels import SCORES
 from prefarena.data.rejections import NO_ROW, WRONG_TYPE, Unusable
 from prefarena.data.renaming import PROMPTS
@@ -19,6 +26,9 @@ from prefarena.data.sources import Chunk, rows_of
 from prefarena.data.splits import Shares
 from prefarena.data.tokenization import Tokenizer, TokenPair, TokenPrompt
 from prefarena.records import PAIR_SCORES, PAIRS, PRETRAINING, RESPONSES, content_id
+
+#: From a row, the task and the name of its source to what it holds; raises Unusable.
+Read = Callable[[dict[str, Any] | Unusable, TextTask, str], Pair]
 
 #: What is read of a table of pairs.
 COLUMNS = (
@@ -39,6 +49,17 @@ TEXT_COLUMNS = ("text",)
 PROMPT_COLUMNS = ("prompt", "source", *SYSTEM, "tools", "chat_template_kwargs", *PROMPTS)
 #: What is read of a table of single responses.
 SINGLE_COLUMNS = ("prompt", "completion", "label", "source", *SYSTEM, "tools", "chat_template_kwargs", *PROMPTS)
+#: What is read of a table of demonstrations.
+DEMONSTRATION_COLUMNS = (
+    "prompt",
+    "response",
+    "completion",
+    "source",
+    *SYSTEM,
+    "tools",
+    "chat_template_kwargs",
+    *PROMPTS,
+)
 
 _REJECTED = [("file", pa.string()), ("row", pa.int64()), ("reason", pa.string()), ("detail", pa.string())]
 #: `split` is train, judge or test; for a rejected row `reason` says why, `detail` what, and other columns are null.
@@ -88,8 +109,17 @@ def prepare_pairs(chunk: Chunk, task: TextTask, tokenizer: Tokenizer, *, shares:
 
 def prepare_responses(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.Table:
     """One row of PREPARED_RESPONSES for each row of the chunk, in order."""
+    return _prepare_responses(chunk, task, tokenizer, single_of)
+
+
+def prepare_demonstrations(chunk: Chunk, task: TextTask, tokenizer: Tokenizer) -> pa.Table:
+    """One row of PREPARED_RESPONSES for each row of the chunk, in order; each as desirable as can be."""
+    return _prepare_responses(chunk, task, tokenizer, demonstration_of)
+
+
+def _prepare_responses(chunk: Chunk, task: TextTask, tokenizer: Tokenizer, read: Read) -> pa.Table:
     source = Path(chunk.file).name
-    found = [(number, _try(single_of, row, task, source)) for number, row in rows_of(chunk, task.max_row_bytes)]
+    found = [(number, _try(read, row, task, source)) for number, row in rows_of(chunk, task.max_row_bytes)]
     tokens = iter(tokenizer.pairs([pair for _, pair in found if isinstance(pair, Pair)]))
     rows = []
     for number, pair in found:
@@ -145,6 +175,13 @@ def single_of(row: dict[str, Any] | Unusable, task: TextTask, source: str = "") 
     return normalise_single(row, task.format, source)
 
 
+def demonstration_of(row: dict[str, Any] | Unusable, task: TextTask, source: str = "") -> Pair:
+    """The response that a row of demonstrations holds. Raises Unusable as `pair_of` does."""
+    if isinstance(row, Unusable):
+        raise row
+    return normalise_demonstration(row, task.format, source)
+
+
 def prompt_of(row: dict[str, Any] | Unusable, task: TextTask, source: str = "") -> Pair:
     """The prompt that a row holds, without answers. Raises Unusable as `pair_of` does."""
     if isinstance(row, Unusable):
@@ -162,12 +199,7 @@ def text_of(row: dict[str, Any] | Unusable) -> str:
     return valid_text(text, "text")
 
 
-def _try(
-    read: Callable[[dict[str, Any] | Unusable, TextTask, str], Pair],
-    row: dict[str, Any] | Unusable,
-    task: TextTask,
-    source: str,
-) -> Pair | Unusable:
+def _try(read: Read, row: dict[str, Any] | Unusable, task: TextTask, source: str) -> Pair | Unusable:
     try:
         return read(row, task, source)
     except Unusable as error:

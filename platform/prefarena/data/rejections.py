@@ -56,7 +56,7 @@ REMEDIES = {
     NOT_UTF8: "convert the file to UTF-8, for example with iconv",
     TOO_LARGE: "shorten the row, or raise task.max_row_bytes",
     MISSING_COLUMN: "give every row the columns `chosen` and `rejected`, of single responses `completion` and `label`, "
-    "of prompts alone `prompt`",
+    "of demonstrations `prompt` and `response`, of prompts alone `prompt`",
     WRONG_TYPE: "give text, or lists of messages with text in `content`, and numbers as labels; "
     "rename a column `label` that is something else",
     BAD_UNICODE: "replace lone surrogates by the characters that are meant",

@@ -19,6 +19,7 @@ from prefarena.objectives.preference import (
 )
 from prefarena.settings.online import Online
 from prefarena.settings.optimisation import Optimisation
+from prefarena.settings.regularisers import DEMONSTRATION_SOURCE, DemonstrationSource
 from prefarena.settings.search import Space, around, proposed
 from prefarena.settings.section import Section, is_none
 
@@ -57,6 +58,7 @@ class OffPolicy(Section):
         "sequences",
         description="Whether the demonstration term is a mean over sequences (as in the formula) or over tokens.",
     )
+    demonstration_source: DemonstrationSource = DEMONSTRATION_SOURCE
     pretraining_weight: float = Field(0.0, ge=0, description="gamma: weight of -E[log pi(x)] on pretraining text.")
     num_pairs: int | None = Field(
         None,

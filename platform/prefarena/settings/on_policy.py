@@ -15,6 +15,7 @@ from prefarena.objectives.ppo import policy_loss
 from prefarena.objectives.rollouts import Advantages, Judged, Minibatch
 from prefarena.settings.judges import JudgeSettings, RewardModel
 from prefarena.settings.optimisation import LearnerSettings
+from prefarena.settings.regularisers import DEMONSTRATION_SOURCE, DemonstrationSource, is_zero
 from prefarena.settings.search import OneOf, Space, proposed
 from prefarena.settings.section import Section
 
@@ -208,16 +209,37 @@ class OnPolicy(Section):
     prompts: Literal["covered", "all"] = Field(
         "covered", description="Which training prompts to sample on: those with pairs, or all."
     )
+    demonstration_weight: float = Field(
+        0.0,
+        ge=0,
+        exclude_if=is_zero,
+        description="eta: weight of -E[log pi(y|x)] on demonstrations, the off-policy forward-KL term, in every "
+        "optimizer step of the policy.",
+    )
+    demonstration_mean: Literal["sequences", "tokens"] = Field(
+        "sequences",
+        exclude_if=lambda mean: mean == "sequences",
+        description="Whether the demonstration term is a mean over sequences (as in the formula) or over tokens.",
+    )
+    demonstration_source: DemonstrationSource = DEMONSTRATION_SOURCE
+    pretraining_weight: float = Field(
+        0.0,
+        ge=0,
+        exclude_if=is_zero,
+        description="gamma: weight of -E[log pi(x)] on pretraining text, in every optimizer step of the policy: "
+        "PPO-ptx (arXiv 2203.02155).",
+    )
 
     def search_space(self) -> Space:
         """What `prefarena tune` searches unless it is told otherwise: a factor to either side of what is configured.
 
-        The penalty, which decides how far the policy goes, by ten; learning rates by five; and the passes over each
+        Penalties, which decide how far the policy goes, by ten; learning rates by five; and the passes over each
         rollout batch.
         """
         rates = proposed(self, ("training.learning_rate", *self.searched), 5)
         passes = OneOf(values=tuple(sorted({1, 2, 4, self.training.num_epochs})))
-        return {**proposed(self, ("training.kl_coef",), 10), **rates, "training.num_epochs": passes}
+        strengths = proposed(self, ("training.kl_coef", "demonstration_weight"), 10)
+        return {**strengths, **rates, "training.num_epochs": passes}
 
     def address(self) -> dict[str, Any]:
         """What results depend on, for the address of stages."""

@@ -73,13 +73,18 @@ def sample_responses(rng: np.random.Generator, logps: np.ndarray, number: int) -
 
 
 def reference_samples(
-    prompts: list[list[int]], sequences: np.ndarray, ref_logps: np.ndarray, per_prompt: int, seed: int
+    prompts: list[list[int]],
+    sequences: np.ndarray,
+    ref_logps: np.ndarray,
+    per_prompt: int,
+    seed: int,
+    purpose: str = "reference-samples",
 ) -> pa.Table:
     """`per_prompt` independent draws from the reference for each of P prompts, as records.DEMONSTRATIONS.
 
-    sequences: [N, L], -1 behind the response. ref_logps: [P, N].
+    sequences: [N, L], -1 behind the response. ref_logps: [P, N]. purpose: other ones have other draws.
     """
-    rng = seeded(seed, "reference-samples")
+    rng = seeded(seed, purpose)
     rows = []
     for prompt, logps in zip(prompts, ref_logps, strict=True):
         for place, draw in enumerate(sample_responses(rng, logps, per_prompt)):

@@ -87,6 +87,22 @@ class Replayed:
 
 
 @dataclass(frozen=True)
+class Regulariser:
+    """The eta and gamma terms of a loss: their weights, and the tables that they are over; a term without is none.
+
+    demonstrations: responses, or pairs of which the chosen ones are taken; num_demonstrations: the first rows of that
+    table; None: all.
+    """
+
+    demonstration_weight: float = 0.0
+    demonstration_mean: Literal["sequences", "tokens"] = "sequences"
+    pretraining_weight: float = 0.0
+    demonstrations: str | None = None
+    pretraining: str | None = None
+    num_demonstrations: int | None = None
+
+
+@dataclass(frozen=True)
 class OffPolicyJob(Job):
     """An off-policy method on pairs that carry the reference's log-probs, or on `responses` that do.
 
@@ -98,6 +114,7 @@ class OffPolicyJob(Job):
     pairs: str
     demonstrations: str | None = None
     pretraining: str | None = None
+    num_demonstrations: int | None = None
     responses: str | None = None
     drawing: Drawing | None = None
     replayed: Replayed | None = None
@@ -105,6 +122,19 @@ class OffPolicyJob(Job):
     @property
     def arithmetic(self) -> Arithmetic:
         return self.method.training.precision
+
+    @property
+    def regulariser(self) -> Regulariser:
+        """What its loss has beside the method's own."""
+        method = self.method
+        return Regulariser(
+            method.demonstration_weight,
+            method.demonstration_mean,
+            method.pretraining_weight,
+            self.demonstrations,
+            self.pretraining,
+            self.num_demonstrations,
+        )
 
 
 @dataclass(frozen=True)
@@ -132,6 +162,7 @@ class OnPolicyJob(Job):
 
     reward: what is maximised. monitor: another judge whose mean score on the rollouts is logged as `reward/judge` and
     never learned from. critic: the reward model that the critic starts from; none: the policy's body, a head of zeros.
+    regulariser: what the policy learns from in every step, beside its rollouts.
     """
 
     training: OnPolicyTraining
@@ -143,6 +174,7 @@ class OnPolicyJob(Job):
     response_limit: int
     critic: str | None = None
     monitor: JudgeSpec | None = None
+    regulariser: Regulariser = Regulariser()
 
     @property
     def arithmetic(self) -> Arithmetic:

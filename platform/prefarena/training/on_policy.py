@@ -34,6 +34,7 @@ from prefarena.objectives.kl import KLController
 from prefarena.objectives.output import Mean, ObjectiveOutput
 from prefarena.settings.on_policy import CriticTraining
 from prefarena.stage_files import SNAPSHOTS
+from prefarena.training.beside_rollouts import BesideRollouts
 from prefarena.training.experience import Experience, Scorers, as_many_as_others, by_length, gather
 from prefarena.training.guard import stop_if_diverged
 from prefarena.training.jobs import OnPolicyJob
@@ -171,6 +172,13 @@ class OnPolicyTrainer:
         self.moving = MovingReference(self.models, self.learners[POLICY], job.training) if self.models.moves else None
         self.scorers = self._make_scorers(reward, monitor)
         self.controller = KLController(job.training.kl_coef, job.training.target_kl, job.training.kl_horizon)
+        self.beside = BesideRollouts(
+            job,
+            worker,
+            self.tokenizer.pad_token_id,
+            packed=self.models.policy.packed,
+            pass_tokens=self.micro_batch_size * (self.stream.longest_prompt + job.response_limit),
+        )
         self.counts = {"num_tokens_generated": 0, "num_tokens_trained": 0}
         self.iteration = 0
         self.bad_iterations = 0  # in a row, up to now
@@ -266,6 +274,8 @@ class OnPolicyTrainer:
             row |= self._update(targets.batch, coef)
         self.counts["num_tokens_generated"] += experience.num_response_tokens
         self.counts["num_tokens_trained"] += experience.num_sequence_tokens * self.settings.num_epochs
+        if not self.policy_frozen():
+            self.counts["num_tokens_trained"] += self.beside.num_tokens(iteration)
         self.iteration = iteration + 1
         if self.moving is not None:
             self.moving.after(self.iteration)
@@ -318,10 +328,14 @@ class OnPolicyTrainer:
         num_steps, one = settings.num_epochs * settings.num_minibatches, torch.ones((), device=self.worker.device)
         before = {learner.name: learner.guard.num_skipped for learner, _ in terms}
         for epoch in range(settings.num_epochs):
-            for rows in minibatches(len(batch), settings.num_minibatches, self.job.seed, self.iteration, epoch):
+            cut = minibatches(len(batch), settings.num_minibatches, self.job.seed, self.iteration, epoch)
+            for number, rows in enumerate(cut):
                 parts, scale = self.parts(batch, rows), 1 / self.count(batch, rows)
                 for learner, term in terms:
-                    for output in learner.accumulate(Pass(partial(term, part), scale) for part in parts):
+                    passes = [Pass(partial(term, part), scale) for part in parts]
+                    if learner.name == POLICY:
+                        passes += self.beside.passes(self.iteration, epoch, number)
+                    for output in learner.accumulate(passes):
                         for name, mean in output.metrics.items():
                             window.add(name, mean)
                     norm, skipped = learner.apply(rates[learner.name])

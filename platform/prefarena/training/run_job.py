@@ -32,9 +32,9 @@ from prefarena.training.storage import full_disk_named
 from prefarena.training.terms import (
     LikelihoodTerm,
     PreferenceTerm,
-    PretrainingTerm,
     Shares,
     Term,
+    regularising,
 )
 from prefarena.training.unpaired import UnpairedTerm
 from prefarena.training.worker import Worker
@@ -143,20 +143,7 @@ def _terms(
     own = _method_term(job, shares, pad_id)
     if drawer is not None and isinstance(method, Pairwise):
         own = OnlineTerm(job, method, shares, pad_id, worker, drawer)
-    terms: list[Term] = [own]
-    if job.demonstrations is not None and method.demonstration_weight > 0:
-        terms.append(
-            LikelihoodTerm(
-                job.demonstrations,
-                shares,
-                pad_id,
-                weight=method.demonstration_weight,
-                mean=method.demonstration_mean,
-            )
-        )
-    if job.pretraining is not None and method.pretraining_weight > 0:
-        terms.append(PretrainingTerm(job.pretraining, shares, pad_id, weight=method.pretraining_weight))
-    return terms
+    return [own, *regularising(job.regulariser, shares, pad_id)]
 
 
 def _method_term(job: OffPolicyJob, shares: Shares, pad_id: int) -> Term:

@@ -30,6 +30,7 @@ from prefarena.records import PAIR_SCORES
 from prefarena.settings.off_policy import OffPolicy, Pairwise
 
 if TYPE_CHECKING:
+    from prefarena.training.jobs import Regulariser
     from prefarena.training.learner import Learner
     from prefarena.training.worker import Worker
 
@@ -205,9 +206,12 @@ class LikelihoodTerm(Term):
         weight: float = 1.0,
         mean: Literal["sequences", "tokens"] = "sequences",
         loss_on: Literal["response", "all"] = "response",
+        first: int | None = None,
     ) -> None:
-        table = read_rows(path)
-        self.prompts, self.responses = TokenColumn.of(table, "prompt_ids"), TokenColumn.of(table, "response_ids")
+        """path: a table of responses, or of pairs, whose chosen responses are taken. first: no more of its rows."""
+        table = read_rows(path, first=first)
+        response = "response_ids" if "response_ids" in table.column_names else "chosen_ids"
+        self.prompts, self.responses = TokenColumn.of(table, "prompt_ids"), TokenColumn.of(table, response)
         lengths = self.prompts.lengths + self.responses.lengths
         super().__init__(shares.plan(lengths, lengths), weight, pad_id)
         self.mean: Literal["sequences", "tokens"] = mean
@@ -242,6 +246,19 @@ class PretrainingTerm(Term):
         )
         output = negative_log_likelihood(logps, batch.lengths)
         return ObjectiveOutput(output.loss, {"pretraining/nll": output.metrics["demonstration/nll"]})
+
+
+def regularising(regulariser: Regulariser, shares: Shares, pad_id: int) -> list[Term]:
+    """The eta and gamma terms that are at work."""
+    terms: list[Term] = []
+    if regulariser.demonstrations is not None and regulariser.demonstration_weight > 0:
+        weight, mean = regulariser.demonstration_weight, regulariser.demonstration_mean
+        first = regulariser.num_demonstrations
+        terms.append(LikelihoodTerm(regulariser.demonstrations, shares, pad_id, weight=weight, mean=mean, first=first))
+    if regulariser.pretraining is not None and regulariser.pretraining_weight > 0:
+        weight = regulariser.pretraining_weight
+        terms.append(PretrainingTerm(regulariser.pretraining, shares, pad_id, weight=weight))
+    return terms
 
 
 class RewardModelTerm(Term):
