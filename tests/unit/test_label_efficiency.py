@@ -130,8 +130,8 @@ def test_both_tables_to_the_digit() -> None:
 def test_the_caption_says_whether_fewer_pairs_were_fewer_steps() -> None:
     captions = [measured_table(two_methods(**training)) for training in ({"num_steps": 5}, {"num_epochs": 1})]
     steps, epochs = (table.caption for table in captions if table)
-    assert "take as many steps whatever their number" in steps and "fewer steps" not in steps
-    assert "on fewer pairs they take fewer steps" in epochs
+    assert "takes the same number of steps however many pairs" in steps and "fewer steps" not in steps
+    assert "take fewer steps on fewer pairs" in epochs
     results = two_methods(num_steps=5)
     for one in results.entries[0].seeds.values():
         one["data_labels"] = 320.0
@@ -192,7 +192,7 @@ def test_both_pages_have_the_section(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("prefarena.report.page.write_figure", lambda figure, folder, name: drawn.append(name))
     results = two_methods(num_steps=5)
     report = write_report(results, tmp_path).read_text(encoding="utf-8")
-    assert "## Over the number of labelled pairs" in report and "## Labelled pairs for the same result" in report
+    assert "## By number of labelled pairs" in report and "## Labelled pairs needed for the same result" in report
     assert "labels" in drawn
     page = write_page(results, tmp_path).read_text(encoding="utf-8")
     assert '<section id="labels"' in page and "≤ 1,000 to 3,200" in page

@@ -160,7 +160,7 @@ def test_what_the_page_has_no_room_for_is_what_agrees_most_and_is_counted(tmp_pa
     size = sum(len(row.prompt) + sum(len(answer[0]) for answer in row.answers.values()) for row in samples.rows)
     assert size <= 1000
     shown = page_module._samples(results, samples)
-    assert "there are 50." in shown and f"The {len(samples.rows)} on which policies disagree most" in shown
+    assert "there are 50." in shown and f"The {len(samples.rows)} on which the policies disagree most" in shown
     assert f"the other {samples.num_left_out} are left out" in shown
 
 

@@ -319,7 +319,7 @@ def test_what_policies_do_where_there_are_no_pairs_has_a_table(tmp_path: Path) -
         write_report(results, tmp_path).read_text(encoding="utf-8"),
         write_page(results, tmp_path).read_text(),
     ):
-        assert "With pairs and without" in text and "leakage" in text
+        assert "With pairs and without" in text and "Leakage is" in text
 
 
 def test_both_pages_show_the_distances_and_what_they_are(tmp_path: Path) -> None:
@@ -329,7 +329,7 @@ def test_both_pages_show_the_distances_and_what_they_are(tmp_path: Path) -> None
     for text in texts:
         for said in ("Distance from the reference", "log π of demonstrations", "-2.500 ± 0.250", "forward KL"):
             assert said in text, said
-        assert "it ends where so few samples can no longer show it" in text
+        assert "it ends where this number of samples no longer suffices to estimate it" in text
     (plane, _) = reward_kl_charts(results)
     frontier = [line for line in plane["lines"] if line["role"] == "frontier"]
     assert [line["x"] for line in frontier] == [[0.0, 1.0, 3.0]]
@@ -432,7 +432,7 @@ def beyond_the_others(results: Results, *kinds: str) -> Results:
 def test_a_grid_that_does_not_meet_the_others_is_left_out_and_said() -> None:
     found = leakage(beyond_the_others(sweep_results(), "dpo"))
     assert found is not None and set(found.kls) == {"mpo", "ipo"}
-    assert "does not meet" in found.left_out["dpo"]
+    assert "does not reach" in found.left_out["dpo"]
     np.testing.assert_allclose(found.levels[[0, -1]], [0.2, 1.8])
 
 
@@ -559,12 +559,12 @@ def test_the_page_shows_training_exactly_or_as_logged(tmp_path: Path) -> None:
     results.entries.append(EntryResult(name="rlhf", kind="rlhf", seeds=results.entries[1].seeds))
     results.curves = {"rlhf": {"0": "ppo.jsonl"}}
     text = write_report(results, tmp_path).read_text(encoding="utf-8")
-    assert "Below: the judge of the evaluation" in text
+    assert "Below: the evaluation's judge" in text
     assert_shows_something(tmp_path / "figures" / "through_training.png")
     alone = [{key: value for key, value in row.items() if key != "reward/judge"} for row in logged]
     (tmp_path / "ppo.jsonl").write_text("".join(json.dumps(row) + "\n" for row in alone))
     text = write_report(results, tmp_path).read_text(encoding="utf-8")
-    assert "Below" not in text and "the judge of the evaluation did not score these rollouts" in text
+    assert "Below" not in text and "the evaluation's judge did not score these rollouts" in text
 
 
 def test_best_of_n_has_a_bound_in_place_of_a_kl() -> None:

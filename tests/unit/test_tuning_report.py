@@ -157,7 +157,7 @@ def test_an_entry_that_was_edited_since_is_told_with_both_values() -> None:
     assert not any("not what its tuning chose" in sentence for sentence in findings(results))
     results.entry("dpo").settings["beta"] = 0.5
     said = " ".join(findings(results))
-    assert "**dpo is not what its tuning chose**: `beta` is 0.5, chosen was 3.1." in said
+    assert "**dpo does not have the settings that its tuning chose**: `beta` is 0.5, but tuning chose 3.1." in said
     table = chosen_table(results)
     assert table is not None and table.rows[0][1] == "beta 3.1 (not what the entry ran with)"
 
@@ -229,9 +229,7 @@ def test_both_pages_show_the_tuning(tmp_path: Path) -> None:
         assert table is not None
         for cell in (cell for row in table.rows for cell in row):
             assert cell.replace("<", "&lt;") in page and cell in report
-    said = (
-        "selected on two other languages, by the reward at a KL of at most 5 nats. No number that was measured there is"
-    )
+    said = "selected on two other languages, by the reward at a KL of at most 5 nats. No number measured there is"
     assert said in page and said in report and "## Tuning" in report
     assert (tmp_path / "figures" / "expected_best.png").stat().st_size > 10_000
     assert [len(one.rows) for one in trial_tables(results)] == [24] * 4 and page.count("its loss was no number") > 0
@@ -318,7 +316,7 @@ def test_the_tuning_that_a_config_names_is_read_before_any_work(tmp_path: Path) 
         (None, "cannot be read .No such file or directory.; `prefarena tune` writes it"),
         ("{", "not what `prefarena tune` writes .Invalid JSON"),
         ('{"name": 1}', "not what `prefarena tune` writes .name: "),
-        (altered(num_trials=24), "not what `prefarena tune` writes .entry 'dpo' has 4 trials, and says 24"),
+        (altered(num_trials=24), "not what `prefarena tune` writes .entry 'dpo' has 4 trials, but says 24"),
         (altered(settings={"beta": 0.3}), "writes .entry 'dpo': its settings are not those of its trial 0"),
         (altered(best=2), "writes .entry 'dpo': its settings are not those of its trial 2"),
         (

@@ -75,11 +75,12 @@ def against_table(results: Results) -> Table | None:
     )
     errors = f"± one standard error over {len(results.seeds)} seeds" if len(results.seeds) > 1 else "one seed: no error"
     caption = (
-        f"On prompts with pairs: the KL from the least to the largest of a method's settings, and its regret less that "
-        f"of {BASELINE}, averaged over the KLs that both reach (above 0: worse). Then its KL on prompts without pairs "
-        f"over that of {BASELINE}, likewise at equal gain (a geometric mean; above 1: it leaks more). Curves are read "
-        f"between settings, straight in √KL, and paired by seed; {errors}. p: Student's t over seeds, by Holm's method "
-        f"for all methods of a column. {MISSING}: with some seed there is nothing that both reach."
+        f"On prompts with pairs: the KL range of a method's settings, and its regret minus that of {BASELINE}, "
+        f"averaged over the KLs that both reach (above 0: worse). Then its KL on prompts without pairs divided by "
+        f"that of {BASELINE}, likewise at equal gain (a geometric mean; above 1: it leaks more). Curves are "
+        f"interpolated between settings, linearly in √KL, and paired by seed; {errors}. p: Student's t test over "
+        f"seeds, with Holm's correction for all methods in a column. {MISSING}: with some seed the two have no range "
+        f"in common."
     )
     header = ("method", "KL, nats", f"regret − {BASELINE}’s", "p", f"leakage / {BASELINE}’s", "p")
     return Table(f"Against {BASELINE}", header, rows, caption)

@@ -84,7 +84,7 @@ def reward_kl_charts(results: Results) -> list[Chart]:
             _plane(
                 found, "drift", "Drift on prompts without pairs", ("gain/covered", "kl/uncovered"),
                 ("gain in reward on prompts with pairs", "KL on prompts without pairs, nats"), [],
-                "Lower is better: how far each policy moves on prompts for which it saw no pairs.",
+                "Lower is better: how far each policy moves on prompts without pairs.",
             ),
         ]  # fmt: skip
     scored = any(aggregate(entry, "judge_score") for entry in found.entries)
@@ -209,10 +209,10 @@ def through_training_charts(results: Results, folder: Path) -> list[Chart]:
                     lines.append(_line(*owner, "mean line", smooth[:, 0], smooth[:, 1]))
         if lines:
             note = (
-                "The score that training maximises."
+                "This is the score that training maximises."
                 if key == "reward/mean"
-                else "The judge of the evaluation, from which nothing is learned. Where it falls behind the learned "
-                "reward, that reward is over-optimised."
+                else "This is the evaluation's judge, which policies are not trained on. Where it falls behind the "
+                "training reward, that reward is over-optimised."
             )
             note = f"Each dot is one iteration's rollouts, each line their running mean over five. {note}"
             name = f"through-{key.replace('/', '-')}"
@@ -245,7 +245,8 @@ def _exact_trajectories(results: Results) -> list[Chart]:
         return []
     note = (
         "Exact, on the prompts that each entry samples on: policies before, during and after training, one line for "
-        "each seed. Solid: the gold reward; dashed: the reward that is learned from. Where the dashed line rises and "
+        "each seed. Solid: the gold reward; dashed: the reward that the policy is trained on. Where the dashed line "
+        "rises and "
         "the solid one does not follow, the reward is over-optimised. Dotted: the law fitted to the gold reward, where "
         "there are four policies or more."
     )
@@ -275,7 +276,7 @@ def training_charts(results: Results, folder: Path) -> list[Chart]:
                     x, y = thinned(points).T
                     name = f"{entry.name}, seed {seed}"
                     lines[metric].append(_line(key_of(results, entry), name, "curve", x, y))
-    note = "Losses of different methods are different quantities and do not compare."
+    note = "Losses of different methods are different quantities and cannot be compared."
     return [
         {
             "id": f"curve-{metric.replace('/', '-')}",
@@ -308,9 +309,9 @@ def label_charts(results: Results) -> list[Chart]:
             key = key_of(results, curve.entries[0][1])
             lines.append(_line(key, curve.group, "grid", x, y, text=text, ey=_numbers(errors)))
             ticks.update(x)
-        better = {True: "Up is better.", False: "Down is better.", None: "How far policies went for it."}
+        better = {True: "Up is better.", False: "Down is better.", None: "Lower is closer to the reference."}
         note = f"{better[measure.more_is_better]} Means over seeds; bars are one standard error."
-        title = f"{measure.name[:1].upper()}{measure.name[1:]} over the number of labelled pairs"
+        title = f"{measure.name[:1].upper()}{measure.name[1:]} by number of labelled pairs"
         axes = {"x": "labelled pairs", "y": measure.name, "ticks": sorted(ticks)}
         name = f"labels-{measure.name.replace(' ', '-').lower()}"
         charts.append({"id": name, "title": title, "note": note, **axes, "lines": lines})
@@ -336,12 +337,12 @@ def tuning_charts(results: Results) -> list[Chart]:
         happened.append(_line(key, f"{curve.entry.name}, best so far", "so far", k, curve.so_far))
     note, value = expected_best_text(results), "value of a trial"
     note = f"{note[:1].upper()}{note[1:]}"
-    seconds = "The same, with k times the device-seconds that the entry's trials took on average."
+    seconds = "The same curves against k times the average device-seconds of the entry's trials."
     order = "Trials in the order in which they were made, and the best of them so far. A trial below 0 is shown at 0."
     charts = [("expected-best", "Expected best of k trials", note, "trials k", expected)]
     if all(curve.seconds > 0 for curve in curves):
         charts.append(("expected-best-cost", "Expected best against cost", seconds, "device-seconds", costly))
-    charts.append(("best-so-far", "Best so far, as it happened", order, "trials made", happened))
+    charts.append(("best-so-far", "Best so far, in order", order, "trials made", happened))
     return [
         {"id": name, "title": title, "note": note, "x": x, "y": value, "lines": lines}
         for name, title, note, x, lines in charts

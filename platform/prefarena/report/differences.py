@@ -18,7 +18,7 @@ def differences(first: Results, second: Results) -> list[Table]:
     tables = [
         _changes("Settings that differ", "setting", settings(first.config), settings(second.config)),
         _changes("Versions that differ", "package", dict(first.versions), dict(second.versions)),
-        _changes("Policies that only one run has, or that failed", "policy", _outcomes(first), _outcomes(second)),
+        _changes("Policies that exist in only one run, or that failed", "policy", _outcomes(first), _outcomes(second)),
         _numbers(first, second),
     ]
     return [table for table in tables if table.rows]
@@ -75,7 +75,7 @@ def _numbers(first: Results, second: Results) -> Table:
             rows.append((entry.name, column.title, *cells, clear))
     header = ("policy", "number", "first", "second", "second − first", "clear")
     caption = (
-        "The error of a difference adds those of both runs in squares, as if the runs were independent. Clear: more "
-        "than two such errors."
+        "The error of a difference is the root of the sum of both runs' squared errors, as if the runs were "
+        "independent. Clear: a difference of more than two such errors."
     )
     return Table("Numbers that differ", header, tuple(rows), caption, 2)

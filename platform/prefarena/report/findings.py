@@ -19,11 +19,11 @@ def compared(results: Results) -> str:
         names = ", ".join(f"{group} ({len(entries)} settings)" for group, entries in results.groups().items())
     seeds = "one seed" if len(results.seeds) == 1 else f"{len(results.seeds)} seeds"
     how = (
-        "every response is listed, so reward and KL are exact"
+        "all responses are enumerated, so reward and KL are exact"
         if results.exact
         else "KL, scores and win rates are estimated from samples on held-out prompts"
     )
-    return f"Compared on the task `{results.task.get('kind', '?')}`, {seeds}: {names}. In it {how}."
+    return f"Compared on the task `{results.task.get('kind', '?')}`, {seeds}: {names}; {how}."
 
 
 def findings(results: Results) -> list[str]:
@@ -93,9 +93,9 @@ def limits(results: Results) -> list[str]:
     """The run's own notes, and what its numbers cannot tell."""
     found = list(results.notes)
     if len(results.seeds) == 1:
-        found.append("One seed: the order of methods that lie close together may be chance.")
+        found.append("One seed: the order of methods that are close together may be due to chance.")
     if not results.exact and kl_key(results) == "kl":
         found.append(
-            "The KL estimate is noisy where policies are far apart, and may come out negative where they are near."
+            "The KL estimate is noisy for a policy far from the reference, and may be negative for one close to it."
         )
     return found

@@ -112,7 +112,8 @@ def inline(text: str) -> str:
 
 
 _REPRODUCE = (
-    "<p><code>config.yaml</code> beside this page holds every setting, defaults included; finished stages are reused. "
+    "<p><code>config.yaml</code>, next to this page, holds every setting, defaults included; finished stages are "
+    "reused. "
     "All numbers are in <code>results.json</code>.</p>\n<pre>prefarena compare config.yaml</pre>"
 )
 
@@ -216,7 +217,9 @@ def _sweep(results: Results) -> list[str]:
         if (against := against_table(results)) is not None:
             parts.append(table_html(against, heading=True))
         if not parts:
-            parts = ["<p>The methods' grids share no range of gains, so nothing can be read at equal gain.</p>"]
+            parts = [
+                "<p>The methods' grids have no range of gains in common, so they cannot be compared at equal gain.</p>"
+            ]
     return parts
 
 
@@ -239,7 +242,7 @@ def _through_training(results: Results, folder: Path) -> str:
         entries = on_policy(results)
         parts.append(table_html(summary_table(results), heading=True))
         steps = [table_html(trajectory_table(results, entry), heading=True) for entry in entries]
-        parts.append(_details("Every measured policy on the way", "\n".join(steps)))
+        parts.append(_details("Every policy measured during training", "\n".join(steps)))
         agreement = [table for entry in entries if (table := table_html(agreement_table(results, entry), heading=True))]
         if agreement:
             words = f'<p class="note">{inline(agreement_summary(results))}</p>'
@@ -275,15 +278,16 @@ def _samples(results: Results, samples: Samples | None) -> str:
         return _section(
             "samples",
             "Samples",
-            "<p>No samples were kept. Evaluations by earlier versions kept only a few of them.</p>",
+            "<p>No samples were kept: evaluations by earlier versions kept only a few.</p>",
         )
     text = f"Each sample is one prompt with the response of every policy; there are {samples.num_all:,}."
     if samples.num_left_out:
         text += (
-            f" The {len(samples.rows):,} on which policies disagree most are shown; the other {samples.num_left_out:,} "
-            f"are left out to keep the page small, and are in `{SAMPLES_FILE}` beside it."
+            f" The {len(samples.rows):,} on which the policies disagree most are shown; the other "
+            f"{samples.num_left_out:,} "
+            f"are left out to keep the page small; they are in `{SAMPLES_FILE}`, next to it."
         )
     else:
-        text += f" `{SAMPLES_FILE}` beside this page holds them, too."
+        text += f" `{SAMPLES_FILE}`, next to this page, holds them, too."
     text = f'<p class="note">{inline(text)}</p>'
     return _section("samples", "Samples", text, '<div id="samples-browser"></div>')

@@ -185,7 +185,7 @@ def measured_table(results: Results) -> Table | None:
         for curve in curves
     )
     header = ("method", "measure", *(number(value, 0) for value in numbers))
-    return Table("Measures over the number of labelled pairs", header, rows, _measured_caption(results, curves), 2)
+    return Table("Measures by number of labelled pairs", header, rows, _measured_caption(results, curves), 2)
 
 
 def _at(curve: LabelCurve, pairs: int, key: str) -> Aggregate | None:
@@ -196,21 +196,28 @@ def _at(curve: LabelCurve, pairs: int, key: str) -> Aggregate | None:
 def _measured_caption(results: Results, curves: list[LabelCurve]) -> str:
     where = "on prompts with pairs, exact" if results.exact else "on held-out prompts"
     text = (
-        f"Columns: labelled pairs that a method, or its reward model, learns from; those of a smaller number are among "
-        f"those of a larger one. Measures are {where}."
+        f"Columns: number of labelled pairs that a method, or its reward model, learns from; smaller sets are subsets "
+        f"of larger ones. Measures are {where}."
     )
     if any(_leaves_some(pairs, entry) for curve in curves for pairs, entry in curve.entries):
         text += (
-            " Some trainings end before they have seen all of their pairs; results.json has how many (`data_labels`)."
+            " Some training runs end before they have seen all of their pairs; results.json says how many they saw "
+            "(`data_labels`)."
         )
     trainings = [_training(entry) for curve in curves for _, entry in curve.entries]
     if all(one.get("num_steps") for one in trainings):
-        return f"{text} Trainings on pairs take as many steps whatever their number, and see few pairs more often."
+        return (
+            f"{text} Training on pairs takes the same number of steps however many pairs there are, so each pair "
+            "is seen more often if there are few."
+        )
     if any(one.get("num_steps") for one in trainings):
-        return f"{text} Trainings with num_epochs take fewer steps on fewer pairs, those with num_steps as many."
+        return (
+            f"{text} Training runs with num_epochs take fewer steps on fewer pairs; those with num_steps take the "
+            "same number."
+        )
     return (
-        f"{text} Trainings go over their pairs a number of times (num_epochs), so on fewer pairs they take fewer "
-        "steps: the curves are of labels and of steps together."
+        f"{text} Training runs make a fixed number of passes over their pairs (num_epochs), so they take fewer steps "
+        f"on fewer pairs: the curves show the effect of labels and of steps together."
     )
 
 
@@ -241,23 +248,23 @@ def needed_table(results: Results) -> Table | None:
         for one in found
     )
     caption = (
-        "The fewest labelled pairs that reach what a method has with the most that it was given, by lines that are "
-        "straight in the logarithm of the number, at two digits. ≤: the fewest that were tried do; not reached: none "
-        "of those that were tried do."
+        "The fewest labelled pairs with which a method reaches what another one has with its largest number of pairs, "
+        "interpolated linearly in the logarithm of that number and rounded to two digits. ≤: the smallest number "
+        "tried is enough; not reached: none of the numbers tried is enough."
     )
     if len(results.seeds) > 1:
         caption += (
-            " By the means over seeds; in brackets, unless all say the same, the least and the most by one seed alone, "
-            "where the level is what that method reaches with that seed."
+            " Computed from the means over seeds; in brackets, unless all agree, the lowest and highest number from "
+            "single seeds, with that seed's own level."
         )
     if any(one.measure.name == "regret" for one in found):
         caption += (
-            " Policies of one reward may differ in KL; regret is what is left to gain at a policy's own KL, so it "
-            "compares methods at unequal KL."
+            " Policies with equal reward may differ in KL. Regret is what could still be gained at a policy's own KL, "
+            "so it can compare methods at unequal KL."
         )
     else:
-        caption += " Policies of one reward may differ in KL, which no row of this table sees."
-    return Table("Labelled pairs for the same result", ("measure", "level", *groups), rows, caption, 2)
+        caption += " Policies with equal reward may differ in KL, which this table does not show."
+    return Table("Labelled pairs needed for the same result", ("measure", "level", *groups), rows, caption, 2)
 
 
 def label_finding(results: Results) -> list[str]:

@@ -106,7 +106,7 @@ def leakage(results: Results, measure: str = "kl/uncovered", num_levels: int = 5
         if common is None:
             stray = max(kept, key=lambda group: _overlap(kept, seeds, without=group))
             del kept[stray]
-            left_out[stray] = "its grid does not meet the other methods' gains with every seed"
+            left_out[stray] = "its grid does not reach the other methods' gains with every seed"
     if common is None or common[1] <= 0:
         return None
     levels = np.linspace(max(common[0], 0.1 * common[1]), common[1], num_levels)

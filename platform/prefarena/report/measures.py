@@ -12,7 +12,7 @@ _COLUMNS = {
     "k3": "kl_k3",
     "forward KL": "forward_kl",
     "log π of demonstrations": "demonstration_logp",
-    "less the reference's": "demonstration_gain",
+    "minus the reference's": "demonstration_gain",
 }
 
 
@@ -38,9 +38,9 @@ def coverage_table(results: Results) -> Table | None:
         for entry in results.entries
     )
     caption = (
-        "On training prompts that have preference pairs, and on as many that have none, of which no method heard. "
-        "KL(π ‖ ref) and forward KL, KL(ref ‖ π), in nats per response, as above: what a policy moves where there are "
-        "no pairs is leakage."
+        "On training prompts that have preference pairs, and on as many that have none, which no method has seen. "
+        "KL(π ‖ ref) and forward KL, KL(ref ‖ π), in nats per response, as above. Leakage is how far a policy moves "
+        "on prompts without pairs."
     )
     return Table(f"{results.name}: with pairs and without", ("policy", *shown), rows, caption)
 
@@ -57,8 +57,8 @@ def divergence_table(results: Results) -> Table | None:
         "Nats per response. KL and k1 estimate KL(π ‖ ref) from the same samples of the policy without bias: KL adds "
         "up the exact divergences over the vocabulary along each sample, k1 the log-ratios of the tokens that were "
         "drawn, which spread more; k3 is heavy-tailed far from the reference. Forward KL, KL(ref ‖ π), is like KL, "
-        "along samples of the reference. Demonstrations: the chosen answers of held-out pairs, which the policy should "
-        "still find likely; the last column is paired, so that its error does not hold how likely one answer is beside "
-        "another."
+        "along samples of the reference. Demonstrations: the chosen answers of held-out pairs, which the policy "
+        "should still find likely. The last column is paired, so its error does not include how much some answers are "
+        "likelier than others."
     )
     return Table(f"{results.name}: distance from the reference", ("policy", *_COLUMNS), rows, caption)

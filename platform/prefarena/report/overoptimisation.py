@@ -176,13 +176,14 @@ def law_table(results: Results) -> Table | None:
         else "from the residuals of the one curve, as if its points were independent"
     )
     caption = (
-        "Laws of over-optimisation (Gao et al., arXiv 2210.10760) by least squares: gold reward above the reference's "
-        f"against d, the root of KL(π ‖ ref). In brackets: {1 - LEVEL:.0%} confidence intervals, {how}. β above 0: the "
-        "gain fades with distance; a peak is given where it lies within twice the KL that was measured. "
-        "Residual: root mean square, in the reward's units; where it is not small beside the gain, the law "
-        "does not hold."
+        "Laws of over-optimisation (Gao et al., arXiv 2210.10760) fitted by least squares: gold reward above the "
+        f"reference's against d, the square root of KL(π ‖ ref). In brackets: {1 - LEVEL:.0%} confidence intervals, "
+        f"{how}. With β above 0 the gain fades with distance; a peak is given if it lies within twice the KL that was "
+        "measured. "
+        "Residual: root mean square, in the reward's units; if it is not small compared with the gain, the law does "
+        "not hold."
     )
-    header = ("policy", "law", "α", "β", "KL of the peak", "gain there", "residual", "points")
+    header = ("policy", "law", "α", "β", "KL at the peak", "gain there", "residual", "points")
     return Table(f"{results.name}: laws of over-optimisation", header, tuple(rows), caption, 2)
 
 

@@ -85,23 +85,23 @@ def _sweep(results: Results, folder: Path) -> list[str]:
         sections.append(_section(table.title, table))
     if not sections:
         sections.append(
-            "## At equal gain\n\nThe methods' grids share no range of gains, so nothing can be read at equal gain.\n"
+            "## At equal gain\n\nThe methods' grids have no range of gains in common, so they cannot be compared at "
+            "equal gain.\n"
         )
     figure = drift_figure(results)
-    text = "Each line is one method over its grid of settings: means over seeds, with one standard error both ways."
+    text = "Each line is one method over its grid of settings: means over seeds; bars are one standard error."
     return [*sections, _figure("Drift against gain", text, folder, figure, "drift")]
 
 
 def _reward_kl_text(results: Results) -> str:
     if not results.exact:
         return (
-            "Left: what each policy gains and how far it moves. "
-            "Right: who wins against the reference; the line is one half."
-            + (FRONTIER_NOTE if results.estimated_frontier else "")
+            "Left: each policy's score and its distance from the reference. Right: its win rate against the "
+            "reference; the line is at one half." + (FRONTIER_NOTE if results.estimated_frontier else "")
         )
     return (
         "Left: no policy can lie above the frontier, π* ∝ π_ref·exp(r/β); the vertical distance to it is the regret. "
-        "Right: how far each policy moves on prompts for which it saw no pairs. Small open marks are seeds."
+        "Right: how far each policy moves on prompts without pairs. Small open marks are seeds."
     )
 
 
@@ -115,7 +115,7 @@ def _labels(results: Results, folder: Path) -> list[str]:
     if figure is None or measured is None:
         return []
     text = "One line for each method; means over seeds, bars are one standard error."
-    sections = [_figure("Over the number of labelled pairs", text, folder, figure, "labels"), f"{measured.markdown()}"]
+    sections = [_figure("By number of labelled pairs", text, folder, figure, "labels"), f"{measured.markdown()}"]
     needed = needed_table(results)
     return [*sections, *([_section(needed.title, needed)] if needed else [])]
 
@@ -128,12 +128,12 @@ def _through_training(results: Results, folder: Path) -> list[str]:
         text = "Each dot is one iteration's rollouts, the line their running mean over five. "
         if judged_while_trained(logged):
             text += (
-                "Above: the reward that is learned from. Below: the judge of the evaluation, which is not; where it "
-                "falls behind, the reward is over-optimised."
+                "Above: the reward that the policy is trained on. Below: the evaluation's judge, which it is not "
+                "trained on; where that falls behind, the reward is over-optimised."
             )
         else:
             text += (
-                "Shown is the reward that is learned from; the judge of the evaluation did not score these rollouts."
+                "This is the reward that the policy is trained on; the evaluation's judge did not score these rollouts."
             )
         return [_figure("Reward and KL through training", text, folder, figure, "through_training")] if figure else []
     entries = on_policy(results)
@@ -141,8 +141,9 @@ def _through_training(results: Results, folder: Path) -> list[str]:
         return []
     text = (
         "Exact, on the prompts that each entry samples on: policies before, during and after training, one line for "
-        "each seed. Solid: the gold reward; dashed: the reward that is learned from. Where the dashed line rises and "
-        "the solid one does not follow, the reward is over-optimised. Dotted: the law fitted to the gold reward, where "
+        "each seed. Solid: the gold reward; dashed: the reward that the policy is trained on. Where the dashed line "
+        "rises and the solid one does not follow, the reward is over-optimised. Dotted: the law fitted to the gold "
+        "reward, where "
         "there are four policies or more."
     )
     sections = [_figure("Reward and KL through training", text, folder, trajectory_figure(results), "through_training")]
@@ -188,7 +189,8 @@ def _curves(results: Results, folder: Path) -> list[str]:
     for name, figure in curve_figures(results, folder).items():
         title = f"Training curves: {name.removeprefix('curves_').replace('_', ' ')}"
         text = (
-            "One line for each seed. A metric has one scale for all methods, but for the losses, which do not compare."
+            "One line for each seed. All methods share one scale per metric, except for the losses, which are not "
+            "comparable."
         )
         sections.append(_figure(title, text, folder, figure, name))
     return sections
@@ -204,6 +206,6 @@ def _listing(title: str, items: list[str]) -> str:
 
 def _reproduce(results: Results) -> str:
     return (
-        "## To reproduce\n\n`config.yaml` beside this page holds every setting, defaults included; finished stages are "
-        "reused.\n\n```\nprefarena compare config.yaml\n```\n\nAll numbers are in `results.json`.\n"
+        "## To reproduce\n\n`config.yaml`, next to this page, holds every setting, defaults included; finished stages "
+        "are reused.\n\n```\nprefarena compare config.yaml\n```\n\nAll numbers are in `results.json`.\n"
     )

@@ -14,7 +14,7 @@ from prefarena.report.tuning import tuned_curves
 #: Of text, behind other sentences.
 FRONTIER_NOTE = (
     " The line is the best score that any policy could have at its KL, estimated from samples of the reference (π* ∝ "
-    "π_ref·exp(r/β), by importance sampling); it ends where so few samples can no longer show it."
+    "π_ref·exp(r/β), by importance sampling); it ends where this number of samples no longer suffices to estimate it."
 )
 _MOST_LABELS = 12
 _GAIN_LABEL = "gain in reward on prompts with pairs"
@@ -80,7 +80,7 @@ def expected_best_figure(results: Results) -> Figure | None:
         figure = Figure(figsize=(11.5, 4.9), layout="constrained")
         left, right = figure.subplots(1, 2, sharey=True)
         _titles(left, "Expected best of k trials", "trials k", "value of a trial")
-        _titles(right, "Trials and the best so far, as it happened", "trials made", "")
+        _titles(right, "Trials and the best so far, in order", "trials made", "")
         styles = looks([entry.name for entry in results.entries], [entry.kind for entry in results.entries])
         for curve in curves:
             name, k = curve.entry.name, np.arange(1, len(curve.trials) + 1)
@@ -156,7 +156,9 @@ def _finish(
             labels.append(Label(float(shown[-1, 0]), float(shown[-1, 1]), "optimal frontier", BLACK))
     axes.margins(0.12)
     if len(labels) > _MOST_LABELS:
-        axes.text(0, -0.2, f"{len(labels)} policies: the table names them", transform=axes.transAxes, color=GREY)
+        axes.text(
+            0, -0.2, f"{len(labels)} policies: see the table for their names", transform=axes.transAxes, color=GREY
+        )
     elif labels:
         place_labels(axes, labels, np.concatenate(obstacles))
 

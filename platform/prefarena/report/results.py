@@ -125,7 +125,7 @@ class Results(Part):
         None, description="seed -> group of prompts -> [KL, best reward] points."
     )
     estimated_frontier: dict[str, list[tuple[float, float, float]]] = Field(
-        {}, description="text: seed -> [KL, best reward, its standard error] points, as far as they are to be trusted."
+        {}, description="text: seed -> [KL, best reward, its standard error] points, as far as they can be trusted."
     )
     win_matrix: WinMatrix | None = None
     curves: dict[str, dict[str, str]] = Field({}, description="entry -> seed -> path of its metrics.jsonl.")
@@ -133,10 +133,10 @@ class Results(Part):
         {}, description="entry -> seed -> exact measures before, during and after training; `step` counts updates."
     )
     best_of_curves: dict[str, dict[str, list[EvalRow]]] = Field(
-        {}, description="entry -> seed -> exact measures of the best of ever more samples; `step` is their number."
+        {}, description="entry -> seed -> exact measures of best-of-n for growing n; `step` is n."
     )
     kl_agreement: dict[str, dict[str, list[EvalRow]]] = Field(
-        {}, description="entry -> seed -> logged KL estimates beside the exact KL of the policy that was sampled."
+        {}, description="entry -> seed -> logged KL estimates, with the exact KL of the policy that was sampled."
     )
     costs: list[Cost] = Field([])
     tuning: TuningResults | None = Field(None, description="how the entries' settings were found; none: by hand.")

@@ -98,12 +98,13 @@ def sensitivity_table(results: Results) -> Table | None:
         for one, p in zip(found, corrected, strict=True)
     )
     caption = (
-        "Each setting by itself. Share: how much of the variance of the trials' ranks lies between the thirds of a "
-        "setting's values (or between its values, where they are few); p: how often chance gives as much, by Holm's "
-        f"method for all {len(found)} rows. Rank correlation: Spearman's, above 0 where more is better. Then the "
-        "median of what the trials of each third count, and the values of the best third. A high p says that so few "
-        "trials do not show the setting to matter, not that it does not; settings that matter only together are not "
-        "seen, and trials that a search proposed by earlier ones are not independent."
+        "Each setting by itself. Share: the part of the variance of the trials' ranks that lies between the thirds of "
+        "a setting's values (or between its values, if there are few). p: how often chance gives as large a share, "
+        f"with Holm's correction for all {len(found)} rows. Rank correlation: Spearman's, above 0 if larger values are "
+        "better. Then the median value of the trials in each third, and the setting's values in the best third. A "
+        "high p means that these trials do not show the setting to matter, not that it does not matter. Settings that "
+        "matter only in combination are missed, and trials proposed by a search that learns from earlier ones are not "
+        "independent."
     )
     header = ("policy", "setting", "trials", "share", "p", "rank correlation", "low · middle · high", "best")
     return Table("How much each setting mattered", header, rows, caption, 2)

@@ -158,30 +158,30 @@ def main_table(results: Results, *, brief: bool = False) -> Table:
 
 def _legend(results: Results) -> str:
     common = (
-        "Win rate: against the reference, ties half. Accuracy: share of held-out pairs that the log-ratio to the "
-        "reference orders as labelled. Length in tokens. Wall: the entry's own stages for one seed, without "
-        "evaluation and without stages that entries share."
+        "Win rate: against the reference, ties counting half. Accuracy: share of held-out pairs that the log-ratio to "
+        "the reference ranks as labelled. Length is in tokens. Wall: time of the entry's own stages for one seed, "
+        "without evaluation and without stages that entries share."
     )
     if results.exact:
         return (
             "Exact values over all responses. `pairs` / `no pairs`: on prompts with / without preference pairs; "
             "forward KL, KL(ref ‖ π), and entropy on all prompts; KL is KL(π ‖ ref); all in nats per response. "
-            f"Regret: the best reward possible at the policy's own KL, less its reward. {common}"
+            f"Regret: the best reward possible at the policy's own KL, minus its reward. {common}"
         )
-    bound = " KL at most: best-of-n's analytic bound, log n − (n − 1)/n, in place of an estimate."
+    bound = " KL at most: best-of-n's analytic bound, log n − (n − 1)/n, instead of an estimate."
     has_bound = any(aggregate(entry, "kl_bound") for entry in results.entries)
     bias = (
-        " Position bias: share of pairs in which the judge preferred the response shown first in both orders, less the "
-        "share in which it preferred the one shown second; 0 for a judge that does not look at the place."
+        " Position bias: share of pairs in which the judge preferred the response shown first in both orders, minus "
+        "the share in which it preferred the one shown second; 0 for a judge that ignores position."
     )
     has_bias = any(aggregate(entry, "position_bias") for entry in results.entries)
     equal = (
-        " Win rate at equal length: what a logistic regression of who wins on the difference in tokens says where "
-        "there is none (AlpacaEval 2's, without its term for prompts)."
+        " Win rate at equal length: the prediction, at a length difference of zero, of a logistic regression of wins "
+        "on the difference in tokens (as in AlpacaEval 2, without its term for prompts)."
     )
     regret = (
-        " Regret: the best judge score possible at the policy's own KL, as samples of the reference show it, less its "
-        "score; none where so few samples cannot show it."
+        " Regret: the best judge score possible at the policy's own KL, as estimated from reference samples, minus "
+        "its score; none where there are too few samples for that."
     )
     has_regret = any(aggregate(entry, "regret") for entry in results.entries)
     has_equal = any(aggregate(entry, "win_rate_at_equal_length") for entry in results.entries)
@@ -202,11 +202,11 @@ def _error_note(results: Results, values: list[Aggregate]) -> str:
             notes.append("over prompts or pairs where all seeds share one value")
     elif within:
         notes.append(
-            "±: one standard error within the one run, over prompts or pairs; it does not cover what another "
-            "training seed would change"
+            "±: one standard error within the single run, over prompts or pairs; it does not cover the variation "
+            "between training seeds"
         )
     if not over_seeds and len(results.seeds) == 1:
-        notes.append("one seed: numbers without ± have no error to give")
+        notes.append("one seed, so numbers without ± have no error estimate")
     return "; ".join(notes)[:1].upper() + "; ".join(notes)[1:] + "." if notes else ""
 
 
@@ -230,9 +230,9 @@ def win_table(results: Results) -> Table | None:
         (name, *(_marked(cells[i, j], told.get((min(i, j), max(i, j)))) for j in range(size)))
         for i, name in enumerate(matrix.rows)
     ]
-    caption = "Row beats column: share of judged comparisons, ties half, ± one standard error."
+    caption = "Share of comparisons in which the row's policy beats the column's, ties half, ± one standard error."
     if any(told.values()):
-        caption += f" *: other than one half at the 5 % level, after Holm's correction for {len(pairs)} comparisons."
+        caption += f" *: not one half at the 5 % level, after Holm's correction for {len(pairs)} comparisons."
     return Table(f"{results.name}: win rates", ("row beats", *matrix.rows), tuple(rows), caption)
 
 
@@ -281,8 +281,8 @@ def cost_table(results: Results) -> Table | None:
         "reused",
     )
     caption = (
-        "For one seed: means over seeds; a peak is the largest. Totals leave evaluation out. A reused stage shows what "
-        "it cost when it ran. Device seconds: wall seconds times the devices held."
+        "Costs of one seed: means over seeds, and the largest for peaks. Totals exclude evaluation. A reused stage "
+        "shows what it cost when it ran. Device seconds: wall seconds times the number of devices held."
     )
     return Table(f"{results.name}: costs", header, tuple(rows), caption, 2, frozenset(strong))
 

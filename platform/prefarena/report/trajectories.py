@@ -22,7 +22,7 @@ MOST_PANELS = 12
 _COLUMNS = 3
 _SMOOTHED_OVER = 5  # iterations in the running mean of an estimated curve
 #: What each iteration's rollouts are scored by: a key of metrics.jsonl and its name on an axis.
-ESTIMATES = {"reward/mean": "reward learned from", "reward/judge": "judge, not learned from"}
+ESTIMATES = {"reward/mean": "reward learned from", "reward/judge": "judge, not trained on"}
 
 Rows = list[dict[str, float]]
 Logged = dict[str, dict[str, Rows]]
@@ -70,10 +70,12 @@ def summary_table(results: Results) -> Table | None:
         *("gold at the end", "KL at the end", "regret at the end", "proxy at the end", "proxy − gold at the end"),
     )
     caption = (
-        "Exact, on the prompts that the entry samples on; means over seeds ± one standard error, steps by seed. The "
+        "Exact values on the prompts that the entry samples on; means over seeds ± one standard error, and steps for "
+        "each seed. The "
         "peak is the highest among the policies measured (start, snapshots, end). Proxy: the reward that the entry "
-        "learned from, which like the gold one has mean 0 and variance 1 under the reference (a learned one on samples "
-        "of it). Proxy − gold: over-optimisation; none where the gold reward itself was learned from."
+        "was trained on, which like the gold reward has mean 0 and variance 1 under the reference (estimated from "
+        "samples if it is learned). Proxy − gold: over-optimisation; none if the entry was trained on the gold reward "
+        "itself."
     )
     return Table(f"{results.name}: through training", header, tuple(rows), caption)
 
@@ -128,12 +130,13 @@ def agreement_summary(results: Results) -> str:
                 f"{max(sizes):.2f}; the true error is up to {too_small:.2g} times the logged one"
             )
     return (
-        f"{'. '.join(parts)}. The exact KL of the policy after a step, over the prompts that the entry samples on, and "
-        "what the next iteration logged, whose rollouts that policy drew: ± is the standard error logged with it, the "
-        "true error that of as many draws from the listed policy, and z the difference in true errors. They are over "
-        "sequences, as if prompts were drawn too; where every iteration uses each prompt equally often that overstates "
-        "the error, so that a large z remains a finding. Far from the reference k3 is heavy-tailed: a sample then "
-        "misses its tail and logs too small an error; k1 is the one to rely on."
+        f"{'. '.join(parts)}. The exact KL of the policy after a step, over the prompts that the entry samples on, "
+        f"and the estimate logged by the next iteration, whose rollouts come from that policy. ± is the standard "
+        f"error logged with it, the true error is that of as many draws from the enumerated policy, and z is the "
+        f"difference in units of the true error. Errors are over sequences, as if prompts were drawn at random, too; "
+        f"if every iteration uses each prompt equally often, this overstates the error, so a large z is still a "
+        f"finding. Far from the reference k3 is heavy-tailed: a sample then misses its tail and shows too small an "
+        f"error, so rely on k1."
     )
 
 

@@ -127,7 +127,7 @@ def tuning_text(results: Results) -> str:
         "tpe": " Trials were proposed by a search that learns from earlier ones (TPE).",
         "random": " Trials were drawn at random.",
     }
-    fresh = "" if _seen_before(results, tuning) else " No number that was measured there is among those of this report."
+    fresh = "" if _seen_before(results, tuning) else " No number measured there is in this report."
     return (
         f"{_who_was_tuned(results, tuning)}.{how.get(tuning.sampler or '', '')} Settings were selected on "
         f"{tuning.selection.rstrip('.')}, by {tuning.criterion.rstrip('.')}.{fresh}"
@@ -137,16 +137,16 @@ def tuning_text(results: Results) -> str:
 def expected_best_text(results: Results) -> str:
     """What the curves of expected best trials are, and what they are not."""
     learned = (
-        " Trials were proposed by what earlier ones had reached: they are no independent draws, and a shorter search "
-        "would have made worse ones, so the curves are likely to be too high at few trials."
+        " Trials were proposed on the basis of earlier ones, so they are not independent draws. A shorter search "
+        "would have had worse ones, so the curves are likely to be too high at few trials."
         if results.tuning is not None and results.tuning.sampler == "tpe"
         else ""
     )
     return (
-        "the best of k of an entry's trials, on average over all choices of k, in the units of a trial's value. Bands: "
-        "95 % of sets of trials that are drawn again from these, up to half of their number; beyond that no such set "
-        "tells what a luckier search finds. A trial counts at least 0, the reference's, and so does one that failed; "
-        f"one that was stopped counts its first seed's value, but no more than the chosen trial.{learned}"
+        "the best of k of an entry's trials, averaged over all choices of k, in the units of a trial's value. Bands: "
+        "95 % bootstrap intervals over trials, up to half of their number; beyond that, resampling cannot say what a "
+        "luckier search would find. A trial counts as at least 0, the reference's value, and so does one that failed; "
+        f"one that was stopped counts with its first seed's value, but at most that of the chosen trial.{learned}"
     )
 
 
@@ -158,17 +158,21 @@ def tuning_warnings(results: Results) -> list[str]:
     found = []
     if len(set(budgets(results).values())) > 1:
         found.append(
-            f"**Budgets of tuning differ**: {_listed_budgets(results)}{_limit(tuning)}. What sets such entries apart "
-            "may be the budget."
+            f"**Budgets of tuning differ**: {_listed_budgets(results)}{_limit(tuning)}. Differences between such "
+            f"entries may be due to the budget."
         )
     for entry in results.trained():
         tuned = tuning.entry(entry.name)
         if tuned is None or not tuned.num_trials:
             continue
         if tuned.best is None:
-            found.append(f"**All {tuned.num_trials} trials of {entry.name} failed**: tuning chose nothing for it.")
+            found.append(
+                f"**All {tuned.num_trials} trials of {entry.name} failed**, so tuning chose no settings for it."
+            )
         elif changed := changed_since(tuned, entry):
-            found.append(f"**{entry.name} is not what its tuning chose**: {_listed_changes(changed)}.")
+            found.append(
+                f"**{entry.name} does not have the settings that its tuning chose**: {_listed_changes(changed)}."
+            )
     return [*found, *_seen_before(results, tuning)]
 
 
@@ -216,7 +220,7 @@ def _listed_budgets(results: Results) -> str:
 def _listed_changes(changed: dict[str, tuple[Any, Any]]) -> str:
     """At most three of them."""
     parts = [
-        f"`{name}` is {shown_value(ran, 6)}, chosen was {shown_value(chosen, 6)}"
+        f"`{name}` is {shown_value(ran, 6)}, but tuning chose {shown_value(chosen, 6)}"
         for name, (chosen, ran) in changed.items()
     ]
     return "; ".join(parts[:3]) + (f"; and {len(parts) - 3} more" if len(parts) > 3 else "")
@@ -233,5 +237,5 @@ def _seen_before(results: Results, tuning: TuningResults) -> list[str]:
     listed = ", ".join(str(seed) for seed in both)
     return [
         f"**Settings were selected on what is reported here**: the language{'s' if len(both) > 1 else ''} of seed"
-        f"{'s' if len(both) > 1 else ''} {listed}. Its numbers flatter whatever was tuned; compare on other seeds."
+        f"{'s' if len(both) > 1 else ''} {listed}. Its numbers favour whatever was tuned; compare on other seeds."
     ]

@@ -72,8 +72,8 @@ class TuningResults(Part):
     batch_size: int
     trials: list[TrialResult]
     entries: list[TunedEntry]
-    sampler: Literal["tpe", "random"] | None = Field(None, description="how trials were proposed; none: not told.")
-    device_seconds: float | None = Field(None, description="limit of what an entry's trials may take; none: no such.")
+    sampler: Literal["tpe", "random"] | None = Field(None, description="how trials were proposed; none: not known.")
+    device_seconds: float | None = Field(None, description="limit on the time of an entry's trials; none: no limit.")
 
     @model_validator(mode="after")
     def _says_what_its_trials_say(self) -> TuningResults:
@@ -81,7 +81,7 @@ class TuningResults(Part):
         for entry in self.entries:
             trials = self.of(entry.name)
             if entry.num_trials != len(trials):
-                raise ValueError(f"entry {entry.name!r} has {len(trials)} trials, and says {entry.num_trials}")
+                raise ValueError(f"entry {entry.name!r} has {len(trials)} trials, but says {entry.num_trials}")
             best = [trial for trial in trials if trial.number == entry.best and trial.value is not None]
             if entry.best is not None and [trial.settings for trial in best] != [entry.settings]:
                 raise ValueError(f"entry {entry.name!r}: its settings are not those of its trial {entry.best}")

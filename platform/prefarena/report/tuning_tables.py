@@ -37,9 +37,9 @@ def budget_table(results: Results) -> Table | None:
         "best of all",
     )
     caption = (
-        "Best of k: what the best of k of an entry's trials counts, on average over all choices of k, with a 95 % "
-        "interval of trials drawn again. Stopped: trained with the first selection seed alone, being among the worse "
-        "there. Device seconds: of all trials."
+        "Best of k: the value of the best of k of an entry's trials, averaged over all choices of k, with a 95 % "
+        "bootstrap interval. Stopped: trained with the first selection seed only, because they were among the worse "
+        "ones there. Device seconds: the total of all trials."
     )
     return Table("Budgets, and what they can be expected to find", header, rows, caption)
 
@@ -66,9 +66,9 @@ def chosen_table(results: Results) -> Table | None:
         return None
     rows = tuple(_chosen_row(tuning, entry) for entry in results.trained())
     caption = (
-        "Of the trial whose settings were chosen: the value that it was ranked by, and its reward above the "
-        f"reference's and KL in nats, {_over(tuning)}. It is the best of many noisy values, so expect less of the same "
-        "settings on fresh seeds."
+        "For the trial whose settings were chosen: the value by which it was ranked, its reward above the "
+        f"reference's, and its KL in nats, {_over(tuning)}. It is the best of many noisy values, so expect the same "
+        "settings to do worse on fresh seeds."
     )
     return Table("Settings chosen", ("policy", "settings", "trial", "value", "reward", "KL"), rows, caption, 2)
 

@@ -82,7 +82,7 @@ def _leader(entries: list[EntryResult], key: str, what: str, high: bool) -> str:
     second = known[1][0]
     difference = paired_difference(first, second, key)
     if difference is None:
-        return f"{text}; {second.name} is next ({plus_minus(known[1][1], 3)}), with no seed in common."
+        return f"{text}; {second.name} is next ({plus_minus(known[1][1], 3)}), but they have no seed in common."
     size = plus_minus(difference._replace(mean=abs(difference.mean)), 3)
     return f"{text}; {second.name} is next, {size} behind{_clarity(difference)}."
 
@@ -90,8 +90,8 @@ def _leader(entries: list[EntryResult], key: str, what: str, high: bool) -> str:
 def _clarity(difference: Aggregate) -> str:
     clear = is_clear(difference)
     if clear is None:
-        return " (one run each: nothing says whether another seed would keep the order)"
-    return " (outside two standard errors)" if clear else " (within two standard errors: not told apart)"
+        return " (one run each, so another seed may change the order)"
+    return " (outside two standard errors)" if clear else " (within two standard errors, so they may be equal)"
 
 
 def _nearest(results: Results) -> str:
@@ -103,7 +103,7 @@ def _nearest(results: Results) -> str:
             name = max(shares, key=_of(shares))
             best[group] = f"{group} {shares[name]:.0%} ({name})"
     listed = ", ".join(best.values())
-    return f"Largest share of the gain possible at the same KL, by method: {listed}." if listed else ""
+    return f"Largest share of the possible gain at the same KL, by method: {listed}." if listed else ""
 
 
 def _efficiency(entries: list[EntryResult]) -> str:
@@ -115,8 +115,8 @@ def _efficiency(entries: list[EntryResult]) -> str:
     listed = ", ".join(f"{name} {share:.0%}" for name, share in sorted(shares.items(), key=lambda pair: -pair[1]))
     who = f"{_names(near)} {'is' if len(near) == 1 else 'are'}" if near else "No method is"
     return (
-        f"{who} within {1 - NEAR_FRONTIER:.0%} of the optimal frontier; "
-        f"share of the gain possible at the same KL: {listed}."
+        f"{who} within {1 - NEAR_FRONTIER:.0%} of the optimal frontier. Share of the possible gain at the same KL: "
+        f"{listed}."
     )
 
 
@@ -135,8 +135,8 @@ def _dominated(entries: list[EntryResult], kl: str, reward: str, more: str = "mo
         if better:
             found.append(f"{entry.name} by {_names([other.name for other in better])}")
     seeded = any(len(entry.seeds) > 1 for entry in entries)
-    how = "beyond two standard errors on both" if seeded else "in this run"
-    return f"Beaten at less KL and {more}, {how}: {'; '.join(found)}." if found else ""
+    how = "by more than two standard errors in both" if seeded else "in this run"
+    return f"Dominated, at lower KL and {more}, {how}: {'; '.join(found)}." if found else ""
 
 
 def _dominates(other: EntryResult, entry: EntryResult, kl: str, reward: str) -> bool:
@@ -158,8 +158,9 @@ def _drift(entries: list[EntryResult]) -> str:
         return ""
     listed = ", ".join(f"{name} {rate:.2f}" for name, rate in sorted(rates.items(), key=lambda pair: pair[1]))
     return (
-        f"Drift where there are no pairs, as nats of KL for each unit of reward gained where there are: {listed}. KL "
-        "grows faster than gain, so methods with unequal gains are not settled by this; a sweep at equal gain is."
+        f"Drift on prompts without pairs, in nats of KL per unit of reward gained on prompts with pairs: {listed}. KL "
+        f"grows faster than gain, so this does not rank methods with unequal gains; a sweep that compares them at "
+        f"equal gain does."
     )
 
 
@@ -195,7 +196,7 @@ def _lengths(results: Results, entries: list[EntryResult]) -> str:
         for name, length in lengths.items()
         if not 1 / _LONGER < length / base.mean < _LONGER
     ]
-    return f"Lengths differ, and judges may favour length: {_names(odd)}." if odd else ""
+    return f"Response lengths differ, and judges may favour length: {_names(odd)}." if odd else ""
 
 
 def _costs(results: Results, entries: list[EntryResult]) -> str:
@@ -204,7 +205,8 @@ def _costs(results: Results, entries: list[EntryResult]) -> str:
         return ""
     cheap, dear = min(seconds, key=_of(seconds)), max(seconds, key=_of(seconds))
     return (
-        f"Cost of one seed, own stages: {cheap} is the cheapest ({number(seconds[cheap], 1)} s), {dear} the dearest "
+        f"Cost of each entry's own stages, for one seed: {cheap} is the cheapest ({number(seconds[cheap], 1)} s), "
+        f"{dear} the dearest "
         f"({number(seconds[dear], 1)} s, {seconds[dear] / seconds[cheap]:.1f} times as much)."
     )
 
@@ -217,10 +219,10 @@ def _strength(results: Results) -> str:
     """What two standard errors are worth with this number of seeds."""
     num_seeds = len(results.seeds)
     if num_seeds < 2:
-        return "There is one seed: differences between methods may be due to it. More seeds give standard errors."
+        return "There is only one seed, so differences may be due to chance. More seeds give standard errors."
     return (
-        f"Standard errors are over {num_seeds} seeds; if the seeds' values are normal, ± two of them hold the true "
-        f"mean in {student_coverage(2.0, num_seeds - 1):.0%} of cases."
+        f"Standard errors are over {num_seeds} seeds; if the seeds' values are normal, ± two standard errors cover "
+        f"the true mean in {student_coverage(2.0, num_seeds - 1):.0%} of cases."
     )
 
 
