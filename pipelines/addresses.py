@@ -9,6 +9,7 @@ from prefarena.config import (
     Comparison,
     EvaluationJudge,
     FunctionJudge,
+    JudgeSettings,
     LanguageTask,
     Model,
     OffPolicyMethod,
@@ -29,6 +30,18 @@ def judge_inputs(settings: EvaluationJudge) -> list[Any]:
     """What scores depend on; a function's source belongs to it, so that an edited one is called again."""
     source = source_digest(settings.function) if isinstance(settings, FunctionJudge) else None
     return [settings.model_dump(mode="json"), source]
+
+
+def watching_function(config: Comparison, reward: JudgeSettings) -> FunctionJudge | None:
+    """The judge of a text task as it scores the rollouts of on-policy training, too, where it is a function.
+
+    None where the training learns from that very function, whose scores are its reward. A judge that is paid for, or
+    another model to hold, does not watch.
+    """
+    judge = config.judge
+    if isinstance(config.task, LanguageTask) or not isinstance(judge, FunctionJudge):
+        return None
+    return None if isinstance(reward, FunctionJudge) and reward.function == judge.function else judge
 
 
 def engine_inputs(config: Comparison) -> list[str]:

@@ -228,7 +228,7 @@ def held_out_prompts(plan: SeedPlan, settings: Evaluation) -> list[list[int]]:
 def sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, folder: Path) -> SampledJob:
     """The evaluation of an entry, or of the reference."""
     reference = model_of(plan.reference)
-    judge = None if is_pairwise(config) else judge_spec(plan, config.judge, plan.judge)
+    judge = None if is_pairwise(config) else judge_spec(plan, config.judge, plan.judge, may_be_silent=True)
     policy = policy_of(plan, trained) if trained else reference
     job = SampledJob(
         policy,
@@ -243,7 +243,8 @@ def sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, fol
     if trained is None or not isinstance(trained.entry.method, BestOfN):
         return job
     method = trained.entry.method
-    return replace(job, best_of=method.n, reward=judge_spec(plan, method.reward, trained.reward_model))
+    reward = judge_spec(plan, method.reward, trained.reward_model, may_be_silent=True)
+    return replace(job, best_of=method.n, reward=reward)
 
 
 # ------------------------------------------------------------------------------------------- win rates

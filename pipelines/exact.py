@@ -27,6 +27,7 @@ from prefarena.evaluation.best_of_n import best_of_n_logps, kl_bound
 from prefarena.evaluation.enumeration import Enumeration, Responses, enumerate_responses, enumerate_scores
 from prefarena.evaluation.exact import Frontier, exact_metrics, expected_scores, frontiers, groups, win_rates
 from prefarena.evaluation.preferences import preference_accuracy
+from prefarena.judges.silence import check_scores
 from prefarena.judges.spec import JudgeSpec, load_judge
 from prefarena.mirror import bring, workspace
 from prefarena.modeling.load import load_policy, load_reward_model
@@ -132,6 +133,7 @@ def score_responses(task: LanguageTask, spec: JudgeSpec, share: int) -> tuple[np
     else:
         judge, listed = load_judge(spec), [unpadded(row) for row in responses.sequences]
         found = np.stack([judge.score([prompt] * len(listed), listed) for prompt in prompt_ids])
+        check_scores(found, spec)  # a table has no room for silence
     return found, time.perf_counter() - started
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 
+from pipelines.addresses import watching_function
 from pipelines.plan import SeedPlan, Trained, learned_reward, model_of, needs_shared
 from prefarena.config import (
     BestOfN,
@@ -127,7 +128,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
         policy=model_of(plan.reference),
         seed=trained.seed,
         training=method.training,
-        reward=judge_spec(plan, method.reward, trained.reward_model),
+        reward=judge_spec(plan, method.reward, trained.reward_model, may_be_silent=True),
         prompts=str(plan.tables / "prompts"),
         covered_only=method.prompts == "covered",
         generators=generator_names(config),
@@ -161,7 +162,7 @@ def _drawing(config: Comparison, plan: SeedPlan, trained: Trained) -> Drawing | 
     return Drawing(
         every=online.every,
         temperature=online.temperature,
-        reward=judge_spec(plan, online.reward, trained.reward_model),
+        reward=judge_spec(plan, online.reward, trained.reward_model, may_be_silent=True),
         generators=generator_names(config),
         generation=config.generation,
         response_limit=response_limit(plan.task),
@@ -182,9 +183,13 @@ def _replayed(config: Comparison, trained: Trained) -> Replayed | None:
 
 
 def _monitor(config: Comparison, plan: SeedPlan, reward: JudgeSettings) -> JudgeSpec | None:
-    """What on-policy training logs beside its reward: the gold reward, or for text the judge if it is a trained one."""
+    """What on-policy training logs beside its reward: the gold reward, or for text the judge if it is a trained one or
+    a function."""
     if isinstance(plan.task, LanguageTask):
         return None if isinstance(reward, GoldJudge) else judge_spec(plan, GoldJudge(), None)
+    watching = watching_function(config, reward)
+    if watching is not None:
+        return judge_spec(plan, watching, None, may_be_silent=True)
     return judge_spec(plan, config.judge, plan.judge) if plan.judge else None
 
 

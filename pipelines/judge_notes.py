@@ -6,7 +6,15 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipelines.plan import SeedPlan, Trained
-from prefarena.config import Comparison, EndpointJudge, LanguageTask, PairwiseJudge
+from prefarena.config import (
+    ClassifierJudge,
+    Comparison,
+    EndpointJudge,
+    EvaluationJudge,
+    FunctionJudge,
+    LanguageTask,
+    PairwiseJudge,
+)
 from prefarena.stages import Stage
 
 
@@ -21,8 +29,8 @@ def judge_notes(
         if plans[0].pairs != plans[0].data:
             yield f"Pairs: {'; '.join(plans[0].pairs.manifest()['data']['notes'])}."
         yield _source(config, plans[0])
-        if isinstance(config.judge, EndpointJudge):
-            yield from _silent(plans, rows)
+        if isinstance(config.judge, EndpointJudge | FunctionJudge | ClassifierJudge):
+            yield from _silent(config.judge, plans, rows)
         if isinstance(config.judge, PairwiseJudge):
             yield from _pairs(plans, rows)
     yield from _silent_rewards(plans, rows, logs)
@@ -47,7 +55,7 @@ def _source(config: Comparison, plan: SeedPlan) -> str:
     )
 
 
-def _silent(plans: list[SeedPlan], rows: dict[Stage, dict[str, float]]) -> Iterator[str]:
+def _silent(judge: EvaluationJudge, plans: list[SeedPlan], rows: dict[Stage, dict[str, float]]) -> Iterator[str]:
     """How many responses of each policy got no score."""
     measured = {plan.evaluation: "the reference" for plan in plans}
     measured |= {t.evaluation: _name(t, plans) for plan in plans for t in plan.trained}
@@ -57,11 +65,12 @@ def _silent(plans: list[SeedPlan], rows: dict[Stage, dict[str, float]]) -> Itera
         if stage in rows and rows[stage].get("num_silent")
     ]
     if found:
+        kind = "readable" if isinstance(judge, EndpointJudge) else "finite"
         yield (
-            f"Responses for which the judge gave no readable score: {', '.join(found)}. They are left out of judge "
-            f"scores, and pairs that contain one are left out of win rates."
+            f"Responses for which the judge gave no {kind} score: {', '.join(found)}. They are left out of judge "
+            "scores, and pairs that contain one are left out of win rates."
         )
-    else:
+    elif isinstance(judge, EndpointJudge):
         yield "The judge gave every response a readable score."
 
 
@@ -91,10 +100,10 @@ def _silent_rewards(
         log = logs.get(trained.training, []) if trained.training else []
         silent = sum(row.get("reward/num_silent", 0) for row in log)
         if silent:
-            yield f"{name}: {silent:.0f} rollouts got no readable reward and were not learned from."
+            yield f"{name}: {silent:.0f} rollouts got no usable reward and were not learned from."
         picked = rows.get(trained.evaluation, {}).get("num_silent_rewards", 0)
         if picked:
-            yield f"{name}: {picked:.0f} samples got no readable reward, and were picked only if no other had one."
+            yield f"{name}: {picked:.0f} samples got no usable reward, and were picked only if no other had one."
 
 
 def _calls(stages: list[Stage]) -> Iterator[str]:

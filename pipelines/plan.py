@@ -30,6 +30,7 @@ from pipelines.addresses import (
     learns_judge,
     model_inputs,
     tokenizer_inputs,
+    watching_function,
 )
 from prefarena.config import (
     BestOfN,
@@ -329,7 +330,8 @@ def _trained(
         inputs += engine_inputs(config)
         # Beside an on-policy method's own reward its rollouts have the judge's; on the language both are tables.
         if isinstance(method, OnPolicyMethod | BestOfN):
-            inputs.append(judge.key if judge else None)
+            function = watching_function(config, reward) if isinstance(method, OnPolicyMethod) else None
+            inputs.append(judge.key if judge else judge_inputs(function) if function else None)
             if isinstance(config.task, LanguageTask) and not isinstance(reward, GoldJudge | EndpointJudge):
                 scored_by = reward_model.key if reward_model else judge_inputs(reward)
                 scores = Stage.at(root, "scores", f"{reward.kind}-s{seed}", [logps.key, scored_by])

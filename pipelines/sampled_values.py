@@ -19,9 +19,9 @@ from pipelines.kept_rollouts import KeptValues, Share, Wanted, training_of
 from pipelines.policy_scores import ScoredWith, Scorer, along
 from prefarena.config import Evaluation
 from prefarena.data.tables import read_rows
-from prefarena.errors import JudgeError
 from prefarena.evaluation.best_of_n import pick_best
-from prefarena.judges.spec import Judge, JudgeSpec, load_judge, may_be_silent, usage_of
+from prefarena.judges.silence import check_scores
+from prefarena.judges.spec import Judge, JudgeSpec, load_judge, usage_of
 from prefarena.judges.usage import Usage
 from prefarena.modeling.arithmetic import Arithmetic, named
 from prefarena.records import Rollout
@@ -98,20 +98,16 @@ def judged(
     """A judge's scores [N] of rollouts, nan where it is silent, and what it was asked for them.
 
     Those of a model are kept in parts. An endpoint keeps its answers itself, and a function sees all rows at once.
+    Raises JudgeError where it is silent about more of them than its settings allow.
     """
-    silent, usage = False, None
+    usage = None
     if is_model(spec.settings):
         scores = KeptValues(job.kept).complete(_Scores(spec, settings, job.device).wanted(rollouts))
     else:
         judge = load_judge(spec, settings.batch_size, job.device)
         scores = judge.score(*prompts_and_responses(rollouts))
-        silent, usage = may_be_silent(judge), usage_of(judge)
-    if not silent and not np.isfinite(scores).all():
-        num_bad = int((~np.isfinite(scores)).sum())
-        raise JudgeError(
-            f"the judge `{spec.settings.kind}` gave {num_bad} of {len(scores)} responses scores that are not finite "
-            f"numbers; check its weights"
-        )
+        usage = usage_of(judge)
+    check_scores(scores, spec)
     return scores, usage
 
 

@@ -21,6 +21,7 @@ from on_policy import LocalGenerator, make_job, metric_rows, timeless
 from s3 import BUCKET, fs, server
 from tiny import EOS, save_tiny_policy
 
+from pipelines.evaluate import sampled_job
 from pipelines.jobs import judge_spec
 from pipelines.judge_notes import judge_notes
 from pipelines.plan import make_plan
@@ -28,7 +29,7 @@ from pipelines.report import _entry_row
 from pipelines.sampled import score_samples
 from pipelines.sampled_values import SampledJob
 from prefarena import mirror
-from prefarena.config import Comparison, EndpointJudge, GRPOTraining, PPOTraining
+from prefarena.config import Comparison, EndpointJudge, FunctionJudge, GRPOTraining, PPOTraining
 from prefarena.errors import JudgeError
 from prefarena.evaluation.best_of_n import pick_best
 from prefarena.evaluation.sampled import sampled_metrics, win_rate
@@ -286,7 +287,7 @@ def test_a_silent_sample_is_the_best_only_where_all_are_silent() -> None:
 # ---------------------------------------------------------------------------------- evaluation and report
 
 
-def text_config(tmp_path: Path, judge: EndpointJudge) -> Comparison:
+def text_config(tmp_path: Path, judge: EndpointJudge | FunctionJudge) -> Comparison:
     data = tmp_path / "pairs.jsonl"
     data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
     best = {"kind": "best_of_n", "n": 2, "reward": judge.model_dump()}
@@ -323,9 +324,31 @@ def test_an_evaluation_and_its_report_say_who_was_silent_and_what_was_paid(
     rows = {stage: stage.row() for stage in (plan.evaluation, plan.trained[0].evaluation)}
     notes = list(judge_notes(config, [plan], rows, {}))
     assert any("no readable score: 1 of 10 of the reference, 1 of 10 of best." in note for note in notes), notes
-    assert any("best: 2 samples got no readable reward" in note for note in notes), notes
+    assert any("best: 2 samples got no usable reward" in note for note in notes), notes
     assert len(judge_server.requests) == 20
     assert "Judge endpoints answered 20 requests; 40 answers came from stored calls." in notes
+
+
+def test_a_function_is_silent_about_rows_of_an_evaluation_up_to_its_share(policy: str, tmp_path: Path) -> None:
+    judge = FunctionJudge(function="tests.helpers.scores:silent_about_a", max_silent_share=0.2)
+    config = text_config(tmp_path, judge)
+    (plan,) = make_plan(config)
+    reference, best = sampled_job(config, plan, None, tmp_path), sampled_job(config, plan, plan.trained[0], tmp_path)
+    assert reference.judge is not None and reference.judge.may_be_silent
+    assert best.reward is not None and best.reward.may_be_silent
+    spec = replace(reference.judge, tokenizer=policy)
+    rollouts = [
+        Rollout(prompt, response, [0.0], True, "0") for prompt, response in zip(PROMPTS, RESPONSES, strict=True)
+    ]
+    job = SampledJob(policy, policy, spec, tmp_path, plan.trained[0].evaluation.begin(), 1, spec)
+    score_samples(rollouts, job, config.evaluation, 0.0)
+    row = plan.trained[0].evaluation.row()
+    assert (row["num_judged"], row["num_silent"]) == (8, 2)  # a and b
+    notes = list(judge_notes(config, [plan], {plan.trained[0].evaluation: row}, {}))
+    assert any("no finite score: 2 of 10 of best." in note for note in notes), notes
+    strict = replace(job, judge=replace(spec, settings=judge.model_copy(update={"max_silent_share": 0.1})))
+    with pytest.raises(JudgeError, match=r"2 of 10 rows got no score .* max_silent_share 0\.1 allows"):
+        score_samples(rollouts, strict, config.evaluation, 0.0)
 
 
 @pytest.mark.parametrize("method", ["ppo", "grpo"])

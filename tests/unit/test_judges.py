@@ -31,7 +31,8 @@ from prefarena.evaluation.enumeration import enumerate_responses, enumerate_scor
 from prefarena.functions import source_digest
 from prefarena.judges.calibration import calibration
 from prefarena.judges.models import RewardModelJudge
-from prefarena.judges.spec import Judge, JudgeSpec, check_judge, load_judge, usage_of
+from prefarena.judges.silence import CountedJudge, check_scores
+from prefarena.judges.spec import Judge, JudgeSpec, check_judge, load_judge, may_be_silent, usage_of
 from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_policy, load_reward_model, load_tokenizer, new_policy, save_policy
 from prefarena.modeling.logprobs import Sequences
@@ -98,6 +99,38 @@ def test_what_a_function_returns_is_checked(functions: str, policy: str, functio
     judge = judge_of(FunctionJudge(function=f"{functions}:{function}"), policy)
     with pytest.raises(JudgeError, match=message):
         judge.score(PROMPTS, RESPONSES)
+
+
+def test_a_training_leaves_out_rows_without_a_score_up_to_a_share_of_all_it_asked(functions: str, policy: str) -> None:
+    settings = FunctionJudge(function=f"{functions}:infinite", max_silent_share=0.25)
+    spec = JudgeSpec(settings, None, policy, may_be_silent=True)
+    judge = CountedJudge(load_judge(spec), settings)
+    for _ in range(3):  # one of four rows each time: never more than the share
+        assert np.isnan(judge.score(PROMPTS, RESPONSES)).tolist() == [False, True, False, False]
+    assert (judge.num_asked, judge.num_silent) == (12, 3) and may_be_silent(judge)
+    strict = settings.model_copy(update={"max_silent_share": 0.2})
+    with pytest.raises(JudgeError, match=r"infinite: 1 of 4 rows .* more than max_silent_share 0\.2 allows"):
+        CountedJudge(load_judge(spec), strict).score(PROMPTS, RESPONSES)
+    assert np.isnan(CountedJudge(load_judge(spec), strict, limited=False).score(PROMPTS, RESPONSES)).sum() == 1
+
+
+@pytest.mark.parametrize("kind", ["function", "classifier"])
+def test_scores_that_are_not_numbers_are_silence_up_to_the_share_of_the_judge(kind: str, policy: str) -> None:
+    given = {"function": "some:judge"} if kind == "function" else {"path": "some/model"}
+    settings: FunctionJudge | ClassifierJudge
+    settings = FunctionJudge(**given) if kind == "function" else ClassifierJudge(**given)
+    values = np.array([np.nan, *range(49)])
+    spec = JudgeSpec(settings, None, policy, may_be_silent=True)
+    check_scores(values, spec)  # one of 50 is the usual share
+    with pytest.raises(JudgeError, match=rf"judge {kind} some.*: 1 of 49 rows got no score"):
+        check_scores(values[:49], spec)
+    with pytest.raises(JudgeError, match=f"the judge `{kind}` gave 1 of 50 responses scores that are not finite"):
+        check_scores(values, JudgeSpec(settings, None, policy))
+    learned = JudgeSpec(RewardModel(), policy, policy, may_be_silent=True)
+    with pytest.raises(JudgeError, match=r"`learned` gave 1 of 50 .*; check its weights"):
+        check_scores(values, learned)
+    assert "max_silent_share" not in settings.model_dump()  # and so addresses of stages are as they were
+    assert settings.model_copy(update={"max_silent_share": 0.1}).model_dump()["max_silent_share"] == 0.1
 
 
 def test_functions_that_are_not_there_are_found_before_any_work(functions: str) -> None:

@@ -101,6 +101,16 @@ def test_nothing_is_learnt_from_a_rollout_without_a_score(method: str) -> None:
     torch.testing.assert_close(targets.batch.weights[kept], alone.batch.weights)
 
 
+def test_a_watching_judge_that_is_silent_is_left_out_of_its_mean_and_counted() -> None:
+    experience = replace(ragged([3.0, 1.0, -1.0, 5.0]), monitor_scores=torch.tensor([1.0, math.nan, 3.0, math.nan]))
+    targets = learnable(experience, METHODS["rloo"], kl_coef=0.0)
+    row = experience_metrics(experience, targets, None)
+    assert (row["reward/judge"], row["reward/judge_num_silent"]) == (2.0, 2)
+    silent = replace(experience, monitor_scores=torch.full((4,), math.nan))
+    row = experience_metrics(silent, targets, None)
+    assert "reward/judge" not in row and row["reward/judge_num_silent"] == 4
+
+
 def test_a_score_that_is_not_a_number_is_no_silence() -> None:
     """Of a judge that may not be silent it is a fault, which the guard of the optimizer's steps must see."""
     for settings in METHODS.values():

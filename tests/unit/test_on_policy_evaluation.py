@@ -401,7 +401,30 @@ def test_training_is_watched_by_what_it_does_not_learn_from() -> None:
         text, texts = planned(task={"kind": "text", "data": "x.jsonl"}, judge=settings, entries=entries)
         job = entry_job(text, texts, texts.trained[0])
         assert isinstance(job, OnPolicyJob)
-        assert (job.monitor is None) == (judge == "function")
-        if job.monitor is not None and texts.judge is not None:
+        assert job.monitor is not None and job.monitor.settings == text.judge
+        assert job.monitor.may_be_silent == job.reward.may_be_silent or judge == "learned"
+        if judge == "learned":
+            assert texts.judge is not None
             assert job.monitor.path == model_of(texts.judge)
         assert texts.trained[1].scores is None
+
+
+def test_a_function_that_watches_is_in_the_address_and_one_that_is_learned_from_does_not_watch() -> None:
+    judge = {"kind": "function", "function": "some.module:score"}
+    entries = [
+        {"name": "a", "method": {"kind": "grpo"}},
+        {"name": "b", "method": {"kind": "grpo", "reward": judge}},
+        {"name": "c", "method": {"kind": "best_of_n"}},
+    ]
+
+    def planned_by(function: str) -> tuple[Comparison, SeedPlan]:
+        given = judge | {"function": function}
+        return planned(task={"kind": "text", "data": "x.jsonl"}, judge=given, entries=entries)
+
+    config, plan = planned_by("some.module:score")
+    jobs = [entry_job(config, plan, trained) for trained in plan.trained[:2]]
+    monitors = [job.monitor for job in jobs if isinstance(job, OnPolicyJob)]
+    assert monitors[0] is not None and monitors[1] is None
+    _, other = planned_by("some.module:other")
+    assert plan.trained[0].training != other.trained[0].training
+    assert plan.trained[2].reward_model == other.trained[2].reward_model

@@ -58,7 +58,7 @@ class ClassifierScorer:
 
     @torch.no_grad()
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-        """Logits float64 [N]."""
+        """Logits float64 [N]; one that is no finite number is nan."""
         encoded = [self._encode(row) for row in judge_rows(self._policy, prompts, responses)]
         same_length: dict[int, list[int]] = defaultdict(list)
         for index, ids in enumerate(encoded):
@@ -76,7 +76,7 @@ class ClassifierScorer:
                 order += batch
         values = np.empty(len(encoded))
         values[order] = found.cpu().numpy()  # once: every copy to the host waits for all that came before
-        return values
+        return np.where(np.isfinite(values), values, np.nan)
 
     def _encode(self, row: JudgeRow) -> list[int]:
         """The model's own tokens: by its chat template as one exchange, else the prompt and the response joined."""

@@ -17,6 +17,7 @@ from prefarena.config import (
     PairwiseJudge,
     RewardModel,
 )
+from prefarena.judges.silence import CountedJudge
 from prefarena.judges.usage import Usage
 from prefarena.modeling.arithmetic import Arithmetic
 
@@ -30,8 +31,8 @@ class JudgeSpec:
 
     path: the trained reward model's folder (`learned`) or the gold reward's JSON (`gold`); none for the others.
     tokenizer: the folder of the policy's tokenizer, with which judges of text decode. calls: where answers of an
-    endpoint are kept; none: they are not. arithmetic: in which a model's body computes. may_be_silent: a function's
-    value that is no finite number is a row without a score (nan), not an error.
+    endpoint are kept; none: they are not. arithmetic: in which a model's body computes. may_be_silent: a value of a
+    function or a classifier that is no finite number is a row without a score (nan), not an error.
     """
 
     settings: EvaluationJudge
@@ -61,7 +62,7 @@ def usage_of(judge: Judge) -> Usage | None:
 
 def may_be_silent(judge: Judge) -> bool:
     """Whether a nan is a row without a verdict, and not a fault."""
-    return usage_of(judge) is not None
+    return usage_of(judge) is not None or isinstance(judge, CountedJudge)
 
 
 def load_judge(spec: JudgeSpec, batch_size: int = 64, device: str | torch.device = "cpu") -> Judge:

@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
 from prefarena.functions import NAME
 from prefarena.settings.optimisation import Optimisation
 from prefarena.settings.section import Section, is_none
+
+#: The share of rows that a judge may leave without a score, unless it is set.
+_SILENT_SHARE = 0.02
+
+
+def _is_usual(share: float) -> bool:
+    """`exclude_if` of a share that came later: while it is the default, addresses of stages are as they were."""
+    return share == _SILENT_SHARE
+
+
+def _silent_share() -> Any:
+    return Field(
+        _SILENT_SHARE,
+        ge=0,
+        lt=1,
+        exclude_if=_is_usual,
+        description="Rows whose score is not a finite number are left out and counted, up to this share; if there are "
+        "more, the entry fails.",
+    )
 
 
 class RewardModel(Section):
@@ -40,6 +59,7 @@ class FunctionJudge(Section):
 
     kind: Literal["function"] = "function"
     function: str = Field(pattern=NAME, description="`module:function`, importable where workers run.")
+    max_silent_share: float = _silent_share()
 
 
 class Endpoint(Section):
@@ -73,7 +93,7 @@ class Endpoint(Section):
         "also asked for once more.",
     )
     max_silent_share: float = Field(
-        0.02,
+        _SILENT_SHARE,
         ge=0,
         lt=1,
         description="Rows without a verdict are left out and counted, up to this share of those asked; if there are "
@@ -138,6 +158,7 @@ class ClassifierJudge(Section):
     path: str = Field(description="Hub id or path.")
     revision: str | None = None
     max_tokens: int = Field(2048, ge=1, description="Longer texts lose their first tokens.")
+    max_silent_share: float = _silent_share()
 
 
 JudgeSettings = Annotated[

@@ -34,8 +34,8 @@ class Experience:
     generator_logps, old_logps, reference_logps, entropy: nats, at the sampling temperature. scores: [B] rewards as
     judged, before clipping and penalties. finished: [B], not cut off at the limit. staleness: [B], how many updates
     older than the policy the weights are that generated it. values: of the critic that starts the iteration, where
-    there is a critic. monitor_scores: [B] of a judge that is not learned from. silent: [B], 1 where a judge that may be
-    silent gave no score, which is 0 then; none: it gave all.
+    there is a critic. monitor_scores: [B] of a judge that is not learned from, nan where it gave none. silent: [B], 1
+    where a judge that may be silent gave no score, which is 0 then; none: it gave all.
     """
 
     sequences: Sequences
@@ -103,12 +103,12 @@ class Scorers:
         responses = [rollout.response_ids for rollout in rollouts]
         with phase("score"):
             scores, silent = self._judged(self.reward, prompts, responses), None
-            if may_be_silent(self.reward):
-                silent, scores = scores.isnan().float(), scores.nan_to_num()
             monitored = None
             if self.monitor is not None:
                 same = self.monitor is self.reward
                 monitored = scores if same else self._judged(self.monitor, prompts, responses)
+            if may_be_silent(self.reward):
+                silent, scores = scores.isnan().float(), scores.nan_to_num()
         with phase("logprobs"):
             sequences = Sequences.of(prompts, responses, self.device)
             logps = self._in_parts(sequences, self._log_probs)

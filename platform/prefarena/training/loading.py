@@ -9,8 +9,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from prefarena.config import RewardModel
+from prefarena.config import ClassifierJudge, FunctionJudge, RewardModel
 from prefarena.judges.models import RewardModelJudge
+from prefarena.judges.silence import CountedJudge
 from prefarena.judges.spec import Judge, JudgeSpec, load_judge, usage_of
 from prefarena.judges.usage import total_costs
 from prefarena.modeling.arithmetic import Arithmetic, halve_products
@@ -50,10 +51,16 @@ class Loader:
             self.worker.stage_log.fault("loaded_whole", f"every worker loads all of {path} at first: {error}")
             return whole()
 
-    def judge(self, spec: JudgeSpec, batch_size: int) -> Judge:
-        """A judge on this worker; a reward model is spread where models are, and every worker then scores with it."""
+    def judge(self, spec: JudgeSpec, batch_size: int, *, limited: bool = True) -> Judge:
+        """A judge on this worker; a reward model is spread where models are, and every worker then scores with it.
+
+        limited: more silent rows than the settings of a function or a classifier allow are an error.
+        """
         if not (self.worker.shards and isinstance(spec.settings, RewardModel) and spec.path is not None):
-            return load_judge(spec, batch_size, self.worker.device)
+            judge = load_judge(spec, batch_size, self.worker.device)
+            if spec.may_be_silent and isinstance(spec.settings, FunctionJudge | ClassifierJudge):
+                return CountedJudge(judge, spec.settings, limited=limited)
+            return judge
         return self.spread_reward_model(spec.path, spec.arithmetic, batch_size)
 
     def calls_of(self, judge: Judge) -> dict[str, int]:

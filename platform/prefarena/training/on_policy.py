@@ -188,7 +188,9 @@ class OnPolicyTrainer:
         batch_size = self.micro_batch_size * _FORWARD_SIZE
         reward = reward or self._load_judge(job.reward, batch_size)
         if monitor is None and job.monitor is not None:
-            monitor = reward if job.monitor == job.reward else self._load_judge(job.monitor, batch_size)
+            # What is not learned from ends no training by its silence.
+            same = job.monitor == job.reward
+            monitor = reward if same else Loader(worker).judge(job.monitor, batch_size, limited=False)
         return Scorers(
             policy=self.models.policy,
             reference=self.models.reference,

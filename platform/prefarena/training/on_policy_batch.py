@@ -126,7 +126,11 @@ def experience_metrics(
         row[f"{kl}/{name}"] = per_sequence.mean()
         row[f"{kl}/{name}_stderr"] = per_sequence.std() / len(per_sequence) ** 0.5
     if experience.monitor_scores is not None:
-        row["reward/judge"] = experience.monitor_scores.mean()
+        unknown = experience.monitor_scores.isnan()
+        if not unknown.all():
+            row["reward/judge"] = experience.monitor_scores[~unknown].mean()
+        if unknown.any():
+            row["reward/judge_num_silent"] = unknown.sum()
     if targets.batch.returns is not None and targets.batch.values is not None:
         returns = targets.batch.returns
         row["value/explained_variance"] = explained_variance(targets.batch.values, returns, targets.batch.mask)
