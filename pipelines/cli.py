@@ -105,6 +105,8 @@ def _add_estimate(commands: Any) -> None:
     estimate.add_argument(
         "--price", type=float, metavar="PRICE", help="price of one device for an hour, in your currency"
     )
+    tune = "estimate `prefarena tune`: the trials of every entry, and the comparison of the winners"
+    estimate.add_argument("--tune", action="store_true", help=tune)
     beside = "a finished run (OUTPUT/NAME-HASH), whose actual costs are shown beside the estimate"
     estimate.add_argument("--beside", metavar="RUN", help=beside)
 

@@ -9,10 +9,11 @@ from dataclasses import replace
 from pathlib import Path
 
 from pipelines.addresses import learns_judge
-from pipelines.calibrate import calibrate, tokenizer_of
+from pipelines.calibrate import Calibrated, calibrate, tokenizer_of
 from pipelines.checks import check_input
 from pipelines.console import new_console
-from pipelines.estimate_tables import beside_table, entry_table, stage_table
+from pipelines.estimate_tables import beside_table, entry_table, shown, stage_table
+from pipelines.estimate_tune import first_trials, of_trials, with_trials
 from pipelines.init_config import Hardware
 from pipelines.jobs import longest, response_limit
 from pipelines.memory import model_settings
@@ -27,15 +28,24 @@ from prefarena.errors import UserError
 from prefarena.estimate.hardware import Cards, parse_cards
 from prefarena.estimate.lengths import Data, of_language, of_text
 from prefarena.estimate.memory import Held, held_by_trainings
-from prefarena.estimate.result import Estimated, estimate
+from prefarena.estimate.result import Estimated, device_hours, estimate, together
 from prefarena.estimate.speeds import OnCards, ThisMachine
 from prefarena.estimate.stages import not_estimated, planned
 from prefarena.estimate.trainings import Workload
 from prefarena.report.results import load_results
 
+#: Where the tokenizer of a new model of text is.
+TOKENIZER = "tokenizer"
+_TUNED = (
+    "Trials of later batches are taken to do the work of the first batch, which is known, and the winners that of the "
+    "settings as they are."
+)
+
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the estimate. Returns the exit status."""
+    if arguments.tune and arguments.beside:
+        raise UserError("--beside shows what a comparison took, and --tune is about its trials; leave one of them out")
     if arguments.price is not None and arguments.price < 0:
         raise UserError(f"--price: an hour cannot cost {arguments.price:g}; give what one device costs for an hour")
     cards = parse_cards(arguments.gpus) if arguments.gpus else None
@@ -48,40 +58,76 @@ def run(arguments: argparse.Namespace) -> int:
         config, told = on_cards(config, cards)
         console.print(told, markup=False)
     with tempfile.TemporaryDirectory(prefix="prefarena-estimate-") as folder:
-        stages = estimated(config, cards, Path(folder), lambda sentence: console.print(sentence, markup=False))
+        estimator = Estimator(cards, Path(folder), lambda sentence: console.print(sentence, markup=False))
+        stages = (estimator.of_tuning if arguments.tune else estimator.of)(config)
     console.print(stage_table(stages, arguments.price).rich())
     console.print(entry_table(stages, arguments.price).rich())
     if results is not None:
         console.print(beside_table(stages, results).rich())
+    console.print(f"All of it, evaluations too: {shown(device_hours(together(stages)))} device-hours.", markup=False)
+    if arguments.tune:
+        console.print(_TUNED, markup=False)
     for sentence in not_estimated(config, elsewhere=cards is not None):
         console.print(f"Not in it: {sentence}.", markup=False)
     return 0
 
 
-def estimated(config: Comparison, cards: Cards | None, folder: Path, say: Callable[[str], object]) -> list[Estimated]:
-    """Every stage of the comparison, on these cards or, after a short timed run, on this machine."""
-    data, trained_tokenizer = _data(config, folder)
-    settings = model_settings(config)
-    assert settings is not None  # `check_input` has told
-    if trained_tokenizer is not None:
-        settings.vocab_size = len(tokenizer_of(config, folder, trained_tokenizer))
-    workload = Workload(config, settings, data, {}, response_limit(config.task))
-    workload, memory = _sized(workload, cards)
-    if cards is not None:
-        return estimate(planned(workload), OnCards(cards, config), memory)
-    tokenizer = tokenizer_of(config, folder, trained_tokenizer)
-    calibrated = calibrate(config, workload, planned(workload), memory, tokenizer, folder, say)
-    if calibrated.responses:  # what it answers, rather than what the data answer, or what it may answer
-        workload, memory = _sized(replace(workload, data=data.answered(calibrated.responses)), None)
-    return estimate(planned(workload), ThisMachine(calibrated.measured, config.generation.num_actors), memory)
+class Estimator:
+    """Estimates comparisons on these cards or, after a short timed run, on this machine."""
 
+    def __init__(self, cards: Cards | None, folder: Path, say: Callable[[str], object]) -> None:
+        """folder: for files that come and go."""
+        self._cards, self._folder, self._say = cards, folder, say
 
-def _sized(workload: Workload, cards: Cards | None) -> tuple[Workload, dict[str, Held]]:
-    """With the sizes of passes that trainings will choose, and the memory that they need in them."""
-    config = workload.config
-    gib, most = cards.card.gib if cards else None, Lengths(*longest(config.task))
-    memory = held_by_trainings(config, workload.settings, most, workload.in_passes, card_gib=gib)
-    return replace(workload, sizes={where: held.size for where, held in memory.items()}), memory
+    def of(self, config: Comparison) -> list[Estimated]:
+        """Every stage of the comparison."""
+        workload = self._workload(config)
+        return self._stages(workload, self._calibrated(workload))
+
+    def of_tuning(self, config: Comparison) -> list[Estimated]:
+        """Every stage of what `prefarena tune` does: of all trials, and of the comparison of the winners."""
+        workload = self._workload(config)
+        trials = first_trials(config, workload)
+        tried = self._workload(of_trials(config, trials))
+        entries = (*tried.config.entries, *config.entries)
+        both = replace(tried, config=tried.config.model_copy(update={"entries": entries}))
+        calibrated = self._calibrated(both)
+        return with_trials(config, trials, self._stages(tried, calibrated), self._stages(workload, calibrated))
+
+    def _workload(self, config: Comparison) -> Workload:
+        data, trained_tokenizer = _data(config, self._folder)
+        settings = model_settings(config)
+        assert settings is not None  # `check_input` has told
+        if trained_tokenizer is not None:
+            settings.vocab_size = len(tokenizer_of(config, self._folder, trained_tokenizer))
+        return Workload(config, settings, data, {}, response_limit(config.task))
+
+    def _calibrated(self, workload: Workload) -> Calibrated | None:
+        """What this machine takes for what the workload is made of; None: it is not about this machine."""
+        if self._cards is not None:
+            return None
+        config, (sized, memory) = workload.config, self._sized(workload)
+        made = self._folder / TOKENIZER
+        tokenizer = tokenizer_of(config, self._folder, str(made) if made.is_dir() else None)
+        return calibrate(config, sized, planned(sized), memory, tokenizer, self._folder, self._say)
+
+    def _stages(self, workload: Workload, calibrated: Calibrated | None) -> list[Estimated]:
+        if calibrated is not None and calibrated.responses:
+            # What the model answers, rather than what the data answer, or what it may answer.
+            workload = replace(workload, data=workload.data.answered(calibrated.responses))
+        workload, memory = self._sized(workload)
+        if self._cards is not None:
+            return estimate(planned(workload), OnCards(self._cards, workload.config), memory)
+        assert calibrated is not None
+        speeds = ThisMachine(calibrated.measured, workload.config.generation.num_actors)
+        return estimate(planned(workload), speeds, memory)
+
+    def _sized(self, workload: Workload) -> tuple[Workload, dict[str, Held]]:
+        """With the sizes of passes that trainings will choose, and the memory that they need in them."""
+        config, cards = workload.config, self._cards
+        gib, most = cards.card.gib if cards else None, Lengths(*longest(config.task))
+        memory = held_by_trainings(config, workload.settings, most, workload.in_passes, card_gib=gib)
+        return replace(workload, sizes={where: held.size for where, held in memory.items()}), memory
 
 
 def _data(config: Comparison, folder: Path) -> tuple[Data, str | None]:
@@ -97,7 +143,7 @@ def _data(config: Comparison, folder: Path) -> tuple[Data, str | None]:
         tokenizer = Tokenizer.load(config.model.path, config.model.revision, task)
     else:
         few = task.model_copy(update={"max_rows": min(task.max_rows or NUM_FIRST_ROWS, NUM_FIRST_ROWS)})
-        trained = prepare_tokenizer(few, config.model, folder / "tokenizer", shares)
+        trained = prepare_tokenizer(few, config.model, folder / TOKENIZER, shares)
         tokenizer = Tokenizer.load(trained, None, task)
     num_rows = count_rows(first.parts, task.max_row_bytes, task.max_rows)
     return of_text(config, task, first, tokenizer, num_rows, shares, answers=not alone), trained

@@ -17,7 +17,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, PretrainedConfig
 
 from pipelines.cli import main
-from pipelines.estimate import on_cards
+from pipelines.estimate import Estimator, on_cards
+from pipelines.estimate_tune import num_trainings
 from prefarena.config import DPO, Comparison, LanguageTask, LoRA, Optimisation, RewardModel, TextTask, parse_config
 from prefarena.data.first_rows import look_at_prompts
 from prefarena.data.splits import Shares as DataShares
@@ -234,6 +235,67 @@ def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str], tmp_
     assert "estimate by stage" in shown and "estimate by entry" in shown and "price" in shown
     assert main(["estimate", str(path), "--gpus", "2xH10"]) == 2
     assert "8xH100" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "number"),
+    [
+        ({}, 24 + 12),  # of each batch of 8 the better half goes on with the second seed
+        ({"seeds": [1, 2, 3], "kept_share": 0.25}, 24 + 2 * 6),
+        ({"num_trials": 10}, 10 + 4 + 1),
+        ({"device_seconds": 12 * 5.0}, 12),  # spent by the first batch
+        ({"device_seconds": 12 * 5.0 + 1}, 24),
+    ],
+)
+def test_trials_are_trained_as_often_as_the_budget_says(changed: dict[str, Any], number: int) -> None:
+    config = parse_config({"entries": [{"name": "x", "method": {"kind": "dpo"}}], "tuning": changed})
+    assert num_trainings(config, Interval.exactly(5.0)) == number
+
+
+def test_a_tuning_is_its_trials_and_the_comparison_of_the_winners(tmp_path: Path) -> None:
+    config = parse_config({
+        "task": {"kind": "language", "num_demonstrations": 64, "num_pairs": 640, "num_test_pairs": 8},
+        "reference": {"train": False}, "seeds": [0, 1, 2],
+        "tuning": {
+            "num_trials": 8, "seeds": [7, 8], "sampler": "random",
+            "spaces": {
+                "dpo": {"training.num_epochs": {"values": [1, 3]}},
+                "rlhf": {"training.kl_coef": {"low": 0.1, "high": 1}},
+            },
+        },
+        "entries": [
+            {"name": "dpo", "method": {"kind": "dpo", "training": {"batch_size": 8, "micro_batch_tokens": 512}}},
+            {"name": "rlhf", "method": {"kind": "rlhf", "training": {"num_iterations": 2, "micro_batch_size": 8}}},
+        ],
+    })  # fmt: skip
+    found = Estimator(parse_cards("2xH100"), tmp_path, print).of_tuning(config)
+    times = {(one.entry, one.stage): one.times for one in found}
+    assert times["dpo", "training"] == 3 and times["dpo", "trials: training"] == times["rlhf", "trials: training"] == 12
+    assert times["rlhf", "trials: reward model"] == 2  # its settings are not searched, so trials share it
+    assert times[None, "trials: pairs"] == 2  # each seed of the selection is another language
+    tokens = {stage: one.trained for one in found if one.entry == "dpo" for stage in [one.stage]}
+    # A mean of passes once and three times over the pairs, as the first batch was proposed.
+    assert 1.0 < tokens["trials: training"] / tokens["training"] < 3.0
+    [dpo, _] = by_entry(found)
+    assert dpo.trained == pytest.approx(12 * tokens["trials: training"] + 3 * tokens["training"])
+
+
+def test_every_budget_of_labels_has_all_of_its_stages(tmp_path: Path) -> None:
+    config = parse_config({
+        "task": {"kind": "language", "num_demonstrations": 64, "num_pairs": 640, "num_test_pairs": 8},
+        "reference": {"train": False}, "label_budgets": [128, 512],
+        "entries": [{"name": name, "method": {"kind": name}} for name in ("dpo", "kto", "rlhf", "best_of_n")],
+    })  # fmt: skip
+    found = {(one.entry, one.stage): one for one in Estimator(parse_cards("2xH100"), tmp_path, print).of(config)}
+    for name, stages in {
+        "dpo": ["training", "evaluation"], "kto": ["training", "evaluation"],
+        "rlhf": ["reward model", "training", "evaluation (scores of all responses)", "evaluation"],
+        "best_of_n": ["reward model", "evaluation"],
+    }.items():  # fmt: skip
+        for stage in stages:
+            few, many = (found[f"{name}-{number}", stage] for number in (128, 512))
+            learns = stage in ("training", "reward model") and (name, stage) != ("rlhf", "training")
+            assert few.trained == pytest.approx(many.trained / (4 if learns else 1), rel=0.05)
 
 
 def test_this_machine_is_timed_without_ray_where_nothing_generates(

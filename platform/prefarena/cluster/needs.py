@@ -210,9 +210,15 @@ def _off_policy(
         "micro_batch_tokens",
         training,
         _halves(LARGEST_PASS, SMALLEST_PASS) if tokens == "auto" else (tokens,),
-        _OffPolicy(training, responses, scores, config.resources.num_workers, spread_of(config), beside),
+        _OffPolicy(_of_memory(training), responses, scores, config.resources.num_workers, spread_of(config), beside),
         on_policy=beside > 0,
     )
+
+
+def _of_memory(training: Optimisation) -> Optimisation:
+    """The settings that memory depends on, and defaults for the others: trainings that need the same are equal."""
+    names = ("batch_size", "precision", "lora", "activation_checkpointing")
+    return Optimisation(**{name: getattr(training, name) for name in names})
 
 
 def _halves(largest: int, smallest: int) -> tuple[int, ...]:

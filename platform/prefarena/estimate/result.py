@@ -12,6 +12,8 @@ from prefarena.estimate.speeds import Speeds, stage_seconds
 from prefarena.estimate.stages import Planned
 
 _HOUR = 3600.0
+#: What the name of a stage begins with that belongs to the trials of a tuning.
+OF_TRIALS = "trials: "
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class Estimated:
 
     @property
     def is_evaluation(self) -> bool:
-        return self.stage.startswith("eval")
+        return self.stage.removeprefix(OF_TRIALS).startswith("eval")
 
 
 def estimate(planned: Sequence[Planned], speeds: Speeds, memory: Mapping[str, Held]) -> list[Estimated]:
@@ -89,6 +91,11 @@ def by_entry(stages: Sequence[Estimated]) -> list[EntryCost]:
         )
         for entry, its in found.items()
     ]
+
+
+def together(stages: Sequence[Estimated]) -> Interval:
+    """Device-seconds of all stages."""
+    return total(one.device_seconds for one in stages)
 
 
 def device_hours(seconds: Interval) -> Interval:

@@ -65,8 +65,16 @@ class Workload:
         """Of the model without adapters."""
         return count_model(self.settings)
 
+    @cached_property
+    def _adapted(self) -> dict[LoRA, Counts]:
+        return {}
+
     def counts(self, lora: LoRA | None) -> Counts:
-        return self.plain if lora is None else count_model(self.settings, lora)
+        if lora is None:
+            return self.plain
+        if lora not in self._adapted:
+            self._adapted[lora] = count_model(self.settings, lora)
+        return self._adapted[lora]
 
     @property
     def workers(self) -> int:
