@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -17,13 +18,14 @@ from prefarena.cluster.session import ray_session
 from prefarena.config import Comparison, EvaluationJudge, LanguageTask, Optimisation, PretrainedModel
 from prefarena.data.tables import write_rows
 from prefarena.errors import JudgeError, UserError
-from prefarena.estimate.calibration import Bench, Timed, time_listing, time_scoring, time_training
+from prefarena.estimate.calibration import Bench, Timed, keep_training, time_listing, time_scoring, time_training
+from prefarena.estimate.company import company
 from prefarena.estimate.lengths import Data
 from prefarena.estimate.memory import Held
 from prefarena.estimate.speeds import Curve, Measured
 from prefarena.estimate.stages import Planned
 from prefarena.estimate.trainings import Workload
-from prefarena.estimate.work import Judging, Listing, Manner, Passes, Sampling, Writing
+from prefarena.estimate.work import Judging, Listing, Manner, Passes, Sampling, StageWork, Writing
 from prefarena.generation.interface import Sampling as Sampler
 from prefarena.judges.spec import JudgeSpec, load_judge
 from prefarena.modeling.checks import quietly
@@ -69,9 +71,10 @@ def calibrate(
     )  # fmt: skip
     parts = [part for one in stages for _, part in (*one.work.parts, *one.work.alongside)]
     training, forward, steps, spreads, had = {}, {}, {}, [0.0], 1.0
-    for manner, (settings, most) in _manners(config, workload.data, memory).items():
-        say(f"timing passes of training in {manner.precision} …")
-        timed = _time(model_folder, settings, workload, most, bench)
+    for manner, (settings, most) in _manners(config, workload.data, memory, stages).items():
+        beside = f", {manner.processes} processes at a time" if manner.processes > 1 else ""
+        say(f"timing passes of training in {manner.precision}{beside} …")
+        timed = _time(model_folder, settings, workload, most, bench, manner.processes - 1)
         training[manner], forward[manner], steps[manner] = timed.training, timed.forward, timed.step
         spreads.append(timed.spread)
         had = min(had, timed.had)
@@ -121,25 +124,35 @@ def _files(config: Comparison, tokenizer: PreTrainedTokenizerBase, folder: Path)
     return str(folder / "model"), time.perf_counter() - started, writing
 
 
-def _manners(config: Comparison, data: Data, memory: dict[str, Held]) -> dict[Manner, tuple[LearnerSettings, int]]:
+def _manners(
+    config: Comparison, data: Data, memory: dict[str, Held], stages: list[Planned]
+) -> dict[Manner, tuple[LearnerSettings, int]]:
     """How trainings compute, each with the settings of one that does, and the pairs of its largest pass."""
     found: dict[Manner, tuple[LearnerSettings, int]] = {}
+    of_stages = {one.work.memory: _manner(one.work) for one in stages if one.work.memory is not None}
     size = data.pairs.mean_prompt + 2 * data.pairs.mean_response
     for training in trainings(config):
         settings, held = training.settings, memory[training.where].size
         rows = held / 2 if training.on_policy else held / size
         share = settings.batch_size // config.resources.num_workers if isinstance(settings, Optimisation) else rows
         most = max(1, round(min(rows, share)))
-        before = found.get(Manner.of(settings))
-        found[Manner.of(settings)] = (settings, max(most, before[1] if before else 0))
+        manner = of_stages[training.where]
+        before = found.get(manner)
+        found[manner] = (settings, max(most, before[1] if before else 0))
     return found
 
 
-def _time(folder: str, settings: LearnerSettings, workload: Workload, most: int, bench: Bench) -> Timed:
-    """Of trainings with these settings; on-policy ones are timed by pairs too."""
+def _manner(work: StageWork) -> Manner:
+    """Of a training's passes."""
+    return next(part.manner for _, part in work.parts if isinstance(part, Passes) and part.backward)
+
+
+def _time(folder: str, settings: LearnerSettings, workload: Workload, most: int, bench: Bench, beside: int) -> Timed:
+    """Of trainings with these settings, so many others `beside` them; on-policy ones are timed by pairs too."""
     names = LearnerSettings.model_fields
     plain = Optimisation(**{name: getattr(settings, name) for name in names})
-    return time_training(load_policy(folder), plain, workload.counts(settings.lora), most, bench)
+    with company(beside, partial(keep_training, folder, plain, most, bench)):
+        return time_training(load_policy(folder), plain, workload.counts(settings.lora), most, bench)
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import re
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from beside import dies, waits
 from off_policy import off_policy_job, write_inputs
 from tiny import save_tiny_policy
 from torch.utils.flop_counter import FlopCounterMode
@@ -19,6 +21,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, Pretrain
 from pipelines.cli import main
 from pipelines.estimate import Estimator, on_cards
 from pipelines.estimate_tune import num_trainings
+from pipelines.memory import model_settings
 from prefarena.config import DPO, Comparison, LanguageTask, LoRA, Optimisation, RewardModel, TextTask, parse_config
 from prefarena.data.first_rows import look_at_prompts
 from prefarena.data.splits import Shares as DataShares
@@ -26,6 +29,7 @@ from prefarena.data.tables import TokenColumn, read_rows
 from prefarena.data.tokenization import Tokenizer
 from prefarena.errors import UserError
 from prefarena.estimate.calibration import Bench, time_training
+from prefarena.estimate.company import company
 from prefarena.estimate.counts import Pass, count_model
 from prefarena.estimate.hardware import CARDS, Cards, parse_cards
 from prefarena.estimate.interval import Interval
@@ -223,6 +227,40 @@ def test_a_timed_run_leaves_the_weights_and_times_growing_passes(tmp_path: Path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
+def test_processes_beside_the_timed_one_live_as_long_as_it_is_timed() -> None:
+    with company(2, waits):
+        assert len(multiprocessing.active_children()) == 2
+    assert multiprocessing.active_children() == []
+
+
+def test_a_process_that_cannot_run_beside_others_is_told_in_a_sentence() -> None:
+    with pytest.raises(UserError, match="2 trainings do not run side by side"), company(1, dies):
+        pass
+    assert multiprocessing.active_children() == []
+
+
+def test_passes_are_timed_beside_as_many_trainings_as_run_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(4))
+    entries = [{"name": name, "method": {"kind": name}} for name in ("dpo", "ipo", "rlhf")]
+
+    def processes(**resources: Any) -> list[int]:
+        config = parse_config({"entries": entries, "resources": resources})
+        settings, data = model_settings(config), of_language(LanguageTask(num_demonstrations=64, num_pairs=640))
+        assert settings is not None
+        found = {(one.stage, one.entry): one.work for one in planned(Workload(config, settings, data, {}, 4))}
+        names = [("reference", None), ("training", "dpo"), ("reward model", "rlhf"), ("training", "rlhf")]
+        return [
+            next(part.manner.processes for _, part in found[name].parts if isinstance(part, Passes) and part.backward)
+            for name in names
+        ]
+
+    assert processes() == [1, 1, 1, 1]
+    assert processes(concurrent_runs=2) == [1, 2, 2, 1]
+    assert processes(concurrent_runs=0) == [1, 3, 3, 1]  # no more trainings, though there is room for four
+    assert processes(concurrent_runs=4, cpus_per_worker=2) == [1, 2, 2, 1]
+    assert processes(num_workers=2) == [2, 2, 2, 2]
+
+
 def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(
@@ -284,7 +322,12 @@ def test_every_budget_of_labels_has_all_of_its_stages(tmp_path: Path) -> None:
     config = parse_config({
         "task": {"kind": "language", "num_demonstrations": 64, "num_pairs": 640, "num_test_pairs": 8},
         "reference": {"train": False}, "label_budgets": [128, 512],
-        "entries": [{"name": name, "method": {"kind": name}} for name in ("dpo", "kto", "rlhf", "best_of_n")],
+        "entries": [
+            {"name": "dpo", "method": {"kind": "dpo", "training": PASSES}},
+            {"name": "kto", "method": {"kind": "kto", "training": PASSES}},
+            {"name": "rlhf", "method": {"kind": "rlhf", "training": {"micro_batch_size": 8}, "reward": LEARNED}},
+            {"name": "best_of_n", "method": {"kind": "best_of_n", "reward": LEARNED}},
+        ],
     })  # fmt: skip
     found = {(one.entry, one.stage): one for one in Estimator(parse_cards("2xH100"), tmp_path, print).of(config)}
     for name, stages in {
@@ -319,6 +362,8 @@ def test_this_machine_is_timed_without_ray_where_nothing_generates(
 
 # ------------------------------------------------------------------------------------------- pairs that are drawn
 
+PASSES = {"micro_batch_tokens": 512}  # of a size that need not be found
+LEARNED = {"kind": "learned", "training": PASSES}
 FUNCTION = {"kind": "function", "function": "prefarena.judges.sentiment:valence"}
 SMALL = LlamaConfig(vocab_size=97, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4)
 

@@ -5,11 +5,12 @@ Tokens are random and lengths are those of the data. Learning rates are zero, so
 
 from __future__ import annotations
 
+import os
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +22,7 @@ from transformers import PreTrainedModel
 
 from prefarena.config import DPO, Optimisation
 from prefarena.data.tables import write_rows
+from prefarena.estimate.company import Flag
 from prefarena.estimate.counts import Counts, Pass
 from prefarena.estimate.lengths import Rows, ids_like, passed
 from prefarena.estimate.speeds import Curve
@@ -28,6 +30,8 @@ from prefarena.estimate.work import Manner
 from prefarena.evaluation.enumeration import enumerate_responses, enumerate_scores
 from prefarena.evaluation.exact import exact_metrics, frontiers, win_rates
 from prefarena.modeling.arithmetic import attends_in, in_weights, products_of
+from prefarena.modeling.checks import quietly
+from prefarena.modeling.load import load_policy
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.modeling.lora import add_adapters
 from prefarena.records import REFERENCED_PAIRS
@@ -103,31 +107,48 @@ def time_training(model: PreTrainedModel, training: Optimisation, counts: Counts
 
     counts: of the model with them.
     """
-    if training.lora is not None:
-        add_adapters(model, training.lora, seed=0)
-    module = LogProbs(model, bench.max_length, torch.device(bench.device), attends_in(training.precision))
-    worker = Worker(str(bench.folder / "stage"), bench.device)
-    path, rows = bench.write()
+    steps, recomputed = Steps(model, training, bench), training.activation_checkpointing
     with products_of(training.precision), threads(bench.threads):
-        prepare(module, training, worker)
-        learner = Learner("model", module, training, worker)
-        recomputed = training.activation_checkpointing
-
-        def step(number: int) -> tuple[Pass, Callable[[int], object]]:
-            own = training.model_copy(update={"batch_size": number, "micro_batch_tokens": _UNLIMITED})
-            term = PreferenceTerm(str(path), DPO(training=own), Shares(own, 1, 0, module.packed), 0)
-            looked_at = [term.plan.rows(at) for at in range(_TIMES)]
-            every = [passed(rows.prompts[at], rows.responses[at]) for at in looked_at]
-            mean = Pass(*(statistics.fmean(values) for values in zip(*map(_numbers, every), strict=True)))
-            return mean, lambda at: optimizer_step(learner, [term], at, 0.0, worker, Window())
-
-        step(1)[1](0)  # the gradient stays until the next step
-        applying = _timed(lambda _: learner.apply(0.0), bench).seconds
-        found, repeated = _sizes(step, most, bench)
+        steps.of(1)[1](0)  # the gradient stays until the next step
+        applying = _timed(lambda _: steps.learner.apply(0.0), bench).seconds
+        found, repeated = _sizes(steps.of, most, bench)
         points = [(counts.training(one, recomputed=recomputed), max(took - applying, 1e-6)) for one, took in found]
-        forward = time_forward(module, counts, most, bench)
+        forward = time_forward(steps.module, counts, most, bench)
     spread, had = max(one.spread for one in repeated), statistics.median(one.had for one in repeated)
     return Timed(Curve(tuple(points)), forward, applying, spread, had)
+
+
+class Steps:
+    """A model that is trained on the bench's pairs, at a learning rate of zero, in steps of one pass."""
+
+    def __init__(self, model: PreTrainedModel, training: Optimisation, bench: Bench) -> None:
+        if training.lora is not None:
+            add_adapters(model, training.lora, seed=0)
+        self._training, self._bench = training, bench
+        self.module = LogProbs(model, bench.max_length, torch.device(bench.device), attends_in(training.precision))
+        self._worker = Worker(str(bench.folder / "stage"), bench.device)
+        self._path, self._rows = bench.write()
+        prepare(self.module, training, self._worker)
+        self.learner = Learner("model", self.module, training, self._worker)
+
+    def of(self, number: int) -> tuple[Pass, Callable[[int], object]]:
+        """Of so many pairs: what the mean step passes, and what makes a step."""
+        own = self._training.model_copy(update={"batch_size": number, "micro_batch_tokens": _UNLIMITED})
+        term = PreferenceTerm(str(self._path), DPO(training=own), Shares(own, 1, 0, self.module.packed), 0)
+        looked_at = [term.plan.rows(at) for at in range(_TIMES)]
+        every = [passed(self._rows.prompts[at], self._rows.responses[at]) for at in looked_at]
+        mean = Pass(*(statistics.fmean(values) for values in zip(*map(_numbers, every), strict=True)))
+        return mean, lambda at: optimizer_step(self.learner, [term], at, 0.0, self._worker, Window())
+
+
+def keep_training(folder: str, training: Optimisation, number: int, bench: Bench, ready: Flag, stop: Flag) -> None:
+    """Steps of so many pairs of the model in `folder`, one after another until `stop`. Runs in a process of its own."""
+    with quietly(), products_of(training.precision), threads(bench.threads):
+        own = replace(bench, folder=bench.folder / f"beside-{os.getpid()}")
+        _, step = Steps(load_policy(folder), training, own).of(number)
+        while not stop.is_set():
+            step(0)
+            ready.set()
 
 
 def time_scoring(model: PreTrainedModel, manner: Manner, counts: Counts, most: int, bench: Bench) -> Curve:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -20,6 +21,8 @@ from prefarena.config import (
     OnPolicyTraining,
     Optimisation,
     RewardModel,
+    draws_responses,
+    reward_of,
 )
 from prefarena.data.plan import LARGEST_PASS, BatchPlan
 from prefarena.estimate.counts import Counts, Pass, count_model
@@ -80,6 +83,22 @@ class Workload:
     def workers(self) -> int:
         return self.config.resources.num_workers
 
+    def processes(self, trainings: int) -> int:
+        """That train at the same time on this machine's CPUs, where so many trainings are to be done."""
+        resources = self.config.resources
+        if resources.use_gpu:  # each has a device of its own
+            return 1
+        room = max(1, int(len(os.sched_getaffinity(0)) // (self.workers * resources.cpus_per_worker)))
+        return self.workers * min(resources.num_groups or room, room, trainings)
+
+    @cached_property
+    def _side_by_side(self) -> int:
+        """Trainings of entries that need no engines, which run in groups: reward models are among them."""
+        methods = [entry.method for entry in self.config.entries]
+        found = sum(isinstance(one, OffPolicyMethod) and not draws_responses(one) for one in methods)
+        rewards = {keyed[1] for one in methods if (keyed := reward_of(one)) and isinstance(keyed[1], RewardModel)}
+        return max(1, (found + len(rewards)) * len(self.config.seeds))
+
     @property
     def spread(self) -> bool:
         return self.config.resources.sharding == "fsdp" and self.workers > 1
@@ -133,13 +152,15 @@ class Workload:
 
     def on_table(
         self, tables: list[tuple[str, Rows]], training: Optimisation, where: str, *, scores: bool = False,
-        first: Rows | None = None,
+        first: Rows | None = None, alone: bool = False,
     ) -> StageWork:  # fmt: skip
         """A training whose step is a sum of terms, each over a table; `first`: one that is gone over before them.
 
-        where: the key of its settings. scores: a scalar head takes the place of the language model's.
+        where: the key of its settings. scores: a scalar head takes the place of the language model's. alone: no other
+        training runs at the same time.
         """
-        manner, counts = Manner.of(training), self.counts(training.lora)
+        processes = self.processes(1 if alone else self._side_by_side)
+        manner, counts = Manner.of(training, processes), self.counts(training.lora)
         size = self.size(where, training.micro_batch_tokens, LARGEST_PASS)
         steps, tokens = self.steps(tables[0][1], training), 0.0
         parts: list[Named] = [("files", Files(1, 1, self.plain.parameters))]
@@ -170,7 +191,7 @@ class Workload:
         if method.pretraining_weight > 0:  # texts are taken to be as long as demonstrations
             tables.append(("pretraining", data.demonstrations))
         first = rows if isinstance(method, Unpaired) else None
-        work = self.on_table(tables, training, where, first=first)
+        work = self.on_table(tables, training, where, first=first, alone=draws_responses(method))
         online = method.online if isinstance(method, Pairwise) else None
         return work if online is None else self._with_drawing(work, online, training, self.steps(pairs, training))
 
@@ -190,10 +211,12 @@ class Workload:
         beside = float(generation.num_actors * held)
         return replace(work, parts=(*work.parts, *parts), beside=beside, generated=drawn.scored)
 
-    def reward_model(self, settings: RewardModel, rows: Rows, where: str, num_samples: int) -> StageWork:
+    def reward_model(
+        self, settings: RewardModel, rows: Rows, where: str, num_samples: int, *, alone: bool = False
+    ) -> StageWork:
         """Trained on these pairs, then measured on the reference's samples and on held-out pairs."""
         rows = rows if settings.num_pairs is None else rows.taking(settings.num_pairs)
-        work = self.on_table([("pairs", rows)], settings.training, where, scores=True)
+        work = self.on_table([("pairs", rows)], settings.training, where, scores=True, alone=alone)
         test = self.data.test_pairs.passed()
         samples = self.data.prompts.taking(num_samples).passed()
         measured = self.scored(test.plus(samples), head=False)
@@ -219,7 +242,7 @@ class Workload:
         rollouts = self.data.prompts.single().taking(training.rollouts_per_iteration).passed()
         iterations, workers = training.num_iterations, self.workers
         size = self.size(where, training.micro_batch_size, LARGEST_MICRO_BATCH)
-        manner, counts = Manner.of(training), self.counts(training.lora)
+        manner, counts = Manner.of(training, self.processes(1)), self.counts(training.lora)
         share = math.ceil(training.rollouts_per_iteration / workers)
         forwards = iterations * math.ceil(share / (_FORWARD_SIZE * size))
         each = iterations * math.ceil(share / training.num_minibatches / size) * training.num_minibatches

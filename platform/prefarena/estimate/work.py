@@ -12,15 +12,19 @@ from prefarena.settings.optimisation import LearnerSettings, LoRA
 
 @dataclass(frozen=True)
 class Manner:
-    """How a model computes and what of it is trained, as far as the time of a pass depends on it."""
+    """How a model computes and what of it is trained, as far as the time of a pass depends on it.
+
+    processes: that train at the same time on the same CPUs.
+    """
 
     precision: Arithmetic
     lora: LoRA | None = None
     recomputes: bool = False
+    processes: int = 1
 
     @classmethod
-    def of(cls, training: LearnerSettings) -> Manner:
-        return cls(training.precision, training.lora, training.activation_checkpointing)
+    def of(cls, training: LearnerSettings, processes: int = 1) -> Manner:
+        return cls(training.precision, training.lora, training.activation_checkpointing, processes)
 
 
 @dataclass(frozen=True)
