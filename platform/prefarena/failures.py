@@ -31,6 +31,14 @@ def reason_of(error: BaseException) -> str | None:
     return None
 
 
+def is_death(error: BaseException) -> bool:
+    """Whether this is Ray's word that a process died or was killed, rather than what a process raised."""
+    import ray.exceptions
+
+    died = ray.exceptions.WorkerCrashedError | ray.exceptions.RayActorError | ray.exceptions.OutOfMemoryError
+    return isinstance(error, died)
+
+
 def cluster_answers(seconds: float = 60.0) -> bool:
     """Whether Ray still runs tasks. Where it does not, a lost process says nothing about the entry that it worked for.
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefarena.errors import WaitTimeoutError
-from prefarena.failures import cluster_answers, in_one_line, reason_of
+from prefarena.failures import cluster_answers, in_one_line, is_death, reason_of
 
 
 @dataclass(frozen=True)
@@ -23,18 +23,11 @@ def failure_of_task(error: Exception) -> str | None:
 
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return f"its process was killed because the node ran out of memory ({in_one_line(error)})"
-    if _is_death(error):
+    if is_death(error):
         return f"its process died ({in_one_line(error)}); a process that takes more memory than there is dies like that"
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
         return reason_of(error.cause)
     return reason_of(error)
-
-
-def _is_death(error: Exception) -> bool:
-    """Whether a process died, rather than that it raised."""
-    import ray.exceptions
-
-    return isinstance(error, ray.exceptions.WorkerCrashedError | ray.exceptions.RayActorError)
 
 
 def get_within(refs: Sequence[Any], seconds: float, what: str) -> list[Any]:
@@ -68,7 +61,7 @@ def _collected(refs: Sequence[Any], seconds: float, what: str, keep_failures: bo
                 results[ended[0]] = ray.get(ended[0], timeout=seconds)  # it is here: `wait` fetches
             except Exception as error:
                 reason = failure_of_task(error) if keep_failures else None
-                if reason is None or (_is_death(error) and not cluster_answers()):
+                if reason is None or (is_death(error) and not cluster_answers()):
                     raise
                 results[ended[0]] = Failed(reason)
     except BaseException:

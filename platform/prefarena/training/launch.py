@@ -24,6 +24,7 @@ import torch
 from prefarena import stores
 from prefarena.config import Resources
 from prefarena.errors import WaitTimeoutError
+from prefarena.failures import is_death
 from prefarena.mirror import mirror_of
 from prefarena.stages import is_settled
 from prefarena.training.group_failures import failed_jobs, settle
@@ -38,14 +39,15 @@ _logger = logging.getLogger(__name__)
 def run_jobs(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
     """Run every job that is not settled on Ray Train workers; returns when all their stages are finished or failed.
 
-    Called again after an interruption it goes on from the last checkpoint. When Ray Train's controller dies it is
-    started again, at most `resources.max_failures` times, as it does itself with workers. A job that cannot go on ends
+    Called again after an interruption it goes on from the last checkpoint. When Ray Train's controller dies, or one of
+    the actors without which it gives up, it is started again, at most `resources.max_failures` times, as it does itself
+    with workers. A job that cannot go on ends
     in a failed stage, and the others are run by a new group (`group_failures.settle`). Raises what a worker raised
     where that was a bug, UserError or GeneratorLostError where it was one, and WaitTimeoutError where the workers could
     not be placed within `resources.start_timeout_s`.
     """
     import ray.exceptions
-    from ray.train.v2.api.exceptions import WorkerGroupError
+    from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     num_failures = 0
     while any(not is_settled(job.stage_dir) for job in jobs):
@@ -54,7 +56,9 @@ def run_jobs(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
             return _fit(jobs, resources, storage)
         except WorkerGroupError as error:
             settle(error, jobs, failed, num_attempts=resources.max_failures + 1)
-        except ray.exceptions.RayActorError as error:
+        except (ray.exceptions.RayActorError, ControllerError) as error:
+            if isinstance(error, ControllerError) and not is_death(error.controller_failure):
+                raise
             num_failures += 1
             if num_failures > resources.max_failures:
                 raise
