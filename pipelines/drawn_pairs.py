@@ -27,7 +27,7 @@ from pipelines.labelling import Questions, ask
 from pipelines.plan import SeedPlan, model_of
 from pipelines.progress import stage_line
 from pipelines.runner import run_once
-from pipelines.sampling import Sampler
+from pipelines.sampling import Sampler, generation_counts
 from prefarena.config import Comparison, DrawnPairs, PairwiseJudge, TextTask
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import EntryError, UserError
@@ -101,8 +101,7 @@ def _draw(config: Comparison, console: Console, waiting: list[tuple[Stage, SeedP
                 for (row, place), rollout in zip(asked, rollouts, strict=True)
             ]
             write_rows(pa.Table.from_pylist(table, schema=DRAWN), folder / _SAMPLES / "part-0.parquet", DRAWN)
-            wall, num_tokens = time.perf_counter() - started, sum(len(rollout.response_ids) for rollout in rollouts)
-            costs = costs_of(wall, num_tokens_generated=num_tokens)
+            costs = costs_of(time.perf_counter() - started, **generation_counts(model_of(behaviour), rollouts))
             counts = {"num_prompts": len(rows), "num_samples": len(rollouts)}
             counts["num_ended"] = sum(rollout.finished for rollout in rollouts)
             write_manifest(folder, {"data": counts, "costs": costs})

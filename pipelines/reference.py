@@ -20,11 +20,13 @@ import time
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
@@ -36,8 +38,10 @@ from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import UserError
 from prefarena.mirror import bring, push
 from prefarena.modeling.arithmetic import Arithmetic, in_weights, named, products_of
-from prefarena.modeling.load import load_policy, load_tokenizer
+from prefarena.modeling.flops import count_model
+from prefarena.modeling.load import load_policy, load_settings, load_tokenizer
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
+from prefarena.modeling.passes import NOTHING, Pass, passed
 from prefarena.records import PAIRS, REFERENCED_PAIRS, conformed
 from prefarena.stages import costs_of, whole_file, write_manifest
 
@@ -119,13 +123,14 @@ class Scored:
 
     device_seconds: float
     num_tokens: int
+    num_flops: float
     num_parts: int
     num_parts_computed: int
 
     def contents(self, started: float) -> dict[str, Any]:
         """Of the manifest of a stage that began at `started`, of `time.perf_counter`."""
         wall = time.perf_counter() - started
-        costs = costs_of(wall, self.device_seconds, num_tokens_scored=self.num_tokens)
+        costs = costs_of(wall, self.device_seconds, num_tokens_scored=self.num_tokens, num_flops=self.num_flops)
         return {"costs": costs, "num_parts": self.num_parts, "num_parts_computed": self.num_parts_computed}
 
 
@@ -151,8 +156,10 @@ def score_tables(
     for own in dict.fromkeys(own for _, own in missing):
         _compute([part for part, its in missing if its == own], reference, resources, max_length, own)
     found = [_write_scored(parts[split], folder / split) for split in arithmetics]
-    seconds, num_tokens = (sum(one[place] for one in found) for place in (0, 1))
-    return Scored(seconds, int(num_tokens), len(wanted), len(missing))
+    seconds, num_tokens = sum(one[0] for one in found), sum(one[1] for one in found)
+    through = reduce(Pass.plus, (one[2] for one in found), NOTHING)
+    flops = count_model(load_settings(reference)).forward(through)
+    return Scored(seconds, num_tokens, flops, len(wanted), len(missing))
 
 
 def score_rows(
@@ -319,9 +326,11 @@ def _compute(
         pass
 
 
-def _write_scored(parts: list[Part], folder: Path) -> tuple[float, int]:
-    """Write the parts' rows with their scores as one table. Returns the seconds and the tokens of the scoring."""
-    seconds, num_tokens = 0.0, 0
+def _write_scored(parts: list[Part], folder: Path) -> tuple[float, int, Pass]:
+    """Write the parts' rows with their scores as one table. Returns the seconds and the tokens of the scoring, and what
+    its passes went through.
+    """
+    seconds, num_tokens, through = 0.0, 0, NOTHING
     folder.mkdir(parents=True, exist_ok=True)
     with pq.ParquetWriter(folder / "part-0.parquet", REFERENCED_PAIRS) as writer:
         for part in parts:
@@ -332,4 +341,12 @@ def _write_scored(parts: list[Part], folder: Path) -> tuple[float, int]:
                 rows = rows.append_column(f"ref_{side}_logp", pa.array(logps, pa.float32()))
             writer.write_table(conformed(rows, REFERENCED_PAIRS))
             seconds, num_tokens = seconds + scores.seconds, num_tokens + scores.num_tokens
-    return seconds, num_tokens
+            through = through.plus(_passed(rows))
+    return seconds, num_tokens, through
+
+
+def _passed(rows: pa.Table) -> Pass:
+    """Of both responses to each prompt, which share it."""
+    names = ("prompt_ids", "chosen_ids", "rejected_ids")
+    prompts, chosen, rejected = (pc.list_value_length(rows[name]).to_numpy() for name in names)
+    return passed(prompts, np.stack([chosen, rejected], 1))

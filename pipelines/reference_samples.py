@@ -13,6 +13,7 @@ from pipelines.engine import tried_generator
 from pipelines.jobs import response_limit
 from pipelines.plan import SeedPlan, model_of
 from pipelines.progress import stage_line
+from pipelines.sampling import generation_counts
 from prefarena.config import Comparison, LanguageTask
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.generation.interface import Sampling
@@ -45,7 +46,7 @@ def _draw(config: Comparison, console: Console, waiting: list[tuple[Stage, SeedP
                 rollouts = generator.generate(prompts, sampling, stage.key)
                 write_rows(_table(rollouts), folder / "reference_samples" / "part-0.parquet", DEMONSTRATIONS)
                 wall = time.perf_counter() - started
-                counts = {"num_tokens_generated": sum(len(rollout.response_ids) for rollout in rollouts)}
+                counts = generation_counts(model_of(plan.reference), rollouts)
                 write_manifest(folder, {"num_samples": len(rollouts), "costs": costs_of(wall, **counts)})
 
 

@@ -186,9 +186,9 @@ def _entry_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
 
 
 def _pairs_row(trained: Trained) -> dict[str, float]:
-    """Labels and age of the pairs that it learned from; empty where its stage does not tell."""
-    stage = trained.training
-    told = stage.manifest().get("pairs", {}) if stage is not None and stage.finished else {}
+    """Labels and age of the pairs that it, or its reward model, learned from; empty where its stages do not tell."""
+    stages = [stage for stage in (trained.reward_model, trained.training) if stage is not None and stage.finished]
+    told = {name: value for stage in stages for name, value in stage.manifest().get("pairs", {}).items()}
     return {shown: told[name] for name, shown in _PAIRS.items() if name in told}
 
 

@@ -17,7 +17,16 @@ from prefarena.failures import cluster_answers
 from prefarena.generation.fleet import Generators
 from prefarena.generation.interface import GeneratorLostError, Sampling, StaleWeightsError
 from prefarena.mirror import root_of
+from prefarena.modeling.flops import generated
+from prefarena.modeling.load import load_settings
 from prefarena.records import Rollout
+
+
+def generation_counts(policy: str, rollouts: list[Rollout]) -> dict[str, float]:
+    """Tokens and FLOPs of responses of the policy in a folder, as a stage's costs have them."""
+    sizes = [(len(one.prompt_ids), len(one.response_ids)) for one in rollouts]
+    flops = generated(load_settings(policy), sizes)
+    return {"num_tokens_generated": sum(size for _, size in sizes), "num_flops": flops}
 
 
 class Sampler:

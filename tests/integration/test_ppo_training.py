@@ -52,6 +52,7 @@ def test_the_reward_rises_and_every_metric_is_there(job: OnPolicyJob) -> None:
         "response_length", "truncation_rate", "staleness", "learning_rate", "grad_norm", "critic_grad_norm",
         "time/generate", "time/score", "time/logprobs", "time/values", "time/update", "time/sync",
         "tokens_per_second", "steps_skipped", "num_tokens_generated", "num_tokens_trained", "step", "num_steps",
+        "num_rewards", "num_flops",
     }  # fmt: skip
     assert rows[0].keys() == expected
     trained = load_policy(job.model_dir)

@@ -30,16 +30,17 @@ from prefarena.data.tokenization import Tokenizer
 from prefarena.errors import UserError
 from prefarena.estimate.calibration import Bench, time_training
 from prefarena.estimate.company import company
-from prefarena.estimate.counts import Pass, count_model
 from prefarena.estimate.hardware import CARDS, Cards, parse_cards
 from prefarena.estimate.interval import Interval
-from prefarena.estimate.lengths import Data, Rows, of_language, of_text, passed
+from prefarena.estimate.lengths import Data, Rows, of_language, of_text
 from prefarena.estimate.result import Estimated, by_entry, price_of
 from prefarena.estimate.speeds import Curve, OnCards
 from prefarena.estimate.stages import planned
 from prefarena.estimate.trainings import Workload
 from prefarena.estimate.work import Judging, Manner, Passes, Sampling, StageWork, Writing
+from prefarena.modeling.flops import count_model
 from prefarena.modeling.load import load_policy
+from prefarena.modeling.passes import Pass, passed
 from prefarena.training.run_job import run_job
 from prefarena.training.worker import Worker
 

@@ -593,7 +593,12 @@ def assert_shows_something(path: Path) -> None:
 def test_report_of_an_exact_comparison(tmp_path: Path) -> None:
     page = write_report(exact_results(tmp_path), tmp_path)
     text = page.read_text(encoding="utf-8")
-    assert text.index("## In short") < text.index("## Results") < text.index("## Costs") < text.index("## To reproduce")
+    assert (
+        text.index("## In short")
+        < text.index("## Results")
+        < text.index("## What each method cost")
+        < text.index("## To reproduce")
+    )
     for name in ("reward_kl", "curves_off_policy", "curves_on_policy"):
         assert f"figures/{name}.png" in text
         assert_shows_something(tmp_path / "figures" / f"{name}.png") if name != "curves_on_policy" else None

@@ -23,17 +23,18 @@ from transformers import PreTrainedModel
 from prefarena.config import DPO, Optimisation
 from prefarena.data.tables import write_rows
 from prefarena.estimate.company import Flag
-from prefarena.estimate.counts import Counts, Pass
-from prefarena.estimate.lengths import Rows, ids_like, passed
+from prefarena.estimate.lengths import Rows, ids_like
 from prefarena.estimate.speeds import Curve
 from prefarena.estimate.work import Manner
 from prefarena.evaluation.enumeration import enumerate_responses, enumerate_scores
 from prefarena.evaluation.exact import exact_metrics, frontiers, win_rates
 from prefarena.modeling.arithmetic import attends_in, in_weights, products_of
 from prefarena.modeling.checks import quietly
+from prefarena.modeling.flops import Counts
 from prefarena.modeling.load import load_policy
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.modeling.lora import add_adapters
+from prefarena.modeling.passes import Pass, passed
 from prefarena.records import REFERENCED_PAIRS
 from prefarena.tasks.language import EOS_ID, Language
 from prefarena.training.learner import Learner, prepare

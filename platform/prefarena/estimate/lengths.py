@@ -16,7 +16,7 @@ from prefarena.data.limits import usable_pairs, usable_prompts
 from prefarena.data.splits import Shares
 from prefarena.data.tokenization import Tokenizer
 from prefarena.errors import UserError
-from prefarena.estimate.counts import Pass
+from prefarena.modeling.passes import Pass, passed
 from prefarena.tasks.language import Language
 
 _Ints = NDArray[np.int64]
@@ -101,14 +101,6 @@ class Data:
         return replace(
             found, drawn=self.drawn.answered(lengths), pairs=pairs, test_pairs=test_pairs, demonstrations=demonstrations
         )
-
-
-def passed(prompts: _Ints, responses: _Ints) -> Pass:
-    """Of rows laid out as training packs them. prompts: [N], responses: [N, R]."""
-    before, own = prompts.astype(float), responses.astype(float)
-    # A token sees itself and all before it: n (n + 1) / 2 pairs among n tokens.
-    visible = before * (before + 1) / 2 + (own * (own + 1) / 2 + before[:, None] * own).sum(1)
-    return Pass(float(before.sum() + own.sum()), float(visible.sum()), float(own.sum()))
 
 
 def of_language(task: LanguageTask) -> Data:

@@ -20,9 +20,9 @@ from prefarena.config import (
     TextTask,
     reward_of,
 )
-from prefarena.estimate.counts import Pass
 from prefarena.estimate.trainings import Named, Workload
 from prefarena.estimate.work import Files, Listing, Raw, Sending, StageWork, Start, Writing
+from prefarena.modeling.passes import Pass
 from prefarena.settings.unpaired import Unpaired
 
 #: Samples that an evaluation draws in one call.

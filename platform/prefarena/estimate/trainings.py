@@ -25,9 +25,10 @@ from prefarena.config import (
     reward_of,
 )
 from prefarena.data.plan import LARGEST_PASS, BatchPlan
-from prefarena.estimate.counts import Counts, Pass, count_model
-from prefarena.estimate.lengths import Data, Rows, passed
+from prefarena.estimate.lengths import Data, Rows
 from prefarena.estimate.work import Files, Judging, Manner, Part, Passes, Sampling, Sending, StageWork, Steps
+from prefarena.modeling.flops import Counts, count_model
+from prefarena.modeling.passes import Pass, passed
 from prefarena.modeling.room import LARGEST_MICRO_BATCH
 from prefarena.settings.judges import ClassifierJudge, EvaluationJudge, FunctionJudge
 from prefarena.settings.off_policy import Pairwise

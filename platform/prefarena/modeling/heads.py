@@ -25,6 +25,7 @@ class ScalarHead(PackedModel):
         return self._at(batch, batch.last)
 
     def _at(self, batch: PackedBatch, positions: Tensor) -> Tensor:
+        self.count(batch)
         hidden = body_output(self.model, batch).index_select(0, positions)
         score = self.model.get_submodule("score")
         if isinstance(score, nn.Linear):  # a score of eight bits would make ties of near responses

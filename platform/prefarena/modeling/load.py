@@ -147,6 +147,12 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     tokenizer.save_pretrained(str(folder))
 
 
+def load_settings(folder: str | Path) -> PretrainedConfig:
+    """The configuration of the model in a folder, of which nothing else is read."""
+    bring(Path(folder) / "config.json")
+    return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
+
+
 def new_reward_model(policy_path: str | Path, seed: int) -> PreTrainedModel:
     """A sequence-classification model with the policy's body and a fresh scalar head ~ N(0, 1 / (width + 1)).
 

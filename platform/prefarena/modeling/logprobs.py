@@ -15,6 +15,7 @@ from prefarena.modeling.awaited import standing_in
 from prefarena.modeling.chunked_head import Head, chunked_logps
 from prefarena.modeling.compiled_layers import compile_layers, why_not_compiled
 from prefarena.modeling.packing import Ids, PackedBatch, pack
+from prefarena.modeling.passes import Worked
 from prefarena.modeling.support import body_keywords, body_output, has_plain_head, why_not_packed
 from prefarena.modeling.transfer import moved
 
@@ -87,8 +88,9 @@ class Sequences:
 class PackedModel(nn.Module):
     """A transformers model that runs on packed rows where it can, as a module that DDP and FSDP can wrap.
 
-    packed: whether prompts may be shared between responses. notes: for the user, why the model takes a slower path. On
-    a GPU its layers are compiled, where they can be. Both are tried on its first layers where its weights are awaited.
+    packed: whether prompts may be shared between responses. notes: for the user, why the model takes a slower path.
+    worked: what its passes on this worker have gone through. On a GPU its layers are compiled, where they can be. Both
+    are tried on its first layers where its weights are awaited.
     """
 
     def __init__(
@@ -104,7 +106,7 @@ class PackedModel(nn.Module):
         not as it is now.
         """
         super().__init__()
-        self.model = model
+        self.model, self.worked = model, Worked()
         tried = standing_in(model)
         reason = why_not_packed(tried, max_length, device, attends_in)
         self.packed = reason is None
@@ -120,6 +122,10 @@ class PackedModel(nn.Module):
             compile_layers(model)
         else:
             self.notes.append(f"its layers run one operation at a time: they cannot be compiled for {where} ({slow})")
+
+    def count(self, batch: PackedBatch) -> None:
+        """Count a pass over the batch."""
+        self.worked.count(batch.passed, with_gradient=torch.is_grad_enabled())
 
     def _try_head(self, tried: PreTrainedModel) -> None:
         """Find out on a model like this one what has to be known of its head."""
@@ -140,6 +146,7 @@ class LogProbs(PackedModel):
 
         `temperature` divides the logits, as sampling does.
         """
+        self.count(batch)
         if not self.plain_head:
             return _from_logits(self.logits(batch), batch.targets, temperature, entropy)
         weight, bias = self.head

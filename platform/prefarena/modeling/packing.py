@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from prefarena.modeling.flex_trees import BLOCK, mask_arrays, mask_of
+from prefarena.modeling.passes import Pass, passed
 from prefarena.modeling.transfer import moved
 from prefarena.modeling.tree_attention import Trees, plan_trees
 
@@ -33,7 +34,7 @@ class PackedBatch:
     input_ids: [rows, T]; position_ids: [1, T] in a packed row, else None. sources: [M], the position (in the flattened
     rows) whose output scores each response token; targets: [M], those tokens; response_of: [M], which response each
     belongs to; last: [R], the position of each response's last token; lengths: [R], tokens of each response; longest:
-    the largest of them, on the host.
+    the largest of them, on the host. passed: what one pass over the batch goes through.
     """
 
     input_ids: Tensor
@@ -45,6 +46,7 @@ class PackedBatch:
     last: Tensor
     lengths: Tensor
     longest: int
+    passed: Pass
 
     def sums(self, token_values: Tensor, in_rows: bool | None = None) -> Tensor:
         """[M] to [R]: the sum over each response's tokens, the same bits every time.
@@ -87,7 +89,7 @@ def pack(
     in_blocks = device.type == "cuda" if in_blocks is None else in_blocks
     lengths = [[len(prompt), *map(len, answers)] for prompt, answers in zip(prompts, responses, strict=True)]
     if not shared:
-        return _on(device, _padded(prompts, responses, lengths, pad_id))
+        return _padded(prompts, responses, lengths, device, pad_id)
     return _packed(prompts, responses, lengths, device, in_blocks)
 
 
@@ -126,15 +128,22 @@ def _packed(
         "last": last,
         "lengths": counts,
     }
+    before = np.where(is_response, prompt_size, 0)  # tokens that each segment sees beside its own
+    visible = segments * (segments + 1) / 2 + segments * before
+    through = Pass(float(size), float(visible.sum()), float(counts.sum()))
     if not in_blocks:
-        return _on(device, arrays, plan_trees(branch_of, lengths))
+        return _on(device, arrays, through, plan_trees(branch_of, lengths))
     tree_of = np.concatenate([np.repeat(tree, segments), padding - 1])
-    return _on(device, arrays, mask_arrays(tree_of, branch_of, lengths))
+    return _on(device, arrays, through, mask_arrays(tree_of, branch_of, lengths))
 
 
 def _padded(
-    prompts: Sequence[Ids], responses: Sequence[Sequence[Ids]], lengths: list[list[int]], pad_id: int
-) -> dict[str, NDArray[np.int64]]:
+    prompts: Sequence[Ids],
+    responses: Sequence[Sequence[Ids]],
+    lengths: list[list[int]],
+    device: torch.device,
+    pad_id: int,
+) -> PackedBatch:
     prompt_size = np.array([own[0] for own in lengths for _ in own[1:]])
     counts = np.array([length for own in lengths for length in own[1:]])
     width = int((prompt_size + counts).max())
@@ -144,7 +153,7 @@ def _padded(
     ids[present] = np.concatenate([np.asarray(part, np.int64) for row in rows for part in row])
     begins = np.arange(len(counts)) * width + prompt_size  # of each response, in the flattened rows
     tokens = _ranges(begins, counts)
-    return {
+    arrays = {
         "input_ids": ids,
         "sources": tokens - 1,
         "targets": ids.reshape(-1)[tokens],
@@ -152,6 +161,7 @@ def _padded(
         "last": begins + counts - 1,
         "lengths": counts,
     }
+    return _on(device, arrays, passed(prompt_size, counts[:, None]))
 
 
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -162,9 +172,12 @@ def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.
 def _on(
     device: torch.device,
     arrays: dict[str, NDArray[np.int64]],
+    through: Pass,
     layout: Trees | list[NDArray[np.int32]] | None = None,
 ) -> PackedBatch:
-    """The batch of these arrays. layout: on a CPU the trees of a packed row, for FlexAttention its `mask_arrays`."""
+    """The batch of these arrays. through: what a pass over it goes through, without padding. layout: on a CPU the trees
+    of a packed row, for FlexAttention its `mask_arrays`.
+    """
     blocks = layout if isinstance(layout, list) else []
     tensors: Iterator[Tensor]
     if device.type == "cpu":
@@ -173,4 +186,4 @@ def _on(
         tensors = iter(moved([*arrays.values(), *blocks], device))
     named: dict[str, Any] = {"position_ids": None} | {name: next(tensors) for name in arrays}
     trees = Trees((), mask_of(list(tensors))) if isinstance(layout, list) else layout
-    return PackedBatch(trees=trees, longest=int(arrays["lengths"].max()), **named)
+    return PackedBatch(trees=trees, longest=int(arrays["lengths"].max()), passed=through, **named)

@@ -18,6 +18,7 @@ from typing import Any
 
 from prefarena.report.against import against_table
 from prefarena.report.charts import (
+    Chart,
     cost_chart,
     key_of,
     label_charts,
@@ -27,6 +28,7 @@ from prefarena.report.charts import (
     training_charts,
     tuning_charts,
 )
+from prefarena.report.cost_charts import against_cost_charts
 from prefarena.report.findings import compared, data_lines, findings, limits
 from prefarena.report.label_efficiency import measured_table, needed_table
 from prefarena.report.leakage import leakage, leakage_tables
@@ -40,6 +42,7 @@ from prefarena.report.tables import Table, cost_table, main_table, win_table
 from prefarena.report.trajectories import agreement_summary, agreement_table, on_policy, summary_table, trajectory_table
 from prefarena.report.tuning import tuning_text
 from prefarena.report.tuning_tables import budget_table, chosen_table, trial_tables
+from prefarena.report.whole_costs import whole_cost_table
 from prefarena.stages import write_text
 
 PAGE_FILE = "report.html"
@@ -65,7 +68,7 @@ def write_page(results: Results, folder: str | Path) -> Path:
         _tuning(results),
         _section("training", "Training curves", _charts("training", training_charts(results, target))),
         _samples(results, samples),
-        _section("costs", "Costs", _charts("costs", [cost_chart(results)]), table_html(cost_table(results))),
+        _costs(results),
         _section("data", "Data", listing_html(data_lines(results))),
         _section("notes", "Notes and limits", listing_html(limits(results))),
         _section(
@@ -124,14 +127,13 @@ def _asset(name: str) -> str:
 
 def _data(results: Results, folder: Path, samples: Samples | None) -> dict[str, Any]:
     """What the page's script shows."""
-    cost = cost_chart(results)
     return {
         "legend": legend(results),
         "charts": {
             "reward": reward_kl_charts(results),
             "through": through_training_charts(results, folder),
             "training": training_charts(results, folder),
-            "costs": [cost] if cost else [],
+            "costs": _cost_charts(results),
             "tuning": tuning_charts(results),
             "labels": label_charts(results),
         },
@@ -221,6 +223,21 @@ def _sweep(results: Results) -> list[str]:
                 "<p>The methods' grids have no range of gains in common, so they cannot be compared at equal gain.</p>"
             ]
     return parts
+
+
+def _costs(results: Results) -> str:
+    return _section(
+        "costs",
+        "Costs",
+        _charts("costs", _cost_charts(results)),
+        table_html(whole_cost_table(results), heading=True),
+        table_html(cost_table(results), heading=True),
+    )
+
+
+def _cost_charts(results: Results) -> list[Chart]:
+    chart = cost_chart(results)
+    return [*([chart] if chart else []), *against_cost_charts(results)]
 
 
 def _labels(results: Results) -> str:

@@ -33,6 +33,7 @@ from prefarena.report.trajectories import (
 )
 from prefarena.report.tuning import expected_best_text, tuning_text
 from prefarena.report.tuning_tables import budget_table, chosen_table
+from prefarena.report.whole_costs import whole_cost_table
 from prefarena.stages import write_text
 
 _WIDEST_WIN_MATRIX = 12
@@ -60,7 +61,8 @@ def write_report(results: Results, folder: str | Path) -> Path:
         _wins(results),
         *_tuning(results, target),
         *_curves(results, target),
-        _section("Costs", cost_table(results)),
+        _section("What each method cost", whole_cost_table(results)),
+        _section("Costs by stage", cost_table(results)),
         _listing("Data", data_lines(results)),
         _listing("Notes and limits", limits(results)),
         _listing("Versions", [f"{name} {version}" for name, version in results.versions.items()]),

@@ -97,6 +97,8 @@ class Cost(Part):
     micro_batch_size: int | None = None
     num_tokens_trained: int = 0
     num_tokens_generated: int = 0
+    num_flops: float = 0.0
+    num_rewards: int = 0
     num_judge_calls: int = 0
     num_judge_calls_reused: int = 0
     num_judge_calls_torn: int = 0

@@ -21,10 +21,12 @@ from prefarena.data.plan import LARGEST_PASS, bounded_passes
 from prefarena.generation.interface import Pending, RolloutSource, Sampling
 from prefarena.judges.spec import Judge
 from prefarena.modeling.arithmetic import attends_in, halve_products, in_weights
+from prefarena.modeling.flops import count_model
 from prefarena.modeling.logprobs import LogProbs, can_pack
 from prefarena.modeling.lora import adapted_weights, merged_weights
 from prefarena.modeling.packing import pack
 from prefarena.modeling.parts import whole
+from prefarena.modeling.passes import NOTHING, passed
 from prefarena.records import ONLINE_PAIRS, Rollout, content_id
 from prefarena.settings.judges import is_model
 from prefarena.tasks.annotation import chance_of_gap
@@ -34,6 +36,7 @@ from prefarena.training.learner import Learner
 from prefarena.training.loading import Loader
 from prefarena.training.policy_source import PolicySource
 from prefarena.training.reward_model import over_workers
+from prefarena.training.tally import Tally
 from prefarena.training.worker import Worker
 
 #: So often a prompt is sampled on until its two responses differ and the judge tells them apart.
@@ -103,6 +106,8 @@ class PairDrawer:
         self._source, self._judge = source, judge
         self._policy: PolicySource | None = None
         self._reference: LogProbs | None = None
+        self._tally: Tally | None = None
+        self._generated = NOTHING
 
     def draw(self, step: int, rows: pa.Table, first_place: int, learner: Learner) -> pa.Table:
         """New pairs to the prompts of `rows`, as ONLINE_PAIRS, the same on every worker; every worker calls it.
@@ -125,6 +130,12 @@ class PairDrawer:
         """What was asked of an endpoint, by all workers of this attempt; empty for other judges, and before any is."""
         return {} if self._judge is None else Loader(self._worker).calls_of(self._judge)
 
+    def flops(self) -> float:
+        """Of generation, reference and a judge that is a model, in this attempt; every worker calls it, in the end."""
+        if self._tally is None or self._reference is None:
+            return 0.0
+        return self._tally.take() + count_model(self._reference.model.config).forward(self._generated)
+
     def leave(self) -> None:
         """Give back what a connection to the engines' devices holds."""
         from prefarena.generation.fleet import Generators
@@ -138,6 +149,8 @@ class PairDrawer:
             self._policy = self._connected(learner)
             self._reference = self._placed_reference()
             self._judge = self._judge or Loader(self._worker).judge(self._drawing.reward, _SCORED_AT_ONCE)
+            models = [self._reference, getattr(self._judge, "head", None)]
+            self._tally = Tally(models, self._job.method.training, self._worker)
         return self._policy
 
     def _connected(self, learner: Learner) -> PolicySource:
@@ -208,6 +221,8 @@ class PairDrawer:
                 return policy.source.submit(part, sampling, policy.version(step)) if self._worker.rank == 0 else Done()
 
             found += self._worker.share(policy.wait(ask(), step, ask))
+        sizes = [len(prompt) for prompt in prompts], [[len(one.response_ids)] for one in found]
+        self._generated = self._generated.plus(passed(*sizes))
         return found
 
     def _scores(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:

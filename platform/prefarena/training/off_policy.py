@@ -19,6 +19,7 @@ from prefarena.training.guard import stop_if_diverged
 from prefarena.training.learner import Learner, Pass, prepare
 from prefarena.training.prediction import predict_memory
 from prefarena.training.schedule import warmed_up
+from prefarena.training.tally import Tally
 from prefarena.training.terms import Rows, Term
 from prefarena.training.window import Window
 from prefarena.training.worker import Worker
@@ -30,7 +31,8 @@ def train(
     training: Optimisation,
     worker: Worker,
 ) -> dict[str, float]:
-    """Run all steps from the last checkpoint on. Returns the numbers of steps and tokens trained, and predicted memory.
+    """Run all steps from the last checkpoint on. Returns the numbers of steps, tokens trained and
+    FLOPs, and predicted memory.
 
     `module` holds the parameters in float32; those that require a gradient are trained (see `Learner`). A step whose
     loss or gradient is not a number is skipped; raises TrainingDivergedError when a metric row is due and more than
@@ -38,7 +40,7 @@ def train(
     """
     prepare(module, training, worker)
     predicted = predict_memory(module, terms, training, worker)
-    learner = Learner("model", module, training, worker)
+    learner, tally = Learner("model", module, training, worker), Tally([module], training, worker)
     num_steps = training.num_steps or terms[0].plan.num_steps(training.num_epochs)
     done = _restore(learner, worker)
     window, started, first = Window(), time.perf_counter(), done
@@ -58,6 +60,7 @@ def train(
         **({"predicted_memory_mib": predicted} if predicted is not None else {}),
         "num_steps": num_steps,
         "micro_batch_tokens": terms[0].plan.micro_batch_tokens,
+        "num_flops": tally.take(),
         "num_tokens_trained": sum(term.num_tokens(step) for term in terms for step in range(first, num_steps)),
     }
 

@@ -44,6 +44,7 @@ from prefarena.training.moving_reference import MovingReference
 from prefarena.training.on_policy_batch import Batch, experience_metrics, learnable
 from prefarena.training.on_policy_memory import fitting_micro_batch
 from prefarena.training.on_policy_models import POLICY, load_models, save_adapters, save_models
+from prefarena.training.rollout_counts import RolloutCounts
 from prefarena.training.rollouts import RolloutStream, minibatches, share, snapshot_iterations
 from prefarena.training.schedule import warmed_up
 from prefarena.training.window import Window
@@ -94,7 +95,11 @@ def _train(trainer: OnPolicyTrainer) -> dict[str, Any]:
             worker.save(trainer.iteration, trainer.tensors(), trainer.state())
     save_models(trainer.models, job, worker, trainer.tokenizer, job.model_dir)
     save_adapters(trainer.models, job, worker)
-    counts: dict[str, float] = {**trainer.counts, **trainer.judge_calls(), "micro_batch_size": trainer.micro_batch_size}
+    counts: dict[str, float] = {
+        **trainer.counts.totals,
+        **trainer.judge_calls(),
+        "micro_batch_size": trainer.micro_batch_size,
+    }
     if trainer.predicted_mib is not None:
         counts["predicted_memory_mib"] = trainer.predicted_mib
     # The generators' devices are held all the while.
@@ -179,7 +184,7 @@ class OnPolicyTrainer:
             packed=self.models.policy.packed,
             pass_tokens=self.micro_batch_size * (self.stream.longest_prompt + job.response_limit),
         )
-        self.counts = {"num_tokens_generated": 0, "num_tokens_trained": 0}
+        self.counts = RolloutCounts(self.models, self.scorers, self.settings, worker)
         self.iteration = 0
         self.bad_iterations = 0  # in a row, up to now
 
@@ -227,7 +232,7 @@ class OnPolicyTrainer:
             "weight_version": version,
             "bad_iterations": self.bad_iterations,
             "guards": guards,
-            **self.counts,
+            **self.counts.totals,
         }
 
     def restore(self) -> None:
@@ -244,7 +249,7 @@ class OnPolicyTrainer:
             self.moving.restore(checkpoint.tensors)
         self.bad_iterations = state["bad_iterations"]
         self.controller = KLController(state["kl_coef"], settings.target_kl, settings.kl_horizon)
-        self.counts = {name: state[name] for name in self.counts}
+        self.counts.restore(state)
         self.iteration = checkpoint.step
 
     def save_snapshot(self) -> None:
@@ -274,15 +279,13 @@ class OnPolicyTrainer:
             self.controller = self.controller.update(row[f"{kl}/k1"], len(experience))
         with phases("update"):
             row |= self._update(targets.batch, coef)
-        self.counts["num_tokens_generated"] += experience.num_response_tokens
-        self.counts["num_tokens_trained"] += experience.num_sequence_tokens * self.settings.num_epochs
-        if not self.policy_frozen():
-            self.counts["num_tokens_trained"] += self.beside.num_tokens(iteration)
+        beside = 0 if self.policy_frozen() else self.beside.num_tokens(iteration)
+        self.counts.add(experience.sequences, num_beside=beside)
         self.iteration = iteration + 1
         if self.moving is not None:
             self.moving.after(self.iteration)
         row["tokens_per_second"] = phases.throughput(experience.num_sequence_tokens)
-        return row | self.counts | phases.seconds
+        return row | self.counts.totals | phases.seconds
 
     def make_experience(self, phases: Phases) -> Experience:
         """The rollouts of this iteration, scored, of all workers; in asynchronous mode the next ones are asked for."""

@@ -28,6 +28,7 @@ from prefarena.training.jobs import RewardModelJob
 from prefarena.training.loading import Loader
 from prefarena.training.off_policy import train
 from prefarena.training.saving import save_trained
+from prefarena.training.tally import Tally
 from prefarena.training.terms import Pairs, RewardModelTerm, Rows, Shares, pair_scores
 from prefarena.training.worker import Worker
 
@@ -68,7 +69,11 @@ def train_reward_model(job: RewardModelJob, worker: Worker) -> dict[str, Any]:
     )
     del model, head
     judge = _finished(trained, job, worker)
-    return {"costs": worker.costs(**counts), **_measured(judge, job, tokenizer.pad_token_id, worker)}
+    tally = Tally([judge.head], settings.training, worker)
+    measured = _measured(judge, job, tokenizer.pad_token_id, worker)
+    counts["num_flops"] += tally.take()
+    labels = min(int(counts["num_steps"]) * settings.training.batch_size, len(term.plan.lengths))
+    return {"costs": worker.costs(**counts), "pairs": {"num_data_labels": labels}, **measured}
 
 
 def _finished(trained: PreTrainedModel | None, job: RewardModelJob, worker: Worker) -> RewardModelJudge:

@@ -126,6 +126,7 @@ def _train_policy(job: ReferenceJob | OffPolicyJob, worker: Worker, drawer: Pair
         counts |= {name: pairs["pairs"].pop(name) for name in ("num_tokens_generated",) if name in pairs["pairs"]}
     if drawer is not None:
         counts |= drawer.judge_calls()
+        counts["num_flops"] += drawer.flops()
     save_trained(model, job, tokenizer, worker, lambda: load_policy(job.policy), has_adapters=settings.lora is not None)
     # The generators' devices are held all the while.
     beside = len(job.drawing.generators) if isinstance(job, OffPolicyJob) and job.drawing is not None else 0

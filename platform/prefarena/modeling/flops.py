@@ -7,37 +7,22 @@ sees (attention), and the tokens that are scored (the head, which runs on those 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from torch import nn
 from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from prefarena.modeling.layers import decoder_layers, is_linear
 from prefarena.modeling.lora import add_adapters
 from prefarena.modeling.memory import on_shapes
+from prefarena.modeling.passes import Pass, Worked, passed
 from prefarena.settings.optimisation import LoRA
 
 #: Of multiplying and adding, and of both products of attention (with keys, and with values).
 _FLOPS, _ATTENTION = 2, 4
-
-
-@dataclass(frozen=True)
-class Pass:
-    """What passes over a model go through, added up. tokens: as they are laid out, a shared prompt once.
-
-    visible: pairs of a token and one that it attends to, itself included. scored: tokens that the head runs on.
-    """
-
-    tokens: float
-    visible: float
-    scored: float
-
-    def times(self, factor: float) -> Pass:
-        return Pass(factor * self.tokens, factor * self.visible, factor * self.scored)
-
-    def plus(self, other: Pass) -> Pass:
-        return Pass(self.tokens + other.tokens, self.visible + other.visible, self.scored + other.scored)
 
 
 @dataclass(frozen=True)
@@ -76,6 +61,20 @@ class Counts:
         once_more = self.forward(passed, head=False) if recomputed else 0.0
         # Of a product that is not trained only one gradient is computed; attention has one of each side.
         return 2 * forward + weights + once_more
+
+
+def flops_of(worked: Worked, counts: Counts, *, head: bool, recomputed: bool = False) -> float:
+    """FLOPs of all passes over a model. head: the language model's, else a scalar one; see `Counts.training`."""
+    trained = counts.training(worked.trained, head=head, recomputed=recomputed)
+    return counts.forward(worked.scored, head=head) + trained
+
+
+def generated(settings: PretrainedConfig, sizes: Iterable[tuple[int, int]]) -> float:
+    """FLOPs of generating responses, each token once, since keys and values are kept. sizes: tokens of each prompt and
+    of its response.
+    """
+    prompts, responses = np.array([*sizes], float).reshape(-1, 2).T
+    return count_model(settings).forward(passed(prompts, responses[:, None]))
 
 
 def count_model(settings: PretrainedConfig, lora: LoRA | None = None) -> Counts:

@@ -1,0 +1,43 @@
+"""Charts of what the best measure stands at against what methods cost, as data for the script of report.html."""
+
+from __future__ import annotations
+
+import html
+
+from prefarena.report.charts import Chart, Line, key_of
+from prefarena.report.results import Results
+from prefarena.report.tables import number
+from prefarena.report.whole_costs import Priced, against_costs
+
+_NOTE = "One seed's own stages; shared stages and evaluation are left out. Bars are one standard error."
+
+
+def against_cost_charts(results: Results) -> list[Chart]:
+    """A chart for each thing that methods cost and in which they differ."""
+    measure, found = against_costs(results)
+    return [
+        {
+            "id": f"against-{axis.split(',')[0].lower().replace(' ', '-')}",
+            "title": f"{measure[:1].upper()}{measure[1:]} against {axis.split(',')[0]}",
+            "note": _NOTE,
+            "x": axis,
+            "y": measure,
+            "lines": [_line(results, point, measure, axis) for point in points],
+        }
+        for axis, points in found
+    ]
+
+
+def _line(results: Results, point: Priced, measure: str, axis: str) -> Line:
+    cost = f"{point.cost:.2e}" if point.cost >= 1e7 else number(point.cost, 0)
+    text = f"<b>{html.escape(point.entry.name)}</b><br>{measure}: {number(point.value, 3)}<br>{axis}: {cost}"
+    return {
+        "key": key_of(results, point.entry),
+        "name": point.entry.name,
+        "role": "mean",
+        "x": [float(f"{point.cost:.6g}")],
+        "y": [float(f"{point.value:.6g}")],
+        "ex": [None],
+        "ey": [point.error],
+        "text": [text],
+    }

@@ -1,0 +1,121 @@
+"""What each method cost as a whole: labels, judgements, tokens, FLOPs, device-seconds, memory; reward against each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+from prefarena.report.results import Cost, EntryResult, Results, aggregate
+from prefarena.report.tables import MISSING, Table, number
+
+#: Of an entry, per seed; None where it is not known or there is none of it.
+Spent = Callable[[Results, EntryResult], float | None]
+
+
+@dataclass(frozen=True)
+class Expense:
+    """One thing that a method costs. axis: what it is called on a chart; none: it is in the table alone."""
+
+    name: str
+    spent: Spent
+    axis: str | None = None
+
+
+def own_costs(results: Results, entry: EntryResult) -> list[Cost]:
+    """Of the entry's own stages; what measures the policy is left out."""
+    return [cost for cost in results.costs if cost.entry == entry.name and not cost.is_evaluation]
+
+
+def _total(field: str, results: Results, entry: EntryResult) -> float | None:
+    """Over the entry's own stages, each a mean over its seeds."""
+    stages: dict[str, list[float]] = {}
+    for cost in own_costs(results, entry):
+        stages.setdefault(cost.stage, []).append(float(getattr(cost, field)))
+    return sum(sum(found) / len(found) for found in stages.values()) or None
+
+
+def _labels(results: Results, entry: EntryResult) -> float | None:
+    found = [value.mean for key in ("data_labels", "own_labels") if (value := aggregate(entry, key)) is not None]
+    return sum(found) or None
+
+
+def _judged(results: Results, entry: EntryResult) -> float | None:
+    pairs = aggregate(entry, "responses_judged")
+    return ((_total("num_rewards", results, entry) or 0.0) + (pairs.mean if pairs else 0.0)) or None
+
+
+def _peak(results: Results, entry: EntryResult) -> float | None:
+    peaks = [cost.peak_memory_mib for cost in own_costs(results, entry) if cost.peak_memory_mib is not None]
+    return max(peaks, default=None)
+
+
+EXPENSES = (
+    Expense("labels", _labels, "labelled pairs"),
+    Expense("responses judged", _judged),
+    Expense("tokens trained", partial(_total, "num_tokens_trained")),
+    Expense("tokens generated", partial(_total, "num_tokens_generated")),
+    Expense("FLOPs", partial(_total, "num_flops"), "FLOPs"),
+    Expense("device, s", partial(_total, "device_seconds"), "device-seconds"),
+    Expense("peak memory, MiB", _peak, "peak memory per worker, MiB"),
+)
+
+
+def whole_cost_table(results: Results) -> Table | None:
+    """A row for every entry that was trained; None where no stage has told its costs."""
+    told = [entry for entry in results.trained() if entry.seeds and own_costs(results, entry)]
+    rows = tuple((entry.shown_name, *(_cell(one, results, entry) for one in EXPENSES)) for entry in told)
+    caption = (
+        "For one seed, means over seeds; the entry's own stages with its reward model's, without what entries share "
+        "(the reference, pairs and their log-probs) and without evaluation. Labels: different pairs that the entry or "
+        "its reward model was trained on. Responses judged: rewards of rollouts, and of pairs that were drawn in "
+        "training. FLOPs: products of matrices, counted by the models' shapes and the lengths that went through them, "
+        "generation and models that only score included. Device seconds: of workers and generation actors. Peak "
+        "memory: of the worker that held most, all of its models together."
+    )
+    header = ("policy", *(expense.name for expense in EXPENSES))
+    return Table(f"{results.name}: what each method cost", header, rows, caption, 2) if rows else None
+
+
+def _cell(expense: Expense, results: Results, entry: EntryResult) -> str:
+    value = expense.spent(results, entry)
+    if value is None:
+        return MISSING
+    return f"{value:.2e}".replace("e+", "e") if expense.name == "FLOPs" else number(value, 0)
+
+
+@dataclass(frozen=True)
+class Priced:
+    """An entry at what it cost: the value of its measure, and its standard error where there is one."""
+
+    entry: EntryResult
+    cost: float
+    value: float
+    error: float | None
+
+
+def against_costs(results: Results) -> tuple[str, list[tuple[str, list[Priced]]]]:
+    """The measure's name, and for each expense with an axis every entry at what it cost of that.
+
+    Expenses in which all entries are alike, or that fewer than two entries have, are left out.
+    """
+    name, key = _measure(results)
+    found = []
+    for expense in EXPENSES:
+        points = []
+        for entry in results.trained():
+            cost, value = expense.spent(results, entry), aggregate(entry, key)
+            if cost is not None and value is not None:
+                points.append(Priced(entry, cost, value.mean, value.stderr))
+        if expense.axis is not None and len({point.cost for point in points}) > 1:
+            found.append((expense.axis, points))
+    return name, found
+
+
+def _measure(results: Results) -> tuple[str, str]:
+    """What a policy is paid for: its name and key."""
+    if results.exact:
+        return "reward", "reward/covered"
+    if any(aggregate(entry, "judge_score") for entry in results.trained()):
+        return "judge score", "judge_score"
+    return "win rate", "win_rate"
