@@ -34,13 +34,16 @@ MODELS = {
         "num_key_value_heads": 8,
     },
 }  # fmt: skip
+#: Of a card, what Ray is told that a worker takes whose card an engine that sleeps is on.
+WORKER_OF_SLEEPERS = 0.9
 METHODS = {"DPO": "dpo", "PPO": "rlhf", "GRPO": "grpo"}
 
 
 @dataclass(frozen=True)
 class Row:
-    """workers: on a card each; of on-policy methods engines have others, but where `beside` says how much of the
-    worker's card one takes. size: rollouts, or pairs, in a pass.
+    """workers: on a card each; of on-policy methods engines have others, except where `beside` says how much of the
+    worker's card one takes. size: rollouts, or pairs, in a pass. asleep: engines are on the workers' cards and sleep
+    while these learn (`generation.sleep_mode`). offloaded: weights and optimizer are in the host's memory.
     """
 
     model: str
@@ -49,6 +52,8 @@ class Row:
     workers: int
     size: int
     beside: float | None = None
+    asleep: bool = False
+    offloaded: bool = False
 
 
 ROWS = [
@@ -73,6 +78,15 @@ ROWS = [
     Row("70B", "PPO", True, 7, 1),
     Row("70B", "GRPO", False, 64, 1),
     Row("70B", "GRPO", True, 7, 1),
+    Row("7B", "PPO", False, 8, 4, beside=0.5, asleep=True),
+    Row("7B", "GRPO", False, 8, 4, beside=0.5, asleep=True),
+    Row("13B", "PPO", False, 8, 1, beside=0.4, asleep=True),
+    Row("13B", "PPO", True, 1, 1, beside=0.5, asleep=True),
+    Row("7B", "DPO", False, 1, 1, offloaded=True),
+    Row("7B", "PPO", False, 1, 1, beside=0.3, offloaded=True),
+    Row("13B", "PPO", False, 2, 1, offloaded=True),
+    Row("70B", "DPO", False, 8, 1, offloaded=True),
+    Row("70B", "PPO", False, 16, 1, offloaded=True),
 ]
 
 
@@ -90,7 +104,13 @@ def config_of(row: Row) -> Comparison:
         method["reward"] = {"kind": "learned", "training": {**halved, **adapters}}
     resources: dict[str, Any] = {"use_gpu": True, "num_workers": row.workers, "sharding": "fsdp"}
     generation: dict[str, Any] = {"gpus": 1}
-    if row.beside is not None:
+    if row.offloaded:
+        resources["cpu_offload"] = True
+    if row.asleep:  # Ray is told of small shares, since the engine's memory is given back while a worker learns
+        resources["gpus_per_worker"] = WORKER_OF_SLEEPERS
+        asleep = {"gpus": 1 - WORKER_OF_SLEEPERS, "num_actors": row.workers, "sleep_mode": "keep"}
+        generation = {**asleep, "gpu_memory_utilization": row.beside}
+    elif row.beside is not None:
         resources["gpus_per_worker"] = 1 - row.beside
         generation = {"gpus": row.beside, "gpu_memory_utilization": row.beside}
     return parse_config({
@@ -110,7 +130,10 @@ def told(row: Row) -> str:
     part = share_beside_engine(config) if training.on_policy else config.resources.gpus_per_worker
     room = part * CARD
     verdict = "fits" if need.total <= USABLE * room else "tight" if need.total <= room else "no"
-    where = "beside" if row.beside is not None else "-" if row.method == "DPO" else "apart"
+    awake = need.weights + need.optimizer + (row.beside or 0) * CARD
+    if row.asleep and awake > CARD:
+        verdict = "no"
+    where = "asleep" if row.asleep else "beside" if row.beside is not None else "-" if row.method == "DPO" else "apart"
     sizes = "".join(
         f"{one / GIB:>8.1f}" for one in (need.weights, need.gradients, need.optimizer, need.activations, need.total)
     )
@@ -118,11 +141,12 @@ def told(row: Row) -> str:
     weights = "adapters" if row.adapters else "in full"
     return (
         f"{row.model:<5}{row.method:<6}{weights:<9}{row.workers:>7}{row.size:>5} {where:<7}{sizes}{room / GIB:>8.1f}"
+        f"{f'{awake / GIB:.1f}' if row.asleep else '-':>8}{f'{need.host / GIB:.1f}' if row.offloaded else '-':>8}"
         f"  {verdict:<6}{seconds:>5.0f} s"
     )
 
 
-HEADER = "model method         workers pass engine  weights  grads  optim.  passes    need    room         took"
+HEADER = "model method         workers pass engine  weights  grads  optim.  passes    need    room   awake    host         took"
 
 
 def main() -> None:
