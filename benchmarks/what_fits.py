@@ -146,7 +146,10 @@ def told(row: Row) -> str:
     )
 
 
-HEADER = "model method         workers pass engine  weights  grads  optim.  passes    need    room   awake    host         took"
+HEADER = (
+    "model method         workers pass engine  weights  grads  optim.  passes    need    room"
+    "   awake    host         took"
+)
 
 
 def main() -> None:
