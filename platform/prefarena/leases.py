@@ -181,7 +181,10 @@ class Leases:
                     try:
                         if not self._beat(path, beat):
                             self._held.remove(path)
-                            _logger.warning("the lease %s was taken by another run; this one was away too long", path)
+                            _logger.warning(
+                                "the lease %s was taken over by another run, because this one did not renew it in time",
+                                path,
+                            )
                     except OSError as error:  # the next beat may do better; until then the lease ages
                         _logger.warning("the lease %s could not be renewed: %s", path, error)
 

@@ -62,7 +62,7 @@ def root_of(output: str, cache_dir: str | None) -> Path:
         return Path(output).absolute()
     name = quote(output.rstrip("/"), safe="")
     if len(name) > _LONGEST_NAME:
-        raise UserError(f"output: {output} is too long for the name of its copy on a node; give a shorter prefix")
+        raise UserError(f"output: {output} is too long to name its copy on a node; use a shorter prefix")
     cache = cache_dir or os.path.join(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "prefarena")
     return Path(cache).expanduser().absolute() / _TOP / name
 

@@ -31,7 +31,7 @@ _UNREACHED = {
 #: Of S3, where a conditional write was not done.
 _CONDITION_FAILED = ("PreconditionFailed", "ConditionalRequestConflict", "412", "409")
 _REMEDY = (
-    "give the nodes credentials that may use it, by a role, a service account or their environment (docs/cluster.md, "
+    "give the nodes credentials for it, through a role, a service account or their environment (docs/cluster.md, "
     '"Credentials")'
 )
 
@@ -80,7 +80,7 @@ def reaching(url: str) -> Iterator[None]:
         raise
     except unreached() as error:
         missing = "credentials" in type(error).__name__.lower() or "credentials" in str(error).lower()
-        remedy = _REMEDY if missing else "look at the network, and at AWS_ENDPOINT_URL where one is set"
+        remedy = _REMEDY if missing else "check the network, and AWS_ENDPOINT_URL if it is set"
         raise UserError(f"{url}: the store cannot be used from here ({first_line(error)}); {remedy}") from error
 
 
@@ -231,8 +231,8 @@ def check_output(url: str) -> str | None:
     if excluded:
         return None
     return (
-        f"output: {url} takes no conditional writes as they are used here, so two comparisons could do one stage at "
-        "once: run one comparison at a time with this output"
+        f"output: {url} does not support the conditional writes that are used here, so two comparisons could run the "
+        f"same stage at once; run one comparison at a time with this output"
     )
 
 

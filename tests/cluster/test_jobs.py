@@ -224,7 +224,7 @@ def test_a_comparison_runs_as_a_job_and_its_log_arrives(
     models = [next((outside / "shared" / "stages").glob(f"{kind}-*/model")) for kind in ("dpo", "custom")]
     ours, expected = (load_policy(model).state_dict() for model in models)
     assert all(torch.equal(ours[name], value) for name, value in expected.items())  # bit for bit
-    assert "has a job of this name already" in refused(capsys, *arguments)
+    assert "already has a job of this name" in refused(capsys, *arguments)
     assert main(["status", "--address", head.address]) == 0
     assert "whole: SUCCEEDED" in capsys.readouterr().out
     assert main(["logs", "whole", "--address", head.address]) == 0
@@ -266,7 +266,7 @@ def test_a_stopped_job_ends_those_who_follow_it(head: Head, client: JobClient, t
 
 
 @pytest.mark.parametrize(
-    ("token", "says"), [("wrong", "does not accept the token"), (None, "asks for a token, and none is set here")]
+    ("token", "says"), [("wrong", "does not accept the token"), (None, "requires a token, but none is set here")]
 )
 def test_without_the_right_token_one_sentence(
     capsys: pytest.CaptureFixture[str],

@@ -69,10 +69,10 @@ def test_what_does_not_fit_is_told_with_what_there_is_and_the_setting() -> None:
     with pytest.raises(UserError) as caught:
         check_placement(config(generation={"labels": {"role": "serve"}}), NODES)
     message = str(caught.value)
-    assert "1 x (1 CPU) for generation actors on nodes labelled role: serve, and there is room for 0" in message
+    assert "1 x (1 CPU) for generation actors on nodes labelled role: serve, but there is only room for 0" in message
     assert "3 nodes: " in message and "1 x 8 CPU, 1 GPU (role: generate)" in message
     assert "generation.labels" in message and "resources.autoscaled" in message
-    with pytest.raises(UserError, match=r"training workers, and there is room for 0.*change resources, or"):
+    with pytest.raises(UserError, match=r"training workers, but there is only room for 0.*change resources, or"):
         check_placement(config(resources={"cpus_per_worker": 9}), NODES)
 
 
@@ -102,7 +102,7 @@ def test_what_scores_samples_is_counted_beside_the_engines() -> None:
     one_gpu, gpu = Node("a", {"CPU": 8.0, "GPU": 1.0}), {"use_gpu": True}
     said = refused(text(resources=gpu), one_gpu)
     assert "1 x (1 GPU) for generation actors and 1 x (1 CPU, 1 GPU) for scoring samples stand side by side" in said
-    assert "takes 2 GPUs, and the nodes that may hold them have 1" in said
+    assert "takes 2 GPUs, but the nodes available to them have 1" in said
     assert "lower generation.gpus or resources.scoring.gpus" in said
     assert not refused(text(resources=gpu), one_gpu, one_gpu)
     shares = {"generation": {"gpus": 0.5}, "resources": {**gpu, "scoring": {"gpus": 0.5}}}
@@ -158,9 +158,11 @@ def test_an_engine_over_several_devices_needs_them_on_one_node() -> None:
     assert str(engines) == "1 x (4 GPU) for generation actors"
     assert fitting(engines, [eight, four]) == 3 and fitting(demands(asked(3))[1], [eight, four]) == 3
     assert not refused(asked(4, num_actors=2), eight, four)
-    assert "2 x (8 GPU) for generation actors, and there is room for 1" in refused(asked(8, num_actors=2), eight, four)
+    assert "2 x (8 GPU) for generation actors, but there is only room for 1" in refused(
+        asked(8, num_actors=2), eight, four
+    )
     beside = refused(asked(8), eight)
-    assert "takes 9 GPUs, and the nodes that may hold them have 8" in beside
+    assert "takes 9 GPUs, but the nodes available to them have 8" in beside
     assert "lower resources.gpus_per_worker or generation.gpus x tensor_parallel" in beside
     assert not refused(asked(7), eight)
     on_cpus = config(generation={"tensor_parallel": 2, "cpus": 3})
@@ -201,4 +203,4 @@ def test_on_three_nodes_everything_lands_where_it_is_asked_to(tmp_path: Path) ->
         assert "the cluster has 4 nodes: " in waited and "1 x 1 CPU (role: train)" in waited
         assert "free now: 4 CPU" in waited
     assert len(found["waited"]) == 2
-    assert "there is room for 0" in found["refused"]
+    assert "there is only room for 0" in found["refused"]

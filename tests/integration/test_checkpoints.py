@@ -160,8 +160,8 @@ def test_a_full_disk_leaves_the_last_checkpoint_and_nothing_else(tmp_path: Path)
             folder.save(9, TENSORS, {})
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert str(caught.value).startswith("dpo-s0: checkpoint of step 6: no room is left under /")
-    assert "run the same command again, which goes on from the last checkpoint" in str(caught.value)
+    assert str(caught.value).startswith("dpo-s0: checkpoint of step 6: no space is left under /")
+    assert "run the same command again, which continues from the last checkpoint" in str(caught.value)
     assert [path.name for path in (tmp_path / "dpo-s0" / "checkpoints").iterdir()] == ["step-00000003"]
     assert folder.read(3).step == 3
 

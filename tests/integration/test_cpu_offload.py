@@ -201,8 +201,8 @@ def test_the_doctor_looks_at_the_memory_of_each_node_for_all_its_workers() -> No
 @pytest.mark.parametrize(
     ("changed", "told"),
     [
-        ({"use_gpu": False}, "where everything is anyway without resources.use_gpu: true"),
-        ({"sharding": "none"}, "is for what resources.sharding: fsdp cuts into parts"),
+        ({"use_gpu": False}, "without resources.use_gpu: true everything is there already"),
+        ({"sharding": "none"}, "applies to what resources.sharding: fsdp cuts into parts"),
     ],
 )
 def test_offloading_where_it_makes_no_sense_is_one_sentence(changed: dict[str, Any], told: str) -> None:

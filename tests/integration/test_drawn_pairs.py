@@ -331,7 +331,7 @@ def test_a_policy_may_be_named_by_its_path() -> None:
     ("changed", "message"),
     [
         ({"reference": {"train": True}}, "prompts without answers, and reference.train: true learns from answers"),
-        ({"judge": {"kind": "learned"}}, "and judge.kind: learned learns from answers"),
+        ({"judge": {"kind": "learned"}}, "but judge.kind: learned learns from answers"),
         ({"model": {"kind": "scratch"}, "reference": {"train": True}}, "and model.kind: scratch learns from answers"),
     ],
 )
@@ -358,7 +358,7 @@ def test_a_policy_with_other_tokens_is_refused(tmp_path: Path, tiny_policy: str)
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ({"annotators": [{"judge": {"kind": "gold"}}]}, "exists on the enumerable language alone"),
+        ({"annotators": [{"judge": {"kind": "gold"}}]}, "exists only on the enumerable language"),
         ({"annotators": [{"judge": {"kind": "learned"}}]}, "leave the annotator's judge out"),
         ({"annotators": []}, "at least 1"),
         ({"num_samples": 1}, "greater than or equal to 2"),

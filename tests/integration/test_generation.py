@@ -223,7 +223,7 @@ def test_a_trial_shows_whether_an_engine_takes_weights(generator: Generators, ti
     for kept in (tiny_policy, other):  # the old weights, and those of another model
         inside(generator, receive_instead, kept)
         try:
-            with pytest.raises(WeightMismatchError, match="does not hold what was sent"):
+            with pytest.raises(WeightMismatchError, match="engine's weights are not those that were sent"):
                 generator.try_weights(tiny_policy)
             with pytest.raises(WeightMismatchError, match=r"differ from those of transformers by [\d.]+ nats"):
                 blind.try_weights(tiny_policy)
@@ -359,7 +359,9 @@ def test_an_engine_that_holds_something_else_is_found_out_and_not_used(
     weights = perturbed(load_policy(tiny_policy), 0).state_dict()
     inside(generator, corrupt_updates, name)
     try:
-        with pytest.raises(WeightMismatchError, match=rf"does not hold what was sent: {re.escape(name)} differ"):
+        with pytest.raises(
+            WeightMismatchError, match=rf"engine's weights are not those that were sent: {re.escape(name)} differ"
+        ):
             generator.sync(weights.items(), "corrupt")
     finally:
         inside(generator, corrupt_updates, None)

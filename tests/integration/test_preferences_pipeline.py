@@ -158,7 +158,9 @@ def test_a_test_set_of_its_own_goes_through_the_pipeline(ray_session: None, tmp_
     assert (summary["num_rows"], summary["num_train_pairs"], summary["num_judge_pairs"]) == (40, 37, 0)
     assert (summary["test_data"]["num_rows"], summary["num_test_pairs"]) == (8, 8)
     assert summary["dropped"] == {rejections.IN_TEST_DATA: 3}
-    assert "3 of 40 rows begin with the same prompt as a row of the test data, and do not train" in summary["notes"]
+    assert (
+        "3 of 40 rows begin with the same prompt as a row of the test data, and are not trained on" in summary["notes"]
+    )
     assert test in summary["rules"]["splits"]
 
 
@@ -205,7 +207,7 @@ def test_too_many_unusable_rows_stop_the_run(ray_session: None, tmp_path: Path) 
         prepare_text(TextTask(data=data), None, MODEL, tmp_path / "out", num_tokenisers=1)
     for part in (
         "11 of 1011 rows (1.1%) cannot be trained on, and task.max_rejected_share allows 0.01 of them",
-        f"identical responses 11, first at {data}:1001 - leave out pairs whose responses do not differ",
+        f"identical responses 11, first at {data}:1001 - leave out pairs whose responses are identical",
         f"{tmp_path / 'out/dropped.jsonl'} lists them all",
         "fix the rows, or raise task.max_rejected_share",
     ):

@@ -120,7 +120,7 @@ def test_what_one_rank_holds_wrongly_is_noticed(two_ranks: Generators, tiny_poli
         if padded:
             two_ranks.sync(weights.items(), "padding")
         else:
-            with pytest.raises(WeightMismatchError, match="does not hold what was sent"):
+            with pytest.raises(WeightMismatchError, match="engine's weights are not those that were sent"):
                 two_ranks.sync(weights.items(), "wrong")
             assert two_ranks.versions() == {"two-ranks": None}
     finally:

@@ -166,7 +166,7 @@ def test_too_many_in_a_row_fail_the_method_and_keep_its_last_checkpoint(
     run_job(job, Worker(job.stage_dir))  # returns: the jobs after it go on
     assert not is_finished(job.stage_dir) and is_settled(job.stage_dir)
     reason = failure_of(job.stage_dir)
-    assert reason is not None and "not a number in 3 steps up to step 6 in a row, more than the 2" in reason
+    assert reason is not None and "not finite in 3 steps up to step 6 in a row, but only 2" in reason
     kept = Worker(job.stage_dir).restore()
     assert (kept is not None and kept.step == 6) or (kept is not None and kept.step == 3)
     assert all(tensor.isfinite().all() for tensor in kept.tensors.values())
@@ -204,6 +204,6 @@ def test_an_on_policy_method_passes_over_a_bad_batch_and_fails_after_too_many(
     trained = load_policy(str(tmp_path / "once" / "model")).state_dict()
     assert all(tensor.isfinite().all() for tensor in trained.values())
     reason = failure_of(tmp_path / "always")
-    assert reason is not None and "2 iterations up to iteration 5 in a row, more than the 1" in reason
+    assert reason is not None and "2 iterations up to iteration 5 in a row, but only 1" in reason
     kept = Worker(str(tmp_path / "always")).restore()
     assert kept is not None and kept.step == 4 and kept.state["bad_iterations"] == 1

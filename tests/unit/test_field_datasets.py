@@ -238,8 +238,8 @@ def numbered(**columns: list[Any]) -> list[Row]:
         ([0.0, 0.1, 0.2], "all of its first 3 labels are under one half"),
         (["chosen", "rejected"], "label is str, not a number"),
         ([True, False], "label is bool, not a number"),
-        ([1, 2, 3], "rename the column where it is something else"),
-        ([-1, 1, 1], "rename the column where it is something else"),
+        ([1, 2, 3], "rename the column if it is something else"),
+        ([-1, 1, 1], "rename the column if it is something else"),
     ],
 )
 @pytest.mark.parametrize("kind", ["jsonl", "parquet"])
@@ -290,7 +290,7 @@ def test_labels_and_scores_against_the_order_are_counted_and_said(tmp_path: Path
     assert (counts["num_labels_under_half"], counts["num_scores_contradicting"]) == (40, 20)
     notes = order_notes(counts)
     assert "40 of 60 pairs have a label under one half" in notes[0]
-    assert "20 of 60 pairs have a lower score beside `chosen`" in notes[1]
+    assert "20 of 60 pairs have a lower score for `chosen`" in notes[1]
 
 
 # --------------------------------------------------------------------------------------------- a folder's files
@@ -374,7 +374,7 @@ def test_files_that_are_named_by_split_honour_it(
         (
             ("train_prefs-00000-of-00001.jsonl", "train_sft-00000-of-00001.jsonl"),
             "train",
-            "several splits are meant by 'train': train_prefs, train_sft",
+            "more than one split matches 'train': train_prefs, train_sft",
         ),
     ],
 )
@@ -390,7 +390,7 @@ def test_a_folder_without_the_split_stops_with_a_sentence(
 
 def test_a_folder_of_folders_says_that_they_are_not_looked_into(tmp_path: Path) -> None:
     (tmp_path / "data").mkdir()
-    with pytest.raises(UserError, match=r"\(data/ in it are not looked into\)"):
+    with pytest.raises(UserError, match=r"\(data/ in it are not searched\)"):
         find_parts(str(tmp_path), "train")
 
 

@@ -146,7 +146,7 @@ def test_messages_in_cells_are_messages(tmp_path: Path) -> None:
         ("lines.jsonl", bz2.compress(lines(ROWS)), "rename it to end in .bz2"),
         ("lines.jsonl", lzma.compress(lines(ROWS)), "rename it to end in .xz"),
         ("cut.json", array(ROWS)[:-30], "holds a JSON array that is not closed"),
-        ("two.json", array(ROWS) + array(ROWS), "something else behind it"),
+        ("two.json", array(ROWS) + array(ROWS), "something else after it"),
         ("ragged.csv", b"prompt,chosen,rejected\na,b,c\na,b\n", "not readable as csv"),
         ("latin.csv", "prompt,chosen,rejected\na,caf\u00e9,c\n".encode("latin-1"), "not readable as csv"),
         ("empty.csv", b"", "no column 'chosen'"),

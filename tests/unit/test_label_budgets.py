@@ -68,14 +68,14 @@ def test_a_written_configuration_gives_the_same_entries_again() -> None:
 @pytest.mark.parametrize(
     ("methods", "more", "says"),
     [
-        (({"kind": "dpo"},), {"label_budgets": [10, 10]}, "label_budgets: a number of pairs stands there twice"),
+        (({"kind": "dpo"},), {"label_budgets": [10, 10]}, "label_budgets: a number of pairs is listed twice"),
         (({"kind": "dpo"},), {"label_budgets": [0]}, "label_budgets.0"),
         (({"kind": "dpo"},), {"label_budgets": [20000]}, "entry 'dpo-20000' asks for 20,000 pairs"),
         (({"kind": "rlhf", "reward": {"kind": "learned", "num_pairs": 20000}},), {}, "task.num_pairs is 16,384"),
         (
             ({"kind": "dpo", "online": {"every": 4}},),
             {"label_budgets": [10]},
-            "entry 'dpo' learns from pairs that were drawn online",
+            "entry 'dpo' learns from pairs drawn online",
         ),
         (({"kind": "dpo", "num_pairs": 0},), {}, "num_pairs"),
         (
@@ -142,7 +142,7 @@ def test_a_replay_has_the_pairs_of_its_source() -> None:
     plan = make_plan(config)[0]
     job = entry_job(config, plan, plan.trained[1])
     assert isinstance(job, OffPolicyJob) and job.replayed is not None and job.replayed.num_pairs == 10
-    with pytest.raises(UserError, match="does not go with num_pairs"):
+    with pytest.raises(UserError, match="cannot be combined with num_pairs"):
         config_of(source, {"kind": "ipo", "replay": "dpo", "num_pairs": 5})
 
 

@@ -92,7 +92,7 @@ def test_only_the_first_rows_and_only_those_of_max_rows_are_looked_at(tmp_path: 
 def test_other_reasons_are_told_beside_the_lengths(tmp_path: Path, bpe: Path) -> None:
     rows = [row(chosen=6, rejected=6, prompt=10 + i) for i in range(40)] + [row(label=3.0)]
     (sentence,) = said(tmp_path, rows, bpe, max_rejected_share=0.03)
-    assert "1 (2.4%) cannot be trained on for other reasons than their length" in sentence
+    assert "1 (2.4%) cannot be trained on for reasons other than their length" in sentence
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_other_reasons_are_told_beside_the_lengths(tmp_path: Path, bpe: Path) ->
         ([513], 10**9, 0, "task.x: 1024 would keep all whole"),
         ([10] * 997 + [300, 300, 5000], 10**9, 0.005, ""),  # few enough already
         ([10] * 990 + [300] * 9 + [5000], 10**9, 0.005, "task.x: 512 would keep 99.9% whole"),
-        ([300, 900, 5000], 1000, 0, "task.x: 1000 would keep 66.6% whole, and more does not fit the model's context"),
+        ([300, 900, 5000], 1000, 0, "task.x: 1000 would keep 66.6% whole; more does not fit the model's context"),
         ([300], 200, 0, ""),  # nothing more fits
         ([], 10**9, 0, ""),
     ],

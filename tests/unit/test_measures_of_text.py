@@ -265,7 +265,7 @@ def test_too_few_samples_and_a_judge_without_scores_are_refused(tmp_path: Path) 
         comparison(tmp_path, frontier_samples=7)
     tree = comparison(tmp_path, frontier_samples=8).model_dump(mode="json")
     tree["judge"] = {"kind": "pairwise", "base_url": "http://localhost:1/v1", "model": "m"}
-    with pytest.raises(UserError, match="a frontier is made of scores"):
+    with pytest.raises(UserError, match="a frontier is estimated from scores"):
         parse_config(tree)
 
 

@@ -278,8 +278,8 @@ def test_a_reward_model_is_no_policy_and_a_policy_is_no_judge(kept: Callable[...
     reward, policy = kept(family, "ForSequenceClassification"), kept(family)
     refused_twice(reward, "reward model or classifier")
     judge = ClassifierJudge(path=str(policy))
-    refused(lambda: load_reward_model(policy), "score.weight", "its head was never trained or is lost")
-    refused(lambda: check_classifier(judge), "score.weight", "its head was never trained or is lost")
+    refused(lambda: load_reward_model(policy), "score.weight", "its head was never trained, or is missing")
+    refused(lambda: check_classifier(judge), "score.weight", "its head was never trained, or is missing")
 
 
 @pytest.mark.parametrize("family", SCORED)
@@ -578,7 +578,7 @@ ADAPTER_FAULTS: dict[str, tuple[Change, str]] = {
         lambda folder: change_json(folder / "adapter_config.json", base_model_name_or_path=None),
         "does not name its base",
     ),
-    "kind": (lambda folder: change_json(folder / "adapter_config.json", peft_type="IA3"), "LORA alone"),
+    "kind": (lambda folder: change_json(folder / "adapter_config.json", peft_type="IA3"), "only LORA"),
     "targets": (lambda folder: change_json(folder / "adapter_config.json", target_modules=["unheard"]), "unheard"),
     "rank": (lambda folder: change_json(folder / "adapter_config.json", r=4), "two sizes"),
     "broken settings": (cut("adapter_config.json", 0.5), "adapter_config.json: not valid JSON"),
@@ -820,7 +820,7 @@ REFUSED: dict[str, tuple[str, Change, dict[str, Any], str]] = {
     "eos": ("llama", lambda folder: _with_token(folder, "eos_token"), {}, "resize_token_embeddings"),
     "head size": ("small", lambda folder: None, {}, "resources.use_gpu"),
     "context": ("llama", lambda folder: None, {"task": {"max_prompt_tokens": 60}}, "context of 64"),
-    "no scores": ("granite", lambda folder: None, {}, "no reward model and no critic"),
+    "no scores": ("granite", lambda folder: None, {}, "cannot become a reward model or a critic"),
     "tokenizer": ("llama", cut("tokenizer.json", 0.5), {}, "tokenizer.json: not valid JSON"),
     "config": ("llama", lambda folder: change_json(folder / "config.json", num_attention_heads=0), {}, "num_attention"),
     "template": (

@@ -293,7 +293,7 @@ def test_a_pairwise_judge_has_no_scores_to_learn_from() -> None:
         "task": {"kind": "text", "data": "x/y", "pairs": {"annotators": [{"judge": judge}]}},
         "judge": {"kind": "function", "function": "prefarena.judges.sentiment:valence"}, "entries": [ODPO_ENTRY],
     }  # fmt: skip
-    with pytest.raises(UserError, match="entry 'offset': odpo learns from scores of both responses, and a pairwise"):
+    with pytest.raises(UserError, match="entry 'offset': odpo learns from scores of both responses, but a pairwise"):
         parse_config(tree)
 
 

@@ -49,16 +49,16 @@ TEXT = {"task": {"kind": "text", "data": "x.jsonl"}}
         (
             method(4, "kto"),
             {},
-            "online draws pairs, whose losses are their own, and kto learns from labelled responses",
+            "online draws labelled pairs, but kto learns from labelled responses",
         ),
         (method(4, "aot"), {}, "aot learns from ranks of labelled pairs"),
         (method(4, "rlhf"), {}, "unknown key 'entries.0.method.online'"),
-        (method(reward=GOLD), TEXT, "online.reward kind gold exists on the enumerable language alone"),
+        (method(reward=GOLD), TEXT, "online.reward kind gold exists only on the enumerable language"),
         (method(reward={"kind": "pairwise", "base_url": "http://x", "model": "m"}), TEXT, "pairwise"),
         (method(temperature=0), {}, "online.temperature"),
-        ({"kind": "dpo", "replay": "e1"}, {}, "entry 'e0': replay: 'e1' is no entry of this comparison that is online"),
-        (method(replay="e0"), {}, "does not go with online"),
-        ({"kind": "dpo", "replay": "e1", "tail_weight": 0.5}, {}, "does not go with tail_weight"),
+        ({"kind": "dpo", "replay": "e1"}, {}, "entry 'e0': replay: 'e1' is not an online entry of this comparison"),
+        (method(replay="e0"), {}, "cannot be combined with online"),
+        ({"kind": "dpo", "replay": "e1", "tail_weight": 0.5}, {}, "cannot be combined with tail_weight"),
     ],
 )
 def test_what_cannot_be_is_said(one: dict[str, Any], more: dict[str, Any], says: str) -> None:

@@ -218,7 +218,7 @@ def comparison(mode: str = "keep", **changed: Any) -> Comparison:
     [
         ({"resources": {"use_gpu": False}}, "is for engines on GPUs; it needs resources.use_gpu: true"),
         ({"generation": {"tensor_parallel": 2}}, "generation.tensor_parallel: 2 takes whole GPUs"),
-        ({"generation": {"gpus": 1}}, "makes room for a worker on the same GPU, and here each has its own"),
+        ({"generation": {"gpus": 1}}, "makes room for a worker on the same GPU, but here each has its own"),
         (
             {"resources": {"labels": {"role": "train"}}, "generation": {"labels": {"role": "generate"}}},
             "makes room for a worker on the same GPU",

@@ -102,7 +102,10 @@ def test_a_size_for_a_judge_that_is_not_learned_is_said_to_do_nothing() -> None:
     for settings in ({"judge_share": 0.3}, {"num_judge_pairs": 10}):
         task = TextTask(data="pairs.jsonl", **settings)
         (said,) = ignored_judge(task, learns_judge=False)
-        assert said.startswith(f"task.{next(iter(settings))} sets nothing aside") and "those rows train" in said
+        assert (
+            said.startswith(f"task.{next(iter(settings))} sets nothing aside")
+            and "those rows are used for training" in said
+        )
         assert ignored_judge(task, learns_judge=True) == []
     assert ignored_judge(TextTask(data="pairs.jsonl"), learns_judge=False) == []
 
@@ -217,7 +220,7 @@ def test_rows_of_the_test_set_test_and_their_dialogues_do_not_train(tmp_path: Pa
     assert counts["test_data"]["num_rows"] == 5
     assert counts["test_data"]["dropped"] == {why.PROMPT_TOO_LONG: 1, why.DUPLICATE: 1}
     assert leakage_notes(counts) == [
-        "3 of 43 rows begin with the same prompt as a row of the test data, and do not train"
+        "3 of 43 rows begin with the same prompt as a row of the test data, and are not trained on"
     ]
     left_out = [json.loads(line) for line in (tmp_path / "out/dropped.jsonl").read_text().splitlines()]
     assert [row["row"] for row in left_out] == [41, 42, 43]
@@ -296,7 +299,7 @@ def test_a_test_set_that_cannot_be_used_is_refused_before_any_work(tmp_path: Pat
     named = tmp_path / "named"
     named.mkdir()
     write(named / "train.jsonl", rows(3))
-    whole = "is what task.data trains on, whole; name rows of their own in task.test_data"
+    whole = "is also all that task.data trains on; name other rows in task.test_data"
     faults: list[tuple[str, Row, str]] = [
         (one, {"test_data": str(tmp_path / "absent.jsonl")}, "absent.jsonl: no such file"),
         (one, {"test_data": write(tmp_path / "q.jsonl", [{"question": "a"}])}, "no column 'chosen'"),

@@ -69,7 +69,7 @@ def test_clustered_stderr_is_the_spread_of_the_mean() -> None:
 def test_bad_arguments_are_refused() -> None:
     with pytest.raises(ValueError, match="no values"):
         mean_and_stderr([])
-    with pytest.raises(ValueError, match="differ in number"):
+    with pytest.raises(ValueError, match="there must be equally many paired values"):
         paired_difference([1.0, 2.0], [1.0])
     with pytest.raises(ValueError, match="outside"):
         binomial([0.0, 1.5])

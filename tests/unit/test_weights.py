@@ -259,7 +259,7 @@ def test_at_most_five_names_are_listed(num_missing: int, ending: str) -> None:
 
 
 def test_weights_that_differ_are_named_and_no_others() -> None:
-    with pytest.raises(WeightMismatchError, match=r"does not hold what was sent: b differ"):
+    with pytest.raises(WeightMismatchError, match=r"engine's weights are not those that were sent: b differ"):
         check_held({"a": 1, "b": 2, "c": 3}, {"a": 1, "b": 4, "c": 3}, dict.fromkeys("abc", (1,)))
 
 
@@ -271,8 +271,8 @@ def test_it_is_told_how_much_of_a_model_was_read_back() -> None:
     assert verified == Verified(2, 10, 4, 16, ("b", "d"))
     assert verified.share == 0.625
     assert str(verified) == (
-        "2 of 4 tensors (62.5 % of the parameters) were read back from the engine and are what was sent; "
-        "the layout of the others is not known: b, d"
+        "2 of 4 tensors (62.5 % of the parameters) were read back from the engine and match what was sent; "
+        "the layout of the others is unknown: b, d"
     )
     assert verified.summary() == {
         "num_tensors": 2,
@@ -286,7 +286,7 @@ def test_of_a_model_that_was_read_back_whole_nothing_is_named() -> None:
     verified = check_held({"a": 1}, {"a": 1}, {"a": (2, 2)})
     assert (verified.num_parameters, verified.share, verified.skipped) == (4, 1.0, ())
     assert str(verified) == (
-        "1 of 1 tensors (100.0 % of the parameters) were read back from the engine and are what was sent"
+        "1 of 1 tensors (100.0 % of the parameters) were read back from the engine and match what was sent"
     )
 
 

@@ -129,7 +129,8 @@ def check_placement(config: Comparison, nodes: Sequence[Node]) -> None:
         if room < demand.number:
             labels = f" or {demand.setting}.labels, or label nodes (`ray start --labels`)" if demand.labels else ""
             raise UserError(
-                f"the comparison asks for {demand}, and there is room for {room}: the cluster has {describe(nodes)}; "
+                f"the comparison asks for {demand}, but there is only room for {room}: the cluster has "
+                f"{describe(nodes)}; "
                 f"change {demand.setting}{labels}, or set resources.autoscaled: true where nodes come on demand"
             )
     check_side_by_side(config, nodes)
@@ -147,8 +148,8 @@ def check_side_by_side(config: Comparison, nodes: Sequence[Node]) -> None:
             room = sum(node.resources.get(kind, 0.0) for node in meant)
             if len(parts) > 1 and needed(parts, kind) > room + _ROUNDING:
                 raise UserError(
-                    f"{' and '.join(map(str, parts))} stand side by side, which takes {needed(parts, kind):g} {kind}s, "
-                    f"and the nodes that may hold them have {room:g}; "
+                    f"{' and '.join(map(str, parts))} run at the same time, which takes {needed(parts, kind):g} "
+                    f"{kind}s, but the nodes available to them have {room:g}; "
                     f"lower {' or '.join(setting_of(part, kind) for part in parts)}, use a larger cluster, or set "
                     "resources.autoscaled: true where nodes come on demand"
                 )

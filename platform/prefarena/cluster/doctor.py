@@ -55,7 +55,7 @@ def judge_nodes(
             found.append(Finding(True, f"node {report.node}: its vLLM is built for torch {wanted}, it has {torch}"))
     without = [report.node for report in on_nodes(reports, engines) if generates and "vllm" not in report.versions]
     if without:
-        told = f"vLLM is not installed on {', '.join(without)}, and the comparison generates; pip install '.[gpu]'"
+        told = f"vLLM, which the comparison needs, is not installed on {', '.join(without)}; pip install '.[gpu]'"
         found.append(Finding(True, told))
     return found
 
@@ -87,7 +87,7 @@ def judge_storage(output: str, reports: Sequence[NodeReport], needed: int | None
     if needed is None:
         return [Finding(False, text)]
     if needed > free:
-        return [Finding(True, f"{text}, but about {gibibytes(needed)} are needed; free some, or change output")]
+        return [Finding(True, f"{text}, but about {gibibytes(needed)} are needed; free some space, or change output")]
     return [Finding(False, f"{text}, about {gibibytes(needed)} needed")]
 
 
@@ -165,7 +165,7 @@ def _judge_demand(config: Comparison, demand: Demand, nodes: Sequence[Node]) -> 
 def judge_memory(config: Comparison, reports: Sequence[NodeReport], memory: Heaviest | None) -> list[Finding]:
     """The prediction, and on GPUs whether a worker's share of the smallest one holds it."""
     if memory is None:
-        return [Finding(None, "model: its sizes cannot be told here, so memory is not predicted")]
+        return [Finding(None, "model: its size cannot be determined here, so memory is not predicted")]
     text = f"a training worker needs about {gibibytes(memory.memory)}"
     card = smallest_gpu(config, reports) if config.resources.use_gpu else None
     if card is None:
@@ -238,10 +238,10 @@ def judge_attention(answers: Mapping[str, str | None], silent: Sequence[str], tr
     """Whether attention is compiled and runs on each node with GPUs. tried: what it was."""
     found = []
     for node, why in sorted(answers.items()):
-        told = f"does not work: {why}" if why else "is compiled and gives what it gives on a CPU"
+        told = f"does not work: {why}" if why else "compiles, and gives the same values as on a CPU"
         found.append(Finding(why is not None, f"node {node}: {tried} {told}"))
     return found + [
-        Finding(None, f"node {node}: no GPU was free in time, or compiling takes long; {tried} was not tried")
+        Finding(None, f"node {node}: no GPU was free in time, or compiling took too long; {tried} was not tried")
         for node in silent
     ]
 

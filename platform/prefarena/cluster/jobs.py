@@ -88,7 +88,7 @@ class JobClient:
                 f"(http://HEAD:8265), and its port must be reachable from here"
             ) from None
         except requests.RequestException as error:
-            raise UserError(f"{self.shown}: not an address of a Ray head ({type(error).__name__})") from None
+            raise UserError(f"{self.shown}: not the address of a Ray head ({type(error).__name__})") from None
         except RuntimeError as error:
             status = _STATUS.search(str(error))
             if status is None:
@@ -98,9 +98,9 @@ class JobClient:
     def _denied(self) -> str:
         where = "RAY_AUTH_TOKEN to it, or RAY_AUTH_TOKEN_PATH to a file that holds it"
         if not self._has_token:
-            return f"{self.shown}: the cluster asks for a token, and none is set here; set {where}"
+            return f"{self.shown}: the cluster requires a token, but none is set here; set {where}"
         return (
-            f"{self.shown}: the cluster does not accept the token that is set here; set {where} as the cluster has it"
+            f"{self.shown}: the cluster does not accept the token that is set here; set {where} to the cluster's token"
         )
 
     # ---------------------------------------------------------------------------------------------- jobs
@@ -115,7 +115,7 @@ class JobClient:
                 f"--name {name}: a name has letters, digits, '.', '_' and '-', and begins with a letter or digit"
             )
         if self.find(name) is not None:
-            raise UserError(f"--name {name}: {self.shown} has a job of this name already; choose another one")
+            raise UserError(f"--name {name}: {self.shown} already has a job of this name; choose another one")
         environment = {"working_dir": str(folder)}
         self._ask(
             lambda: self._ray.submit_job(entrypoint=entrypoint, submission_id=name, runtime_env=environment), _UPLOAD_S

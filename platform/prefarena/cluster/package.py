@@ -27,7 +27,7 @@ def write_package(folder: Path, pipelines: Path, config: str, include: Sequence[
     for path in include:
         target = folder / path.resolve().name
         if target.exists():
-            raise UserError(f"--include {path}: the job has a {target.name} already; give it another name")
+            raise UserError(f"--include {path}: the job already has a {target.name}; rename one of them")
         if path.is_dir():
             shutil.copytree(path, target, ignore=_NOT_CODE)
         elif path.is_file():

@@ -53,4 +53,4 @@ def through_deaths(attempt: Callable[[], Iterator[_Item]], what: str) -> Iterato
             # What an actor raises in its constructor it would raise again.
             if error.actor_init_failed or num_deaths >= MOST_DEATHS or not cluster_answers():
                 raise
-            _logger.warning("%s: a process died, and what it was at is done again (%s)", what, in_one_line(error))
+            _logger.warning("%s: a process died, and its work in progress is done again (%s)", what, in_one_line(error))

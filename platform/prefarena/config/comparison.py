@@ -183,7 +183,7 @@ class Comparison(Section):
     @classmethod
     def _budgets_are_once(cls, budgets: tuple[int, ...]) -> tuple[int, ...]:
         if len(set(budgets)) != len(budgets):
-            raise ValueError("a number of pairs stands there twice")
+            raise ValueError("a number of pairs is listed twice")
         return budgets
 
     @field_validator("entries")
@@ -204,9 +204,9 @@ class Comparison(Section):
         for entry in self.entries:
             reward = reward_of(entry.method)
             if reward is not None and reward[1].kind == "gold" and self.task.kind != "language":
-                raise ValueError(f"entry {entry.name!r}: {reward[0]} kind gold exists on the enumerable language alone")
+                raise ValueError(f"entry {entry.name!r}: {reward[0]} kind gold exists only on the enumerable language")
         if self.judge.kind == "gold" and self.task.kind != "language":
-            raise ValueError("judge kind gold exists on the enumerable language alone")
+            raise ValueError("judge kind gold exists only on the enumerable language")
         if self.task.kind == "language" and self.resources.scoring.dtype not in ("auto", "float32"):
             raise ValueError(
                 f"resources.scoring.dtype: {self.resources.scoring.dtype} is for text tasks; the enumerable language "
@@ -214,8 +214,8 @@ class Comparison(Section):
             )
         if self.evaluation.frontier_samples and self.judge.kind == "pairwise" and self.task.kind != "language":
             raise ValueError(
-                "evaluation.frontier_samples: a frontier is made of scores, and judge kind pairwise gives none; set "
-                "it to 0"
+                "evaluation.frontier_samples: a frontier is estimated from scores, but judge kind pairwise gives "
+                "none; set it to 0"
             )
         self._check_drawn_pairs()
         self._check_replays()
@@ -242,9 +242,7 @@ class Comparison(Section):
                 continue
             source = methods.get(method.replay)
             if not isinstance(source, Pairwise) or source.online is None:
-                raise ValueError(
-                    f"entry {name!r}: replay: {method.replay!r} is no entry of this comparison that is online"
-                )
+                raise ValueError(f"entry {name!r}: replay: {method.replay!r} is not an online entry of this comparison")
             if source.training.precision != method.training.precision:
                 raise ValueError(
                     f"entry {name!r}: replay: {method.replay!r} has the reference's log-probs in "
@@ -286,12 +284,12 @@ class Comparison(Section):
         for entry in self.entries:
             if isinstance(entry.method, Pairwise) and entry.method.needs_scores:
                 raise ValueError(
-                    f"entry {entry.name!r}: {entry.method.kind} learns from scores of both responses, and a pairwise "
-                    "judge gives none; use another annotator"
+                    f"entry {entry.name!r}: {entry.method.kind} learns from scores of both responses, but a pairwise "
+                    f"judge gives none; use another annotator"
                 )
         wrong = [("choose", "best_worst"), ("labels", "bradley_terry")]
         given = next((f"{name}: {value}" for name, value in wrong if getattr(pairs, name) == value), None)
         if given is None and any(a.noise > 0 and a.judge is None for a in pairs.annotators):
             given = "noise"
         if given is not None:
-            raise ValueError(f"task.pairs.{given} needs scores, and a pairwise judge gives none; use another annotator")
+            raise ValueError(f"task.pairs.{given} needs scores, but a pairwise judge gives none; use another annotator")

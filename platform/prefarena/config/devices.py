@@ -197,12 +197,13 @@ def _check_offload(resources: Resources) -> None:
         return
     if not resources.use_gpu:
         raise ValueError(
-            "resources.cpu_offload moves weights and optimizer from GPUs to the host's memory, where everything is "
-            "anyway without resources.use_gpu: true; remove it"
+            "resources.cpu_offload moves weights and optimizer state from GPUs to the host's memory, but without "
+            "resources.use_gpu: true everything is there already; remove it"
         )
     if resources.sharding != "fsdp":
         raise ValueError(
-            "resources.cpu_offload is for what resources.sharding: fsdp cuts into parts; set that, with one worker too"
+            "resources.cpu_offload applies to what resources.sharding: fsdp cuts into parts; set that, even with one "
+            "worker"
         )
 
 
@@ -214,12 +215,12 @@ def _check_sleep(resources: Resources, generation: Generation) -> None:
         raise ValueError(f"{told} is for engines on GPUs; it needs resources.use_gpu: true")
     if generation.tensor_parallel > 1:
         raise ValueError(
-            f"{told} is for engines that share a worker's GPU, and one with generation.tensor_parallel: "
+            f"{told} is for engines that share a worker's GPU, but one with generation.tensor_parallel: "
             f"{generation.tensor_parallel} takes whole GPUs; use several engines of one GPU each"
         )
     if resources.gpus_per_worker + generation.gpus > 1 or kept_apart(resources.labels, generation.labels):
         raise ValueError(
-            f"{told} makes room for a worker on the same GPU, and here each has its own: let them share it, as with "
+            f"{told} makes room for a worker on the same GPU, but here each has its own; let them share one, e.g. with "
             "resources.gpus_per_worker: 0.9 and generation.gpus: 0.1, or remove it"
         )
 
@@ -246,7 +247,7 @@ def _check_weight_sync(resources: Resources, generation: Generation) -> None:
         )
     if kept_apart(resources.labels, generation.labels):
         raise ValueError(
-            "generation.weight_sync: ipc needs worker and actor on the same GPU, and no node meets both "
+            "generation.weight_sync: ipc needs worker and actor on the same GPU, but no node meets both "
             "resources.labels and generation.labels; change one, or use nccl or host"
         )
 

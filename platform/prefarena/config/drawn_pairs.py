@@ -26,11 +26,11 @@ class Annotator(Section):
         if self.judge is None:
             return self
         if self.judge.kind == "gold":
-            raise ValueError("judge kind gold exists on the enumerable language alone")
+            raise ValueError("judge kind gold exists only on the enumerable language")
         if self.judge.kind == "learned":
             raise ValueError("a learned annotator is the comparison's own judge: leave the annotator's judge out")
         if self.noise > 0 and isinstance(self.judge, PairwiseJudge):
-            raise ValueError("noise is added to scores, and a pairwise judge gives none")
+            raise ValueError("noise is added to scores, but a pairwise judge gives none")
         return self
 
 

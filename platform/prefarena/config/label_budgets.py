@@ -28,8 +28,8 @@ def at_budgets(entries: tuple[Entry, ...], budgets: tuple[int, ...]) -> tuple[En
             continue
         if isinstance(method, Pairwise) and (method.online is not None or method.replay is not None):
             raise ValueError(
-                f"label_budgets: entry {entry.name!r} learns from pairs that were drawn online, and no budget counts "
-                "their labels; leave the entry out"
+                f"label_budgets: entry {entry.name!r} learns from pairs drawn online, whose labels no budget counts; "
+                f"remove the entry"
             )
         for number in budgets:
             changed = {"name": f"{entry.name}-{number}", "group": entry.name, "method": _limited(method, number)}

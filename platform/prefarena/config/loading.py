@@ -33,7 +33,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
     except yaml.YAMLError as error:
         raise UserError(f"{source}: not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
-        raise UserError(f"{source}: a config must be a mapping of keys, and this is {type(tree).__name__}")
+        raise UserError(f"{source}: a config must be a mapping of keys, but this is {type(tree).__name__}")
     return parse_config(tree, str(source), overrides or [])
 
 

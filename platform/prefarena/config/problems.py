@@ -32,7 +32,7 @@ def explain(problem: Any, source: str) -> str:
             return f"{source}: {key}.kind: {_one_of(problem['ctx']['tag'], kinds)}"
         case section.TRUTH_VALUE:
             field = ".".join([*([key] if key else []), problem["ctx"]["field"]])
-            return f"{source}: {field}: a number is wanted; YAML reads yes, no, on, off, true and false as truth values"
+            return f"{source}: {field}: a number is wanted; YAML reads yes, no, on, off, true and false as booleans"
         case "literal_error":
             return f"{source}: {key}: {_one_of(given, _literals(problem['loc']))}"
     return f"{source}: {key or 'config'}: {_plain(problem, given)}"
@@ -45,7 +45,7 @@ def _plain(problem: Any, given: Any) -> str:
     shown = f" (got {given!r})" if isinstance(given, (str, int, float, bool)) else ""
     if problem["type"] == "string_type" and isinstance(given, (int, float, bool)):
         was = "a truth value" if isinstance(given, bool) else "a number"
-        return f"text is wanted, and YAML reads what is written here as {was}; put it in quotes{shown}"
+        return f"text is wanted, but YAML reads what is written here as {was}; put it in quotes{shown}"
     if problem["type"] == "tuple_type":
         return f"a list is wanted; write [{given}]" if shown else message
     if problem["type"] == "int_parsing" and _is_whole(given):

@@ -48,7 +48,7 @@ class ArrayLines:
             if self._is_closed:
                 if piece[at:].strip():
                     raise BadArray(
-                        "holds a JSON array and something else behind it; write one array, or one object on each line"
+                        "holds a JSON array with something else after it; write one array, or one object on each line"
                     )
                 break
             at = self._string(piece, at, out) if self._in_string else self._structure(piece, at, out)

@@ -194,7 +194,7 @@ def _continued(content: str, form: AnswerForm) -> str:
     tag = _TAG.fullmatch(opener)
     if tag is not None and f"</{tag[1]}>" in content:
         return content
-    raise Unusable(NOT_CONTINUED, f"the generation prompt ends with {opener!r}, and the answer is without it")
+    raise Unusable(NOT_CONTINUED, f"the generation prompt ends with {opener!r}, but the answer does not contain it")
 
 
 def _squeezed(text: str) -> str:

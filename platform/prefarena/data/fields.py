@@ -61,7 +61,7 @@ def _unpacked(row: Row) -> Row:
         return row
     for name in ("chosen", "rejected"):
         if isinstance(row.get(name), str) and name not in messages and len(messages.keys() & {"chosen", "rejected"}):
-            raise Unusable(NOT_MESSAGES, f"{name} is other text, where messages are stored as text beside it")
+            raise Unusable(NOT_MESSAGES, f"{name} is plain text, but another column holds messages stored as text")
     return {**row, **messages}
 
 
@@ -125,5 +125,5 @@ def _led(system: str, messages: Sequence[Any]) -> list[Any]:
     if first.get("role") != "system":
         return [{"role": "system", "content": system}, *messages]
     if first.get("content") != system:
-        raise Unusable(SYSTEM_APART, "the conversation has another system message")
+        raise Unusable(SYSTEM_APART, "the conversation has a different system message")
     return list(messages)

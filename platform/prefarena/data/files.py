@@ -103,13 +103,13 @@ def _of_split(folder: str, files: list[str], split: str, settings: tuple[str, st
     if not chosen:
         there = sorted({stems[name] if _is_shard(name) else str(found) for name, found in named.items()})
         raise UserError(
-            f"{folder}: its files are named by split, and none belongs to {split!r}: there are {listed(there)}; set "
+            f"{folder}: its files are named by split, but none belongs to {split!r}: there are {listed(there)}; set "
             f"{settings[1]} to one of them, or name the file itself in {settings[0]}"
         )
     shards = sorted({stems[name] for name in chosen if _is_shard(name)})
     if len(shards) > 1:
         raise UserError(
-            f"{folder}: several splits are meant by {split!r}: {listed(shards)}; set {settings[1]} to one of them"
+            f"{folder}: more than one split matches {split!r}: {listed(shards)}; set {settings[1]} to one of them"
         )
     return chosen
 

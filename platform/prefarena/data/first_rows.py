@@ -118,13 +118,11 @@ def _look_at_test(
     names = ("task.test_data" if task.test_data else "task.data", "task.test_split")
     found = _look(every, task.test_source, names, columns, needed, examine)
     if both := [part.path for part in found.parts if part in first.parts]:
-        raise UserError(
-            f"{setting}: {both[0]} is what task.data trains on, whole; name rows of their own in task.test_data"
-        )
+        raise UserError(f"{setting}: {both[0]} is also all that task.data trains on; name other rows in task.test_data")
     if found.forms and first.forms and not found.forms & first.forms:
         raise UserError(
             f"{path}: its first rows to test on are {_listed(found.forms)}, and those to train on are "
-            f"{_listed(first.forms)}; bring them into one form"
+            f"{_listed(first.forms)}; convert them to one form"
         )
     return found
 

@@ -189,7 +189,7 @@ def _read(row: dict[str, Any], form: Format, source: str, transcripts: Transcrip
     else:
         prompt, chosen, rejected, opening = _standard(row)
     if inputs and isinstance(prompt, str):
-        raise Unusable(LOST_COLUMN, "tools or chat_template_kwargs beside plain text, which goes through no template")
+        raise Unusable(LOST_COLUMN, "tools or chat_template_kwargs with plain text, which goes through no template")
     if not opening.strip():
         raise Unusable(EMPTY_PROMPT)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
@@ -251,7 +251,7 @@ def _conversational(row: dict[str, Any]) -> _Parts:
     if isinstance(prompt, list) and chosen[:-1] == rejected[:-1] == explicit:
         chosen, rejected = chosen[-1:], rejected[-1:]  # whole conversations, which begin with the prompt
     if explicit and (len(chosen) > 1 or len(rejected) > 1):
-        raise Unusable(NOT_AN_ANSWER, "an answer to an explicit prompt is one message, or goes on from that prompt")
+        raise Unusable(NOT_AN_ANSWER, "an answer to an explicit prompt must be one message, or continue that prompt")
     if chosen[:-1] != rejected[:-1]:
         raise Unusable(PROMPTS_DIFFER)
     messages = explicit or chosen[:-1]
@@ -268,7 +268,7 @@ def _check_turns(messages: tuple[tuple[str, str], ...]) -> None:
     for number, (role, content) in enumerate(messages, start=1):
         if before not in _BEFORE[role]:
             place = f"after one of {before}" if before else "at the start"
-            raise Unusable(BAD_ROLES, f"message {number} is of {role}, {place}")
+            raise Unusable(BAD_ROLES, f"message {number} is from {role}, {place}")
         if role in ("user", "assistant") and not content.strip():
             raise Unusable(EMPTY_MESSAGE, f"message {number}, of {role}")
         before = role

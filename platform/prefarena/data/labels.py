@@ -47,12 +47,12 @@ def check_labels(path: str, labels: Sequence[Any]) -> None:
         raise UserError(
             f"{path}: the column 'label' holds only whole numbers, as classes do, and {whole.count(0)} of its first "
             f"{len(labels)} are 0: {meaning}; rename the column if it is something else, or write 0.0 and 1.0 if "
-            "that is meant"
+            f"these are probabilities"
         )
     if labels and len(under) == len(labels):
         raise UserError(
             f"{path}: all of its first {len(labels)} labels are under one half: {meaning}; rename the column if it is "
-            "something else, or exchange the answers"
+            "something else, or swap the answers"
         )
 
 
@@ -61,11 +61,12 @@ def order_notes(counts: dict[str, Any]) -> list[str]:
     notes, num_pairs = [], sum(counts[f"num_{split}_pairs"] for split in ("train", "judge", "test"))
     if number := counts["num_labels_under_half"]:
         notes.append(
-            f"{number} of {num_pairs} pairs have a label under one half: there `rejected` counts as the better answer"
+            f"{number} of {num_pairs} pairs have a label under one half: in these, `rejected` counts as the better "
+            f"answer"
         )
     if number := counts["num_scores_contradicting"]:
         notes.append(
-            f"{number} of {num_pairs} pairs have a lower score beside `chosen` than beside `rejected`; the order of "
-            "the answers is what counts"
+            f"{number} of {num_pairs} pairs have a lower score for `chosen` than for `rejected`; the order of the "
+            f"answers is what counts"
         )
     return notes

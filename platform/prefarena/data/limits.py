@@ -40,7 +40,7 @@ class Limit:
         if limit <= self.tokens or over == _over(lengths, self.tokens):
             return ""
         kept = "all" if not over else f"{math.floor(1000 * (1 - over / len(lengths))) / 10:g}%"
-        context = ", and more does not fit the model's context" if limit == self.room else ""
+        context = "; more does not fit the model's context" if limit == self.room else ""
         return f"{self.setting}: {limit} would keep {kept} whole{context}"
 
 
@@ -82,7 +82,7 @@ def look_at_limits(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> li
         )
     if others := rejections.num_counted - rejections.reasons[PROMPT_TOO_LONG]:
         said.append(
-            f"{some}, {others} ({others / rows.num_rows:.1%}) cannot be trained on for other reasons than their length "
+            f"{some}, {others} ({others / rows.num_rows:.1%}) cannot be trained on for reasons other than their length "
             f"(task.max_rejected_share: {task.max_rejected_share:.4g})"
         )
     return said

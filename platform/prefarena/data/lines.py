@@ -96,7 +96,7 @@ def _checked_start(piece: bytes) -> bytes:
     """The beginning of a file without a UTF-8 byte order mark."""
     for mark, end in MAGIC.items():
         if piece.startswith(mark):
-            raise WrongFile(f"is compressed, which its name does not say; rename it to end in {end}")
+            raise WrongFile(f"is compressed, but not named so; rename it to end in {end}")
     if piece.startswith(b"PAR1"):
         raise WrongFile("is a parquet file; rename it to end in .parquet")
     if piece.startswith(_UTF16) or b"\0" in piece[:4]:

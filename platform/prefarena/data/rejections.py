@@ -59,34 +59,34 @@ REMEDIES = {
     "of demonstrations `prompt` and `response`, of prompts alone `prompt`",
     WRONG_TYPE: "give text, or lists of messages with text in `content`, and numbers as labels; "
     "rename a column `label` that is something else",
-    BAD_UNICODE: "replace lone surrogates by the characters that are meant",
+    BAD_UNICODE: "replace lone surrogates by the intended characters",
     NUL_INSIDE: "remove the NUL characters",
     EMPTY_PROMPT: "give a prompt with text in it",
     EMPTY_RESPONSE: "give every row its responses, with text in them",
     EMPTY_MESSAGE: "give every message of the user and the assistant some text",
-    IDENTICAL: "leave out pairs whose responses do not differ",
+    IDENTICAL: "leave out pairs whose responses are identical",
     PROMPTS_DIFFER: "make both texts begin with the same prompt",
     NO_BOUNDARY: "give the prompt in a column `prompt`, or mark the answer by `Assistant:` at the start of a line",
     NOT_HH: "write the turns as '\\n\\nHuman: ...\\n\\nAssistant: ...', or set task.format",
     NOT_AN_ANSWER: "end each conversation with exactly one assistant message",
     BAD_ROLES: "let user and assistant alternate, the user first, a system message only at the start",
     TOOL_CALLS: "write the calls into the text of the messages, or leave the row out",
-    SYSTEM_APART: "write it into the conversation as its first message, or into the text, and remove the column; of "
+    SYSTEM_APART: "write it into the conversation as its first message, or into the text, and remove the column; for "
     "HH-RLHF transcripts, set task.transcripts: messages",
-    NOT_MESSAGES: "write messages as JSON lists, or set task.format: standard where the text itself is meant",
-    LOST_COLUMN: "remove the column where the rows make sense without it, or leave those rows out",
-    BAD_LABEL: "give P(chosen preferred), of a single response P(desirable), from 0 to 1; rename the column where it "
+    NOT_MESSAGES: "write messages as JSON lists, or set task.format: standard if they are meant as plain text",
+    LOST_COLUMN: "remove the column if the rows make sense without it, or leave those rows out",
+    BAD_LABEL: "give P(chosen preferred), or P(desirable) for a single response, from 0 to 1; rename the column if it "
     "is something else",
     PROMPT_TOO_LONG: "raise task.max_prompt_tokens, or set task.long_prompts: keep_end",
-    TEMPLATE_REFUSES: "bring the messages into the order that the model's chat template takes, or fix the template",
+    TEMPLATE_REFUSES: "order the messages as the model's chat template expects, or fix the template",
     NO_ROW: "resize_token_embeddings(len(tokenizer)) and save the model, or remove that token from the text",
-    NOT_CONTINUED: "give answers with the thoughts that it opens, or use a template without that opening",
+    NOT_CONTINUED: "give answers that include the thoughts which it opens, or use a template that does not open any",
     END_INSIDE: "remove the special tokens from the text",
     IDENTICAL_CUT: "raise task.max_response_tokens",
     OTHER_SPLIT: "raise task.max_prompt_tokens",
     DUPLICATE: "nothing needs to be done",
     REPEATED_PROMPT: "nothing needs to be done",
-    IN_TEST_DATA: "nothing needs to be done: it would be trained on and tested on",
+    IN_TEST_DATA: "nothing needs to be done: it would be both trained on and tested on",
 }
 #: Reasons that lie in a file's form rather than in one row's content: if all first rows have them, so will the rest.
 STRUCTURAL = {

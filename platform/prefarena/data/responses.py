@@ -61,8 +61,8 @@ def mismatch(responses: pa.Table) -> NDArray[np.int64]:
     most = max(Counter(prompts).values(), default=0)
     if 2 * most > len(order):
         raise UserError(
-            f"{most} of {len(order)} labelled responses answer the same prompt: no prompt can be given a response to "
-            "another one for each, which methods such as kto need; add rows with other prompts"
+            f"{most} of {len(order)} labelled responses answer the same prompt, so there are not enough responses to "
+            f"other prompts to pair with it, which methods such as kto need; add rows with other prompts"
         )
     found = np.empty(len(order), np.int64)
     found[order] = np.roll(np.array(order, np.int64), -most)

@@ -113,7 +113,7 @@ def _survey_folder(path: str, fs: Any, root: str, split: str, settings: tuple[st
         saved = fs.unstrip_protocol(root).removeprefix("file://")
         return Found(_table_parts("saved", saved, split if "dataset_dict.json" in files else ""), [])
     if not choice.files:
-        inside = f" ({listed(sorted(f'{name}/' for name in folders))} in it are not looked into)" if folders else ""
+        inside = f" ({listed(sorted(f'{name}/' for name in folders))} in it are not searched)" if folders else ""
         raise UserError(
             f"{path}: the folder holds no jsonl or parquet file, and no saved dataset{inside}; give the files' own "
             "folder"
@@ -275,7 +275,7 @@ def _broken_at(part: Part, following: Callable[[], int]) -> Iterator[None]:
         raise BrokenFile(f"{part.path}: {error}") from None
     except Damaged as error:
         raise BrokenFile(
-            f"{part.path}:{following()}: the compressed file is damaged at this line or behind it ({error}); "
+            f"{part.path}:{following()}: the compressed file is damaged at this line or after it ({error}); "
             f"get it again, and check it by `{CHECKS[ending(part.path)]}`"
         ) from None
     except pa.ArrowException as error:

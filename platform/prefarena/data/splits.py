@@ -71,7 +71,7 @@ def ignored_judge(task: TextTask, learns_judge: bool) -> list[str]:
     given = next((n for n in ("judge_share", "num_judge_pairs") if getattr(task, n) is not None), None)
     if learns_judge or given is None:
         return []
-    return [f"task.{given} sets nothing aside, since the judge is not a learned one; those rows train"]
+    return [f"task.{given} sets nothing aside, because the judge is not learned; those rows are used for training"]
 
 
 def leakage_notes(counts: dict[str, Any]) -> list[str]:
@@ -80,7 +80,8 @@ def leakage_notes(counts: dict[str, Any]) -> list[str]:
     if not number:
         return []
     return [
-        f"{number} of {counts['num_rows']} rows begin with the same prompt as a row of the test data, and do not train"
+        f"{number} of {counts['num_rows']} rows begin with the same prompt as a row of the test data, and are not "
+        f"trained on"
     ]
 
 

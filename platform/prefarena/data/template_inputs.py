@@ -64,7 +64,7 @@ def _value(value: Any, column: str) -> Any:
         try:
             return json.loads(value)
         except (ValueError, RecursionError):
-            raise Unusable(WRONG_TYPE, f"{column} is text that is not JSON: {value[:60]}") from None
+            raise Unusable(WRONG_TYPE, f"{column} holds text that is not JSON: {value[:60]}") from None
     return _filled(value)
 
 

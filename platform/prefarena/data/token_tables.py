@@ -143,7 +143,7 @@ class TokenTables:
             if self._tables[f"{split}_pairs"].count == 0:
                 raise UserError(
                     f"{task.data}: no {split} pairs are left of {self.num_rows} rows{_in_words(self.rejections)}; "
-                    "give more data or another share of it"
+                    f"provide more data, or change the shares"
                 )
         dropped = dict(self.rejections.reasons.most_common())
         return {
@@ -180,7 +180,7 @@ class TokenTables:
         self.test_rejections.check(source, self.num_test_rows, task.max_rejected_share)
         if self._tables["test_pairs"].count == 0:
             reasons = _in_words(self.test_rejections)
-            raise UserError(f"{source}: no pairs to test on are left of {self.num_test_rows} rows{reasons}")
+            raise UserError(f"{source}: no test pairs are left of {self.num_test_rows} rows{reasons}")
 
     def _count_order(self, pairs: pa.Table) -> None:
         self._order["under"] += sum(label < EVEN for label in pairs["label"].to_pylist())

@@ -83,7 +83,7 @@ class Tokenizer:
         if self.tokenizer.eos_token_id is None:
             name = self.tokenizer.name_or_path
             raise UserError(
-                f"{name}: its tokenizer has no eos token, so the end of a response cannot be learnt; set one"
+                f"{name}: its tokenizer has no eos token, so the end of a response cannot be learned; set one"
             )
         if self.tokenizer.bos_token_id is not None and self.task.max_prompt_tokens < 2:
             raise UserError("task.max_prompt_tokens: 1 leaves no room for a prompt after its bos token")

@@ -62,7 +62,7 @@ class Frontier:
         negative or undefined KL.
         """
         if not kl >= 0:
-            raise ValueError(f"a KL divergence is not negative: {kl}")
+            raise ValueError(f"a KL divergence cannot be negative: {kl}")
         if kl >= self.largest.kl:
             return self.largest
         low, high = 0.0, np.inf

@@ -149,7 +149,7 @@ def win_rate(
     """
     prompts = np.unique(clusters)
     if not np.array_equal(prompts, np.unique(other_clusters)):
-        raise ValueError("win rates are paired by prompt, and the two policies answered different prompts")
+        raise ValueError("win rates are paired by prompt, but the two policies answered different prompts")
     known, other_known = ~np.isnan(scores), ~np.isnan(other_scores)
     shares = []
     for prompt in prompts:

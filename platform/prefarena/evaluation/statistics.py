@@ -29,7 +29,7 @@ def paired_difference(first: ArrayLike, second: ArrayLike) -> Estimate:
     """Mean of first - second over pairs [N] (the same seed or prompt in both) with its standard error."""
     one, two = _vector(first), _vector(second)
     if len(one) != len(two):
-        raise ValueError(f"paired values differ in number: {len(one)} and {len(two)}")
+        raise ValueError(f"there must be equally many paired values: {len(one)} and {len(two)}")
     return mean_and_stderr(one - two)
 
 

@@ -197,7 +197,7 @@ class GenerationActor:
 
     def _end_process(self) -> None:
         """Where vLLM has layers of which a part was replaced, and lets nobody out of it; Ray starts the actor again."""
-        _logger.warning("an update of the weights was begun and never finished: the process ends, to be restarted")
+        _logger.warning("an update of the weights was begun and never finished, so the process ends and is restarted")
         os._exit(1)
 
     # The steps of an update through host memory (host_transfer.HostTransfer).

@@ -102,7 +102,7 @@ class Call:
                 self.answer = self._send()
             except RayActorError as error:
                 reason = f"the engine raised {last_error(str(error))}" if error.actor_init_failed else error
-                raise GeneratorLostError(f"generator {name!r} is gone, while waiting {self.what}: {reason}") from error
+                raise GeneratorLostError(f"generator {name!r} is gone while waiting {self.what}: {reason}") from error
             except RayTaskError as error:
                 if isinstance(error.cause, EntryError):  # its sentence, without the actor's traceback
                     raise error.cause from None
@@ -181,7 +181,7 @@ class Generator:
     @cached_property
     def served(self) -> ServedModel:
         """Its model."""
-        return self.call("model", "to tell its model", "sync_timeout_s").result()
+        return self.call("model", "to report its model", "sync_timeout_s").result()
 
     @property
     def more_seconds(self) -> float:
@@ -204,7 +204,7 @@ class Generator:
 
     def version(self) -> str | None:
         """The version of the weights that the actor holds."""
-        return self.call("version", "to tell its weight version", "sync_timeout_s").result()
+        return self.call("version", "to report its weight version", "sync_timeout_s").result()
 
     def restart(self) -> None:
         """End the actor's process, whatever it is at, to be started again by Ray as after a death."""

@@ -137,7 +137,7 @@ class Generators:
         if not self._settings.verify_weights:
             return None
         calls = [
-            member.call("checked_whole", "to tell what it has checked", "sync_timeout_s") for member in self._members
+            member.call("checked_whole", "to report what it has checked", "sync_timeout_s") for member in self._members
         ]
         sample = ColumnSample(self._turn) if all(self._wait(calls, self._settings.sync_timeout_s)) else None
         return Sums(checksums(tensors, self.dtype, self._members[0].served.transposed, sample), sample)
@@ -182,7 +182,7 @@ class Generators:
 
         Afterwards the actors hold no version. Raises EngineError with whatever vLLM raised, and the errors of `sync`.
         """
-        what = "to take other weights of the model, as a trial"
+        what = "to take other weights in a trial"
         try:
             self._note(self._update("try_weights", what, path, self._settings.verify_weights))
         except RayTaskError as error:
@@ -224,7 +224,7 @@ class Generators:
         """Have the engines give their memory back, where `generation.sleep_mode` says so; they wake when needed."""
         if self._settings.sleep_mode != "none":
             limit = "sync_timeout_s"
-            calls = [member.call("sleep", "to give its memory back", limit) for member in self._members]
+            calls = [member.call("sleep", "to free its memory", limit) for member in self._members]
             self._wait(calls, self._settings.sync_timeout_s)
 
     def stop(self) -> None:

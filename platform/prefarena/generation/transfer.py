@@ -74,7 +74,7 @@ class TransferClient:
 
     def start_weight_update(self) -> None:
         # All are asked before one begins: none that lives has to be restarted then because of one that was.
-        self._all("check_joined", "to be in the weight transfer")
+        self._all("check_joined", "to be ready for the weight transfer")
         self._all("start_update", "to begin an update")
 
     def update_weights(self, update_info: UpdateInfo) -> None:

@@ -39,7 +39,7 @@ def check_layers(sent: Collection[str], layers: Sequence[frozenset[str]]) -> Non
     missing = sorted(frozenset[str]().union(*touched) - set(sent))
     unknown = sorted(set(sent) - frozenset[str]().union(*touched))
     if missing or unknown:
-        wrong = f"missing: {_listed(missing)}" if missing else f"of no layer that is known: {_listed(unknown)}"
+        wrong = f"missing: {_listed(missing)}" if missing else f"not of any known layer: {_listed(unknown)}"
         raise WeightUpdateError(f"a part of a weight update must hold every tensor of a layer; {wrong}")
 
 
@@ -73,11 +73,11 @@ class Verified:
     def __str__(self) -> str:
         told = (
             f"{self.num_tensors} of {self.num_tensors_sent} tensors ({100 * self.share:.1f} % of the parameters) were "
-            "read back from the engine and are what was sent"
+            f"read back from the engine and match what was sent"
         )
         if not self.skipped:
             return told
-        return f"{told}; the layout of the others is not known: {_listed(list(self.skipped))}"
+        return f"{told}; the layout of the others is unknown: {_listed(list(self.skipped))}"
 
     def summary(self) -> dict[str, Any]:
         """For a manifest."""
@@ -97,8 +97,8 @@ def check_held(held: Mapping[str, int], sent: Mapping[str, int], shapes: Mapping
     wrong = [name for name in sent if name in held and held[name] != sent[name]]
     if wrong:
         raise WeightMismatchError(
-            f"the engine does not hold what was sent: {_listed(wrong)} differ (where vLLM keeps a model's weights in "
-            "another layout this check cannot work: generation.verify_weights: false)"
+            f"the engine's weights are not those that were sent: {_listed(wrong)} differ (if vLLM keeps this model's "
+            f"weights in another layout, the check cannot work; turn it off with generation.verify_weights: false)"
         )
     sizes = {name: math.prod(shapes[name]) for name in sent}
     shown = [name for name in sent if name in held]

@@ -122,7 +122,7 @@ def _by_pattern(text: str, form: Form) -> Reading:
     found = [match for match in form.pattern.finditer(text) if match[1] is not None]
     if not found:
         return Reading(None, "the answer does not match `pattern`")
-    return _whole(found[-1][1], form) or Reading(None, f"what `pattern` found, {found[-1][1]!r:.40}, is no number")
+    return _whole(found[-1][1], form) or Reading(None, f"what `pattern` found, {found[-1][1]!r:.40}, is not a number")
 
 
 def _from_json(parsed: object, form: Form) -> Reading:
@@ -147,7 +147,7 @@ def _from_sentence(text: str, form: Form) -> Reading:
         before = re.split(r"[.!?\n]\s", text[: match.start()])[-1]
         after = re.split(r"[.!?\n](?:\s|\Z)", text[match.end() :])[0]
         if _DENIAL.search(before) or _DENIAL.search(after):
-            return Reading(None, "the answer's verdict is denied or conditional")
+            return Reading(None, "the answer's verdict is negated or conditional")
         readings.append(_number_at(text, match.end(), form))
     if not readings:
         return Reading(None, "the answer states no score")
@@ -175,7 +175,7 @@ def _number_at(text: str, position: int, form: Form) -> Reading:
 def _checked(match: re.Match[str], form: Form) -> Reading:
     number, scale = match["number"], match["scale"]
     if re.search(r",\d{3}\Z", number):
-        return Reading(None, f"{number} may be thousands or a decimal")
+        return Reading(None, f"{number} may be a number in the thousands or a decimal")
     if scale is not None and _float(scale) != form.high:
         return Reading(None, f"the answer's scale ends at {scale:.20}, not at `max_score` {form.high:g}")
     return _in_range(_float(number), form)

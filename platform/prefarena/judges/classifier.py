@@ -88,7 +88,7 @@ class ClassifierScorer:
             text, add_special_tokens=not has_specials, truncation=True, max_length=self._max_tokens
         )["input_ids"]
         if not ids:
-            raise UserError(f"judge classifier: its tokenizer makes no tokens of {text!r:.80}")
+            raise UserError(f"judge classifier: its tokenizer finds no tokens in {text!r:.80}")
         return ids
 
 

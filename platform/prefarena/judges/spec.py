@@ -89,7 +89,7 @@ def load_judge(spec: JudgeSpec, batch_size: int = 64, device: str | torch.device
 
             return ClassifierScorer(spec.settings, spec.tokenizer, batch_size, device, spec.arithmetic)
         case PairwiseJudge():
-            raise TypeError("a pairwise judge compares responses and scores none")
+            raise TypeError("a pairwise judge compares responses and does not score them")
 
 
 def load_comparer(spec: JudgeSpec) -> PairwiseComparer:
@@ -97,7 +97,7 @@ def load_comparer(spec: JudgeSpec) -> PairwiseComparer:
     from prefarena.judges.pairwise import PairwiseComparer
 
     if not isinstance(spec.settings, PairwiseJudge):
-        raise TypeError(f"a {spec.settings.kind} judge scores responses and compares none")
+        raise TypeError(f"a {spec.settings.kind} judge scores responses and does not compare them")
     return PairwiseComparer(spec.settings, spec.tokenizer, spec.calls)
 
 

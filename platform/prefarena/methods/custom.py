@@ -102,13 +102,13 @@ def _try(method: Custom) -> None:
     if not losses.requires_grad:
         raise UserError(
             f"objective {method.objective}: its losses have no gradient with respect to the policy's log-probs; do "
-            "not detach them"
+            f"not detach them"
         )
     leaves = (policy.chosen, policy.rejected)
     gradients = torch.autograd.grad(losses.sum(), leaves, allow_unused=True, materialize_grads=True)
     if not all(bool(torch.isfinite(values).all()) for values in (losses, *gradients)):
         raise UserError(
-            f"objective {method.objective}: its losses or their gradient were not finite when it was tried on "
+            f"objective {method.objective}: its losses or their gradients were not finite when it was tried on "
             f"{len(labels)} ordinary pairs"
         )
     parts = [

@@ -48,7 +48,7 @@ def adapter_at(path: str | Path) -> Adapter | None:
     if (folder / CONFIG).is_file():
         raise UserError(
             f"{folder}: it holds both a model ({CONFIG}) and an adapter ({ADAPTER_CONFIG}), and transformers would "
-            "load the adapter on its base instead of the model: remove the files of the one that is not meant"
+            "load the adapter on its base instead of the model; remove the files of the one that is not wanted"
         )
     settings = read_object(folder / ADAPTER_CONFIG)
     base = settings.get("base_model_name_or_path")
@@ -60,7 +60,7 @@ def adapter_at(path: str | Path) -> Adapter | None:
     revision = settings.get("revision")
     adapter = Adapter(folder, base, revision if isinstance(revision, str) else None)
     if settings.get("peft_type") != "LORA":
-        raise adapter.unusable(f"it is of kind {settings.get('peft_type')}, and LORA alone is merged")
+        raise adapter.unusable(f"it is of kind {settings.get('peft_type')}, but only LORA can be merged")
     if not (folder / _FILE).is_file():
         raise adapter.unusable(f"there is no {_FILE}; pickled weights are never read")
     return adapter

@@ -137,7 +137,7 @@ def check_causal(where: str | Path, model: PreTrainedModel) -> None:
         ) from None
     if not bool(torch.isfinite(one).all()):
         raise UserError(
-            f"{where}: the model's logits are NaN or infinite though its weights are numbers; look for a number in "
+            f"{where}: the model's logits are NaN or infinite although its weights are finite; look for a number in "
             "config.json that is out of range (an epsilon, rope_theta, a scale)"
         )
     if not torch.allclose(one, other, rtol=1e-3, atol=1e-4 * float(one.abs().max()) + 1e-7):
@@ -155,7 +155,7 @@ def check_direction(where: str | Path, config: PretrainedConfig, masked: bool) -
     elif getattr(text, "use_bidirectional_attention", None) in (True, "all"):
         why = "config.json sets use_bidirectional_attention"
     elif masked and getattr(text, "is_decoder", True) is False:
-        why = f"{config.model_type} is a masked language model, whose tokens see those behind them"
+        why = f"{config.model_type} is a masked language model, whose tokens attend to later ones"
     else:
         return
     raise UserError(f"{where}: not a causal language model: {why}; use a decoder")
@@ -201,9 +201,11 @@ def _remedy(missing: list[str], unexpected: list[str], mismatched: list[Any]) ->
     if heads and len(heads) == len(unexpected):
         return f"{heads[0]} is the head of a reward model or classifier: use the language model, without that head"
     if missing and any(_same_tail(name, unexpected) for name in missing):
-        return "the same names stand in the files with another prefix: load it as what it was saved as, and save that"
+        return (
+            "the files have these names with another prefix: load the model with the class that saved it, and save that"
+        )
     if [name for name in missing if not _HEADS.search(name)] == [] and missing:
-        return "its head was never trained or is lost: use a model that has one"
+        return "its head was never trained, or is missing: use a model that has one"
     if all(name.split(".")[-2:-1] in (["lm_head"], ["embed_out"]) for name in missing) and missing:
         return (
             "it was saved without its head: save the whole language model, or, if its head is the embedding, set "

@@ -49,7 +49,7 @@ def local_folder(path: str | Path) -> Path | None:
         return folder
     text = str(path)
     if folder.is_file():
-        raise UserError(f"{text}: this is a file; give the folder that holds the model's {CONFIG} and weights")
+        raise UserError(f"{text}is a file; give the folder that holds the model's {CONFIG} and weights")
     if text.startswith(("/", "./", "../", "~")) or text.count("/") > 1 or text in ("", "."):
         raise UserError(f"{text}: there is no such folder")
     return None
@@ -75,7 +75,7 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
     for file in weight_files(folder):
         headers |= headers_of(file)
     if not headers:
-        raise UserError(f"{folder}: its safetensors hold no tensor; save or fetch the model again")
+        raise UserError(f"{folder}: its safetensors files hold no tensors; save or fetch the model again")
     return headers
 
 

@@ -83,8 +83,8 @@ def inspect_policy(path: str, revision: str | None = None, *, scored: bool = Fal
     _compare(path, AutoModelForCausalLM, config, headers)
     if scored and not _can_be_scored(path, config):
         raise UserError(
-            f"{path}: transformers has no sequence classification with the body of {config.model_type}, so no reward "
-            "model and no critic can be made of it: use another judge and reward (judges.md), or another model"
+            f"{path}: transformers has no sequence classification with the body of {config.model_type}, so it cannot "
+            f"become a reward model or a critic; use another judge and reward (judges.md), or another model"
         )
     return config
 
@@ -133,8 +133,8 @@ def check_head_size(path: str, config: PretrainedConfig) -> None:
     size = getattr(text, "head_dim", None) or text.hidden_size // heads
     if isinstance(size, int) and size not in CPU_HEAD_SIZES:
         raise UserError(
-            f"{path}: its attention heads have {size} dimensions, and vLLM, which generates, has attention for "
-            f"{', '.join(map(str, CPU_HEAD_SIZES))} on a CPU: set resources.use_gpu, or use another model"
+            f"{path}: its attention heads have {size} dimensions, but vLLM, which generates responses, supports only "
+            f"{', '.join(map(str, CPU_HEAD_SIZES))} on a CPU; set resources.use_gpu, or use another model"
         )
 
 
@@ -291,13 +291,13 @@ def _compare(path: str, auto: Any, config: PretrainedConfig, headers: Mapping[st
     num_layers = getattr(text, "num_hidden_layers", None)
     if headers is not None and isinstance(num_layers, int) and num_layers > len(headers):
         raise UserError(
-            f"{path}: {CONFIG} says {num_layers} layers, and the weights have only {len(headers)} tensors in all; "
-            "use the files of one model"
+            f"{path}: {CONFIG} says {num_layers} layers, but the weights have only {len(headers)} tensors in total; "
+            f"use the files of one model"
         )
     pad, size = getattr(text, "pad_token_id", None), getattr(text, "vocab_size", None)
     if isinstance(pad, int) and isinstance(size, int) and pad >= size:
         raise UserError(
-            f"{path}: pad_token_id in {CONFIG} is {pad}, and the embedding has rows 0 to {size - 1}: set it to a token "
+            f"{path}: pad_token_id in {CONFIG} is {pad}, but the embedding has rows 0 to {size - 1}: set it to a token "
             "that has a row, or add rows with resize_token_embeddings and save the model"
         )
     model = _on_shapes(path, auto, config)

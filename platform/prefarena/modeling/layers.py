@@ -76,7 +76,7 @@ def recompute_layers(module: nn.Module) -> None:
     layers = decoder_layers(module)
     if not layers:
         raise UserError(
-            "training.activation_checkpointing: this kind of model has no layers that transformers can recompute; set "
+            "training.activation_checkpointing: transformers cannot recompute the layers of this kind of model; set "
             "it to false"
         )
     for layer in layers:

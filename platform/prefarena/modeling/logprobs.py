@@ -137,7 +137,7 @@ class LogProbs(PackedModel):
     def _try_head(self, tried: PreTrainedModel) -> None:
         self.plain_head = has_plain_head(tried)
         if not self.plain_head:
-            self.notes.append("its head is more than a linear map, so whole rows of logits are held in memory")
+            self.notes.append("its head is not just a linear map, so whole rows of logits are kept in memory")
 
     def forward(
         self, batch: PackedBatch, temperature: float = 1.0, entropy: bool = False

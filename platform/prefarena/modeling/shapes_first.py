@@ -68,7 +68,7 @@ def new_reward_model_shapes(policy_path: str | Path, seed: int) -> PreTrainedMod
         nn.init.normal_(weight, std=1 / math.sqrt(head.in_features + 1))
     policy = policy_shapes(policy_path)
     if type(policy.base_model) is not type(model.base_model):
-        raise WholeOnlyError(f"a {type(model).__name__} has another body than a {type(policy).__name__}")
+        raise WholeOnlyError(f"a {type(model).__name__} has a different body from a {type(policy).__name__}")
     setattr(model, model.base_model_prefix, policy.base_model)
     head.weight = nn.Parameter(weight)
     return model.eval()
@@ -168,7 +168,7 @@ def _second_names(model: PreTrainedModel, unused: set[str], named: dict[str, Ten
     """Tensors in the files that went nowhere because they are tied to another one, with which they must agree."""
     second = sorted(unused & named.keys())
     if unused - set(second) and model._weight_conversions:
-        raise WholeOnlyError("transformers renames its tensors, and uses not all of them")
+        raise WholeOnlyError("transformers renames its tensors, and does not use all of them")
     return second
 
 

@@ -112,7 +112,7 @@ def _kernel_missing(model: PreTrainedModel, device: torch.device, attends_in: to
 def _packing_differs(model: PreTrainedModel) -> str | None:
     """Why packing is not exact; None where it is."""
     if getattr(model, "_is_stateful", False):
-        return "it is recurrent: a response's tokens change its state for those after them"
+        return "it is recurrent: a response's tokens change the state for those after them"
     if not model._can_set_attn_implementation():
         return "its attention does not go through transformers' attention interface"
     before = model.config._attn_implementation
@@ -134,7 +134,7 @@ def _packing_differs(model: PreTrainedModel) -> str | None:
     except TypeError as error:  # a forward that does not take position ids or hand keywords on
         same, reason = False, f"its forward pass does not take them ({error})"
     else:
-        reason = "it gives other values when they are: its attention is of a kind of its own"
+        reason = "it gives different values when they are, because it has its own kind of attention"
     if same:
         return None
     model.set_attn_implementation(before)

@@ -64,7 +64,8 @@ def check_tokens(
     if ordinary:
         raise UserError(
             f"{path}: its tokenizer has {len(tokenizer)} tokens and the model's embedding {rows} rows, so "
-            f"{listed(map(repr, ordinary))} have none: they are of different models; use the tokenizer that belongs to "
+            f"{listed(map(repr, ordinary))} have none, so tokenizer and model do not belong together; use the "
+            f"tokenizer that belongs to "
             "it, or resize_token_embeddings(len(tokenizer)) and save the model"
         )
     template = tokenizer.chat_template

@@ -26,7 +26,7 @@ def kl_at_gain(gains: ArrayLike, kls: ArrayLike, levels: ArrayLike) -> np.ndarra
     """
     x, y = np.asarray(gains, dtype=np.float64), np.asarray(kls, dtype=np.float64)
     if (y < 0).any():
-        raise ValueError(f"a KL divergence is not negative: {y.min()}")
+        raise ValueError(f"a KL divergence cannot be negative: {y.min()}")
     at, index = np.unique(x, return_inverse=True)
     if len(at) < 2:
         raise ValueError("a curve needs at least two different gains")

@@ -81,7 +81,7 @@ class OffPolicy(Section):
     @classmethod
     def _pairs_alone_are_drawn(cls, given: Any) -> Any:
         if isinstance(given, dict) and given.get("online") is not None and "online" not in cls.model_fields:
-            raise ValueError(f"online draws pairs, whose losses are their own, and {cls._named()}; leave it out")
+            raise ValueError(f"online draws labelled pairs, but {cls._named()}; leave it out")
         return given
 
     @classmethod
@@ -159,7 +159,9 @@ class Pairwise(OffPolicy):
         }
         if self.replay is not None and any(own.values()):
             wrong = next(name for name, is_set in own.items() if is_set)
-            raise ValueError(f"replay takes the pairs that another entry was trained on, and does not go with {wrong}")
+            raise ValueError(
+                f"replay uses the pairs that another entry was trained on, and cannot be combined with {wrong}"
+            )
         return self
 
     @property

@@ -27,7 +27,7 @@ class Span(Section):
         if self.log and self.low <= 0:
             raise ValueError(f"log: a logarithm needs low above 0, this is {self.low:g}")
         if self.integer and not (self.low.is_integer() and self.high.is_integer()):
-            raise ValueError("integer: low and high are whole numbers then")
+            raise ValueError("integer: low and high are whole numbers")
         return self
 
     @property

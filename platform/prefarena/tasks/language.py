@@ -84,7 +84,7 @@ class Language:
         num_possible = task.num_letters**task.prompt_letters
         if task.num_prompts > num_possible:
             raise UserError(
-                f"task.num_prompts: {task.num_prompts} prompts are asked for, but {task.prompt_letters} of "
+                f"task.num_prompts: {task.num_prompts} prompts were requested, but {task.prompt_letters} of "
                 f"{task.num_letters} letters make only {num_possible}; raise prompt_letters or num_letters"
             )
         self.prompt_ids = self._draw_prompts(num_possible)

@@ -69,6 +69,6 @@ def stop_if_diverged(in_a_row: int, limit: int, what: str) -> None:
     """Raise TrainingDivergedError where more than `limit` of `what` in a row came to nothing."""
     if in_a_row > limit:
         raise TrainingDivergedError(
-            f"the loss or the gradient was not a number in {in_a_row} {what} in a row, more than the {limit} that are "
-            "allowed; a lower learning rate may help"
+            f"the loss or the gradient was not finite in {in_a_row} {what} in a row, but only {limit} are allowed; a "
+            f"lower learning rate may help"
         )

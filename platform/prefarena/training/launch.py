@@ -62,7 +62,7 @@ def run_jobs(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
             num_failures += 1
             if num_failures > resources.max_failures:
                 raise
-            _logger.warning("Ray Train's controller died and is started again: %s", error)
+            _logger.warning("Ray Train's controller died and is being restarted: %s", error)
 
 
 def _fit(jobs: Sequence[Job], resources: Resources, storage: str) -> None:

@@ -158,4 +158,4 @@ def _method_term(job: OffPolicyJob, shares: Shares, pad_id: int) -> Term:
         return RankedTerm(job.pairs, method, shares, pad_id)
     if isinstance(method, Unpaired) and job.responses is not None:
         return UnpairedTerm(job.responses, method, shares, pad_id, pairs=job.pairs)
-    raise TypeError(f"{method.kind} learns from {method.learns_from}, and the job has none")
+    raise TypeError(f"{method.kind} learns from {method.learns_from}, but the job has none")

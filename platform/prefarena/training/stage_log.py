@@ -73,7 +73,7 @@ class StageLog:
         last = max((row["step"] for row in rows), default=0)
         self.fault(
             "resumed",
-            f"an earlier attempt was interrupted after step {last} or later; went on from step {step}",
+            f"an earlier attempt was interrupted after step {last} or later; training resumed from step {step}",
             step=step,
             steps_lost=max(0, last - step),
         )

@@ -58,7 +58,7 @@ def retried(call: Callable[[], Value], limit_s: float, what: str, pause: Callabl
                 raise StorageError(
                     f"{what}: storage has failed for {limit_s:g} s ({error}); resources.storage_retry_s sets the limit"
                 ) from error
-            _logger.warning("%s: %s; asked again in %g s", what, error, length)
+            _logger.warning("%s: %s; trying again in %g s", what, error, length)
             pause(length)
             waited += length
             length = min(2 * length, _LONGEST_PAUSE_S)
@@ -74,6 +74,6 @@ def full_disk_named(what: str, folder: Path) -> Iterator[None]:
         if number not in _FULL:
             raise
         raise StorageFullError(
-            f"{what}: no room is left under {folder} ({os.strerror(number)}); free some and run the same command "
-            "again, which goes on from the last checkpoint"
+            f"{what}: no space is left under {folder} ({os.strerror(number)}); free some and run the same command "
+            f"again, which continues from the last checkpoint"
         ) from error

@@ -221,7 +221,7 @@ class Worker:
                 problem = str(error)
             if not self.on_any(checkpoint is None):
                 return checkpoint
-            message = f"the checkpoint of step {step} is damaged and the one before it is used: {problem}"
+            message = f"the checkpoint of step {step} is damaged, so the one before it is used: {problem}"
             self.stage_log.fault("damaged_checkpoint", message, step=step)
             if self.rank == 0:
                 folder.remove(step)

@@ -108,7 +108,9 @@ class Engine:
         The others' answers to that call are still to come, and would be taken for answers to this one.
         """
         if self._out_of_step:
-            _logger.error("a rank of the engine raised an error in an earlier call: the process ends, to be restarted")
+            _logger.error(
+                "a rank of the engine raised an error in an earlier call, so the process ends and is restarted"
+            )
             os._exit(1)
         self._out_of_step = self.num_ranks > 1
         yield
@@ -244,5 +246,5 @@ def _end_with(processes: Sequence[BaseProcess]) -> None:
     connection.wait([process.sentinel for process in processes])
     for process in processes:
         process.kill()
-    _logger.error("a rank of the engine ended: the whole engine does, to be restarted")
+    _logger.error("a rank of the engine ended, so the whole engine ends and is restarted")
     os._exit(1)
