@@ -101,7 +101,7 @@ def refused(asked: Comparison, *nodes: Node) -> str:
 def test_what_scores_samples_is_counted_beside_the_engines() -> None:
     one_gpu, gpu = Node("a", {"CPU": 8.0, "GPU": 1.0}), {"use_gpu": True}
     said = refused(text(resources=gpu), one_gpu)
-    assert "1 x (1 GPU) for generation actors and 1 x (1 CPU, 1 GPU) for scoring samples stand side by side" in said
+    assert "1 x (1 GPU) for generation actors and 1 x (1 CPU, 1 GPU) for scoring samples run at the same time" in said
     assert "takes 2 GPUs, but the nodes available to them have 1" in said
     assert "lower generation.gpus or resources.scoring.gpus" in said
     assert not refused(text(resources=gpu), one_gpu, one_gpu)

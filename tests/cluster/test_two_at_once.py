@@ -71,7 +71,7 @@ def test_a_failed_method_is_marked_and_the_others_go_on(both: Both) -> None:
     (report,) = Path(settings.output).glob("failing-*/report.md")
     reasons = {entry.name: entry.failures for entry in results.entries if entry.failures}
     assert set(reasons) == {"wild", "rlhf", "best"}
-    assert "not a number in" in reasons["wild"]["0"] and "its reward model failed" in reasons["rlhf"]["0"]
+    assert "not finite in" in reasons["wild"]["0"] and "its reward model failed" in reasons["rlhf"]["0"]
     assert all(not results.entry(name).seeds for name in reasons)
     text = report.read_text(encoding="utf-8")
     assert "| wild (failed) | – |" in text and "**wild failed** with seed 0: the loss or the gradient" in text

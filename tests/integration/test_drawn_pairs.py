@@ -522,5 +522,5 @@ def test_everything_after_the_pairs_takes_them_as_those_of_a_file(tmp_path: Path
             results.entry(name).seeds["0"][f"kl_vocabulary/{group}"] > 0 for name in ("dpo", "mpo", "kto", "rlhf")
         )
         assert results.entry("best-of-3").seeds["0"][f"judge_score/{group}_stderr"] > 0
-    assert any(note.startswith("Of the pairs: ") for note in results.notes)
+    assert any(note.startswith("Pairs: ") for note in results.notes)
     assert results.data["num_train_pairs"] > 200 and results.data["num_covered_prompts"] < 60

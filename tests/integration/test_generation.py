@@ -405,6 +405,6 @@ def test_a_batch_is_asked_for_without_waiting_for_it(generator: Generators, tiny
 
 
 def test_an_untied_head_is_not_lost_on_an_engine_that_ties_it(two_actors: Generators, tiny_policy: str) -> None:
-    with pytest.raises(WeightMismatchError, match=r"hold what was sent: (lm_head|model\.embed_tokens)\.weight"):
+    with pytest.raises(WeightMismatchError, match=r"not those that were sent: (lm_head|model\.embed_tokens)\.weight"):
         two_actors.sync(load_policy(tiny_policy).state_dict().items(), "untied")
     assert two_actors.versions() == {"test-generator": "untied", "tied-generator": None}

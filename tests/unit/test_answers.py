@@ -45,7 +45,7 @@ def test_a_pattern_of_the_users_reads_its_last_match_and_nothing_else() -> None:
     form = Form(0, 100, re.compile(r"\[\[(.+?)\]\]"))
     assert read_answer("[[3]] or rather [[72.5]]", form).score == 72.5
     assert "does not match `pattern`" in read_answer("Score: 72", form).reason
-    assert "is no number" in read_answer("[[good]]", form).reason
+    assert "is not a number" in read_answer("[[good]]", form).reason
     assert "outside" in read_answer("[[101]]", form).reason
 
 

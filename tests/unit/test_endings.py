@@ -106,7 +106,7 @@ def test_what_was_done_to_answers_is_said_in_sentences() -> None:
     for template in (None, CHATML, GEMMA, LLAMA2, R1_OPEN):
         assert notes_of(none, answer_form(tokenizer("bytes", template))) == []
     (note,) = notes_of(none, answer_form(tokenizer("bytes", CHATML_UNASKED)))
-    assert "takes no notice of add_generation_prompt" in note
+    assert "ignores add_generation_prompt" in note
     joined, apart, written = notes_of(
         {"num_responses_tokenised_apart": 3, "num_responses_as_written": 2, "num_turns_joined": 5}, None
     )

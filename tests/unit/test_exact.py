@@ -235,7 +235,7 @@ def test_a_constant_reward_has_nothing_to_gain() -> None:
 
 def test_a_negative_kl_is_refused() -> None:
     for bad in (-0.1, math.nan):
-        with pytest.raises(ValueError, match="not negative"):
+        with pytest.raises(ValueError, match="cannot be negative"):
             Frontier(REF, REWARDS).optimum_at(bad)
 
 

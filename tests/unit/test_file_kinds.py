@@ -93,7 +93,7 @@ def test_an_array_is_its_elements_wherever_pieces_end(size: int, text: str) -> N
     assert [json.loads(line) for line in read.split(b"\n") if line.strip()] == json.loads(text)
 
 
-@pytest.mark.parametrize(("text", "says"), [("[1, 2", "not closed"), ('["', "not closed"), ("[1]\n{}", "behind it")])
+@pytest.mark.parametrize(("text", "says"), [("[1, 2", "not closed"), ('["', "not closed"), ("[1]\n{}", "after it")])
 def test_an_array_that_is_none(text: str, says: str) -> None:
     stream = ArrayLines(text[:2].encode(), io.BytesIO(text[2:].encode()))
     with pytest.raises(BadArray, match=says):

@@ -387,7 +387,7 @@ def test_interpolation_is_linear_in_the_root_and_averages_ties() -> None:
     np.testing.assert_allclose(kl_at_gain([0, 1, 1], [0, 1, 9], [0.25, 0.5]), [0.25, 1.0])
     with pytest.raises(ValueError, match="two different"):
         kl_at_gain([1, 1], [1, 2], [1])
-    with pytest.raises(ValueError, match="not negative"):
+    with pytest.raises(ValueError, match="cannot be negative"):
         kl_at_gain([0, 1], [-1, 2], [0.5])
 
 

@@ -154,7 +154,7 @@ def test_an_entry_with_the_winners_settings_is_what_was_chosen() -> None:
 def test_an_entry_that_was_edited_since_is_told_with_both_values() -> None:
     assert changed_since(chosen(), ran(beta=0.3)) == {"beta": (1 / 3, 0.3)}
     results = compared(tuning([trial("dpo", n, 1.0 + n, beta=0.1 + n) for n in range(4)]), "dpo")
-    assert not any("not what its tuning chose" in sentence for sentence in findings(results))
+    assert not any("settings that its tuning chose" in sentence for sentence in findings(results))
     results.entry("dpo").settings["beta"] = 0.5
     said = " ".join(findings(results))
     assert "**dpo does not have the settings that its tuning chose**: `beta` is 0.5, but tuning chose 3.1." in said
