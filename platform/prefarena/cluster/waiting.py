@@ -24,7 +24,7 @@ def failure_of_task(error: Exception) -> str | None:
     if isinstance(error, ray.exceptions.OutOfMemoryError):
         return f"its process was killed because the node ran out of memory ({in_one_line(error)})"
     if is_death(error):
-        return f"its process died ({in_one_line(error)}), as one does that takes more memory than there is"
+        return f"its process died ({in_one_line(error)}), as happens when it takes more memory than there is"
     if isinstance(error, ray.exceptions.RayTaskError) and isinstance(error.cause, Exception):
         return reason_of(error.cause)
     return reason_of(error)
