@@ -126,7 +126,8 @@ class Estimator:
         """With the sizes of passes that trainings will choose, and the memory that they need in them."""
         config, cards = workload.config, self._cards
         gib, most = cards.card.gib if cards else None, Lengths(*longest(config.task))
-        memory = held_by_trainings(config, workload.settings, most, workload.in_passes, card_gib=gib)
+        lengths, number = workload.in_passes, workload.in_one_pass
+        memory = held_by_trainings(config, workload.settings, most, lengths, number, card_gib=gib)
         return replace(workload, sizes={where: held.size for where, held in memory.items()}), memory
 
 

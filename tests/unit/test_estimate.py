@@ -22,6 +22,7 @@ from pipelines.cli import main
 from pipelines.estimate import Estimator, on_cards
 from pipelines.estimate_tune import num_trainings
 from pipelines.memory import model_settings
+from prefarena.cluster.needs import trainings
 from prefarena.config import DPO, Comparison, LanguageTask, LoRA, Optimisation, RewardModel, TextTask, parse_config
 from prefarena.data.first_rows import look_at_prompts
 from prefarena.data.splits import Shares as DataShares
@@ -112,6 +113,21 @@ def test_the_reference_goes_over_the_languages_own_demonstrations() -> None:
     assert data.demonstrations.number == 512 and data.pairs.number == 64
     assert data.pairs.prompts.tolist() == [4] * len(data.pairs.prompts)
     assert data.pairs.responses.min() >= 1 and data.pairs.responses.max() <= task.response_limit
+
+
+def test_memory_is_that_of_passes_that_are_made() -> None:
+    lengths = np.full(64, 10)
+    lengths[0] = 100
+    rows = Rows(64, lengths, np.full((64, 2), 4))
+    few, whole = Optimisation(batch_size=4, num_steps=1), Optimisation(batch_size=4)
+    method = {"kind": "rlhf", "training": {"rollouts_per_iteration": 16, "num_minibatches": 2}}
+    config = parse_config({"entries": [{"name": "x", "method": method}]})
+    workload = Workload(config, LLAMA, Data(rows, rows, rows.single(), rows, rows.single()), {}, 4)
+    assert workload.longest_pass(rows, few, 8192).prompt == 10  # the long row is in another batch
+    assert workload.longest_pass(rows, whole, 8192).prompt > 20
+    sizes = {one.where: workload.in_one_pass(one, 32) for one in trainings(config)}
+    assert sizes["entries.x.method.training"] == 8  # of a minibatch, however many a pass may hold
+    assert sizes["reference.training"] == 32
 
 
 # ---------------------------------------------------------------------------------------------- hardware

@@ -41,13 +41,14 @@ def held_by_trainings(
     settings: PretrainedConfig,
     longest: Lengths,
     in_passes: Callable[[Training, int], Lengths],
+    in_one_pass: Callable[[Training, int], int],
     *,
     card_gib: float | None = None,
 ) -> dict[str, Held]:
     """By the key of each training's settings. longest: tokens that a row may have, by which sizes of passes are chosen.
 
-    in_passes: mean tokens of the rows in the largest pass of a training, by its size. card_gib: memory of a card; none:
-    this machine's is shared by its workers.
+    in_passes: mean tokens of the rows in the largest pass of a training, by its size. in_one_pass: what there is for it
+    of that size. card_gib: memory of a card; none: this machine's is shared by its workers.
     """
     on_cpu, found, known = not config.resources.use_gpu, dict[str, Held](), dict[Any, MemoryNeed | None]()
     for training in trainings(config):
@@ -60,7 +61,7 @@ def held_by_trainings(
 
         room = _room_mib(config, card_gib, training.on_policy)
         size = chosen_size(training, need, int(room * _MIB), config)
-        held = need(size, training, in_passes(training, size))
+        held = need(in_one_pass(training, size), training, in_passes(training, size))
         mib = None
         if held is not None:
             mib = held.total / _MIB

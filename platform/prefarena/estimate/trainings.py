@@ -135,8 +135,22 @@ class Workload:
         return self.longest_pass(rows.get(training.where, self.data.pairs), settings, size)
 
     def longest_pass(self, rows: Rows, training: Optimisation, size: int) -> Lengths:
-        """Mean lengths within the pass with the most tokens that a worker makes over the table."""
-        return _mean_lengths(rows, self._plan(rows, training, size).largest_micro_batch())
+        """Mean lengths within the pass with the most tokens that a worker makes; few steps meet some of the rows."""
+        plan, steps = self._plan(rows, training, size), self.steps(rows, training)
+        if steps * training.batch_size >= rows.number:
+            return _mean_lengths(rows, plan.largest_micro_batch())
+        looked_at = np.unique(np.linspace(0, steps - 1, min(steps, _LOOKED_AT)).astype(int))
+        made = [
+            one for step in looked_at for rank in range(self.workers) for one in plan.micro_batches(int(step), rank)
+        ]
+        return _mean_lengths(rows, max(made, key=lambda one: int(plan.sizes[one].sum())))
+
+    def in_one_pass(self, training: Training, size: int) -> int:
+        """What a pass holds where it may hold so much: no more rollouts than a worker has of a minibatch."""
+        settings = training.settings
+        if not isinstance(settings, OnPolicyTraining):
+            return size
+        return min(size, math.ceil(settings.rollouts_per_iteration / settings.num_minibatches / self.workers))
 
     def longest_rollouts(self, training: OnPolicyTraining, size: int) -> Lengths:
         """Of the longest rollouts of a minibatch, which share a pass."""
