@@ -1,4 +1,4 @@
-"""Who does a stage, where several comparisons share storage: the first to come; the others wait for it and reuse it."""
+"""Which of several comparisons on shared storage runs a stage: the first does, the others wait and reuse it."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def settle(console: Console, items: Mapping[Path, Item], work: Callable[[list[It
 
 
 def lease_of(folder: Path) -> Path:
-    """Of a stage: beside the folder of all stages, as an unfinished stage's own folder may be emptied."""
+    """The lease of a stage. It is outside the stage's own folder, which may be emptied while it is unfinished."""
     return folder.parent.parent / "leases" / f"{folder.name}.json"
 
 

@@ -1,4 +1,4 @@
-"""Where commands print."""
+"""The console on which commands print."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ _PLAIN_WIDTH = 170  # of lines that go to a file or a job's log
 
 
 def new_console(quiet: bool = False) -> Console:
-    """As wide as the terminal, or where there is none wide enough for the table. quiet: it prints nothing."""
+    """A console as wide as the terminal, or wide enough for the table if there is none. quiet: it prints nothing."""
     return Console(quiet=quiet) if sys.stdout.isatty() else Console(width=_PLAIN_WIDTH, quiet=quiet)

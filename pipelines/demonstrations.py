@@ -60,7 +60,7 @@ def make_demonstrations(config: Comparison, plans: list[SeedPlan], console: Cons
 
 
 def _draw_from_table(plan: SeedPlan, task: LanguageTask, folder: Path) -> None:
-    """As many samples of the reference as the data has demonstrations (or a few more), as many of each prompt."""
+    """As many samples of the reference as the data has demonstrations (or a few more), equally many per prompt."""
     started, language = time.perf_counter(), Language(task)
     exact = ExactReference.load(plan.pairs.folder / EXACT)
     listed = Responses.listed(language.vocab_size, task.response_limit, EOS_ID)

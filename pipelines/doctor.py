@@ -110,7 +110,7 @@ def _try_attention(config: Comparison, settings: PretrainedConfig) -> Iterator[F
 
 
 def _places(config: Comparison) -> dict[str, str]:
-    """By setting, the paths and URLs that every node must read; names on the hub are asked for by `check_input`."""
+    """The paths and URLs that every node must read, by setting; names on the hub are checked by `check_input`."""
     named: dict[str, str | None] = {"output": config.output} if is_url(config.output) else {}
     if isinstance(config.task, TextTask):
         named |= {
@@ -125,7 +125,7 @@ def _places(config: Comparison) -> dict[str, str]:
 
 
 def _data_bytes(config: Comparison) -> int:
-    """Of the task's data: its files, or the language's tables of every response, 16 bytes each for each policy."""
+    """Bytes of the task's data: its files, or the language's tables of every response (16 bytes each per policy)."""
     if isinstance(config.task, TextTask):
         return sum(_bytes_at(path) for path in {config.task.data, config.task.test_data or config.task.data})
     language = Language(config.task)

@@ -224,7 +224,7 @@ def _covered(prompts: pa.Table, train_pairs: pa.Table) -> int:
 
 
 def _is_covered(prompts: pa.Table, train_pairs: pa.Table) -> pa.Array:
-    """Of each prompt to train on, whether it has a training pair."""
+    """For each training prompt, whether it has a training pair."""
     with_pairs = {tuple(ids) for ids in train_pairs["prompt_ids"].to_pylist()}
     rows = prompts.select(["prompt_ids", "split"]).to_pylist()
     return pa.array([row["split"] == "train" and tuple(row["prompt_ids"]) in with_pairs for row in rows], pa.bool_())

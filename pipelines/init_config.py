@@ -101,7 +101,7 @@ class Memory:
 
     @property
     def settings(self) -> list[str]:
-        """As they stand in `training`, beside other settings."""
+        """The settings as written in `training`, next to others."""
         found = [] if self.precision == "float32" else [f"precision: {self.precision}"]
         found += ["activation_checkpointing: true"] if self.recomputes else []
         found += ["lora: {rank: 16, alpha: 32}"] if self.adapters else []
@@ -279,5 +279,5 @@ def _whole(lengths: Sequence[int], limit: int) -> str:
 
 
 def _quoted(text: str) -> str:
-    """As YAML reads it back, in a flow mapping too."""
+    """The text in a form that YAML reads back, even in a flow mapping."""
     return json.dumps(text, ensure_ascii=False)

@@ -111,7 +111,7 @@ def _advice(config: Comparison, training: Training) -> str:
 
 
 def model_settings(config: Comparison) -> PretrainedConfig | None:
-    """Of the comparison's model, from its configuration alone; None where no model can be made with it."""
+    """The comparison's model as a configuration, without weights; None if no model can be made with it."""
     if isinstance(config.model, PretrainedModel):
         try:
             return inspect_policy(config.model.path, config.model.revision)

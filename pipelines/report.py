@@ -291,7 +291,7 @@ def _reward_model_notes(plans: list[SeedPlan]) -> Iterator[str]:
 
 
 def _largest_gaps(plans: list[SeedPlan]) -> Iterator[float]:
-    """Of each on-policy run whose generators held the trainer's weights: the largest gap of a token, nats."""
+    """The largest gap of a token's log-prob, nats, of each on-policy run whose generators held the trainer's weights."""
     for trained in (one for plan in plans for one in plan.trained):
         method, rows = trained.entry.method, _metric_rows(trained)
         if isinstance(method, OnPolicyMethod) and method.training.mode == "synchronous" and rows:

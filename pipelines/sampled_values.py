@@ -157,7 +157,7 @@ _SIDES = ("chosen", "rejected")
 
 
 def held_out_pairs(job: SampledJob) -> pa.Table:
-    """With the reference's log-probs as they were computed for trainings."""
+    """The held-out pairs, with the reference's log-probs as they were computed for training."""
     return read_rows(job.logps / "test_pairs")
 
 
@@ -235,5 +235,5 @@ def fill_share(
 
 
 def best_of(rollouts: list[Rollout], ranking: np.ndarray, job: SampledJob) -> list[Rollout]:
-    """Of every `job.best_of` samples the one that ranks highest."""
+    """The sample that ranks highest among every `job.best_of` samples."""
     return [rollouts[index] for index in pick_best(ranking, job.best_of)]

@@ -69,7 +69,7 @@ def _tables(plans: list[SeedPlan]) -> Iterator[tuple[str, int, pa.Table]]:
 
 
 def _with_verdicts(table: pa.Table, trained: Trained) -> pa.Table:
-    """With what each response counts against the reference's as its score, where a pairwise judge has compared them."""
+    """The table, with each response's result against the reference's as its score if a pairwise judge compared them."""
     if trained.wins is None or not trained.wins.finished:
         return table
     path = trained.wins.folder / GAMES

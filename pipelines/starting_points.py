@@ -23,7 +23,7 @@ class Rate(NamedTuple):
 
 
 class StartingPoint(NamedTuple):
-    """Of models of up to so many parameters: fine-tuning, methods on pairs, the reward model, and PPO."""
+    """Learning rates for models of up to so many parameters: fine-tuning, methods on pairs, the reward model, PPO."""
 
     up_to: float
     sft: Rate

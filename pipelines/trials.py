@@ -30,7 +30,7 @@ class Proposal:
 
     @property
     def name(self) -> str:
-        """Of the trial, as an entry."""
+        """The trial's name as an entry."""
         return f"{self.entry.name}-t{self.number}"
 
     def as_entry(self) -> Entry:

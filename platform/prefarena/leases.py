@@ -143,7 +143,7 @@ class Leases:
             turn.unlink(missing_ok=True)
 
     def _replace(self, path: Path, token: str, beat: int) -> bool:
-        """In an object store: this holder's entry in place of that of the holder with `token`, if it is still there."""
+        """In an object store, replace the entry of the holder with `token` by this holder's, if it is still there."""
         mirror = mirror_of(path)
         found = stores.read_tagged(mirror.url_of(path)) if mirror is not None else None
         if mirror is None or found is None or _holder(found[0].decode()).token != token:

@@ -182,7 +182,7 @@ def judge_memory(config: Comparison, reports: Sequence[NodeReport], memory: Heav
 
 
 def judge_waking(config: Comparison, reports: Sequence[NodeReport], memory: Heaviest | None) -> list[Finding]:
-    """Whether an engine that sleeps has room to wake, beside what a worker holds between two updates."""
+    """Whether a sleeping engine has room to wake, given what a worker holds between two updates."""
     card, part = smallest_gpu(config, reports), config.generation.gpu_memory_utilization
     if memory is None or card is None or not memory.on_policy or config.generation.sleep_mode == "none":
         return []
@@ -216,7 +216,7 @@ def judge_host(config: Comparison, reports: Sequence[NodeReport], memory: Heavie
 
 
 def judge_engine(config: Comparison, reports: Sequence[NodeReport], num_parameters: int) -> list[Finding]:
-    """On GPUs: whether a device of an engine has room for its part of the weights, on the smallest that it may get."""
+    """Whether each GPU of an engine has room for its part of the weights, on the smallest GPU that it may get."""
     generation = config.generation
     cards = [size for report in on_nodes(reports, generation.labels) for _, size in report.gpus]
     if not generates(config) or not config.resources.use_gpu or not cards:
@@ -235,7 +235,7 @@ def judge_engine(config: Comparison, reports: Sequence[NodeReport], num_paramete
 
 
 def judge_attention(answers: Mapping[str, str | None], silent: Sequence[str], tried: str) -> list[Finding]:
-    """Whether attention is compiled and runs on each node with GPUs. tried: what it was."""
+    """Whether attention compiles and runs on each node with GPUs. tried: a description of what was tried."""
     found = []
     for node, why in sorted(answers.items()):
         told = f"does not work: {why}" if why else "compiles, and gives the same values as on a CPU"

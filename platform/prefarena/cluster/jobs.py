@@ -233,7 +233,7 @@ def _version(address: str, headers: Mapping[str, str]) -> str:
 
 @contextmanager
 def _no_other_address() -> Iterator[None]:
-    """In it Ray's variables do not override the address that is given, as they do for Ray's client."""
+    """A context in which Ray's variables do not override the given address, as they do for Ray's client."""
     kept = {name: os.environ.pop(name) for name in ("RAY_API_SERVER_ADDRESS", "RAY_ADDRESS") if name in os.environ}
     try:
         yield

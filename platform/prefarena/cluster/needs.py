@@ -99,7 +99,7 @@ class Training:
 
 
 def num_parameters(settings: PretrainedConfig) -> int:
-    """Of the causal language model with these settings."""
+    """The number of parameters of the causal language model with these settings."""
     return on_shapes(lambda: AutoModelForCausalLM.from_config(settings)).num_parameters()
 
 
@@ -130,14 +130,14 @@ def heaviest_training(
 
 
 def _part(config: Comparison, one: Heaviest) -> float:
-    """Of a GPU, for a worker in this training."""
+    """The part of a GPU that a worker has in this training run."""
     return share_beside_engine(config) if one.on_policy else config.resources.gpus_per_worker
 
 
 def chosen_size(
     training: Training, need: Callable[[int], MemoryNeed | None], room: int | None, config: Comparison
 ) -> int:
-    """Of a pass: the largest size that fits, else the smallest; found by halving, since a larger one needs more."""
+    """The largest size of a pass that fits, else the smallest; found by halving, since a larger one needs more."""
     smaller, sizes = 0, training.sizes
     if room is None:
         return sizes[0]
@@ -243,7 +243,7 @@ class _OffPolicy:
     beside: int = 0
 
     def __call__(self, settings: PretrainedConfig, lengths: Lengths, tokens: int) -> MemoryNeed | None:
-        """In passes of so many tokens; what is longer goes alone."""
+        """The need in passes of so many tokens; a longer sequence gets a pass of its own."""
         share = max(1, self.training.batch_size // self.num_workers)
         number = min(share, max(1, tokens // (lengths.prompt + self.responses * lengths.response)))
         module = on_shapes(partial(self._module, settings, lengths))
@@ -272,7 +272,7 @@ class _OnPolicy:
     method: OnPolicyMethod
 
     def __call__(self, settings: PretrainedConfig, lengths: Lengths, size: int) -> MemoryNeed | None:
-        """In passes of so many rollouts."""
+        """The need in passes of so many rollouts."""
         job = self.job(lengths)
         models = on_shapes(lambda: models_from(Shapes(settings, job), job, (lengths.total,)))
         if job.training.activation_checkpointing:
@@ -282,7 +282,7 @@ class _OnPolicy:
         return memory_need(job, models, lengths.prompt, size, spread_of(self.config), on_gpu=on_gpu)
 
     def job(self, lengths: Lengths) -> OnPolicyJob:
-        """As far as memory depends on it: there are no folders yet."""
+        """The job, as far as memory depends on it: there are no folders yet."""
         config, method = self.config, self.method
         judge = config.trained_judge
         return OnPolicyJob(

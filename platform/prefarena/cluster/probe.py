@@ -118,7 +118,7 @@ def _reads_and_writes(token: Path, text: str, node: str) -> bool:
 
 
 def versions() -> dict[str, str]:
-    """Of Python and of PACKAGES, without what a build adds (`+cpu`); packages that are not installed are left out."""
+    """Versions of Python and of PACKAGES, without build suffixes (`+cpu`); packages not installed are left out."""
     found = {"python": platform.python_version()}
     for package in PACKAGES:
         for name in _VLLM_NAMES if package == "vllm" else (package,):
@@ -150,7 +150,7 @@ def gpus() -> list[tuple[str, int]]:
 
 
 def driver_version() -> str | None:
-    """Of this machine's NVIDIA driver; None where none answers."""
+    """The version of this machine's NVIDIA driver; None if none answers."""
     return next((line.strip() for line in _nvidia_smi("driver_version")), None)
 
 

@@ -66,7 +66,7 @@ class Tuning(Section):
     )
 
     def __hash__(self) -> int:
-        """By what it holds, as for every section: a comparison is hashed, and a mapping like `spaces` cannot be."""
+        """A hash of the contents: a comparison is hashed like any section, but a mapping like `spaces` cannot be."""
         return hash(self.model_dump_json())
 
     @model_validator(mode="after")

@@ -52,7 +52,7 @@ class Conversations:
 
     @cached_property
     def form(self) -> AnswerForm | None:
-        """Of answers in the chat template, where there is one that shows them."""
+        """The form of answers in the chat template, if there is one that shows them."""
         return answer_form(self.tokenizer)
 
     @cached_property

@@ -62,7 +62,7 @@ class FirstRows:
 
 
 def look_at_pairs(task: TextTask) -> FirstRows:
-    """Of the task's pairs. Raises UserError where the first rows show that they cannot be used."""
+    """The first rows of the task's pairs. Raises UserError if they show that the pairs cannot be used."""
     return _look(task, (task.data, task.split), DATA, COLUMNS, _ANSWERS, functools.partial(pair_of, task=task))
 
 
@@ -87,17 +87,17 @@ def prompts_alone(task: TextTask) -> bool:
 
 
 def look_at_prompts(task: TextTask) -> FirstRows:
-    """Of prompts without answers. Raises UserError as `look_at_pairs` does."""
+    """The first rows of prompts without answers. Raises UserError like `look_at_pairs`."""
     return _look(task, (task.data, task.split), DATA, PROMPT_COLUMNS, (), functools.partial(prompt_of, task=task))
 
 
 def look_at_test_prompts(task: TextTask, first: FirstRows) -> FirstRows | None:
-    """Of the prompts to test on, where they are rows of their own. Raises UserError as `look_at_test` does."""
+    """The first rows of the test prompts, if they have their own source. Raises UserError like `look_at_test`."""
     return _look_at_test(task, first, PROMPT_COLUMNS, (), functools.partial(prompt_of, task=task))
 
 
 def look_at_test(task: TextTask, first: FirstRows) -> FirstRows | None:
-    """Of the task's own test set, where it has one; `first` is what training reads.
+    """The first rows of the task's own test set, if it has one; `first` is what training reads.
 
     Raises UserError as `look_at_pairs` does, and where the two have rows in common, or rows of different forms.
     """
@@ -132,7 +132,7 @@ def _listed(forms: frozenset[str]) -> str:
 
 
 def look_at_text(task: TextTask, path: str) -> FirstRows:
-    """Of pretraining text. Raises UserError as `look_at_pairs` does."""
+    """The first rows of pretraining text. Raises UserError like `look_at_pairs`."""
     return _look(task, (path, task.split), TEXT, TEXT_COLUMNS, TEXT_COLUMNS, text_of)
 
 
@@ -147,13 +147,13 @@ def look_at_others(task: TextTask) -> None:
 
 
 def look_at_singles(task: TextTask, path: str) -> FirstRows:
-    """Of single responses. Raises UserError as `look_at_pairs` does."""
+    """The first rows of single responses. Raises UserError like `look_at_pairs`."""
     every, needed = task.model_copy(update={"max_rows": None}), ("completion", "label")
     return _look(every, (path, task.split), SINGLE, SINGLE_COLUMNS, needed, functools.partial(single_of, task=task))
 
 
 def look_at_demonstrations(task: TextTask, path: str) -> FirstRows:
-    """Of demonstrations of the user's own. Raises UserError as `look_at_pairs` does."""
+    """The first rows of the user's own demonstrations. Raises UserError like `look_at_pairs`."""
     every, examine = task.model_copy(update={"max_rows": None}), functools.partial(demonstration_of, task=task)
     return _look(every, (path, task.split), DEMONSTRATION, DEMONSTRATION_COLUMNS, (), examine)
 

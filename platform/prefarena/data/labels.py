@@ -57,7 +57,7 @@ def check_labels(path: str, labels: Sequence[Any]) -> None:
 
 
 def order_notes(counts: dict[str, Any]) -> list[str]:
-    """Of pairs whose answers are not in the order that their columns say, a sentence each."""
+    """A sentence each on the kinds of pairs whose answers are not in the order that their columns say."""
     notes, num_pairs = [], sum(counts[f"num_{split}_pairs"] for split in ("train", "judge", "test"))
     if number := counts["num_labels_under_half"]:
         notes.append(

@@ -29,7 +29,7 @@ def transcript_notes(first: FirstRows, task: TextTask, tokenizer: PreTrainedToke
 
 
 def notes_of(counts: dict[str, Any], form: AnswerForm | None) -> list[str]:
-    """Of the tables whose `counts` these are; `form` is that of answers in the chat template."""
+    """Notes on the tables with these `counts`; `form` is that of answers in the chat template."""
     notes = []
     if joined := counts["num_turns_joined"]:
         notes.append(f"{joined} turns of transcripts follow one of the same speaker, and continue its message")

@@ -35,7 +35,7 @@ def taken_apart(pairs: pa.Table) -> pa.Table:
 
 
 def of_pairs(responses: pa.Table, ids: list[str]) -> pa.Table:
-    """Of responses that `taken_apart` made, those of the pairs with these ids.
+    """Of the responses that `taken_apart` made, those of the pairs with these ids.
 
     Their mismatched responses may be of other pairs: those serve as they are, without a label.
     """

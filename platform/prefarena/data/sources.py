@@ -85,7 +85,7 @@ def find_parts(path: str, split: str) -> list[Part]:
 
 
 def survey(path: str, split: str, settings: tuple[str, str] = ("task.data", "task.split")) -> Found:
-    """As `find_parts`, with the notes. `settings` are those that path and split come from, for errors."""
+    """Like `find_parts`, but with the notes. `settings` names the settings of path and split, for errors."""
     with reaching(path):
         return _survey(path, split, settings)
 

@@ -31,7 +31,7 @@ def read_rows(path: str | Path, columns: list[str] | None = None, *, first: int 
 
 
 def column_names(path: str | Path) -> list[str]:
-    """Of a parquet file, or a folder of them."""
+    """The column names of a parquet file, or of a folder of them."""
     bring(path)
     return list(pads.dataset(str(path), format="parquet").schema.names)
 

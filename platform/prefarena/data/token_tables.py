@@ -121,7 +121,7 @@ class TokenTables:
         self._add(rows, self.rejections, self._cut)
 
     def add_test(self, rows: pa.Table) -> None:
-        """As `add`, of the test set."""
+        """Like `add`, for the test set."""
         self.num_test_rows += rows.num_rows
         self._add(rows, self.test_rejections, self._test_cut)
 

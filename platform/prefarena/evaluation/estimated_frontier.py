@@ -44,7 +44,7 @@ class Point(NamedTuple):
 
 
 class _Moments(NamedTuple):
-    """Of every prompt [P]: log Z, R, and the effective sample size 1 / sum w^2."""
+    """For every prompt [P]: log Z, R, and the effective sample size 1 / sum w^2."""
 
     log_partition: np.ndarray
     reward: np.ndarray

@@ -104,7 +104,7 @@ class Generators:
 
     @cached_property
     def dtype(self) -> torch.dtype:
-        """Of the engines' weights."""
+        """The dtype of the engines' weights."""
         return getattr(torch, self._members[0].call_dtype().result())
 
     # ------------------------------------------------------------------------------------------ weights
@@ -133,7 +133,7 @@ class Generators:
         self._note(update.send(named_tensors, verify=self._settings.verify_weights, turn=self._turn))
 
     def _sums(self, tensors: Mapping[str, Tensor]) -> Sums | None:
-        """Of what goes from device to device: samples, where every actor has compared a whole update."""
+        """Checksums of what goes from device to device: of samples, once every actor has compared a whole update."""
         if not self._settings.verify_weights:
             return None
         calls = [

@@ -67,7 +67,7 @@ class Verified:
 
     @property
     def share(self) -> float:
-        """Of the parameters, between 0 and 1."""
+        """The share of the parameters that was compared, between 0 and 1."""
         return self.num_parameters / self.num_parameters_sent
 
     def __str__(self) -> str:
@@ -80,7 +80,7 @@ class Verified:
         return f"{told}; the layout of the others is unknown: {_listed(list(self.skipped))}"
 
     def summary(self) -> dict[str, Any]:
-        """For a manifest."""
+        """The summary for a manifest."""
         return {
             "num_tensors": self.num_tensors,
             "num_tensors_sent": self.num_tensors_sent,

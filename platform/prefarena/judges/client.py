@@ -207,7 +207,7 @@ def _told(error: OpenAIError) -> str:
 
 
 def answer_schema(name: str, value: dict[str, Any]) -> dict[str, Any]:
-    """Of an answer that gives its reason and then the field `name`, as strict servers want it."""
+    """The JSON schema of an answer with its reason and then the field `name`, as strict servers require it."""
     return {
         "type": "object",
         "properties": {"reason": {"type": "string"}, name: value},

@@ -20,7 +20,7 @@ class Usage:
     num_silent: int = 0
 
     def costs(self) -> dict[str, int]:
-        """As they stand in a manifest."""
+        """The costs as written in a manifest."""
         return {
             "num_judge_calls": self.num_paid,
             "num_judge_calls_reused": self.num_reused,

@@ -32,7 +32,7 @@ class BCO(Unpaired):
         return torch.stack([(labels * r).sum(), labels.sum(), ((1 - labels) * r).sum(), (1 - labels).sum()])
 
     def baseline(self, sums: Tensor) -> Tensor:
-        """Of a step that has one kind alone, the mean of that."""
+        """The baseline of the step; if the step has only one kind of response, the mean of that kind."""
         means = sums[0::2] / sums[1::2].clamp(min=torch.finfo(torch.float32).tiny)
         kinds = (sums[1::2] > 0).to(sums.dtype)
         return (means * kinds).sum() / kinds.sum()

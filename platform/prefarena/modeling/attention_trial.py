@@ -25,7 +25,7 @@ class Heads:
 
 
 def attention_heads(settings: PretrainedConfig) -> Heads | None:
-    """Of a model, from its configuration; None where it has none."""
+    """The attention heads of a model, from its configuration; None if it has none."""
     text = settings.get_text_config()
     queries = getattr(text, "num_attention_heads", None)
     if queries is None:

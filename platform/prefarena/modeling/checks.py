@@ -176,7 +176,7 @@ def quietly() -> Iterator[None]:
 
 
 def first_line(error: Exception) -> str:
-    """Of an error of a library: what it says, on one line."""
+    """The message of a library's error, on one line."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:2]).rstrip(".") if lines else type(error).__name__
 

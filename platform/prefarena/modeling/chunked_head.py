@@ -47,7 +47,7 @@ class Head(NamedTuple):
 
 
 class Compared(NamedTuple):
-    """Of two models' distributions p and q at M places: KL(p || q), KL(q || p), log p(target), log q(target).
+    """For two models' distributions p and q at M places: KL(p || q), KL(q || p), log p(target), log q(target).
 
     [M] each, nats, float64; divergences are exact sums over the vocabulary.
     """

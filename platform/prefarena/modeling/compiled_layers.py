@@ -116,7 +116,7 @@ def _fused(forward: Any, hidden: Tensor, *arguments: Any, **keywords: Any) -> An
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Of a class's method: what is compiled for one of its layers is there for the others."""
+    """The compiled method of a class: what is compiled for one of its layers is there for the others."""
     return compiled_whole(function)
 
 

@@ -24,7 +24,7 @@ _Parameter = tuple[nn.Module, str]
 
 
 def compute_in_halves(module: nn.Module) -> None:
-    """From its next call on; its parameters stay what they are."""
+    """Have the module compute in bfloat16 from its next call on; its parameters stay as they are."""
     layers = decoder_layers(module)
     within = {part for layer in layers for part in layer.modules()}
     for owner, parts in [(layer, [*layer.modules()]) for layer in layers] + [

@@ -18,7 +18,7 @@ Wrapper = Callable[..., Any]
 
 
 class Place(IntEnum):
-    """Of a wrapper, the innermost first: the compiled layer takes halved weights, and both are run again."""
+    """The place of a wrapper, innermost first: the compiled layer takes halved weights, and both are recomputed."""
 
     COMPILED = 0
     HALVED = 1

@@ -112,7 +112,7 @@ def load_checked(
 
 
 def new_settings(model: ScratchModel, vocab_size: int, max_length: int) -> LlamaConfig:
-    """Of a Llama of these sizes, for up to `max_length` tokens."""
+    """The configuration of a Llama of these sizes, for up to `max_length` tokens."""
     return LlamaConfig(
         vocab_size=vocab_size,
         hidden_size=model.hidden_size,

@@ -35,7 +35,7 @@ class Sequences:
 
     @classmethod
     def of(cls, prompts: Sequence[Ids], responses: Sequence[Ids], device: torch.device | str = "cpu") -> Sequences:
-        """From one list of token ids for each prompt, and for each response."""
+        """Make a batch from one list of token ids for each prompt and each response."""
         if len(prompts) != len(responses):
             raise ValueError(f"{len(prompts)} prompts and {len(responses)} responses")
         own, answers = ([np.asarray(ids, np.int64) for ids in side] for side in (prompts, responses))
@@ -156,7 +156,7 @@ class LogProbs(PackedModel):
 
     @property
     def head(self) -> Head:
-        """Of a model with a plain head."""
+        """The head, of a model with a plain one."""
         head = self.model.get_output_embeddings()
         return Head(head.weight, head.bias)
 

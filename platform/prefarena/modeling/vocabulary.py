@@ -19,7 +19,7 @@ _REMEDY = (
 
 
 def num_rows(config: PretrainedConfig) -> int:
-    """Of the embedding of the model with this config."""
+    """The number of rows in the embedding of the model with this config."""
     return int(config.get_text_config(decoder=True).vocab_size)
 
 

@@ -32,7 +32,7 @@ class ObjectiveOutput:
     metrics: dict[str, Mean]
 
     def plus(self, penalty: ObjectiveOutput, weight: float) -> ObjectiveOutput:
-        """With a weighted penalty in the loss, which is a mean over the same things; the metrics stay."""
+        """This output with a weighted penalty added to the loss; both are means over the same things. Metrics stay."""
         return ObjectiveOutput(Mean(self.loss.total + weight * penalty.loss.total, self.loss.count), self.metrics)
 
 

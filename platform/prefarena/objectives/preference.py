@@ -38,7 +38,7 @@ class PairLogps:
         return PairLogps(self.chosen / num_tokens.chosen, self.rejected / num_tokens.rejected)
 
     def double(self) -> PairLogps:
-        """In float64."""
+        """These log-probs in float64."""
         return PairLogps(self.chosen.double(), self.rejected.double())
 
     @property

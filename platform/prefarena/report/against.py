@@ -87,7 +87,7 @@ def against_table(results: Results) -> Table | None:
 
 
 def _curves(results: Results, x: str, y: str) -> Curves:
-    """Of groups with two settings at least, and every seed of each."""
+    """The curves of groups with at least two settings, for every seed."""
     found: Curves = {}
     for group, entries in results.groups().items():
         by_seed: dict[str, list[tuple[float, float]]] = {}

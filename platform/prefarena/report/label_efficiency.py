@@ -17,7 +17,7 @@ NOT_REACHED = "not reached"
 
 
 class Measure(NamedTuple):
-    """Of a policy: its name, its key in evaluation rows, and whether more or less of it is better; None: neither."""
+    """A measure: its name, its key in evaluation rows, and whether more or less is better; None: neither."""
 
     name: str
     key: str
@@ -86,7 +86,7 @@ def num_pairs(entry: EntryResult) -> int | None:
 
 
 def label_curves(results: Results) -> list[LabelCurve]:
-    """Of every group that has entries at two numbers of pairs or more; entries that failed are left out."""
+    """The curves of all groups that have entries at two or more numbers of pairs; failed entries are left out."""
     found = []
     for group, entries in results.groups().items():
         by_number = {number: entry for entry in entries if entry.seeds and (number := num_pairs(entry)) is not None}

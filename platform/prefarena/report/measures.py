@@ -1,4 +1,4 @@
-"""On text: how far policies are from the reference, by every estimate that there is."""
+"""Tables for text tasks: how far policies are from the reference, by every available estimate."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Sensitivity(NamedTuple):
 
     @property
     def medians(self) -> str:
-        """Of all groups, named where they are values."""
+        """The medians of all groups, with their names if the groups are values."""
         return " · ".join(
             f"{'' if self.are_thirds else f'{name}: '}{number(median, 3)}" for name, median in self.groups
         )

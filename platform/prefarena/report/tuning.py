@@ -119,7 +119,7 @@ def shown_settings(settings: Mapping[str, Value], digits: int = 3) -> str:
 
 
 def tuning_text(results: Results) -> str:
-    """Who was tuned, with which budget, by which criterion, and on what; empty where nothing was."""
+    """What was tuned, with which budget, by which criterion, and on what; empty if nothing was."""
     tuning = results.tuning
     if tuning is None:
         return ""

@@ -19,7 +19,7 @@ from prefarena.report.tuning_results import TrialResult, TuningResults
 
 
 def budget_table(results: Results) -> Table | None:
-    """Of every entry its budget, and the expected best of a part of it; None where no entry was tuned."""
+    """Every entry's budget, and the expected best of parts of it; None if no entry was tuned."""
     tuning, curves = results.tuning, {curve.entry.name: curve for curve in tuned_curves(results)}
     if tuning is None or not curves:
         return None

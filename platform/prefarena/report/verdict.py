@@ -70,7 +70,7 @@ def is_clear(difference: Aggregate) -> bool | None:
 
 
 def _leader(entries: list[EntryResult], key: str, what: str, high: bool) -> str:
-    """Who is first in `key`, and by how much over the second."""
+    """Which policy is first in `key`, and by how much it leads the second."""
     known = [(entry, value) for entry in entries if (value := aggregate(entry, key)) is not None]
     if not known:
         return ""
@@ -107,7 +107,7 @@ def _nearest(results: Results) -> str:
 
 
 def _efficiency(entries: list[EntryResult]) -> str:
-    """Who is near the frontier: gain as a share of the largest gain possible at the policy's own KL."""
+    """Which policies are near the frontier: gain as a share of the largest gain possible at the policy's own KL."""
     shares = {entry.name: share for entry in entries if (share := _share_of_gain(entry)) is not None}
     if not shares:
         return ""

@@ -53,7 +53,7 @@ Space = dict[str, Dimension]
 
 
 def around(value: float, factor: float, *, integer: bool = False) -> Span:
-    """From `value` / `factor` to `value` x `factor`, evenly in the logarithm; whole numbers from 1 where `integer`."""
+    """A range from `value` / `factor` to `value` x `factor`, uniform in the logarithm; integers from 1 if `integer`."""
     low, high = value / factor, value * factor
     if integer:
         low, high = float(max(1, round(low))), float(max(2, round(high)))

@@ -24,7 +24,7 @@ class WandBTracker:
         self._settings, self._folder = settings, folder
 
     def open(self, run: Run, rows: Sequence[Row]) -> WandBRun:
-        """On a server the run of this id goes on after its last step. Files cannot go on: they are written anew."""
+        """Open the run of this id. On a server it continues after its last step; offline files are rewritten."""
         self._folder.mkdir(parents=True, exist_ok=True)
         offline = self._settings.mode == "offline"
         for old in self._folder.glob(f"wandb/offline-run-*-{run.id}") if offline else ():

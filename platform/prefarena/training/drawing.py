@@ -78,7 +78,7 @@ class Done:
 
 @dataclass
 class Answers:
-    """Of one prompt: two responses that differ, with their scores, once there are any; and what they took."""
+    """The answers to one prompt: two different responses with their scores, once there are any, and what they cost."""
 
     responses: list[list[int]] = field(default_factory=list)
     scores: list[float] = field(default_factory=list)
@@ -176,7 +176,7 @@ class PairDrawer:
     # ------------------------------------------------------------------------------------ responses and scores
 
     def _answered(self, prompts: list[list[int]], step: int, policy: PolicySource) -> list[Answers]:
-        """Of every prompt; those for which no pair was found have no responses."""
+        """The answers to every prompt; prompts for which no pair was found have no responses."""
         found = [Answers() for _ in prompts]
         waiting = list(range(len(prompts)))
         for attempt in range(_MOST_ROUNDS):
@@ -226,7 +226,7 @@ class PairDrawer:
         return found
 
     def _scores(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-        """Of the judge, [N] float64, on every worker; nan where it is silent."""
+        """The judge's scores, [N] float64, on every worker; nan where it is silent."""
         judge, number = self._judge, len(prompts)
         assert judge is not None
         if number == 0:

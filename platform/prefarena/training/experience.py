@@ -1,4 +1,4 @@
-"""From rollouts to the tensors that the update learns from.
+"""How rollouts become the tensors that the update learns from.
 
 Every worker scores the share that it generated, then all shares are gathered, so that each worker holds the whole
 rollout batch: whitening, groups, minibatches and metrics are the same for any number of workers.

@@ -315,7 +315,7 @@ class OnPolicyTrainer:
         return self.iteration < _critic_warmup(self.settings)
 
     def learning_rates(self) -> dict[str, float]:
-        """Of each learner in this iteration; the policy's course begins when the critic's warm-up is over."""
+        """Each learner's rate in this iteration; the policy's schedule begins when the critic's warm-up is over."""
         settings, frozen = self.settings, _critic_warmup(self.settings)
 
         def rate(base: float, after: int) -> float:
@@ -352,7 +352,7 @@ class OnPolicyTrainer:
         return window.reduce(self.worker) | {"learning_rate": rates["policy"], "steps_skipped": num_skipped}
 
     def terms(self, kl_coef: float) -> list[tuple[Learner, Term]]:
-        """Who learns in this iteration, and from what."""
+        """What learns in this iteration, and from what."""
         terms: list[tuple[Learner, Term]] = []
         if not self.policy_frozen():
             terms.append((self.learners["policy"], partial(self._policy_term, kl_coef=kl_coef)))

@@ -191,5 +191,5 @@ def _name(step: int) -> str:
 
 
 def _read(path: Path) -> pa.Table:
-    """In the order in which they are trained on."""
+    """The rows, in the order in which they are trained on."""
     return pq.read_table(path, schema=ONLINE_PAIRS).sort_by("place").combine_chunks()

@@ -86,7 +86,7 @@ class RemoteCheckpointFolder(CheckpointFolder):
         return f"rank-{rank}.{self._attempt}.json"
 
     def _receipt(self, remote: Path, rank: int, what: str) -> Any:
-        """Of a worker's file; waits until it is there."""
+        """The receipt of a worker's file; waits until it is there."""
         deadline = time.monotonic() + RECEIPTS_LIMIT_S
         while True:
             data = retried(lambda: self._mirror.read(remote / self._receipt_of(rank)), self._retry_s, what)

@@ -83,7 +83,7 @@ def _fail(job: Job, worker: Worker, reason: str) -> None:
 
 
 def _contents(job: Job, worker: Worker, source: RolloutSource | None, judge: Judge | None) -> dict[str, Any]:
-    """Of the job's manifest, when its model is saved."""
+    """The contents of the job's manifest, once its model is saved."""
     match job:
         case OffPolicyJob(drawing=Drawing() as drawing):
             return _train_online(job, drawing, worker, source, judge)

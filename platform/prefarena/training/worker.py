@@ -149,7 +149,7 @@ class Worker:
 
     @cached_property
     def stage_log(self) -> StageLog:
-        """Of the job's stage."""
+        """The log of the job's stage."""
         return StageLog(self.stage_dir, self.rank, lambda: self._attempt, self.storage_retry_s)
 
     def log(self, row: dict[str, Any]) -> None:
@@ -284,7 +284,7 @@ class Worker:
         return room.share_mib(room.total_mib(), self.num_side_by_side)
 
     def memory_in_use_mib(self) -> float:
-        """Of the process on a CPU, with nothing freed in it; of the device on a GPU."""
+        """Memory in use: of the process on a CPU, once freed memory is given back; of the device on a GPU."""
         if self.device.type == "cuda":
             return torch.cuda.memory_allocated(self.device) / 2**20
         process_memory.give_back_freed()

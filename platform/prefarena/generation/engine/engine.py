@@ -118,7 +118,7 @@ class Engine:
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the weights as the engine holds them."""
+        """The dtype of the weights as the engine holds them."""
         return getattr(torch, str(self._llm.model_config.dtype).removeprefix("torch."))
 
     def generate(
@@ -227,7 +227,7 @@ class Engine:
         return frozenset(missing)
 
     def model_building(self) -> AbstractContextManager[None]:
-        """In it transformers can build a model in this process, where vLLM has put layers of its own in its place."""
+        """A context in which transformers can build a model in this process, where vLLM has replaced layers."""
         return set_current_vllm_config(self._llm.llm_engine.vllm_config)
 
 

@@ -147,7 +147,7 @@ def _heads_without_layer(model: nn.Module, tied: Collection[str]) -> set[str]:
 
 
 def _mapper(model: nn.Module) -> WeightsMapper:
-    """From names in a checkpoint to those in the engine, without what fuses layers."""
+    """The mapper from names in a checkpoint to those in the engine, without the fusing of layers."""
     return replace(getattr(model, "hf_to_vllm_mapper", None) or WeightsMapper(), orig_to_new_stacked={})
 
 
