@@ -45,7 +45,7 @@ def watching_function(config: Comparison, reward: JudgeSettings) -> FunctionJudg
 
 
 def engine_inputs(config: Comparison) -> list[str]:
-    """What samples depend on beside the policy, the prompts and the sampler."""
+    """What samples depend on besides the policy, the prompts and the sampler."""
     generation = config.generation
     found: list[str] = [generation.dtype_on(config.resources.use_gpu)]
     found += ["batch_invariant"] if generation.batch_invariant else []

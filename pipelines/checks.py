@@ -80,7 +80,7 @@ def _check_pretrained(config: Comparison, model: PretrainedModel) -> None:
 
 
 def _learner_from_answers(config: Comparison) -> str | None:
-    """The setting of what is trained on the data's own answers; None: nothing is."""
+    """The setting that has something trained on the data's own answers; None if there is none."""
     if config.reference.train:
         return "reference.train: true"
     return "judge.kind: learned" if isinstance(config.judge, RewardModel) else None

@@ -145,7 +145,7 @@ def _add_overrides(command: argparse.ArgumentParser) -> None:
 
 
 def _add_cluster_commands(commands: Any) -> None:
-    """`submit`, and what is done with its jobs."""
+    """Add `submit` and the commands for its jobs."""
     follow = "wait for the job, show its log, and end with its exit status"
     submit = commands.add_parser("submit", help="run a comparison as a job on a Ray cluster (docs/cluster.md)")
     _add_config(submit)

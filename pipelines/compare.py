@@ -84,7 +84,7 @@ def needed_stages(plans: list[SeedPlan]) -> list[Stage]:
 
 
 def show_plan(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
-    """What will be done, what is reused, and what is asked of the cluster."""
+    """Print what will be done, what is reused, and what is requested from the cluster."""
     stages = all_stages(plans)
     table = Table(title=f"plan of comparison {config.name!r}", title_justify="left")
     table.add_column("stage")

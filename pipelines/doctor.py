@@ -101,7 +101,7 @@ def _findings(config: Comparison | None, available: dict[str, float]) -> Iterato
 
 
 def _try_attention(config: Comparison, settings: PretrainedConfig) -> Iterator[Finding]:
-    """Attention as the comparison's trainings compute it, on every node with GPUs that may hold a worker."""
+    """Try attention as the comparison's training computes it, on every node with GPUs that may hold a worker."""
     resources, heads, dtypes = config.resources, attention_heads(settings), precisions(config)
     if heads is None:
         return

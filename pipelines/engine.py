@@ -87,7 +87,7 @@ def tried_generator(config: Comparison, plan: SeedPlan, console: Console) -> Ite
 
 
 def _trainings(config: Comparison, plans: list[SeedPlan]) -> list[Stage]:
-    """What is still to be trained."""
+    """The entries that are still to be trained."""
     stages: list[Stage | None] = []
     for plan in plans:
         stages += [plan.reference if config.reference.train else None, plan.judge]

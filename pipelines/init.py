@@ -166,7 +166,7 @@ def fits(config: Comparison, settings: PretrainedConfig, hardware: Hardware) -> 
 
 
 def _room(config: Comparison, hardware: Hardware, on_policy: bool) -> float:
-    """Bytes that a training worker may take; beside an engine on its own GPU, what that leaves."""
+    """Bytes that a training worker may take; if an engine shares its GPU, what the engine leaves."""
     if not hardware.num_gpus:
         return share_mib(total_mib(), 1) * 2**20
     share = share_beside_engine(config) if on_policy else config.resources.gpus_per_worker

@@ -21,7 +21,7 @@ _QUICK_ROWS, _QUICK_STEPS, _QUICK_BATCH_SIZE, _QUICK_TOKENS = 200, 4, 8, 64
 
 @dataclass(frozen=True)
 class Hardware:
-    """num_gpus: over all machines; 0: CPUs alone. num_cpus: of the machine, where there are no GPUs."""
+    """num_gpus: on all machines together; 0: CPUs only. num_cpus: of the machine, if there are no GPUs."""
 
     num_gpus: int
     gpu_gib: float
@@ -86,7 +86,7 @@ class Look:
 
 @dataclass(frozen=True)
 class Memory:
-    """What is done to save memory, in a training's settings; each gives up more than the one before."""
+    """Settings of a training run that save memory; each gives up more than the one before."""
 
     precision: str = "float32"
     recomputes: bool = False

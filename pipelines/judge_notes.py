@@ -1,4 +1,4 @@
-"""What a report says of its judges: which they are, how often they were silent, and what was paid for."""
+"""What a report says about its judges: which they are, how often they were silent, and how many calls were paid for."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def judge_notes(
     rows: dict[Stage, dict[str, float]],
     logs: dict[Stage, list[dict[str, Any]]],
 ) -> Iterator[str]:
-    """Notes for the report. rows: of finished evaluations; logs: metric rows of finished on-policy trainings."""
+    """Notes for the report. rows: of finished evaluations; logs: metric rows of finished on-policy training."""
     if not isinstance(config.task, LanguageTask):
         if plans[0].pairs != plans[0].data:
             yield f"Pairs: {'; '.join(plans[0].pairs.manifest()['data']['notes'])}."

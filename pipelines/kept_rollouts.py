@@ -114,7 +114,7 @@ class KeptValues:
         self._folder = folder
 
     def complete(self, wanted: Wanted) -> np.ndarray:
-        """The values [N]: those that are kept, and of the parts that are missing what is computed now."""
+        """The values [N]: kept ones, and those of missing parts, which are computed now."""
         parts = [self._value(part) for part in wanted.parts()]
         return np.concatenate(parts) if parts else np.zeros(0)
 

@@ -134,7 +134,7 @@ class Labeller:
 
     @cached_property
     def _judge(self) -> Judge:
-        """Made for the first part that is missing, so that what is wrong with it is told as that part's failure."""
+        """The judge, made for the first missing part, so that a fault in it is reported as that part's failure."""
         return load_judge(self._spec, self._batch_size, self._device)
 
     @cached_property

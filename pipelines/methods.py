@@ -18,7 +18,7 @@ from prefarena.settings.on_policy import CriticTraining
 
 
 def list_methods() -> str:
-    """Name, first line of the description, and settings of each; what many share stands at the end."""
+    """Print each method's name, first line of its description, and settings; shared settings come at the end."""
     own = [line for method in METHODS for line in (*_lines(method), "")]
     return "\n".join([*own, *_shared(), "", *_shared_on_policy()])
 

@@ -47,7 +47,7 @@ def _needs_scores(method: object) -> bool:
 
 
 def _stages_of(plan: SeedPlan, trained: Trained) -> list[Stage]:
-    """The stages whose tables carry the scores to a training; none where it needs no scores."""
+    """The stages whose tables carry the scores to a training run; none if it needs no scores."""
     method = trained.entry.method
     if not isinstance(method, OffPolicyMethod) or not _needs_scores(method):
         return []

@@ -30,7 +30,7 @@ class ScoredWith:
     arithmetic: Arithmetic = "float32"
 
     def given_by(self) -> list[object]:
-        """What a part's values depend on beside the policies and the responses."""
+        """What a part's values depend on besides the policies and the responses."""
         return [self.batch_size, self.device, *named(self.arithmetic)]
 
 
@@ -52,7 +52,7 @@ class Scorer:
         self._model = self._module = None
 
     def release(self) -> None:
-        """Let go of the weights, unless they are small; they are read again where they are needed again."""
+        """Release the weights unless they are small; they are read again when they are needed again."""
         if self._model is not None and self._model.get_memory_footprint(return_buffers=False) > _SMALL:
             self._model = self._module = None
 

@@ -140,7 +140,7 @@ def prepare_text(
 
 
 def _look(task: TextTask) -> tuple[FirstRows, FirstRows | None]:
-    """At the pairs, the test set where it is one of its own, single responses and pretraining text."""
+    """Look at the pairs, the separate test set if there is one, single responses and pretraining text."""
     first = look_at_pairs(task)
     test = look_at_test(task, first)
     look_at_others(task)

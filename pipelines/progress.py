@@ -23,7 +23,7 @@ _PATIENCE_S = 5.0  # of silence, before the first line that says what is being w
 
 
 class Waiting:
-    """Says what is being waited for: soon, and then every so often, until the block ends. `what` may change meanwhile.
+    """Prints what is being waited for: soon, and then regularly until the block ends. `what` may change in between.
 
     patience_s: before the first line. every_s: between the lines after it.
     """
@@ -162,7 +162,7 @@ def _lines(console: Console, jobs: list[Job], stop: threading.Event) -> None:
 
 
 def waited_for(jobs: list[Job]) -> str:
-    """What a group of trainings waits for while none of them logs a row."""
+    """What a group of training runs waits for while none of them logs a row."""
     begun = [job for job in jobs if (Path(job.stage_dir) / ATTEMPT).exists() and not is_settled(job.stage_dir)]
     if not begun:
         return "waiting for training workers to be placed, to start and to load the model"

@@ -291,7 +291,7 @@ def _reward_model_notes(plans: list[SeedPlan]) -> Iterator[str]:
 
 
 def _largest_gaps(plans: list[SeedPlan]) -> Iterator[float]:
-    """The largest gap of a token's log-prob, nats, of each on-policy run whose generators held the trainer's weights."""
+    """The largest log-prob gap of a token, in each on-policy run whose generators held the trainer's weights."""
     for trained in (one for plan in plans for one in plan.trained):
         method, rows = trained.entry.method, _metric_rows(trained)
         if isinstance(method, OnPolicyMethod) and method.training.mode == "synchronous" and rows:
@@ -370,7 +370,7 @@ def _versions() -> dict[str, str]:
 
 
 def _link_checkpoints(folder: Path, plans: list[SeedPlan]) -> None:
-    """Names for the trained models beside the report."""
+    """Links to the trained models next to the report."""
     folder.mkdir(exist_ok=True)
     links = {"reference": plans[0].reference}
     for plan in plans:

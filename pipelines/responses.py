@@ -53,7 +53,7 @@ def add_responses(
 
 
 def _as_pairs(rows: pa.Table) -> pa.Table:
-    """Each response beside its mismatched one, as PAIRS."""
+    """Each response with its mismatched one, as PAIRS."""
     others = rows["response_ids"].take(pa.array(mismatch(rows)))
     renamed = rows.rename_columns({"response_ids": "chosen_ids"})
     return renamed.append_column("rejected_ids", others)

@@ -1,4 +1,4 @@
-"""What policies answered: kept with every evaluation from samples, and gathered beside the report."""
+"""The policies' responses: kept with every evaluation from samples, and gathered next to the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Shows a comparison's trainings in trackers while it runs, from what their stages log (docs/trackers.md).
+"""Shows a comparison's training runs in trackers while it runs, from what their stages log (docs/trackers.md).
 
 One thread of this process for each tracker reads the logs of all stages, wherever these are done. A tracker gets a row
 when no later attempt will do its step again: once a checkpoint holds the step, or the stage has ended. So a server that
@@ -263,12 +263,12 @@ def _num_missing(one: _Followed) -> int:
 
 
 def last_final_step(stage_dir: Path) -> float:
-    """The last step of a training that no later attempt does again: of its newest checkpoint; inf at its end."""
+    """The last step that no later attempt repeats: that of the newest checkpoint; inf once training has ended."""
     return math.inf if is_settled(stage_dir) else newest_step(stage_dir)
 
 
 def final_rows(stage_dir: Path, last_step: float) -> list[dict[str, Any]]:
-    """The rows of a training up to a step; none of a stage that trains nothing."""
+    """The rows of a training run up to a step; none for a stage that trains nothing."""
     path = stage_dir / METRICS
     try:
         text = read_text(path) if last_step else ""

@@ -117,7 +117,7 @@ def _check_seeds(config: Comparison) -> None:
 
 
 def read(plan: SeedPlan, trained: Trained) -> Found:
-    """What an entry measured beside the reference, after its stages have been run."""
+    """An entry's measurements compared with the reference's, after its stages have been run."""
     stage = trained.training or trained.evaluation
     if trained.failure is not None:
         return Found(None, trained.failure, 0.0)

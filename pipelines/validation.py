@@ -26,7 +26,7 @@ RESPONSES = "responses"
 
 
 def is_set_aside(prompt_id: str, share: float, seed: int) -> bool:
-    """Whether a training prompt is one to validate on: a seeded hash of its id, so it depends on no other prompt."""
+    """Whether a training prompt is set aside for validation: by a seeded hash of its id, so independently of others."""
     digest = hashlib.sha256(f"validation:{seed}:{prompt_id}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64 < share
 

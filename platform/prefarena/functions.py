@@ -90,6 +90,6 @@ def own_traceback(error: Exception) -> str:
 
 
 def _search_working_directory() -> None:
-    """Ray's workers look there too; an installed command does not by itself."""
+    """Search the working directory, as Ray's workers do; an installed command does not by default."""
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())

@@ -62,7 +62,7 @@ def labels_of(node: Mapping[str, Any]) -> dict[str, str]:
 
 
 def demands(config: Comparison) -> list[Demand]:
-    """What must be placed, largest parts of a comparison first; what is there at the same time: `side_by_side`."""
+    """What must be placed, the largest parts of a comparison first; `side_by_side` has what runs at the same time."""
     workers, actors, scorers = _parts(config)
     return [workers, *([actors] if generates(config) else []), scorers]
 

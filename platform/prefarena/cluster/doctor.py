@@ -97,7 +97,7 @@ def on_nodes(reports: Sequence[NodeReport], selectors: Selectors) -> list[NodeRe
 
 
 def smallest_gpu(config: Comparison, reports: Sequence[NodeReport]) -> int | None:
-    """Bytes of the smallest GPU that a training worker may be given; None where there is none."""
+    """Bytes of the smallest GPU that a training worker may get; None if there is none."""
     sizes = [size for report in on_nodes(reports, config.resources.labels) for _, size in report.gpus]
     return min(sizes, default=None)
 

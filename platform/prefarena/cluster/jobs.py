@@ -268,7 +268,7 @@ def exit_status(details: JobDetails) -> int:
 
 
 def describe(details: JobDetails) -> str:
-    """How a job stands, in one line; of a failure, Ray's reason without the log that it repeats."""
+    """A job's state in one line; for a failure, Ray's reason without the log that it repeats."""
     text = details.status.value
     if has_ended(details):
         text += f", exit status {exit_status(details)}"

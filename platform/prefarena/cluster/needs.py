@@ -1,4 +1,4 @@
-"""What a comparison would need, from its model's configuration alone: memory of its trainings, room for its files.
+"""What a comparison would need, from its model's configuration only: memory for training, disk for its files.
 
 Memory is predicted as it is before a training's first step (modeling/memory.py), on a model that has shapes and no
 weights, for the longest sequences that the task allows.
@@ -159,12 +159,12 @@ def least_need(training: Training, settings: PretrainedConfig) -> MemoryNeed | N
 
 
 def precisions(config: Comparison) -> list[Arithmetic]:
-    """Those that a comparison's trainings compute in, and what measures."""
+    """The precisions in which a comparison trains and measures."""
     return sorted({training.settings.precision for training in trainings(config)} | {config.scored_in})
 
 
 def trainings(config: Comparison) -> list[Training]:
-    """All of a comparison's, those of reward models among them."""
+    """All training runs of a comparison, including those of reward models."""
     off_policy = partial(_off_policy, config)
     found = []
     if config.reference.train:
@@ -195,7 +195,7 @@ def trainings(config: Comparison) -> list[Training]:
 
 
 def spread_of(config: Comparison) -> Spread:
-    """How the models of a training are spread."""
+    """How the models of a training run are spread over workers."""
     resources = config.resources
     return Spread(resources.num_workers if resources.sharding == "fsdp" else 1, resources.cpu_offload)
 
@@ -216,7 +216,7 @@ def _off_policy(
 
 
 def _of_memory(training: Optimisation) -> Optimisation:
-    """The settings that memory depends on, and defaults for the others: trainings that need the same are equal."""
+    """The settings that memory depends on, and defaults for the others, so training runs with equal needs are equal."""
     names = ("batch_size", "precision", "lora", "activation_checkpointing")
     return Optimisation(**{name: getattr(training, name) for name in names})
 

@@ -62,7 +62,7 @@ def ray_session() -> Iterator[dict[str, float]]:
 
 
 def check_resources(config: Comparison, available: dict[str, float]) -> None:
-    """Raise UserError when the cluster can never hold at once what is asked for."""
+    """Raise UserError if the cluster can never hold at the same time what is requested."""
     asked = requested(config)
     for kind, (amount, why) in asked.items():
         if amount > available.get(kind, 0.0):

@@ -1,4 +1,4 @@
-"""Waiting for Ray tasks: never without a limit, and the error says what was waited for."""
+"""Waiting for Ray tasks: always with a limit, and the error says what was waited for."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefarena.failures import cluster_answers, in_one_line, is_death, reason_of
 
 @dataclass(frozen=True)
 class Failed:
-    """A task that failed for a reason that concerns it alone (`failure_of_task`)."""
+    """A task that failed for a reason that concerns only this task (`failure_of_task`)."""
 
     reason: str
 

@@ -1,4 +1,4 @@
-"""A comparison: entries x seeds on one task, and what it is given to run on."""
+"""A comparison: entries x seeds on one task, and the resources to run them."""
 
 from __future__ import annotations
 

@@ -73,17 +73,17 @@ class DrawnPairs(Section):
     @field_validator("policy", mode="before")
     @classmethod
     def _policy_by_its_name(cls, given: Any) -> Any:
-        """`reference`, or a path alone."""
+        """Accept `reference`, or just a path."""
         if isinstance(given, str):
             return None if given == "reference" else {"path": given}
         return given
 
     def drawing(self) -> dict[str, Any]:
-        """What the responses depend on beside policy and prompts."""
+        """What the responses depend on besides policy and prompts."""
         return self.model_dump(mode="json", include={"num_samples", "temperature", "seed"})
 
     def labelling(self) -> dict[str, Any]:
-        """What the pairs depend on beside the responses and the judges."""
+        """What the pairs depend on besides the responses and the judges."""
         names = {"choose", "labels", "flip_share", "seed"}
         names |= {"label_temperature"} if self.labels == "bradley_terry" else set()
         return self.model_dump(mode="json", include=names)

@@ -38,7 +38,7 @@ def load_config(path: str | Path | None = None, overrides: list[str] | None = No
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a key that stands twice in a mapping: YAML would keep the later one in silence."""
+    """Refuses a key that occurs twice in a mapping: YAML would silently keep the later one."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Hashable, Any]:
         seen: dict[str, int] = {}

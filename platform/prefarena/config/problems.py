@@ -76,7 +76,7 @@ def _known_keys(location: tuple[Any, ...]) -> list[str]:
 
 
 def _one_below(written: str, location: tuple[Any, ...]) -> str | None:
-    """The key meant, where it belongs to a group of settings that stands beside it: `training.learning_rate`."""
+    """The intended key, if it belongs to a group of settings at the same level: `training.learning_rate`."""
     for name in _known_keys(location):
         below = _known_keys((*location, name))
         near = written if written in below else key_meant(written, below)
@@ -90,7 +90,7 @@ def _literals(location: tuple[Any, ...]) -> list[str]:
 
 
 def _annotation(location: tuple[Any, ...]) -> Any:
-    """The type of what stands at a place."""
+    """The type expected at a place."""
     kind: Any = Comparison
     for part in location:
         group = _section(kind)

@@ -63,7 +63,7 @@ class Encoder:
         return ids[:number], ids[number:]
 
     def apart(self, text: str) -> list[int]:
-        """Ids of a text that goes on from another one, tokenised by itself."""
+        """Ids of a text that continues another one, tokenised separately."""
         for anchor in _ANCHORS:
             (left_ids, ids) = self.encode([anchor, anchor + text])
             found = self.cut(anchor + text, len(anchor), ids, left_ids)

@@ -183,7 +183,7 @@ def _up_to_end(rendered: str, form: AnswerForm) -> str:
 
 
 def _continued(content: str, form: AnswerForm) -> str:
-    """The content, as it goes on from a generation prompt. Raises Unusable where that opens what it does not have."""
+    """The content as it continues a generation prompt. Raises Unusable if that opens something the content lacks."""
     opener = form.opener.strip()
     if not opener:
         return form.blank + content

@@ -1,4 +1,4 @@
-"""What a row holds beside prompt and answers, and other ways to write these: brought to the columns that are read.
+"""Turns what a row holds besides prompt and answers, and other ways to write these, into the columns that are read.
 
 Nothing that a model would have been given is left out in silence. A `system` column becomes the conversation's first
 message; messages that were stored as text, as exports from tables do, become messages again; columns that mean
@@ -66,7 +66,7 @@ def _unpacked(row: Row) -> Row:
 
 
 def _messages_in(value: Any) -> list[Any] | None:
-    """The messages that a text is; None where it is other text. Raises Unusable for such that cannot be read."""
+    """The messages in a text; None if it is other text. Raises Unusable for messages that cannot be read."""
     if not isinstance(value, str):
         return None
     text = value.strip()
@@ -108,7 +108,7 @@ def _with_system(row: Row, form: str) -> Row:
 
 
 def _as_conversation(row: Row, system: str, form: str) -> Row:
-    """A plain prompt with plain answers beside a system column as messages: these are what has a place for it."""
+    """A plain prompt and answers with a system column, as messages, which have a place for it."""
     if form not in ("auto", "conversational") or not isinstance(row.get("prompt"), str):
         return row
     answers = {}

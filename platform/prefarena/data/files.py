@@ -1,4 +1,4 @@
-"""Which files of a folder are rows: not what systems and editors leave beside them, and only those of the split."""
+"""Which files of a folder hold rows: not those that systems and editors leave, and only those of the split."""
 
 from __future__ import annotations
 

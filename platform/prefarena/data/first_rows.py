@@ -1,4 +1,4 @@
-"""What the first rows of a source show, before anything is started: that they cannot be used, or what is not read."""
+"""What the first rows of a source show before anything is started: that they are unusable, or what is not read."""
 
 from __future__ import annotations
 

@@ -261,7 +261,7 @@ def _conversational(row: dict[str, Any]) -> _Parts:
 
 
 def _check_turns(messages: tuple[tuple[str, str], ...]) -> None:
-    """Raise Unusable unless the messages are a prompt: turns in order, with text, up to what is to be answered."""
+    """Raise Unusable unless the messages are a prompt: turns in order, with text, up to the one to be answered."""
     if all(role in _LEADING for role, _ in messages):
         raise Unusable(EMPTY_PROMPT, "there is no user message")
     before = ""

@@ -1,4 +1,4 @@
-"""Labels and scores against the order of the answers: which are no preferences, and what is to be said of them."""
+"""Labels and scores compared with the order of the answers: which are not preferences, and what is reported."""
 
 from __future__ import annotations
 

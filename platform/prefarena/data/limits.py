@@ -31,7 +31,7 @@ class Limit:
     room: int
 
     def better(self, lengths: Sequence[int], most: float) -> str:
-        """The smallest power of two that at most the share `most` of the lengths are above, and what it would keep."""
+        """The smallest power of two that at most a share `most` of the lengths exceed, and what it would keep."""
         limit = self.tokens
         while limit < self.room and _over(lengths, limit) > most * len(lengths):
             limit = 1 << limit.bit_length()

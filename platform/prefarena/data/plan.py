@@ -109,7 +109,7 @@ def bounded_passes(
 
 
 def within_budget(rows: NDArray[np.int64], sizes: NDArray[np.int64], budget: int) -> list[NDArray[np.int64]]:
-    """`rows` in consecutive parts of at most `budget` tokens; a longer row goes alone. `sizes`: [N], of all rows."""
+    """`rows` in consecutive parts of at most `budget` tokens; a longer row is a part by itself. `sizes`: [N]."""
     parts, start, total = [], 0, 0
     for position, size in enumerate(sizes[rows].tolist()):
         if total + size > budget and position > start:

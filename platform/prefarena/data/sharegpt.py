@@ -24,7 +24,7 @@ _COLUMNS = ("prompt", "chosen", "rejected")
 
 
 def has_conversation(row: Row) -> bool:
-    """Whether the row's prompt is the conversation in a column of its own: it has no other, and two single answers."""
+    """Whether the row's prompt is the conversation in a separate column: it has no other, and two single answers."""
     if row.get("prompt") is not None or not isinstance(row.get(CONVERSATION), list) or not row[CONVERSATION]:
         return False
     answers = [row.get(name) for name in ("chosen", "rejected")]
@@ -52,7 +52,7 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _with_role(message: Any, column: str) -> Any:
-    """The message with a role and content; what is no message of ShareGPT's stays as it is."""
+    """The message with a role and content; anything that is not a ShareGPT message stays as it is."""
     if not isinstance(message, dict) or message.get("role") is not None or not isinstance(message.get("from"), str):
         return message
     if message["from"] in _CALLS:

@@ -73,7 +73,7 @@ class BrokenFile(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """What there is to read, and in a sentence each what is there and not read."""
+    """What there is to read, and a sentence for each thing that is not read."""
 
     parts: list[Part]
     notes: list[str]

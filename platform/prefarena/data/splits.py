@@ -1,4 +1,4 @@
-"""Which rows train, and which are held out: a seeded hash of the dialogue's opening, so it depends on no other row."""
+"""Which rows train and which are held out, by a seeded hash of the dialogue's opening, independently of other rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Parquet tables of typed rows, read in an order that depends on their content alone."""
+"""Parquet tables of typed rows, read in an order that depends only on their content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a row gives its model's chat template beside the messages: tools, and settings such as `enable_thinking`."""
+"""What a row gives its model's chat template besides messages: tools, and settings such as `enable_thinking`."""
 
 from __future__ import annotations
 

@@ -90,7 +90,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, revision: str | None, task: TextTask) -> Tokenizer:
-        """The tokenizer at `path`, and what is known of the model there. Raises UserError as `load_tokenizer` does."""
+        """The tokenizer at `path`, and what is known about the model there. Raises UserError like `load_tokenizer`."""
         tokenizer = load_tokenizer(path, revision)
         unembedded = ids_without_row(path, tokenizer, revision)
         return cls(tokenizer, task, unembedded=unembedded, model_ends=configured_ends(path, tokenizer, revision))
@@ -130,7 +130,7 @@ class Tokenizer:
         ]
 
     def prompts(self, pairs: Sequence[Pair]) -> list[TokenPrompt | Unusable]:
-        """Ids of each pair's prompt alone within the limit, or why it cannot be used."""
+        """Ids of each pair's prompt within the limit, without answers, or why it cannot be used."""
         found = [self._try_prompt(pair) for pair in pairs]
         ids = iter(self.encoder.encode([text for text in found if isinstance(text, str)]))
         return [text if isinstance(text, Unusable) else self._try_fit_prompt(next(ids)) for text in found]

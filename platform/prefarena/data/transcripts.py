@@ -59,7 +59,7 @@ def find_prompt(text: str) -> tuple[str, str] | None:
 
 
 def first_label(text: str) -> int | None:
-    """Where the first label of a text stands, whatever it is used for; None: there is none."""
+    """The position of the first label in a text, whatever it is used for; None if there is none."""
     found = _LABEL.search(text)
     return None if found is None else found.start(1)
 

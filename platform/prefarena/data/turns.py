@@ -78,7 +78,7 @@ def _messages(text: str) -> tuple[Messages, int]:
 
 
 def _answer(text: str, prompt: str) -> Messages:
-    """An answer to a prompt of its own column: its text, or the whole conversation where it begins with the prompt."""
+    """An answer to a prompt in a separate column: its text, or the whole conversation if it begins with the prompt."""
     if text.strip().startswith(prompt):
         return _messages(text)[0]
     return [{"role": "assistant", "content": _ANSWER.sub("", text).strip()}]

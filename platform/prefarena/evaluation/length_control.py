@@ -41,7 +41,7 @@ class Answers(NamedTuple):
 
 
 def all_pairs(own: Answers, other: Answers) -> Pairs:
-    """Every response of one policy beside every one of the other to the same prompt, those without a score left out."""
+    """Every response of one policy with every one of the other to the same prompt, except those without a score."""
     parts = []
     for prompt in np.intersect1d(own.clusters, other.clusters):
         one, two = (np.flatnonzero((side.clusters == prompt) & ~np.isnan(side.scores)) for side in (own, other))

@@ -112,7 +112,7 @@ def _named(name: str, estimate: Estimate) -> dict[str, float]:
 def sampled_metrics(
     rollouts: list[Rollout], logps: np.ndarray | None, ref_logps: np.ndarray | None, scores: np.ndarray | None
 ) -> dict[str, float]:
-    """Every estimate for one policy from its rollouts: `logps`, `ref_logps` and judge `scores` [N] belong to them.
+    """Every estimate for one policy from its rollouts, whose `logps`, `ref_logps` and judge `scores` are [N].
 
     kl (k1), kl_k3, judge_score, response_length and truncation_rate (share cut off at the limit), each with its
     `_stderr`. Without log-probs (best-of-n, whose own probabilities nobody knows) there are no KLs. Rollouts that the

@@ -142,7 +142,7 @@ class DeviceTransfer:
         return self._client.verified
 
     def close(self) -> None:
-        """Leave the transfer, and end what is under way in it."""
+        """Leave the transfer, and end anything in progress in it."""
         self._sender.close()
 
     def _within(self, what: str, call: Callable[[], Any]) -> Any:

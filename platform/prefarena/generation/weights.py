@@ -1,4 +1,4 @@
-"""What an engine must be sent, and what it is found to hold. No Ray, no vLLM."""
+"""What must be sent to an engine, and what it turns out to hold. No Ray, no vLLM."""
 
 from __future__ import annotations
 

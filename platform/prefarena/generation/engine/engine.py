@@ -177,7 +177,7 @@ class Engine:
                 self._llm.update_weights({"update_info": {"tensors": told}})
 
     def finish_update(self) -> None:
-        """Put the received weights to use, and forget what was computed with the old ones."""
+        """Start using the received weights, and drop what was computed with the old ones."""
         with self._in_step():
             self._llm.finish_weight_update()
             if not self._llm.reset_prefix_cache():
