@@ -1,4 +1,4 @@
-"""Win rates against the reference by a pairwise judge, which sees every policy's samples with the reference's, twice.
+"""Win rates by a pairwise judge, which sees every policy's samples with the reference's, in both orders.
 
 A `wins` stage holds `row.json`, and `games.npz` with what the judge said of every pair.
 """

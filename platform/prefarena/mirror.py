@@ -1,4 +1,4 @@
-"""An `output` on an object store: every node has a copy of what it works on or reads, under a folder of its own.
+"""An `output` on an object store: every node keeps a copy of what it works on or reads, in its own folder.
 
 The path of a copy tells where it belongs: CACHE/prefarena-mirror/URL/… with the URL percent-encoded. So any process on
 any node finds the store from a path alone. Whoever makes something publishes it, and what is waited for comes last;

@@ -1,4 +1,4 @@
-"""The names of the files that stages leave, and the one reader of the rows that trainings log."""
+"""The names of the files that stages leave, and the only reader of the rows that training logs."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def parse_log(text: str, path: Path, under_way: bool) -> list[dict[str, Any]]:
 
 
 def last_row(path: Path) -> dict[str, Any] | None:
-    """The newest whole row, from the end of the file alone; None where there is none yet."""
+    """The newest whole row, read only from the end of the file; None if there is none yet."""
     if not path.is_file():
         return None
     with path.open("rb") as file:

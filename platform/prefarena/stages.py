@@ -36,7 +36,7 @@ class Stage:
 
     @staticmethod
     def at(root: str | Path, kind: str, label: str, inputs: Any) -> Stage:
-        """The stage whose result depends on `inputs` (JSON-able) alone."""
+        """The stage whose result depends only on `inputs` (JSON-able)."""
         text = json.dumps([FORMAT_VERSION, kind, inputs], sort_keys=True, default=str)
         digest = hashlib.sha256(text.encode()).hexdigest()[:12]
         return Stage(kind, label, Path(root).absolute() / f"{kind}-{label}-{digest}")

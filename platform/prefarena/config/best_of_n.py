@@ -19,5 +19,5 @@ class BestOfN(Section):
     n: int = Field(4, ge=1)
 
     def search_space(self) -> Space:
-        """What `prefarena tune` searches unless it is told otherwise: how many samples the best is of."""
+        """What `prefarena tune` searches by default: the number of samples."""
         return {"n": around(self.n, 4, integer=True)}

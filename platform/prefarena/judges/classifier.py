@@ -1,4 +1,4 @@
-"""A judge that is somebody else's sequence-classification model, with a tokenizer of its own."""
+"""A judge that is somebody else's sequence-classification model, with its own tokenizer."""
 
 from __future__ import annotations
 

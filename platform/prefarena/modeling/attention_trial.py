@@ -1,4 +1,4 @@
-"""What tree attention gives on a device, forward and backward, beside what a CPU gives."""
+"""Compares tree attention on a device, forward and backward, with the same on a CPU."""
 
 from __future__ import annotations
 

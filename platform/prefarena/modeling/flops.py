@@ -1,4 +1,4 @@
-"""What a pass over a model computes, and what it reads: FLOPs and bytes by the shapes of its weights alone.
+"""What a pass over a model computes and reads: FLOPs and bytes, from the shapes of its weights only.
 
 FLOPs are those of products of matrices, two for each multiplication that is added up; norms, activations and
 embeddings are left out. They are linear in three numbers of a pass: its tokens, the pairs of a token and one that it

@@ -67,7 +67,7 @@ def is_linear(module: nn.Module) -> bool:
 
 
 def recompute_layers(module: nn.Module) -> None:
-    """Keep each decoder layer's input alone for the backward pass, which runs the layer once more.
+    """Keep only each decoder layer's input for the backward pass, which runs the layer again.
 
     transformers' own switch acts only on layers that are in training mode, and some layers then drop activations out;
     models are trained in evaluation mode here, so each layer's forward is wrapped instead. Raises UserError where there

@@ -149,7 +149,7 @@ def save_adapter(
 
 
 def adapter_of(model_dir: str, base: str) -> Path | None:
-    """The folder of adapters beside a trained model, where it was trained as adapters of the model at `base`."""
+    """The folder of adapters next to a trained model, if it was trained as adapters of the model at `base`."""
     folder = Path(model_dir).parent / ADAPTER
     bring(folder)
     if not (folder / "adapter_config.json").is_file():

@@ -1,4 +1,4 @@
-"""Tensors that are spread over several workers (DTensors), beside those that are not."""
+"""Helpers for tensors that may be spread over several workers (DTensors) or not."""
 
 from __future__ import annotations
 

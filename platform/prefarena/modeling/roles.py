@@ -1,4 +1,4 @@
-"""Several models on one frozen body: each role has adapters of its own, or none, and a head.
+"""Several models on one frozen body: each role has its own adapters, or none, and a head.
 
 PPO holds a policy, a reference, a critic and a reward model. Where adapters are trained, all four differ from the base
 model by little, and one copy of it serves them all (Hydra-RLHF, arXiv 2309.00754): before a role computes, its adapters

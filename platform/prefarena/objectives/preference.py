@@ -1,4 +1,4 @@
-"""What objectives on preference pairs share: what they are given, and the metrics beside the loss.
+"""What objectives on preference pairs share: their inputs, and the metrics besides the loss.
 
 The objectives themselves are in `prefarena.methods`. Each takes the policy's and the reference's sequence log-probs in
 nats, and `labels` = P(chosen > rejected), all [B] float32. The loss is the mean over pairs. One metric name means the

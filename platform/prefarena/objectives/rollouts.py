@@ -46,7 +46,7 @@ class Advantages:
 
 @dataclass(frozen=True, kw_only=True)
 class Minibatch:
-    """What losses read beside the log-probs or values of the model in training.
+    """What losses read besides the log-probs or values of the model in training.
 
     weights: of each token's loss, without gradient. reference_logps: where the loss reads them. values, returns: where
     there is a critic.

@@ -25,7 +25,7 @@ Curves = dict[str, dict[str, np.ndarray]]  # group -> seed -> [N, 2] of (x, y), 
 
 @dataclass(frozen=True)
 class Against:
-    """A method beside DPO. kls: its least and largest KL, means over seeds, nats.
+    """A method compared with DPO. kls: its smallest and largest KL, means over seeds, nats.
 
     regret: its regret less DPO's at equal KL. leaked: its KL without pairs over DPO's at equal gain, as a logarithm.
     Means over the levels that both reach, then over seeds; none where they reach none in common with some seed.

@@ -71,7 +71,7 @@ def key_of(results: Results, entry: EntryResult) -> str:
 
 
 def reward_kl_charts(results: Results) -> list[Chart]:
-    """Reward against KL and what stands beside it in the report's first figure."""
+    """Reward against KL, and its companions in the report's first figure."""
     found = with_gains(results)
     if results.exact:
         return [

@@ -1,4 +1,4 @@
-"""What both pages say in words: what was compared, what was found, what the data are, and the limits."""
+"""The text of both pages: what was compared, what was found, what the data are, and the limits."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Needed(NamedTuple):
 
 
 class Need(NamedTuple):
-    """What a method needs for a level: by the means over seeds, and by each seed alone."""
+    """What a method needs for a level: from the means over seeds, and from each single seed."""
 
     mean: Needed
     seeds: tuple[Needed, ...]

@@ -1,4 +1,4 @@
-"""Text beside points, without overlap: a greedy search over positions around each point."""
+"""Text next to points, without overlap: a greedy search over positions around each point."""
 
 from __future__ import annotations
 

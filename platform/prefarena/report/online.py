@@ -1,4 +1,4 @@
-"""Where the pairs of a training came from, where some of them were drawn on the way."""
+"""Where training pairs came from, if some of them were drawn during training."""
 
 from __future__ import annotations
 

@@ -66,7 +66,7 @@ def number(value: float | None, digits: int) -> str:
 
 
 def plus_minus(value: Aggregate | None, digits: int) -> str:
-    """`mean ± standard error`, or the mean alone where there is no error."""
+    """`mean ± standard error`, or just the mean if there is no error."""
     if value is None:
         return MISSING
     text = number(value.mean, digits)

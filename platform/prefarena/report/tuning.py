@@ -135,7 +135,7 @@ def tuning_text(results: Results) -> str:
 
 
 def expected_best_text(results: Results) -> str:
-    """What the curves of expected best trials are, and what they are not."""
+    """What the curves of expected best trials show, and what they do not."""
     learned = (
         " Trials were proposed on the basis of earlier ones, so they are not independent draws. A shorter search "
         "would have had worse ones, so the curves are likely to be too high at few trials."

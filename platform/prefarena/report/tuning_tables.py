@@ -1,4 +1,4 @@
-"""Tables of tuning: budgets, what was chosen, and all trials."""
+"""Tables of tuning: budgets, chosen settings, and all trials."""
 
 from __future__ import annotations
 

@@ -225,7 +225,7 @@ class Pairwise(OffPolicy):
         return self.pair_losses(policy, reference, labels, num_tokens)
 
     def _metrics(self, gaps: Tensor | None) -> dict[str, Mean]:
-        """Those that the method has beside what all share."""
+        """The method's own metrics, in addition to those that all share."""
         return {}
 
 

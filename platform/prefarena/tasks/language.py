@@ -36,7 +36,7 @@ _HAZARD = (1.0, 4.5)  # logit of eos at the first and at the last position
 
 
 def seeded(seed: int, purpose: str) -> np.random.Generator:
-    """A generator of its own for every purpose, so that drawing more of one thing changes nothing else."""
+    """A separate generator for every purpose, so that drawing more of one thing changes nothing else."""
     return np.random.default_rng([seed, *purpose.encode()])
 
 

@@ -1,4 +1,4 @@
-"""What a tracker does: it shows runs, each of which is made equal to the rows of a training."""
+"""What a tracker does: it shows runs, and makes each of them equal to the rows of a training run."""
 
 from __future__ import annotations
 

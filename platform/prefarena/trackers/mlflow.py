@@ -1,4 +1,4 @@
-"""MLflow: a run for each training, of which the store is asked what it has."""
+"""MLflow: one run for each training run; the store is asked which rows it has."""
 
 from __future__ import annotations
 

@@ -55,7 +55,7 @@ class Checkpoint:
 
 
 class DamagedCheckpointError(RuntimeError):
-    """A checkpoint that is not what was written: a file is missing, cut short or changed."""
+    """A checkpoint that differs from what was written: a file is missing, cut short or changed."""
 
 
 class CheckpointFolder:
@@ -227,7 +227,7 @@ def read_part(paths: list[Path], part: int, num_parts: int) -> dict[str, Tensor]
 
 
 class Writer:
-    """A call in a thread of its own, whose outcome is asked for later."""
+    """A call in a separate thread, whose outcome is collected later."""
 
     def __init__(self, call: Callable[[], None], name: str) -> None:
         self._call = call

@@ -1,4 +1,4 @@
-"""Optimizer steps whose loss or gradient is not a number are left out, on all workers alike.
+"""Optimizer steps whose loss or gradient is not finite are skipped, on all workers in the same way.
 
 Where the optimizer is a fused one this is decided on the device, and nothing is copied to the host: its kernels take a
 flag (`found_inf`, which torch made for loss scaling) and change neither weights nor moments when it is set. A step that

@@ -125,7 +125,7 @@ class OffPolicyJob(Job):
 
     @property
     def regulariser(self) -> Regulariser:
-        """What its loss has beside the method's own."""
+        """What is added to the method's own loss."""
         method = self.method
         return Regulariser(
             method.demonstration_weight,

@@ -311,7 +311,7 @@ class OnPolicyTrainer:
             self.worker.give_back_cache()
 
     def policy_frozen(self) -> bool:
-        """Whether this iteration trains the critic alone."""
+        """Whether this iteration trains only the critic."""
         return self.iteration < _critic_warmup(self.settings)
 
     def learning_rates(self) -> dict[str, float]:

@@ -134,7 +134,7 @@ class Origin(Protocol):
         """A new one at each call, in float32."""
 
     def critic(self) -> PreTrainedModel:
-        """A model of its own, as it starts."""
+        """The critic as a separate model, in its initial state."""
 
     def critic_on(self, policy: PreTrainedModel) -> PreTrainedModel:
         """A critic whose body is the policy's, in which its adapters are put."""
@@ -151,7 +151,7 @@ def load_models(job: OnPolicyJob, worker: Worker) -> OnPolicyModels:
 
 
 def models_from(origin: Origin, job: OnPolicyJob, where: tuple[Any, ...]) -> OnPolicyModels:
-    """The models that the job's settings ask for. where: `PackedModel`'s arguments beside the model."""
+    """The models that the job's settings require. where: `PackedModel`'s arguments besides the model."""
     policy, halved = origin.policy(), job.training.precision == "bfloat16"
     moves = job.training.reference_every is not None
     if job.training.lora is not None:

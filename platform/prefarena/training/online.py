@@ -152,7 +152,7 @@ class OnlineTerm(PreferenceTerm):
 
 
 class ReplayTerm(PreferenceTerm):
-    """A preference objective on all pairs that another job was trained on, in an order of its own."""
+    """A preference objective on all pairs that another job was trained on, in its own order."""
 
     def __init__(self, job: OffPolicyJob, method: Pairwise, shares: Shares, pad_id: int) -> None:
         source = job.replayed

@@ -47,7 +47,7 @@ class PolicySource:
         return f"{self._name}@{number}"
 
     def push(self, number: int) -> None:
-        """Give the generators the policy as it is; no worker goes on before they have it."""
+        """Give the generators the current policy; no worker continues before they have it."""
         self._barrier()  # a slower worker may still wait for rollouts of the weights that the source holds
         names = self._changed()
         weights, version = self._policy.weights(names=names), self.version(number)

@@ -73,7 +73,7 @@ class Term(ABC):
         return int(self.plan.sizes[self.plan.rows(step)].sum())
 
     def num_models_beside(self) -> int:
-        """Frozen models of about the policy's size that the term will hold beside the one in training."""
+        """Frozen models of about the policy's size that the term will hold in addition to the one in training."""
         return 0
 
     def begin(self, step: int, learner: Learner, worker: Worker) -> None:  # noqa: B027 - most have nothing to do

@@ -12,7 +12,7 @@ from prefarena.settings.search import Value
 
 @dataclass(frozen=True)
 class Measured:
-    """A policy beside the reference, on the same prompts: reward above the reference's, and KL in nats per response."""
+    """A policy compared with the reference on the same prompts: reward above the reference's, and KL in nats."""
 
     gain: float
     kl: float
