@@ -19,6 +19,7 @@ from pipelines.annotate import ExactReference
 from pipelines.claims import settle
 from pipelines.exact import collect_scores, evaluate_exactly, exact_job, start_scoring
 from pipelines.jobs import judge_spec, response_limit
+from pipelines.on_the_way import measured_on_the_way
 from pipelines.plan import SeedPlan, Trained, is_pairwise, model_of, policy_of, unique
 from pipelines.progress import fail, stage_line
 from pipelines.reference import scoring_options
@@ -52,7 +53,8 @@ def evaluate(config: Comparison, plans: list[SeedPlan], console: Console) -> Non
     work: Work = []
     for plan in plans:
         work.append((plan.evaluation, plan, None))
-        work += [(trained.evaluation, plan, trained) for trained in plan.trained if not trained.failure]
+        for trained in (one for one in plan.trained if not one.failure):
+            work += [(stage, plan, trained) for stage in (trained.evaluation, *trained.on_the_way)]
         work += [(plan.frontier, plan, None)] if plan.frontier else []
     evaluating, waited_for = _evaluate_from_samples, "samples and their scores"
     if isinstance(config.task, LanguageTask):
@@ -127,6 +129,8 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
         for stage, plan, trained in waiting:
             job = sampled_job(config, plan, trained, stage.begin())
             job = replace(job, kept=sampler.folder_of(stage.key))
+            if trained is not None and (snapshot := measured_on_the_way(trained, stage)) is not None:
+                job = replace(job, policy=str(snapshot[1]))
             prompts, sampling = sampled_on(plan, settings), sampling_of(plan, settings)
             prompts = [prompt for prompt in prompts for _ in range(job.best_of)]
             if stage == plan.frontier:

@@ -1,7 +1,7 @@
 """Exact evaluation on the enumerable language: tables of scores, measures of every policy, the optimum.
 
-An evaluation stage holds `row.json`, for win rates between entries `logps.npy`, and of an on-policy entry
-`trajectory.json`: the policy before training, its snapshots on the way and the final one.
+An evaluation stage holds `row.json`, for win rates between entries `logps.npy`, and of an on-policy entry, or one that
+keeps snapshots, `trajectory.json`: the policy before training, its snapshots on the way and the final one.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pipelines.annotate import ExactReference
 from pipelines.jobs import judge_spec
 from pipelines.plan import SeedPlan, Trained, model_of, policy_of
 from prefarena.cluster.waiting import Failed, outcomes_within
-from prefarena.config import BestOfN, Comparison, LanguageTask, OnPolicyMethod, RewardModel
+from prefarena.config import BestOfN, Comparison, LanguageTask, OffPolicyMethod, OnPolicyMethod, RewardModel
 from prefarena.data.tables import read_rows
 from prefarena.evaluation.agreement import estimator_spread
 from prefarena.evaluation.best_of_n import best_of_n_logps, kl_bound
@@ -45,8 +45,8 @@ class ExactJob:
 
     policy: the model to list. reward: the entry's own, as a table of scores or the string "gold"; none where it has
     none that can be listed. best_of: n, where the policy is the best of n samples of the reference by that reward.
-    snapshots: the folder of an on-policy entry's policies on the way; num_steps: updates of its final one; group: the
-    prompts that it samples on.
+    snapshots: the folder of an entry's policies on the way; num_steps: updates of its final one; group: the prompts
+    that it samples on, or has pairs of.
     """
 
     task: LanguageTask
@@ -76,6 +76,9 @@ def exact_job(config: Comparison, plan: SeedPlan, trained: Trained | None, folde
         group = "covered" if method.prompts == "covered" else "all"
         snapshots, num_steps = trained.training.folder / SNAPSHOTS, method.training.num_iterations
         return ExactJob(language_of(plan), policy, *shared, reward, None, snapshots, num_steps, group)
+    if isinstance(method, OffPolicyMethod) and method.training.num_snapshots and trained.training is not None:
+        snapshots, num_steps = trained.training.folder / SNAPSHOTS, trained.training.manifest()["costs"]["num_steps"]
+        return ExactJob(language_of(plan), policy, *shared, None, None, snapshots, num_steps, "covered")
     return ExactJob(language_of(plan), policy, *shared)
 
 
@@ -202,7 +205,8 @@ def _trajectory(
     Those of snapshots also tell how far one rollout's estimate of the KL is spread.
     """
     yield _at_step(0, _measures(reference.ref_logps, reference, limits, own), job.group)
-    for folder in sorted(job.snapshots.glob("[0-9]*")) if job.snapshots else []:
+    kept = job.snapshots.glob("[0-9]*") if job.snapshots else []
+    for folder in sorted(kept, key=lambda folder: int(folder.name)):
         policy = enumerate_responses(load_policy(folder), language.prompt_ids, job.task.response_limit, EOS_ID)
         mask = groups(reference.covered)[job.group]
         spread = estimator_spread(policy.responses, policy.logps[mask], reference.ref_logps[mask])
@@ -228,7 +232,7 @@ def _best_of(number: int, reference: ExactReference, own: np.ndarray) -> dict[st
 
 
 def _at_step(step: int, row: dict[str, float], group: str) -> dict[str, float]:
-    """A trajectory's row: names without a group are means over the prompts that the entry samples on."""
+    """A trajectory's row: names without a group are means over the prompts of `ExactJob.group`."""
     plain = {name: row[f"{name}/{group}"] for name in _AT_EACH_STEP if f"{name}/{group}" in row}
     return {"step": step, **plain, **{key: value for key, value in row.items() if "/" in key}}
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from pipelines.plan import SeedPlan, Trained
+from pipelines.plan import SeedPlan
 from prefarena.evaluation.estimated_frontier import EstimatedFrontier
 from prefarena.mirror import bring
 from prefarena.stage_files import SAMPLE_SCORES
@@ -25,13 +25,13 @@ def frontier_points(plan: SeedPlan) -> list[tuple[float, float, float]]:
     return [(point.kl, point.reward, point.stderr) for point in frontier.curve()] if frontier else []
 
 
-def regret_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
-    """`frontier_reward` at the entry's own KL and its `regret`, with their errors.
+def regret_row(plan: SeedPlan, evaluation: Stage) -> dict[str, float]:
+    """`frontier_reward` at a policy's own KL and its `regret`, with their errors.
 
     Empty where there is no frontier, where it is not trusted as far as the entry is from the reference, and for
     policies whose KL is not known.
     """
-    frontier, arrays = load_frontier(plan), _scores(trained.evaluation)
+    frontier, arrays = load_frontier(plan), _scores(evaluation)
     if frontier is None or "kl" not in arrays:
         return {}
     known = ~np.isnan(arrays["scores"])

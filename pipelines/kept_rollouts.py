@@ -21,6 +21,7 @@ import numpy as np
 from prefarena.generation.interface import Sampling
 from prefarena.mirror import bring, push, remove_file
 from prefarena.records import Rollout, content_id
+from prefarena.stage_files import SNAPSHOTS
 from prefarena.stages import is_finished, read_manifest, whole_file
 
 PART_ROLLOUTS = 256
@@ -147,6 +148,7 @@ def training_of(policy: str) -> Any:
     None of a model that no stage made.
     """
     stage = Path(policy).parent
+    stage = stage.parent if stage.name == SNAPSHOTS else stage
     return read_manifest(stage) if is_finished(stage) else None
 
 

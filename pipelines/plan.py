@@ -63,7 +63,8 @@ class Trained:
 
     reward_model: before methods that learn their reward. training: none for best-of-n, which has no policy of its own.
     scores: on the enumerable language, the exact table of a reward that is not the gold one. wins: the comparison with
-    the reference, where the judge is a pairwise one. replayed: the training whose pairs it is trained on.
+    the reference, where the judge is a pairwise one. replayed: the training whose pairs it is trained on. on_the_way:
+    the evaluations of its snapshots from samples, in their order; exact ones are parts of `evaluation`.
     """
 
     entry: Entry
@@ -74,11 +75,12 @@ class Trained:
     evaluation: Stage
     wins: Stage | None = None
     replayed: Stage | None = None
+    on_the_way: tuple[Stage, ...] = ()
 
     def stages(self) -> list[Stage]:
         """All of them, in order."""
         own = (self.reward_model, self.training, self.scores, self.evaluation, self.wins)
-        return [stage for stage in own if stage]
+        return [*(stage for stage in own if stage), *self.on_the_way]
 
     @property
     def failure(self) -> str | None:
@@ -337,8 +339,14 @@ def _trained(
                 scores = Stage.at(root, "scores", f"{reward.kind}-s{seed}", [logps.key, scored_by])
     training = None if isinstance(method, BestOfN) else Stage.at(root, method.kind, label, inputs)
     measured = [training.key if training else inputs, scores.key if scores else None, evaluate]
-    evaluation = Stage.at(root, "evaluation", label, measured)
-    return Trained(entry, seed, reward_model, training, scores, evaluation, replayed=replayed)
+    evaluation, on_the_way = Stage.at(root, "evaluation", label, measured), tuple[Stage, ...]()
+    if isinstance(config.task, TextTask) and not is_pairwise(config) and training is not None:
+        number = 0 if isinstance(method, BestOfN) else method.training.num_snapshots
+        on_the_way = tuple(
+            Stage.at(root, "evaluation", f"{label}-{place + 1}-of-{number}", [training.key, place, evaluate])
+            for place in range(number)
+        )
+    return Trained(entry, seed, reward_model, training, scores, evaluation, replayed=replayed, on_the_way=on_the_way)
 
 
 def _compared(trained: Trained, root: Path, reference: Stage, judge: EvaluationJudge) -> Trained:

@@ -6,6 +6,7 @@ import importlib.metadata
 import os
 import platform
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,6 +17,7 @@ from pipelines.evaluate import pairwise_wins
 from pipelines.exact import exact_frontier, exact_optimum, read_best_of_curve, read_trajectory
 from pipelines.frontier import frontier_points, regret_row
 from pipelines.judge_notes import judge_notes
+from pipelines.on_the_way import sampled_trajectory
 from pipelines.plan import SeedPlan, Trained
 from pipelines.samples import gather_samples
 from pipelines.tuning_record import tuning_of
@@ -103,7 +105,7 @@ def gather(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> Res
         estimated_frontier={str(p.seed): points for p in plans if (points := frontier_points(p))},
         win_matrix=_win_matrix(config, plans) if config.evaluation.win_matrix else None,
         curves=_by_entry(config, plans, lambda trained: str(metrics) if (metrics := _metrics(trained)) else None),
-        trajectories=_by_entry(config, plans, lambda trained: read_trajectory(trained.evaluation)),
+        trajectories=_by_entry(config, plans, partial(_trajectory, plans)),
         best_of_curves=_by_entry(config, plans, lambda trained: read_best_of_curve(trained.evaluation)),
         kl_agreement=_by_entry(config, plans, _agreement),
         costs=_costs(plans, reused),
@@ -122,6 +124,14 @@ def _by_entry(
         if kept:
             found[entry.name] = kept
     return found
+
+
+def _trajectory(plans: list[SeedPlan], trained: Trained) -> list[dict[str, float]]:
+    """Measures of an entry's policies before, during and after training; empty where there are none on the way."""
+    plan = next(plan for plan in plans if plan.seed == trained.seed)
+    if isinstance(plan.task, LanguageTask):
+        return read_trajectory(trained.evaluation)
+    return [] if trained.failure else sampled_trajectory(plan, trained)
 
 
 def _metrics(trained: Trained) -> Path | None:
@@ -179,7 +189,7 @@ def _entry_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
         row |= equal_length_row(plan, trained)
         if trained.wins is not None:
             return row | trained.wins.row() | _reward_model_row(trained)
-        row |= regret_row(plan, trained)
+        row |= regret_row(plan, trained.evaluation)
         rates, errors = pairwise_wins(plan, [trained.evaluation, plan.evaluation])
         row |= {"win_rate": float(rates[0, 1]), "win_rate_stderr": float(errors[0, 1])}
     return row | _reward_model_row(trained)
@@ -347,6 +357,7 @@ def _costs(plans: list[SeedPlan], reused: set[Stage]) -> list[Cost]:
                 "evaluation": trained.evaluation,
                 "evaluation (pairs)": trained.wins,
             }
+            named |= {f"evaluation (snapshot {i + 1})": stage for i, stage in enumerate(trained.on_the_way)}
             entry = trained.entry.name
             done = {name: stage for name, stage in named.items() if stage is not None and stage.finished}
             costs |= {(s, entry): _cost(s, name, entry, plan.seed, reused) for name, s in done.items()}

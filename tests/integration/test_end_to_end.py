@@ -34,10 +34,10 @@ PPO = {
 }
 ENTRIES = [
     {"name": "sft", "method": {"kind": "sft", "training": QUICK}},
-    {"name": "mpo", "method": {"kind": "mpo", "training": QUICK}},
-    {"name": "dpo", "method": {"kind": "dpo", "training": QUICK}},
+    {"name": "mpo", "method": {"kind": "mpo", "demonstration_source": "samples", "training": QUICK}},
+    {"name": "dpo", "method": {"kind": "dpo", "training": {**QUICK, "num_snapshots": 1}}},
     {"name": "ipo", "method": {"kind": "ipo", "training": QUICK}},
-    {"name": "rlhf", "method": {"kind": "rlhf", "reward": LEARNED, "training": PPO}},
+    {"name": "rlhf", "method": {"kind": "rlhf", "demonstration_weight": 0.01, "reward": LEARNED, "training": PPO}},
     {"name": "best-of-4", "method": {"kind": "best_of_n", "reward": LEARNED}},
     {"name": "kto", "method": {"kind": "kto", "training": {**QUICK, "num_steps": 24}}},
 ]
@@ -85,7 +85,10 @@ def test_the_table_holds_every_policy(language_run: tuple[Path, Results]) -> Non
 def test_policies_on_the_way_are_measured(language_run: tuple[Path, Results]) -> None:
     """Start, one snapshot and the end; the exact KL of start and snapshot meets what their rollouts told."""
     _, results = language_run
-    assert set(results.trajectories) == {"rlhf"}
+    assert set(results.trajectories) == {"dpo", "rlhf"}
+    start, snapshot, end = results.trajectories["dpo"]["0"]
+    assert start["kl"] == 0 < snapshot["kl"] and (snapshot["step"], end["step"]) == (6, 12)
+    assert end["reward"] == results.entry("dpo").seeds["0"]["reward/covered"] != snapshot["reward"]
     start, snapshot, end = results.trajectories["rlhf"]["0"]
     row = results.entry("rlhf").seeds["0"]
     assert start["kl"] == 0 < snapshot["step"] < end["step"] == 3
@@ -279,7 +282,8 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
         "reference": {"training": {**QUICK, "num_steps": 40, "learning_rate": 3e-3}, "loss_on": "all"},
         "judge": {"kind": "learned", "training": {**QUICK, "num_steps": 40}},
         "entries": [
-            {"name": "dpo", "method": {"kind": "dpo", "training": {**QUICK, "num_steps": 30}}},
+            {"name": "dpo", "method": {"kind": "dpo", "training": {**QUICK, "num_steps": 30, "num_snapshots": 1},
+                                       "demonstration_weight": 1e-4, "demonstration_source": "samples"}},
             {"name": "rlhf", "method": {**ENTRIES[4]["method"], "prompts": "all"}},  # type: ignore[dict-item]
             {"name": "best-of-3", "method": {"kind": "best_of_n", "reward": LEARNED, "n": 3}},
             {"name": "kto", "method": {"kind": "kto", "training": {**QUICK, "num_steps": 30}}},
@@ -296,6 +300,10 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
     assert results.entry("reference").seeds["0"]["kl"] == pytest.approx(0, abs=1e-6)
     assert dpo["kl_vocabulary"] > 0 and dpo["forward_kl"] > 0 and dpo["demonstration_gain_stderr"] > 0
     assert 0 < dpo["win_rate_at_equal_length"] < 1
+    assert set(results.trajectories) == {"dpo", "rlhf"}
+    start, snapshot, end = results.trajectories["dpo"]["0"]
+    assert start["kl"] == 0 < snapshot["kl"] and (snapshot["step"], end["step"]) == (15, 30)
+    assert end["reward"] == dpo["judge_score"] != snapshot["reward"] and end["kl"] == dpo["kl_vocabulary"]
     assert len(results.estimated_frontier["0"]) == 33 and any(c.stage == "evaluation (frontier)" for c in results.costs)
     assert any("reward model trained on pairs that no entry was trained on" in note for note in results.notes)
     assert any("gave any token of 1 on-policy run differ by" in note for note in results.notes)

@@ -19,7 +19,8 @@ from prefarena.modeling.load import load_policy
 from prefarena.records import Rollout
 from prefarena.training.jobs import OnPolicyJob
 from prefarena.training.on_policy import OnPolicyTrainer, train_on_policy
-from prefarena.training.rollouts import StalenessError, snapshot_iterations
+from prefarena.training.rollouts import StalenessError
+from prefarena.training.saving import snapshot_steps
 from prefarena.training.worker import Worker
 
 SIZES: dict[str, Any] = {
@@ -203,8 +204,8 @@ def test_rollouts_older_than_the_mode_allows_are_refused(
 
 
 def test_snapshots_are_the_policy_after_that_many_updates(tmp_path: Path, tiny_policy: str) -> None:
-    assert snapshot_iterations(80, 3) == [20, 40, 60] and snapshot_iterations(5, 0) == []
-    assert snapshot_iterations(3, 5) == [1, 2]
+    assert snapshot_steps(80, 3) == [20, 40, 60] and snapshot_steps(5, 0) == []
+    assert snapshot_steps(3, 5) == [1, 2]
     job = make_job(tmp_path, tiny_policy, GRPO.model_copy(update={"num_snapshots": 3}))
     with pytest.raises(ConnectionError):
         train_on_policy(job, Worker(job.stage_dir), Dying(LocalGenerator(job.policy), "rlhf@3"), reward=LikedCount())

@@ -292,7 +292,7 @@ def test_an_entry_further_than_the_frontier_is_trusted_has_no_regret(tmp_path: P
             changed = dict(arrays)
         changed[key] = np.linspace(0, 1, len(changed[key])) + (20 if key == "kl" else 0)  # no two scores are the same
         np.savez(stage.folder / "scores.npz", **changed)
-    assert regret_row(done.plan, done.trained) == {}
+    assert regret_row(done.plan, done.trained.evaluation) == {}
 
 
 def test_prompts_that_an_entry_has_no_score_on_are_no_part_of_its_regret(tmp_path: Path) -> None:
@@ -305,7 +305,7 @@ def test_prompts_that_an_entry_has_no_score_on_are_no_part_of_its_regret(tmp_pat
     silent = changed["clusters"] < 2
     changed["scores"][silent] = np.nan
     np.savez(path, **changed)
-    found = regret_row(done.plan, done.trained)
+    found = regret_row(done.plan, done.trained.evaluation)
     with np.load(done.plan.frontier.folder / "scores.npz") as arrays:
         kept = arrays["clusters"] >= 2
         frontier = EstimatedFrontier(arrays["scores"][kept], arrays["clusters"][kept])

@@ -57,6 +57,11 @@ class Reference(Section):
     seed: int = 0
     training: Optimisation = Optimisation(learning_rate=3e-3, num_steps=400, batch_size=256)
 
+    @model_validator(mode="after")
+    def _is_evaluated_once(self) -> Reference:
+        self.training.check_no_snapshots("the reference")
+        return self
+
 
 class Entry(Section):
     """A method with settings, in a comparison."""

@@ -181,6 +181,9 @@ def _of_entry(workload: Workload, entry: Entry) -> Iterator[Planned]:
         work = StageWork((("listing", Listing("scores", config.task.num_prompts)),))
         yield Planned("evaluation (scores of all responses)", entry.name, work, seeds)
     yield Planned("evaluation", entry.name, _evaluation(workload, entry), seeds)
+    num_snapshots = getattr(getattr(method, "training", None), "num_snapshots", 0)
+    if num_snapshots and not language and not isinstance(config.judge, PairwiseJudge):
+        yield Planned("evaluation (snapshots)", entry.name, _evaluation(workload, entry), seeds * num_snapshots)
     if not language and isinstance(config.judge, PairwiseJudge):
         yield Planned("evaluation (pairs)", entry.name, StageWork(()), seeds)
 
@@ -190,7 +193,7 @@ def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
     config, settings = workload.config, workload.config.evaluation
     method = None if entry is None else entry.method
     if isinstance(config.task, LanguageTask):
-        policies = 1 + (method.training.num_snapshots if isinstance(method, OnPolicyMethod) else 0)
+        policies = 1 + getattr(getattr(method, "training", None), "num_snapshots", 0)
         if isinstance(method, BestOfN):
             return StageWork(())
         return StageWork((("listing", Listing("policy", policies * config.task.num_prompts)),))

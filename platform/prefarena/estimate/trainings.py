@@ -178,7 +178,7 @@ class Workload:
         manner, counts = Manner.of(training, processes), self.counts(training.lora)
         size = self.size(where, training.micro_batch_tokens, LARGEST_PASS)
         steps, tokens = self.steps(tables[0][1], training), 0.0
-        parts: list[Named] = [("files", Files(1, 1, self.plain.parameters))]
+        parts: list[Named] = [("files", Files(1, 1 + training.num_snapshots, self.plain.parameters))]
         if first is not None:
             terms = self.terms(first, training, size)
             flops = steps * counts.forward(terms.passed)
@@ -285,6 +285,14 @@ class Workload:
         parts += [("values", forward(1, False))] if has_critic else []
         parts += [("update", part) for part in learning(iterations - frozen, True)]
         parts += [("update", part) for part in (learning(iterations, False) if has_critic else [])]
+        # Terms beside the rollouts draw as many rows; texts are taken to be as long as demonstrations.
+        num_terms = (method.demonstration_weight > 0) + (method.pretraining_weight > 0)
+        rows = self.data.demonstrations.taking(training.rollouts_per_iteration).passed().times(num_terms)
+        beside = rows.times(training.num_epochs * (iterations - frozen))
+        if num_terms:
+            passes = num_terms * training.num_epochs * (iterations - frozen) / iterations * each
+            flops = counts.training(beside, recomputed=manner.recomputes)
+            parts.append(("update", self.passes(passes, flops, beside.tokens, manner, True)))
         models = 2 + has_critic + len(judges)
         parts.append(("files", Files(models, 1 + training.num_snapshots, self.plain.parameters)))
         sampling = ("generate", self.sampling(iterations, training.rollouts_per_iteration))
@@ -296,7 +304,7 @@ class Workload:
             beside=float(generation.num_actors * held),
             alongside=(sampling,) if ahead else (),
             memory=where,
-            trained=iterations * training.num_epochs * rollouts.tokens,
+            trained=iterations * training.num_epochs * rollouts.tokens + beside.tokens,
             generated=iterations * rollouts.scored,
         )
 

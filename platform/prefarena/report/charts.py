@@ -24,8 +24,10 @@ from prefarena.report.trajectories import (
     ESTIMATES,
     estimated_points,
     frontiers_of,
+    how_measured,
     is_gold,
-    on_policy,
+    measured_on_the_way,
+    prompts_of,
     rollout_rows,
 )
 from prefarena.report.tuning import TunedCurve, expected_best_text, shown_settings, tuned_curves
@@ -193,9 +195,9 @@ def _bars(
 
 
 def through_training_charts(results: Results, folder: Path) -> list[Chart]:
-    """On-policy entries on the way: exact where it can be, else what training logged of its rollouts."""
+    """Entries on the way: where nothing is exact what training logged of its rollouts, and policies as measured."""
     if results.exact:
-        return _exact_trajectories(results)
+        return _trajectories(results)
     rows = rollout_rows(results, folder)
     charts = []
     for key, axis in ESTIMATES.items():
@@ -218,13 +220,13 @@ def through_training_charts(results: Results, folder: Path) -> list[Chart]:
             name = f"through-{key.replace('/', '-')}"
             axes = {"x": "KL(π ‖ reference), k1, nats", "y": axis}
             charts.append({"id": name, "title": axis.capitalize(), "note": note, **axes, "lines": lines})
-    return charts
+    return [*charts, *_trajectories(results)]
 
 
-def _exact_trajectories(results: Results) -> list[Chart]:
+def _trajectories(results: Results) -> list[Chart]:
     lines: list[Line] = []
     furthest: dict[str, tuple[float, EntryResult]] = {}  # the largest KL on the prompts that entries sample on
-    for entry in on_policy(results):
+    for entry in measured_on_the_way(results):
         key = key_of(results, entry)
         for seed, rows in results.trajectories[entry.name].items():
             lines.append(_trajectory(key, f"{entry.name}, seed {seed}: gold reward", "steps", rows, "reward"))
@@ -234,22 +236,26 @@ def _exact_trajectories(results: Results) -> list[Chart]:
             law = law_line(results, entry) if seed == next(iter(results.trajectories[entry.name])) else None
             if law is not None:
                 lines.append(_line(key, f"{entry.name}: the law fitted to it", "law", law[:, 0], law[:, 1]))
-            prompts = "covered" if entry.settings.get("prompts") == "covered" else "all"
+            prompts = prompts_of(entry) if results.exact else "all"
             before = furthest[prompts][0] if prompts in furthest else 0.0
             furthest[prompts] = (max(before, *(row["kl"] for row in rows)), entry)
     for prompts, (kl, entry) in furthest.items():
         for line in frontiers_of(results, entry, 1.1 * kl):
-            where = "prompts with pairs" if prompts == "covered" else "all prompts"
+            where = "prompts with pairs" if prompts == "covered" else "all prompts" if results.exact else "estimated"
             lines.append(_line(None, f"optimal frontier, {where}", "frontier", line[:, 0], line[:, 1]))
     if not lines:
         return []
     note = (
-        "Exact, on the prompts that each entry samples on: policies before, during and after training, one line for "
-        "each seed. Solid: the gold reward; dashed: the reward that the policy is trained on. Where the dashed line "
-        "rises and "
-        "the solid one does not follow, the reward is over-optimised. Dotted: the law fitted to the gold reward, where "
-        "there are four policies or more."
+        f"{how_measured(results)}: policies before, during and after training, one line for each seed. Solid: the gold "
+        "reward; dashed: the reward that the policy is trained on. Where the dashed line rises and the solid one does "
+        "not follow, the reward is over-optimised. Dotted: the law fitted to the gold reward, where there are four "
+        "policies or more."
     )
+    if not results.exact:
+        note = (
+            f"{how_measured(results)}: policies before, during and after training, one line for each seed. Dotted: the "
+            "law fitted to them, where there are four policies or more."
+        )
     title = "Reward and KL through training"
     return [{"id": "through", "title": title, "note": note, "x": _KL, "y": "expected reward", "lines": lines}]
 

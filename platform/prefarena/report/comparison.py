@@ -129,6 +129,7 @@ class ComparisonResult:
             found["through_training"] = trajectory_figure(self.results)
         else:
             found["through_training"] = estimated_figure(self.results, rollout_rows(self.results, self.folder))
+            found["on_the_way"] = trajectory_figure(self.results)
         found |= {"expected_best": expected_best_figure(self.results), **curve_figures(self.results, self.folder)}
         return {name: figure for name, figure in found.items() if figure is not None}
 

@@ -29,6 +29,7 @@ from prefarena.report.charts import (
     tuning_charts,
 )
 from prefarena.report.cost_charts import against_cost_charts
+from prefarena.report.equal_kl import equal_kl_table
 from prefarena.report.findings import compared, data_lines, findings, limits
 from prefarena.report.label_efficiency import measured_table, needed_table
 from prefarena.report.leakage import leakage, leakage_tables
@@ -39,7 +40,13 @@ from prefarena.report.results import Results
 from prefarena.report.samples import SAMPLES_FILE, Samples, load_samples
 from prefarena.report.sensitivity import sensitivity_table
 from prefarena.report.tables import Table, cost_table, main_table, win_table
-from prefarena.report.trajectories import agreement_summary, agreement_table, on_policy, summary_table, trajectory_table
+from prefarena.report.trajectories import (
+    agreement_summary,
+    agreement_table,
+    measured_on_the_way,
+    summary_table,
+    trajectory_table,
+)
 from prefarena.report.tuning import tuning_text
 from prefarena.report.tuning_tables import budget_table, chosen_table, trial_tables
 from prefarena.report.whole_costs import whole_cost_table
@@ -255,9 +262,9 @@ def _through_training(results: Results, folder: Path) -> str:
     if not charts:
         return ""
     parts = [charts]
-    if results.exact:
-        entries = on_policy(results)
-        parts.append(table_html(summary_table(results), heading=True))
+    entries = measured_on_the_way(results)
+    if entries:
+        parts += [table_html(table, heading=True) for table in (summary_table(results), equal_kl_table(results))]
         steps = [table_html(trajectory_table(results, entry), heading=True) for entry in entries]
         parts.append(_details("Every policy measured during training", "\n".join(steps)))
         agreement = [table for entry in entries if (table := table_html(agreement_table(results, entry), heading=True))]

@@ -7,6 +7,7 @@ from typing import Any
 
 from prefarena.report.against import against_table
 from prefarena.report.curves import curve_figures
+from prefarena.report.equal_kl import equal_kl_table
 from prefarena.report.findings import compared, data_lines, findings, limits
 from prefarena.report.label_efficiency import measured_table, needed_table
 from prefarena.report.label_plots import labels_figure
@@ -24,8 +25,9 @@ from prefarena.report.trajectories import (
     agreement_summary,
     agreement_table,
     estimated_figure,
+    how_measured,
     judged_while_trained,
-    on_policy,
+    measured_on_the_way,
     rollout_rows,
     summary_table,
     trajectory_figure,
@@ -123,38 +125,44 @@ def _labels(results: Results, folder: Path) -> list[str]:
 
 
 def _through_training(results: Results, folder: Path) -> list[str]:
-    """On-policy methods on the way: exact where it can be, else from the rows that training logged."""
-    if not results.exact:
-        logged = rollout_rows(results, folder)
-        figure = estimated_figure(results, logged)
-        text = "Each dot is one iteration's rollouts, the line their running mean over five. "
-        if judged_while_trained(logged):
-            text += (
-                "Above: the reward that the policy is trained on. Below: the evaluation's judge, which it is not "
-                "trained on; where that falls behind, the reward is over-optimised."
-            )
-        else:
-            text += (
-                "This is the reward that the policy is trained on; the evaluation's judge did not score these rollouts."
-            )
-        return [_figure("Reward and KL through training", text, folder, figure, "through_training")] if figure else []
-    entries = on_policy(results)
+    """Policies on the way: what training logged of its rollouts where nothing is exact, and what was measured."""
+    sections = [] if results.exact else _rollouts(results, folder)
+    entries = measured_on_the_way(results)
     if not entries:
-        return []
+        return sections
     text = (
-        "Exact, on the prompts that each entry samples on: policies before, during and after training, one line for "
-        "each seed. Solid: the gold reward; dashed: the reward that the policy is trained on. Where the dashed line "
-        "rises and the solid one does not follow, the reward is over-optimised. Dotted: the law fitted to the gold "
-        "reward, where "
-        "there are four policies or more."
+        f"{how_measured(results)}: policies before, during and after training, one line for each seed. Solid: the gold "
+        "reward; dashed: the reward that the policy is trained on. Where the dashed line rises and the solid one does "
+        "not follow, the reward is over-optimised. Dotted: the law fitted to the gold reward, where there are four "
+        "policies or more."
     )
-    sections = [_figure("Reward and KL through training", text, folder, trajectory_figure(results), "through_training")]
-    sections.append(_section("On-policy methods: peak and end", summary_table(results)))
+    if not results.exact:
+        text = f"{how_measured(results)}: policies before, during and after training, one line for each seed."
+    name = "through_training" if results.exact else "on_the_way"
+    title = "Reward and KL through training" if results.exact else "Policies on the way"
+    sections.append(_figure(title, text, folder, trajectory_figure(results), name))
+    sections.append(_section("Through training: peak and end", summary_table(results)))
+    sections.append(_section("Through training: at equal KL", equal_kl_table(results)))
     for entry in entries[:MOST_PANELS]:
         sections.append(f"### {entry.name}\n\n{trajectory_table(results, entry).markdown()}")
     if len(entries) > MOST_PANELS:
         sections.append(f"The other {len(entries) - MOST_PANELS} are in results.json, key `trajectories`.\n")
     return [*sections, *_agreement(results, entries)]
+
+
+def _rollouts(results: Results, folder: Path) -> list[str]:
+    """What on-policy methods' rollouts scored, from the rows that training logged."""
+    logged = rollout_rows(results, folder)
+    figure = estimated_figure(results, logged)
+    text = "Each dot is one iteration's rollouts, the line their running mean over five. "
+    if judged_while_trained(logged):
+        text += (
+            "Above: the reward that the policy is trained on. Below: the evaluation's judge, which it is not "
+            "trained on; where that falls behind, the reward is over-optimised."
+        )
+    else:
+        text += "This is the reward that the policy is trained on; the evaluation's judge did not score these rollouts."
+    return [_figure("Reward and KL through training", text, folder, figure, "through_training")] if figure else []
 
 
 def _agreement(results: Results, entries: list[EntryResult]) -> list[str]:

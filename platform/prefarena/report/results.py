@@ -132,7 +132,7 @@ class Results(Part):
     win_matrix: WinMatrix | None = None
     curves: dict[str, dict[str, str]] = Field({}, description="entry -> seed -> path of its metrics.jsonl.")
     trajectories: dict[str, dict[str, list[EvalRow]]] = Field(
-        {}, description="entry -> seed -> exact measures before, during and after training; `step` counts updates."
+        {}, description="entry -> seed -> measures before, during and after training; `step` counts updates."
     )
     best_of_curves: dict[str, dict[str, list[EvalRow]]] = Field(
         {}, description="entry -> seed -> exact measures of best-of-n for growing n; `step` is n."

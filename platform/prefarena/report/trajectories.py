@@ -1,4 +1,4 @@
-"""On-policy methods through training: gold and own ("proxy") reward against KL, and logged against exact KL."""
+"""Methods through training: gold and own ("proxy") reward against KL, and logged against exact KL."""
 
 from __future__ import annotations
 
@@ -28,9 +28,23 @@ Rows = list[dict[str, float]]
 Logged = dict[str, dict[str, Rows]]
 
 
-def on_policy(results: Results) -> list[EntryResult]:
+def measured_on_the_way(results: Results) -> list[EntryResult]:
     """Entries whose policies were measured through training, in order."""
     return [entry for entry in results.trained() if results.trajectories.get(entry.name)]
+
+
+def prompts_of(entry: EntryResult) -> str:
+    """The prompts that exact measures on the way are of: those that an entry samples on, or has pairs of."""
+    if "reward" not in entry.settings:
+        return "covered"
+    return "covered" if entry.settings.get("prompts") == "covered" else "all"
+
+
+def how_measured(results: Results) -> str:
+    """The first words of a caption about policies on the way."""
+    if results.exact:
+        return "Exact values on the prompts that the entry samples on, or has pairs of"
+    return "From samples on held-out prompts, scored by the judge of the evaluation"
 
 
 def is_gold(entry: EntryResult) -> bool:
@@ -43,7 +57,7 @@ def is_gold(entry: EntryResult) -> bool:
 
 def summary_table(results: Results) -> Table | None:
     """One row an entry: the best gold reward on the way, and what is left of it at the end."""
-    entries = on_policy(results)
+    entries = measured_on_the_way(results)
     if not entries:
         return None
     rows = []
@@ -60,7 +74,7 @@ def summary_table(results: Results) -> Table | None:
                 _mean([peak["kl"] for peak in peaks]),
                 _mean([end["reward"] for end in ends]),
                 _mean([end["kl"] for end in ends]),
-                _mean([end["regret"] for end in ends]),
+                _mean([end["regret"] for end in ends if "regret" in end]),
                 _mean([end["proxy_reward"] for end in ends if "proxy_reward" in end]),
                 _mean(gaps),
             )
@@ -69,13 +83,15 @@ def summary_table(results: Results) -> Table | None:
         *("policy", "peak gold reward", "at step", "KL there"),
         *("gold at the end", "KL at the end", "regret at the end", "proxy at the end", "proxy − gold at the end"),
     )
+    proxy = (
+        "Proxy: the reward that the entry was trained on, which like the gold reward has mean 0 and variance 1 under "
+        "the reference (estimated from samples if it is learned). Proxy − gold: over-optimisation; none if the entry "
+        "was trained on the gold reward itself."
+    )
     caption = (
-        "Exact values on the prompts that the entry samples on; means over seeds ± one standard error, and steps for "
-        "each seed. The "
-        "peak is the highest among the policies measured (start, snapshots, end). Proxy: the reward that the entry "
-        "was trained on, which like the gold reward has mean 0 and variance 1 under the reference (estimated from "
-        "samples if it is learned). Proxy − gold: over-optimisation; none if the entry was trained on the gold reward "
-        "itself."
+        f"{how_measured(results)}; means over seeds ± one standard error, and steps for each seed. The peak is the "
+        "highest among the policies measured (start, snapshots, end). "
+        f"{proxy if results.exact else 'Gold: the score of that judge.'}"
     )
     return Table(f"{results.name}: through training", header, tuple(rows), caption)
 
@@ -159,8 +175,8 @@ def _reward(row: dict[str, float]) -> float:
 
 
 def trajectory_figure(results: Results) -> Figure | None:
-    """A panel for each entry (the first twelve): exact gold and proxy reward over KL, under the optimal frontier."""
-    entries = on_policy(results)[:MOST_PANELS]
+    """A panel for each entry (the first twelve): gold and proxy reward over KL, under the optimal frontier."""
+    entries = measured_on_the_way(results)[:MOST_PANELS]
     if not entries:
         return None
     with house_style():
@@ -180,7 +196,7 @@ def _draw_exact(axes: Axes, results: Results, entry: EntryResult, colour: str) -
     furthest = 0.0
     for rows in results.trajectories[entry.name].values():
         axes.plot(*_line(rows, "reward"), color=colour, marker="o", markersize=3.5, linewidth=1.3, zorder=4)
-        if not is_gold(entry):
+        if not is_gold(entry) and any("proxy_reward" in row for row in rows):
             style: dict[str, Any] = {
                 "linestyle": (0, (4, 2)),
                 "marker": "s",
@@ -221,7 +237,7 @@ def _line(rows: Rows, key: str) -> tuple[np.ndarray, np.ndarray]:
 
 def frontiers_of(results: Results, entry: EntryResult, furthest: float) -> list[np.ndarray]:
     """The frontiers on the prompts that the entry samples on, up to a KL: [60, 2], denser where they are steep."""
-    lines = frontier_lines(results, "covered" if entry.settings.get("prompts") == "covered" else "all")
+    lines = frontier_lines(results, prompts_of(entry) if results.exact else "all")
     kls = furthest * np.linspace(0, 1, 60) ** 2
     return [np.stack([kls, np.interp(kls, line[:, 0], line[:, 1])], axis=1) for line in lines]
 

@@ -47,6 +47,11 @@ class RewardModel(Section):
         "none: all.",
     )
 
+    @model_validator(mode="after")
+    def _is_used_when_trained(self) -> Self:
+        self.training.check_no_snapshots("a reward model")
+        return self
+
 
 class GoldJudge(Section):
     """The enumerable language's own reward, the one that labelled its pairs."""

@@ -100,8 +100,7 @@ class OnPolicyTraining(LearnerSettings):
     num_snapshots: int = Field(
         0,
         ge=0,
-        description="Number of intermediate policies that are kept, evenly spaced, and evaluated where evaluation "
-        "is exact.",
+        description="Number of intermediate policies that are kept, evenly spaced, and evaluated as the final one is.",
     )
 
     @model_validator(mode="after")

@@ -79,3 +79,15 @@ class Optimisation(LearnerSettings):
     )
     checkpoint_every: int = Field(200, ge=1, description="Steps between checkpoints.")
     log_every: int = Field(10, ge=1, description="Steps between metric rows.")
+    num_snapshots: int = Field(
+        0,
+        ge=0,
+        exclude_if=lambda number: number == 0,
+        description="Of an entry: number of intermediate policies that are kept, evenly spaced, and evaluated as the "
+        "final one is.",
+    )
+
+    def check_no_snapshots(self, what: str) -> None:
+        """Raise ValueError where intermediate models are asked for of what is no entry's policy."""
+        if self.num_snapshots:
+            raise ValueError(f"num_snapshots is for the policies of entries, and {what} keeps none; leave it out")

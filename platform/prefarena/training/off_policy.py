@@ -8,6 +8,7 @@ accumulation and the number of workers change nothing but the order of additions
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -18,6 +19,7 @@ from prefarena.objectives.output import Mean, ObjectiveOutput
 from prefarena.training.guard import stop_if_diverged
 from prefarena.training.learner import Learner, Pass, prepare
 from prefarena.training.prediction import predict_memory
+from prefarena.training.saving import snapshot_steps
 from prefarena.training.schedule import warmed_up
 from prefarena.training.tally import Tally
 from prefarena.training.terms import Rows, Term
@@ -30,18 +32,20 @@ def train(
     terms: list[Term],
     training: Optimisation,
     worker: Worker,
+    keep: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
     """Run all steps from the last checkpoint on. Returns the numbers of steps, tokens trained and
     FLOPs, and predicted memory.
 
     `module` holds the parameters in float32; those that require a gradient are trained (see `Learner`). A step whose
     loss or gradient is not a number is skipped; raises TrainingDivergedError when a metric row is due and more than
-    `training.max_bad_steps` in a row were.
+    `training.max_bad_steps` in a row were. keep: called with the steps done where a snapshot is due.
     """
     prepare(module, training, worker)
     predicted = predict_memory(module, terms, training, worker)
     learner, tally = Learner("model", module, training, worker), Tally([module], training, worker)
     num_steps = training.num_steps or terms[0].plan.num_steps(training.num_epochs)
+    snapshots = snapshot_steps(num_steps, training.num_snapshots)
     done = _restore(learner, worker)
     window, started, first = Window(), time.perf_counter(), done
     for step in range(done, num_steps):
@@ -54,6 +58,8 @@ def train(
             row["steps_per_second"] = (done - first) / (time.perf_counter() - started)
             worker.log(row)
             stop_if_diverged(learner.guard.longest_streak(), training.max_bad_steps, f"steps up to step {done}")
+        if keep is not None and done in snapshots:
+            keep(done)
         if done % training.checkpoint_every == 0 and done < num_steps:
             worker.save(done, learner.tensors(), learner.guard.state())
     return {

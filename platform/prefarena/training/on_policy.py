@@ -8,14 +8,11 @@ iteration number is the whole state of the data and of the randomness.
 from __future__ import annotations
 
 import math
-import os
-import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,7 +30,6 @@ from prefarena.modeling.transfer import rows_on
 from prefarena.objectives.kl import KLController
 from prefarena.objectives.output import Mean, ObjectiveOutput
 from prefarena.settings.on_policy import CriticTraining
-from prefarena.stage_files import SNAPSHOTS
 from prefarena.training.beside_rollouts import BesideRollouts
 from prefarena.training.experience import Experience, Scorers, as_many_as_others, by_length, gather
 from prefarena.training.guard import stop_if_diverged
@@ -45,7 +41,8 @@ from prefarena.training.on_policy_batch import Batch, experience_metrics, learna
 from prefarena.training.on_policy_memory import fitting_micro_batch
 from prefarena.training.on_policy_models import POLICY, load_models, save_adapters, save_models
 from prefarena.training.rollout_counts import RolloutCounts
-from prefarena.training.rollouts import RolloutStream, minibatches, share, snapshot_iterations
+from prefarena.training.rollouts import RolloutStream, minibatches, share
+from prefarena.training.saving import keep_snapshot, snapshot_steps
 from prefarena.training.schedule import warmed_up
 from prefarena.training.window import Window
 from prefarena.training.worker import Worker
@@ -83,7 +80,7 @@ def _train(trainer: OnPolicyTrainer) -> dict[str, Any]:
     job, worker = trainer.job, trainer.worker
     trainer.restore()
     num_iterations = job.training.num_iterations
-    snapshots = snapshot_iterations(num_iterations, job.training.num_snapshots)
+    snapshots = snapshot_steps(num_iterations, job.training.num_snapshots)
     for iteration in range(trainer.iteration, num_iterations):
         worker.log(trainer.run(iteration))
         stop_if_diverged(
@@ -253,15 +250,9 @@ class OnPolicyTrainer:
         self.iteration = checkpoint.step
 
     def save_snapshot(self) -> None:
-        """Keep the policy as it is at `snapshots/<updates done>`; the folder appears whole. Every worker calls it."""
-        folder = Path(self.job.stage_dir) / SNAPSHOTS / f"{self.iteration:05d}"
-        partial_folder = folder.with_name(f".{folder.name}-{os.getpid()}")
-        save_models(self.models, self.job, self.worker, self.tokenizer, partial_folder)
-        if self.worker.rank:
-            return
-        if folder.exists():  # of an attempt that was interrupted after it
-            shutil.rmtree(folder)
-        os.replace(partial_folder, folder)
+        """Keep the policy as it is. Every worker calls it."""
+        save = partial(save_models, self.models, self.job, self.worker, self.tokenizer)
+        keep_snapshot(self.job.stage_dir, self.iteration, self.worker, save)
 
     # ---------------------------------------------------------------------------------------- iterations
 

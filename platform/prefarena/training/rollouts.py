@@ -43,12 +43,6 @@ def share(num_rows: int, rank: int, world_size: int) -> slice:
     return slice(num_rows * rank // world_size, num_rows * (rank + 1) // world_size)
 
 
-def snapshot_iterations(num_iterations: int, num_snapshots: int) -> list[int]:
-    """After how many updates a snapshot is kept: `num_snapshots` of them evenly between the start and the end."""
-    marks = {round(k * num_iterations / (num_snapshots + 1)) for k in range(1, num_snapshots + 1)}
-    return sorted(marks - {0, num_iterations})
-
-
 def read_prompts(job: OnPolicyJob) -> list[list[int]]:
     """The training prompts, or those of them with pairs. Raises UserError where there is none."""
     rows = read_rows(job.prompts, ["prompt_ids", "covered", "split"]).to_pylist()

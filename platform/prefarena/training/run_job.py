@@ -6,6 +6,7 @@ cannot be used. The jobs after it go on.
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from prefarena.failures import reason_of
@@ -27,7 +28,7 @@ from prefarena.training.off_policy import train
 from prefarena.training.online import OnlineTerm, ReplayTerm
 from prefarena.training.ranked import RankedTerm
 from prefarena.training.reward_model import train_reward_model
-from prefarena.training.saving import save_trained
+from prefarena.training.saving import keep_snapshot, save_as_it_is, save_trained
 from prefarena.training.storage import full_disk_named
 from prefarena.training.terms import (
     LikelihoodTerm,
@@ -119,7 +120,13 @@ def _train_policy(job: ReferenceJob | OffPolicyJob, worker: Worker, drawer: Pair
     module = LogProbs(model, job.max_length, worker.device, attends_in(settings.precision))
     worker.note_padding(module.notes)
     terms = _terms(job, worker, tokenizer.pad_token_id, module.packed, drawer)
-    counts: dict[str, Any] = train(module, terms, settings, worker)
+    has_adapters, plain = settings.lora is not None, partial(load_policy, job.policy)
+
+    def keep(step: int) -> None:
+        save = partial(save_as_it_is, model, tokenizer, worker, plain, has_adapters=has_adapters)
+        keep_snapshot(job.stage_dir, step, worker, save)
+
+    counts: dict[str, Any] = train(module, terms, settings, worker, keep)
     pairs: dict[str, Any] = {}
     if isinstance(terms[0], PreferenceTerm) and worker.rank == 0:
         pairs = {"pairs": terms[0].origin(counts["num_steps"])}
@@ -127,7 +134,7 @@ def _train_policy(job: ReferenceJob | OffPolicyJob, worker: Worker, drawer: Pair
     if drawer is not None:
         counts |= drawer.judge_calls()
         counts["num_flops"] += drawer.flops()
-    save_trained(model, job, tokenizer, worker, lambda: load_policy(job.policy), has_adapters=settings.lora is not None)
+    save_trained(model, job, tokenizer, worker, plain, has_adapters=has_adapters)
     # The generators' devices are held all the while.
     beside = len(job.drawing.generators) if isinstance(job, OffPolicyJob) and job.drawing is not None else 0
     return {"costs": worker.costs(num_beside=beside, **counts), **pairs}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from prefarena.modeling.load import save_policy
 from prefarena.modeling.lora import merge_adapters, merged_weights, save_adapter
 from prefarena.modeling.parts import whole
 from prefarena.modeling.saving import layout_of, save_by_tensors
-from prefarena.stage_files import ADAPTER
+from prefarena.stage_files import ADAPTER, SNAPSHOTS
 from prefarena.training.jobs import Job
 from prefarena.training.sharding import kept_on_rank_0
 from prefarena.training.worker import Worker
@@ -40,6 +42,46 @@ def save_spread(
         collected = plain()
         collected.load_state_dict(gathered)
         save_policy(collected, tokenizer, folder)
+
+
+def snapshot_steps(num_steps: int, num_snapshots: int) -> list[int]:
+    """After how many updates a snapshot is kept: `num_snapshots` of them evenly between the start and the end."""
+    marks = {round(k * num_steps / (num_snapshots + 1)) for k in range(1, num_snapshots + 1)}
+    return sorted(marks - {0, num_steps})
+
+
+def keep_snapshot(stage_dir: str | Path, step: int, worker: Worker, save: Callable[[Path], None]) -> None:
+    """A policy at `snapshots/<updates done>`, by `save` to a folder, which appears whole. Every worker calls this."""
+    folder = Path(stage_dir) / SNAPSHOTS / f"{step:05d}"
+    partial_folder = folder.with_name(f".{folder.name}-{os.getpid()}")
+    save(partial_folder)
+    if worker.rank:
+        return
+    if folder.exists():  # of an attempt that was interrupted after it
+        shutil.rmtree(folder)
+    os.replace(partial_folder, folder)
+
+
+def save_as_it_is(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    worker: Worker,
+    plain: Callable[[], PreTrainedModel],
+    folder: Path,
+    *,
+    has_adapters: bool,
+) -> None:
+    """A policy in the midst of its training, adapters merged, by rank 0; nothing of the model is changed.
+
+    Every worker calls this. plain: as in `save_spread`.
+    """
+    if has_adapters:
+        save_spread(model, merged_weights(model), tokenizer, folder, worker, plain)
+    elif worker.shards:
+        weights = ((name, whole(tensor)) for name, tensor in model.state_dict().items())
+        save_spread(model, weights, tokenizer, folder, worker, plain)
+    elif worker.rank == 0:
+        save_policy(model, tokenizer, folder)
 
 
 def save_trained(
