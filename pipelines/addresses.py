@@ -63,7 +63,7 @@ def computing_inputs(config: Comparison) -> list[Any]:
 
 def evaluation_inputs(config: Comparison) -> dict[str, Any]:
     """The settings that an evaluation depends on; it keeps the address that it had before there were the later ones."""
-    later = {"frontier_samples"}  # a stage of its own
+    later = {"frontier_samples", "abilities"}  # stages of their own
     if config.evaluation.num_coverage_prompts is None:
         later.add("num_coverage_prompts")
     return config.evaluation.model_dump(mode="json", exclude=later)
@@ -123,6 +123,11 @@ def model_inputs(model: Model) -> Any:
     if model.kind == "scratch" or not (folder := Path(model.path)).is_dir():
         return settings
     return {**settings, "files": _marks(sorted(file for file in folder.iterdir() if file.is_file()))}
+
+
+def file_marks(folder: Path) -> list[list[Any]]:
+    """Every file of a folder, by size and time of change."""
+    return _marks(sorted(path for path in folder.rglob("*") if path.is_file()))
 
 
 def _marks(files: list[Path]) -> list[list[Any]]:

@@ -20,6 +20,7 @@ from prefarena.config import (
     reward_of,
 )
 from prefarena.errors import UserError
+from prefarena.evaluation.ability_tasks import load_tasks
 from prefarena.judges.spec import check_judge
 from prefarena.modeling.inspection import check_context, check_head_size, check_split, inspect_policy
 from prefarena.modeling.load import load_tokenizer, new_settings
@@ -56,6 +57,8 @@ def check_input(config: Comparison) -> None:
         if isinstance(entry.method, OffPolicy):
             entry.method.check()
     check_packages(config.tracking)
+    if config.evaluation.abilities is not None:
+        load_tasks(config.evaluation.abilities)
     workers = config.resources.num_workers
     for name, training in _optimisations(config):
         if training % workers:

@@ -7,6 +7,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from pipelines.abilities import ability_work, needed_abilities
 from pipelines.checks import check_input
 from pipelines.claims import only_once
 from pipelines.evaluate import evaluate
@@ -41,17 +42,19 @@ def compare(config: Comparison, console: Console, last: str = "report", *, retry
     plans = make_plan(config)
     check_pair_scores(config, plans)
     with only_once(config.name, run_folder(config, plans)):
-        for stage in all_stages(plans) if retry_failed else []:
+        aside = [stage for stage, _, _ in ability_work(config, plans)]
+        for stage in [*all_stages(plans), *aside] if retry_failed else []:
             forget_failure(stage.folder)
         with tracking(config, plans, run_folder(config, plans).name, console) as trackers:
             return _compare(config, plans, console, last, trackers)
 
 
 def _compare(config: Comparison, plans: list[SeedPlan], console: Console, last: str, trackers: Trackers) -> Path:
-    reused = {stage for stage in all_stages(plans) if stage.finished}
+    aside = [stage for stage, _, _ in ability_work(config, plans)]
+    reused = {stage for stage in [*all_stages(plans), *aside] if stage.finished}
     show_plan(config, plans, console)
     wanted = STEPS[: STEPS.index(last) + 1]
-    if any(not stage.finished for stage in needed_stages(plans)):
+    if any(not stage.finished for stage in needed_stages(plans)) or needed_abilities(config, plans):
         console.print("starting or joining Ray …")
         with checked_session(config, plans):
             for step, work in zip(STEPS, (prepare, train, evaluate), strict=False):
@@ -85,7 +88,7 @@ def needed_stages(plans: list[SeedPlan]) -> list[Stage]:
 
 def show_plan(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
     """Print what will be done, what is reused, and what is requested from the cluster."""
-    stages = all_stages(plans)
+    stages = [*all_stages(plans), *(stage for stage, _, _ in ability_work(config, plans))]
     table = Table(title=f"plan of comparison {config.name!r}", title_justify="left")
     table.add_column("stage")
     table.add_column("folder", overflow="fold")

@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.markup import escape
 
-from pipelines.jobs import generator_names, max_length
+from pipelines.jobs import generator_names
+from pipelines.jobs import max_length as longest_sequence
 from pipelines.plan import SeedPlan, model_of
 from pipelines.progress import stage_line
 from prefarena.cluster.capacity import telling_capacity
@@ -20,11 +21,17 @@ from prefarena.stages import Stage
 
 
 def start_generator(
-    config: Comparison, plan: SeedPlan, console: Console, *, made_from: str | None = None
+    config: Comparison,
+    plan: SeedPlan,
+    console: Console,
+    *,
+    made_from: str | None = None,
+    max_length: int | None = None,
 ) -> Generators:
     """The generation actors; whoever uses them sends their weights first.
 
-    made_from: the folder of the model that they are made from; none: the base model's.
+    made_from: the folder of the model that they are made from; none: the base model's. max_length: most
+    tokens of a prompt and its response; none: those of the task.
     """
     names = generator_names(config)
     title = f"starting {len(names)} vLLM generation actor{'s' if len(names) > 1 else ''}"
@@ -33,7 +40,7 @@ def start_generator(
         return Generators.start(
             made_from or model_of(plan.base),
             config.generation,
-            max_model_len=max_length(plan.task),
+            max_model_len=max_length or longest_sequence(plan.task),
             use_gpu=config.resources.use_gpu,
             names=names,
             seed=config.seeds[0],

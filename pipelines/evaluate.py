@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 from rich.console import Console
 
+from pipelines.abilities import measure_abilities
 from pipelines.annotate import ExactReference
 from pipelines.claims import settle
 from pipelines.exact import collect_scores, evaluate_exactly, exact_job, start_scoring
@@ -68,6 +69,7 @@ def evaluate(config: Comparison, plans: list[SeedPlan], console: Console) -> Non
 
     settle(console, {one[0].folder: one for one in work}, do)
     judge_wins(config, plans, console)
+    measure_abilities(config, plans, console)
 
 
 def _title(stages: list[Stage]) -> str:

@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
+from pipelines.abilities import abilities, ability_work
 from pipelines.equal_length import equal_length_row
 from pipelines.evaluate import pairwise_wins
 from pipelines.exact import exact_frontier, exact_optimum, read_best_of_curve, read_trajectory
@@ -108,7 +109,8 @@ def gather(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> Res
         trajectories=_by_entry(config, plans, partial(_trajectory, plans)),
         best_of_curves=_by_entry(config, plans, lambda trained: read_best_of_curve(trained.evaluation)),
         kl_agreement=_by_entry(config, plans, _agreement),
-        costs=_costs(plans, reused),
+        costs=[*_costs(plans, reused), *_ability_costs(config, plans, reused)],
+        abilities=abilities(config, plans),
         tuning=tuning_of(config),
     )
 
@@ -362,6 +364,14 @@ def _costs(plans: list[SeedPlan], reused: set[Stage]) -> list[Cost]:
             done = {name: stage for name, stage in named.items() if stage is not None and stage.finished}
             costs |= {(s, entry): _cost(s, name, entry, plan.seed, reused) for name, s in done.items()}
     return list(costs.values())
+
+
+def _ability_costs(config: Comparison, plans: list[SeedPlan], reused: set[Stage]) -> list[Cost]:
+    return [
+        _cost(stage, "evaluation (abilities)", trained.entry.name if trained else None, plan.seed, reused)
+        for stage, plan, trained in ability_work(config, plans)
+        if stage.finished
+    ]
 
 
 def _cost(stage: Stage, name: str, entry: str | None, seed: int | None, reused: set[Stage]) -> Cost:

@@ -32,9 +32,19 @@ def generation_counts(policy: str, rollouts: list[Rollout]) -> dict[str, float]:
 class Sampler:
     """The generation actors of an evaluation, or of drawn pairs; as a context it ends them."""
 
-    def __init__(self, config: Comparison, plan: SeedPlan, console: Console, *, made_from: str | None = None) -> None:
-        """made_from: the folder of a model of the policies' architecture; none: the base model's."""
+    def __init__(
+        self,
+        config: Comparison,
+        plan: SeedPlan,
+        console: Console,
+        *,
+        made_from: str | None = None,
+        max_length: int | None = None,
+    ) -> None:
+        """made_from: the folder of a model of the policies' architecture; none: the base model's. max_length: most
+        tokens of a prompt and its response; none: those of the task."""
         self._config, self._plan, self._console, self._made_from = config, plan, console, made_from
+        self._max_length = max_length
         self._generators: Generators | None = None
         self._held = ""  # the version that the actors were given last
         self._kept = KeptRollouts(root_of(config.output, config.resources.cache_dir) / "rollouts")
@@ -70,7 +80,11 @@ class Sampler:
             try:
                 if self._generators is None:
                     self._generators = start_generator(
-                        self._config, self._plan, self._console, made_from=self._made_from
+                        self._config,
+                        self._plan,
+                        self._console,
+                        made_from=self._made_from,
+                        max_length=self._max_length,
                     )
                 if self._held != version:
                     self._generators.load_checkpoint(policy, version)

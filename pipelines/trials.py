@@ -51,7 +51,9 @@ class Found:
 def selection(config: Comparison, entries: Sequence[Entry], seeds: Sequence[int]) -> Comparison:
     """A comparison of these entries on what trials are ranked on: other languages, or validation prompts of text."""
     changed: dict[str, object] = {"name": f"{config.name}-trials", "entries": tuple(entries), "seeds": tuple(seeds)}
-    changed["evaluation"] = config.evaluation.model_copy(update={"win_matrix": False, "frontier_samples": 0})
+    changed["evaluation"] = config.evaluation.model_copy(
+        update={"win_matrix": False, "frontier_samples": 0, "abilities": None}
+    )
     if isinstance(config.task, LanguageTask):
         changed["seeds_vary"] = "task"
     else:

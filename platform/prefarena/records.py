@@ -38,6 +38,16 @@ PAIRS = pa.schema(
         *((name, pa.float64()) for name in PAIR_SCORES),
     ]
 )
+#: What lm-eval says of each item of a task, by its metrics.
+ABILITIES = pa.schema(
+    [
+        ("task", pa.string()),
+        ("metric", pa.string()),
+        ("item", pa.int64()),
+        ("value", pa.float64()),
+        ("higher_is_better", pa.bool_()),
+    ]
+)
 #: PAIRS with the reference policy's log-probs, written by the reference stage.
 REFERENCED_PAIRS = pa.schema([*PAIRS, ("ref_chosen_logp", pa.float32()), ("ref_rejected_logp", pa.float32())])
 #: REFERENCED_PAIRS with those of as many first tokens as the shorter response of the pair has.

@@ -24,6 +24,8 @@ DRAWN_PAIRS = "drawn"
 
 #: Of an evaluation: what was measured; of every response, the reward of an entry, or a policy's log-probs.
 ROW, SCORES, LOGPS = "row.json", "scores.npy", "logps.npy"
+#: Of abilities: every metric of every item.
+ITEMS = "items.parquet"
 #: Of an evaluation of best-of-n: of ever more samples.
 BEST_OF_CURVE = "curve.json"
 #: Of an evaluation through training, of one from samples, and of a comparison by pairs.

@@ -4,6 +4,7 @@ A comparison is `entries x seeds` on one `task`. Unknown keys are errors that su
 `load_config`). Every model here is frozen: a resolved configuration is a value, and stages hash it.
 """
 
+from prefarena.config.abilities import Abilities
 from prefarena.config.best_of_n import BestOfN
 from prefarena.config.comparison import (
     Comparison,
@@ -55,6 +56,7 @@ __all__ = [
     "RLHF",
     "RLOO",
     "SFT",
+    "Abilities",
     "Annotator",
     "BestOfN",
     "ClassifierJudge",

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, Union
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from prefarena import methods
+from prefarena.config.abilities import Abilities
 from prefarena.config.best_of_n import BestOfN
 from prefarena.config.devices import Arithmetic, Generation, Resources, check_devices, usual_dtype
 from prefarena.config.label_budgets import all_limits, at_budgets
@@ -20,7 +21,7 @@ from prefarena.settings.judges import EvaluationJudge, JudgeSettings, PairwiseJu
 from prefarena.settings.off_policy import OffPolicy, Pairwise
 from prefarena.settings.on_policy import OnPolicy
 from prefarena.settings.optimisation import Optimisation
-from prefarena.settings.section import Section
+from prefarena.settings.section import Section, is_none
 from prefarena.settings.unpaired import Unpaired
 
 #: Every method, as their files are found.
@@ -104,6 +105,11 @@ class Evaluation(Section):
         description="Text tasks with task.covered_share below 1: number of training prompts with pairs, and as many "
         "without, on which policies are sampled and measured in addition to the held-out ones; by default "
         "num_prompts.",
+    )
+    abilities: Abilities | None = Field(
+        None,
+        exclude_if=is_none,
+        description="Text tasks: what else policies are measured on, by lm-eval, against the reference; none: nothing.",
     )
     win_matrix: bool = Field(True, description="Compute win rates between all entries, not only against the reference.")
     seed: int = 0
@@ -222,6 +228,8 @@ class Comparison(Section):
                 "evaluation.frontier_samples: a frontier is estimated from scores, but judge kind pairwise gives "
                 "none; set it to 0"
             )
+        if self.evaluation.abilities is not None and self.task.kind == "language":
+            raise ValueError("evaluation.abilities: the enumerable language has letters alone; it is for text tasks")
         self._check_drawn_pairs()
         self._check_replays()
         self._check_demonstrations()

@@ -16,6 +16,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from prefarena.report.abilities import TITLE, abilities_table
 from prefarena.report.against import against_table
 from prefarena.report.charts import (
     Chart,
@@ -72,6 +73,7 @@ def write_page(results: Results, folder: str | Path) -> Path:
         _through_training(results, target),
         _section("laws", "Laws of over-optimisation", table_html(law_table(results))),
         _section("win-rates-matrix", "Win rates", table_html(win_table(results))),
+        _section("abilities", TITLE, table_html(abilities_table(results))),
         _tuning(results),
         _section("training", "Training curves", _charts("training", training_charts(results, target))),
         _samples(results, samples),

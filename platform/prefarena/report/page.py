@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from prefarena.report.abilities import TITLE, abilities_table
 from prefarena.report.against import against_table
 from prefarena.report.curves import curve_figures
 from prefarena.report.equal_kl import equal_kl_table
@@ -61,6 +62,7 @@ def write_report(results: Results, folder: str | Path) -> Path:
         *_through_training(results, target),
         _section("Laws of over-optimisation", law_table(results)),
         _wins(results),
+        _section(TITLE, abilities_table(results)),
         *_tuning(results, target),
         *_curves(results, target),
         _section("What each method cost", whole_cost_table(results)),

@@ -83,6 +83,24 @@ class WinMatrix(Part):
     stderr: Matrix
 
 
+class Ability(Part):
+    """One metric of one task of lm-eval, of one policy beside the reference on the same items.
+
+    stderr: of the difference, paired by item; none with a single item.
+    """
+
+    entry: str
+    seed: int
+    task: str
+    metric: str
+    value: float
+    reference: float
+    difference: float
+    stderr: float | None = None
+    num_items: int
+    higher_is_better: bool = True
+
+
 class Cost(Part):
     """What one stage took. `entry` None: shared by all entries; `seed` None: shared by all seeds."""
 
@@ -141,6 +159,7 @@ class Results(Part):
         {}, description="entry -> seed -> logged KL estimates, with the exact KL of the policy that was sampled."
     )
     costs: list[Cost] = Field([])
+    abilities: list[Ability] = Field([], description="what else policies can do, with `evaluation.abilities`.")
     tuning: TuningResults | None = Field(None, description="how the entries' settings were found; none: by hand.")
 
     def entry(self, name: str) -> EntryResult:
