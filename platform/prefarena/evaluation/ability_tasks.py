@@ -28,7 +28,7 @@ class Item(NamedTuple):
 
 
 def load_tasks(settings: Abilities) -> dict[str, Any]:
-    """What `lm_eval.evaluator.evaluate` takes. Raises UserError where the package is missing, a name is unknown, or a
+    """Load the tasks for lm-eval's `evaluate`. Raises UserError where the package is missing, a name is unknown, or a
     task's files cannot be read."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError(
@@ -56,7 +56,7 @@ def load_tasks(settings: Abilities) -> dict[str, Any]:
 
 
 def item_values(tasks: dict[str, Any], samples: dict[str, list[dict[str, Any]]]) -> Iterator[Item]:
-    """From what lm-eval logs of each item. A metric that is not a number for an item (a corpus's BLEU) has none."""
+    """Read values from lm-eval's logged items. A metric that is not a number for an item (a corpus's BLEU) has none."""
     for name, rows in samples.items():
         better = tasks["tasks"][name].higher_is_better()
         for row in rows:

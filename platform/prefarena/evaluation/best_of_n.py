@@ -12,7 +12,7 @@ import numpy as np
 
 
 def best_of_n_logps(ref_logps: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
-    """log pi(y|x) [P, N], nats, of the best of `n` samples of the reference; a tie of samples is broken at random.
+    """Return log pi(y|x) [P, N], nats, of the best of `n` samples of the reference; ties are broken at random.
 
     With F(s) the probability that a sample scores at most s, the best sample scores s with probability
     F(s)^n - F(s-)^n, which responses of equal score share in proportion to their probability under the reference.
@@ -24,7 +24,7 @@ def best_of_n_logps(ref_logps: np.ndarray, scores: np.ndarray, n: int) -> np.nda
 
 
 def _best_of_n(ref_logps: np.ndarray, scores: np.ndarray, n: int) -> np.ndarray:
-    """[N] for one prompt."""
+    """Compute the log-probs [N] for one prompt."""
     run = np.unique(scores, return_inverse=True)[1]  # equal scores have one number, and higher ones a higher
     masses = np.bincount(run, weights=np.exp(ref_logps))
     masses = masses / masses.sum()

@@ -1,4 +1,4 @@
-"""Log-probs of continuations, and whether greedy decoding gives them: what tasks with answers to choose from ask."""
+"""Log-probs of continuations, and whether greedy decoding gives them, for multiple-choice tasks."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ _MOST_LOGITS = 1 << 25
 
 
 class Loaded(Protocol):
-    """A policy whose weights are read when they are asked for, and given up."""
+    """A policy whose weights are loaded when they are needed, and freed afterwards."""
 
     def module(self) -> LogProbs: ...
 
@@ -49,7 +49,7 @@ class Samples:
     temperature: float = 1.0
 
     def passes(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Indices of these rows, those of similar length together."""
+        """Return indices of these rows in passes, with rows of similar length together."""
         lengths = np.array([len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)], np.int64)
         for places in bounded_passes(lengths[rows], self.batch_size):
             yield rows[places]
@@ -107,7 +107,7 @@ def _blocks(samples: Samples, most_tokens: int) -> Iterator[np.ndarray]:
 
 
 def _by_logits(policy: LogProbs, other: LogProbs, samples: Samples, rows: np.ndarray) -> np.ndarray:
-    """[n, 4] of some rows by whole rows of logits, a few responses at a time."""
+    """Compute [n, 4] for some rows from full rows of logits, a few responses at a time."""
     size = policy.model.config.get_text_config().vocab_size
     longest = max(len(samples.responses[i]) for i in rows)
     step = max(1, _MOST_LOGITS // (size * longest))

@@ -38,7 +38,7 @@ class Responses:
 
     @classmethod
     def listed(cls, vocab_size: int, response_limit: int, eos_id: int) -> Responses:
-        """Raises UserError when there are more than five million of them."""
+        """List all responses. Raises UserError when there are more than five million of them."""
         number = sum((vocab_size - 1) ** t for t in range(response_limit + 1))
         if number > _MOST_RESPONSES:
             raise UserError(
@@ -163,7 +163,7 @@ def _by_prompt(prompts: list[list[int]], chunk: int, walk: Callable[[torch.Tenso
 
 @contextmanager
 def _evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Dropout off; the model is left as it was."""
+    """Switch dropout off, and leave the model as it was."""
     was_training = model.training
     model.eval()
     try:

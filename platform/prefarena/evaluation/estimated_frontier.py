@@ -44,7 +44,7 @@ class Point(NamedTuple):
 
 
 class _Moments(NamedTuple):
-    """For every prompt [P]: log Z, R, and the effective sample size 1 / sum w^2."""
+    """Moments of every prompt [P]: log Z, R, and the effective sample size 1 / sum w^2."""
 
     log_partition: np.ndarray
     reward: np.ndarray
@@ -52,7 +52,7 @@ class _Moments(NamedTuple):
 
 
 class EstimatedFrontier:
-    """From scores [N] of samples of the reference and their prompts' numbers [N]; nan: a score that is not known.
+    """From scores [N] of samples of the reference and their prompts' numbers [N]; nan marks an unknown score.
 
     `prompts` [P]: those that it was estimated on, which have two known scores or more.
     """
@@ -69,7 +69,7 @@ class EstimatedFrontier:
         self._largest, self._is_whole = self._trusted()
 
     def of(self, prompts: np.ndarray) -> EstimatedFrontier:
-        """That of some of its prompts."""
+        """The frontier of some of its prompts."""
         kept, found = np.isin(self.prompts, prompts), copy(self)
         found.prompts, found._scores, found._counts = self.prompts[kept], self._scores[kept], self._counts[kept]
         found._largest, found._is_whole = found._trusted()
@@ -77,7 +77,7 @@ class EstimatedFrontier:
 
     @property
     def largest_kl(self) -> float:
-        """How far from the reference the estimate is to be trusted."""
+        """The largest KL from the reference up to which the estimate can be trusted."""
         return self._largest.kl
 
     def at(self, inverse_temperature: float) -> Point:
@@ -140,7 +140,7 @@ class EstimatedFrontier:
     def _trusted(self) -> tuple[Point, bool]:
         """The furthest optimum that the samples still show, to within a thousandth of its inverse temperature.
 
-        And whether it is the frontier's end.
+        Also whether it is the frontier's end.
         """
         if not len(self.prompts):
             return Point(0.0, 0.0, float("nan"), float("nan")), False
@@ -183,7 +183,7 @@ class EstimatedFrontier:
 
 
 def _jackknifed(whole: np.ndarray, without_one: np.ndarray, known: np.ndarray) -> np.ndarray:
-    """[P] without their bias of O(1/n), from the estimates [P] and those without each sample [P, n]."""
+    """Remove the bias of O(1/n) from the estimates [P], with those that leave out each sample [P, n]."""
     counts = known.sum(axis=1)
     mean = np.where(known, without_one, 0.0).sum(axis=1) / counts
     return counts * whole - (counts - 1) * mean

@@ -146,7 +146,7 @@ def expected_scores(logps: np.ndarray, scores: np.ndarray, covered: np.ndarray) 
 def _by_prompt(
     logps: np.ndarray, ref_logps: np.ndarray, rewards: np.ndarray, lengths: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Each measure [P]."""
+    """Compute each measure [P] per prompt."""
     probabilities, ref_probabilities = np.exp(logps), np.exp(ref_logps)
     best = rewards.argmax(axis=1)
     with np.errstate(invalid="ignore"):  # -inf - -inf, where neither policy goes: carries no weight below

@@ -8,7 +8,7 @@ from prefarena.evaluation.statistics import clustered, mean_and_stderr
 
 
 def pair_values(first: np.ndarray, second: np.ndarray) -> np.ndarray:
-    """What each pair counts, [N], from the own response's share in the order where it is shown first, and second.
+    """The value of each pair [N], from the own response's shares where it is shown first and where it is second.
 
     Shares are 1 (preferred), 1/2 (tie), 0 and nan (silent). A pair counts 1 where both orders prefer the own response,
     0 where both prefer the other, and 1/2 where they disagree or one is a tie; nan where one is silent.
@@ -27,7 +27,7 @@ def pairwise_metrics(
     first was preferred in both orders less the share in which the one shown second was, in [-1, 1], 0 for a judge that
     does not look at the place; order_agreement, the share in which both orders say the same. num_pairs: pairs with a
     verdict in both orders; num_silent_pairs: the others, which are in no mean; num_identical: pairs of equal texts,
-    which count as ties. What no pair is left for has no key.
+    which count as ties. A measure that has no pair left has no key.
     """
     values = pair_values(first, second)
     known = ~np.isnan(values)

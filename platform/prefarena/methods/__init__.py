@@ -11,5 +11,5 @@ from prefarena.settings.off_policy import OffPolicy
 
 
 def discover() -> dict[str, type[OffPolicy]]:
-    """Every method by its kind, sorted by it. Raises TypeError where a file of the package holds none, or not one."""
+    """Every method by its kind, sorted. Raises TypeError where a file of the package does not hold exactly one."""
     return found_in(__path__, __name__, OffPolicy, "one class that is an OffPolicy and has a loss is wanted")

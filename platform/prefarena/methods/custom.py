@@ -1,4 +1,4 @@
-"""A loss of the user's: a Python function by its name."""
+"""A loss that the user supplies as a Python function, found by its name."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ class Custom(Pairwise):
         return losses, h
 
     def load(self) -> Any:
-        """The function. Raises UserError where it is not there, or cannot be called with these settings."""
+        """Return the function. Raises UserError where it does not exist, or cannot be called with these settings."""
         return _loaded(self.objective, tuple(self.settings))
 
 
@@ -77,7 +77,7 @@ def _loaded(name: str, settings: tuple[str, ...]) -> Any:
 
 
 def _not_losses(found: object, size: int) -> str | None:
-    """What is wrong with what a function returned for `size` pairs; None: nothing."""
+    """Say what is wrong with the value that a function returned for `size` pairs; None if nothing is."""
     if not isinstance(found, (tuple, list)) or len(found) != 2:
         return f"it must return two tensors, the losses and h, not {type(found).__name__} {found!r:.60}"
     for what, values in zip(("losses", "h"), found, strict=True):
@@ -123,7 +123,7 @@ def _try(method: Custom) -> None:
 
 
 def _tried(method: Custom, policy: PairLogps, reference: PairLogps, labels: Tensor, num_tokens: PairLogps) -> Tensor:
-    """The function's losses. Raises UserError where it raises, or returns something else."""
+    """Return the function's losses. Raises UserError where it raises an error, or returns something else."""
     function = method.load()
     try:
         found = function(policy, reference, labels, num_tokens, **method.settings)
@@ -139,7 +139,7 @@ def _tried(method: Custom, policy: PairLogps, reference: PairLogps, labels: Tens
 
 
 def _pairs() -> tuple[PairLogps, PairLogps, Tensor, PairLogps]:
-    """Three pairs that the policy orders otherwise than the reference, with a label of each sort."""
+    """Three pairs that the policy and the reference order differently, with one label of each sort."""
     policy = PairLogps(
         torch.tensor([-3.0, -2.5, -6.0], requires_grad=True), torch.tensor([-4.0, -1.5, -5.0], requires_grad=True)
     )

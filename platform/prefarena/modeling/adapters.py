@@ -1,4 +1,4 @@
-"""An adapter given as a model: its base is loaded and the adapter merged into it, where both fit each other.
+"""An adapter given as a model: its base is loaded and the adapter merged into it, provided that they fit.
 
 peft passes over tensors that it does not know, and leaves an adapter that it does not find at zero, with a warning at
 most. Here every tensor of the file must be one of the adapter's, and every one of the adapter's must be in the file.
@@ -34,7 +34,7 @@ class Adapter:
     revision: str | None
 
     def unusable(self, why: object) -> UserError:
-        """The error that this adapter cannot be merged, with the remedy."""
+        """Return the error that this adapter cannot be merged, with the remedy."""
         return UserError(
             f"{self.folder}: an adapter of {self.base}, which cannot be merged into it ({why}); fix that, {_REMEDY}"
         )
@@ -84,7 +84,7 @@ def check_adapter(adapter: Adapter, base: PreTrainedModel) -> None:
 
 
 def merge(adapter: Adapter, base: PreTrainedModel) -> PreTrainedModel:
-    """`base` with the adapter merged into its weights, a model like any other. Raises UserError as `check_adapter`."""
+    """Return `base` with the adapter merged into its weights, a plain model. Raises UserError as `check_adapter`."""
     from peft import PeftModel, get_peft_model_state_dict
 
     try:

@@ -24,7 +24,7 @@ Arithmetic = Literal["float32", "tf32", "bfloat16"]
 
 @contextmanager
 def products_of(arithmetic: Arithmetic) -> Iterator[None]:
-    """In it float32 products, those of backward passes included, are rounded to TF32 if the arithmetic says so.
+    """A context in which float32 products, also of backward passes, are rounded to TF32 if the arithmetic says so.
 
     torch keeps this once for the whole process, so whoever computes in an arithmetic says which one, and whoever runs
     inside (a judge within a training, say) says its own. What was set before is set again afterwards.
@@ -38,7 +38,7 @@ def products_of(arithmetic: Arithmetic) -> Iterator[None]:
 
 
 def in_weights(model: PreTrainedModel, arithmetic: Arithmetic) -> PreTrainedModel:
-    """The model, its parameters in bfloat16 where that is what the arithmetic says. Buffers stay as they are.
+    """Return the model, with its parameters in bfloat16 if the arithmetic says so. Buffers stay as they are.
 
     Training halves parameters alone: the frequencies of rotary embeddings keep their float32.
     """
@@ -54,7 +54,7 @@ def halve(module: nn.Module) -> None:
 
 
 def body_in_weights(model: PreTrainedModel, arithmetic: Arithmetic) -> PreTrainedModel:
-    """A model with a scalar head, its body as `in_weights` has it.
+    """Treat the body of a model with a scalar head as `in_weights` does.
 
     The head stays in float32, and so does what it takes: eight bits of a score would make ties of near responses.
     """
@@ -85,7 +85,7 @@ def _widened(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
 
 
 def named(arithmetic: Arithmetic) -> list[str]:
-    """What an address says of it: nothing of float32, so that what a CPU computes by default has plain ones."""
+    """The part of an address that names it: nothing for float32, so that a CPU's default results have plain ones."""
     return [] if arithmetic == "float32" else [arithmetic]
 
 

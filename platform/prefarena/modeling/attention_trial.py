@@ -37,7 +37,7 @@ def attention_heads(settings: PretrainedConfig) -> Heads | None:
 def difference(
     heads: Heads, dtype: torch.dtype, device: str, *, exact: bool = False, in_blocks: bool | None = None
 ) -> float:
-    """The largest difference between what attention gives on `device` and on the CPU, gradients included; relative.
+    """The largest relative difference between attention on `device` and on the CPU, gradients included.
 
     exact: the CPU computes in float64, with the same inputs. in_blocks: as `pack` has it, on `device`; FlexAttention
     has no backward pass on CPUs.
@@ -59,8 +59,8 @@ def attend(
 ) -> list[Tensor]:
     """Attention in a packed row, as training computes it: its output and the gradients of its inputs, on the CPU.
 
-    A tree of two responses that is longer than a block of FlexAttention, and a short one. Inputs are numbers of
-    `dtype`. backward: without it the output alone.
+    The row holds a tree of two responses that is longer than a block of FlexAttention, and a short one. Inputs are
+    numbers of `dtype`. backward: without it the output alone.
     """
     batch = pack([[1] * 100, [1] * 3], [[[1] * 60, [1] * 40], [[1] * 5]], device=device, in_blocks=in_blocks)
     size, length = 208, batch.input_ids.shape[1]  # rows of blocks are padded

@@ -49,7 +49,7 @@ class Source:
 
 @dataclass
 class Findings:
-    """What was wrong with a worker's rows: how many numbers of each tensor are none, and tied tensors that differ."""
+    """Errors in a worker's rows: how many numbers of each tensor are not finite, and which tied tensors differ."""
 
     not_finite: dict[tuple[str, str], int] = field(default_factory=dict)
     sizes: dict[tuple[str, str], int] = field(default_factory=dict)
@@ -62,12 +62,12 @@ def await_from(module: nn.Module, name: str, sources: tuple[Source, ...]) -> Non
 
 
 def is_awaited(module: nn.Module) -> bool:
-    """Whether something within the module has not been read yet."""
+    """Whether any parameter within the module has not been read yet."""
     return any(_AWAITED in part.__dict__ for part in module.modules())
 
 
 def fill(module: nn.Module, part: int, num_parts: int, device: torch.device | str) -> Findings:
-    """Read all that is awaited within the module: of each tensor the rows that this part of `num_parts` holds.
+    """Read every awaited parameter of the module: the rows of each tensor that this part of `num_parts` holds.
 
     Rows are cut as FSDP2 cuts them. The parameters are new ones on `device`, of the kind that the shapes had; two names
     of one parameter stay that.
@@ -116,7 +116,7 @@ def _finite(tensor: Tensor) -> bool:
 
 
 def standing_in(model: Model) -> Model:
-    """A model on which to try what the model computes: itself, or while it is awaited its first layers.
+    """A model on which to test what the model computes: itself, or its first layers while its weights are awaited.
 
     Those are a copy, whole, up to the layer by which there is one of each kind.
     """
@@ -150,7 +150,7 @@ def first_layers(model: nn.Module) -> tuple[nn.ModuleList, int] | None:
 
 @contextmanager
 def on_cpu_in_name(model: nn.Module) -> Iterator[None]:
-    """What is awaited looks as if it were on the CPU, and takes no memory; what is put beside it is made there."""
+    """Make awaited weights appear to be on the CPU, without memory, so that what is added to them is made there."""
     places = [
         (owner._parameters, name, parameter)
         for owner in model.modules()

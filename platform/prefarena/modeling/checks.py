@@ -52,7 +52,7 @@ def check_weights(
     """Raise UserError unless the weights of `model` are those of its files, neither more nor fewer.
 
     info: what `from_pretrained(output_loading_info=True)` returns with the model. new: names that may be missing, such
-    as a head that is to be learnt. shapes: of the tensors in the files where they are known.
+    as a head that is to be learnt. shapes: the shapes of the tensors in the files, where they are known.
     """
     missing = sorted(set(info["missing_keys"]) - set(new))
     scored = model.get_output_embeddings() is None
@@ -79,7 +79,7 @@ def check_weights(
 
 
 def check_loaded(where: str | Path, model: PreTrainedModel) -> None:
-    """Raise UserError where a weight is NaN or infinite, or where a head that is tied by the config is another one."""
+    """Raise UserError where a weight is NaN or infinite, or where a head that the config ties is not tied."""
     for name, tensor in model.state_dict().items():
         _check_finite(where, name, tensor)
     check_buffers(where, model)
@@ -108,7 +108,7 @@ def _check_finite(where: str | Path, name: str, tensor: torch.Tensor) -> None:
 
 
 def not_finite(where: str | Path, name: str, wrong: int, number: int) -> UserError:
-    """The error that `wrong` of the `number` numbers in a tensor are none."""
+    """Return the error that `wrong` of the `number` numbers in a tensor are not finite."""
     return UserError(
         f"{where}: {wrong} of the {number} numbers in {name} are NaN or infinite; "
         "the model is damaged, or its training diverged: use another checkpoint"
@@ -116,7 +116,7 @@ def not_finite(where: str | Path, name: str, wrong: int, number: int) -> UserErr
 
 
 def not_tied(where: str | Path) -> UserError:
-    """The error that a head which the config ties to the embedding is another one."""
+    """Return the error that a head which the config ties to the embedding differs from it."""
     return UserError(
         f"{where}: config.json says that the head is tied to the embedding (tie_word_embeddings), but the weights "
         "hold a head of its own with other numbers; if that is meant, set tie_word_embeddings to false there"
@@ -148,7 +148,7 @@ def check_causal(where: str | Path, model: PreTrainedModel) -> None:
 
 
 def check_direction(where: str | Path, config: PretrainedConfig, masked: bool) -> None:
-    """Raise UserError where the config says that attention is not causal. masked: it is a masked language model's."""
+    """Raise UserError where the config says that attention is not causal. masked: of a masked language model."""
     text = config.get_text_config(decoder=True)
     if config.is_encoder_decoder:
         why = "it is an encoder-decoder"
@@ -163,7 +163,7 @@ def check_direction(where: str | Path, config: PretrainedConfig, masked: bool) -
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """transformers logs errors alone and shows no progress inside: what it would warn of is raised here."""
+    """A context in which transformers logs errors only and shows no progress: what it would warn of is raised here."""
     level, progress = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -187,7 +187,7 @@ def _finite(tensor: torch.Tensor) -> bool:
 
 
 def _is_old_buffer(name: str, shapes: Mapping[str, tuple[int, ...]] | None) -> bool:
-    """Whether it is a buffer that older releases saved. A mask is four-dimensional or a scalar, a bias is neither."""
+    """Whether this is a buffer that older releases saved. A mask is four-dimensional or a scalar, a bias is neither."""
     if not _OLD_BUFFERS.search(name):
         return False
     shape = (shapes or {}).get(name)

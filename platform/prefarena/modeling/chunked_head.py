@@ -29,7 +29,7 @@ def chunked_logps(
     temperature: float = 1.0,
     entropy: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """log p(target), and where asked for the entropy of p, [M] each, nats, at least float32.
+    """Return log p(target), and if asked for the entropy of p, [M] each, nats, at least float32.
 
     p = softmax((hidden W^T + b) / temperature). hidden: [M, D]; weight: [V, D]; bias: [V]; targets: [M]. Gradients flow
     to hidden, weight and bias, through the entropy too. Products are of numbers of hidden's kind, summed in at least
@@ -62,10 +62,10 @@ class Compared(NamedTuple):
 def chunked_comparison(
     hidden: Tensor, head: Head, other_hidden: Tensor, other_head: Head, targets: Tensor, *, temperature: float = 1.0
 ) -> Compared:
-    """How far two models are apart at M places, and what each gives the targets [M] there.
+    """Compare two models at M places: their divergences there, and the log-prob that each gives the targets [M].
 
     p and q are softmax((hidden W^T + b) / temperature), of one model's hidden states [M, D] and head, and of the
-    other's. Log-ratios are taken before they are summed, so two models that say the same are exactly 0 apart.
+    other's. Log-ratios are taken before they are summed, so two models with equal outputs are exactly 0 apart.
     """
     if len(head.weight) != len(other_head.weight):
         raise ValueError(f"vocabularies of {len(head.weight)} and {len(other_head.weight)} tokens have no divergence")
@@ -98,7 +98,7 @@ def chunked_comparison(
 
 
 def _merge_ratios(running: Running | None, logits: Tensor, ratio: Tensor) -> Running:
-    """The tiles so far, and one more, in float64; third, the sum of exp(z - max) times the ratio of logits."""
+    """Merge in one more tile, in float64; the third is the sum of exp(z - max) times the ratio of logits."""
     top = logits.amax(1).double()
     if running is not None:
         top = torch.maximum(top, running[0])
@@ -116,7 +116,7 @@ def _known(running: Running | None) -> tuple[Tensor, Tensor, Tensor]:
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """forward keeps inputs and [M] vectors alone; backward computes each tile's logits once more."""
+    """The autograd function: forward keeps only inputs and [M] vectors; backward computes each tile's logits again."""
 
     @staticmethod
     def forward(
@@ -209,7 +209,7 @@ def _tile_gradient(
 
 
 def _merge(running: Running | None, logits: Tensor, wants_weighted: bool) -> Running:
-    """The tiles so far, and one more. Overwrites `logits`."""
+    """Merge one more tile into those so far. Overwrites `logits`."""
     top = logits.amax(1) if running is None else torch.maximum(logits.amax(1), running[0])
     logits.sub_(top[:, None])
     if not wants_weighted:
@@ -225,7 +225,7 @@ def _merge(running: Running | None, logits: Tensor, wants_weighted: bool) -> Run
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, width: torch.dtype) -> Tensor:
-    """A tile [m, v], in at least float32."""
+    """The logits of a tile [m, v], in at least float32."""
     logits = _product(hidden, weight.to(hidden.dtype).t(), width)
     if bias is not None:
         logits.add_(bias.to(width))
@@ -237,14 +237,14 @@ def _on_gpu(tensor: Tensor) -> bool:
 
 
 def _product(left: Tensor, right: Tensor, width: torch.dtype) -> Tensor:
-    """left @ right in `width`: on a GPU a product of half-precision numbers is summed in float32 as it is."""
+    """Return left @ right in `width`: on a GPU a product of half-precision numbers is summed in float32 anyway."""
     if _on_gpu(left) and left.dtype != width:
         return torch.mm(left, right, out_dtype=width)
     return torch.mm(left.to(width), right.to(width))
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, summed in total's precision."""
+    """Compute total += left @ right, summed in total's precision."""
     if left.dtype == total.dtype:
         total.addmm_(left, right)
     else:

@@ -40,10 +40,10 @@ def compile_layers(model: nn.Module) -> None:
 
 
 def why_not_compiled(model: PreTrainedModel, device: torch.device, kind: torch.dtype, packed: bool) -> str | None:
-    """Why its layers cannot be compiled for this GPU; None where they can, and where it has none.
+    """Say why its layers cannot be compiled for this GPU; None where they can, and where it has no layers.
 
     They are tried, forward and backward: one of each kind, moved to the device in numbers of `kind`, on a short batch.
-    What a layer takes is seen by running the model, wherever it is, up to there.
+    The inputs of a layer are found by running the model, wherever it is, up to that layer.
     """
     layers = decoder_layers(model)
     if not layers:
@@ -72,7 +72,7 @@ def _try(layer: nn.Module, inputs: Inputs) -> None:
 
 
 class _ReachedError(Exception):
-    """The model has come to the layer, whose inputs are known now."""
+    """Signals that the model has reached the layer, whose inputs are now known."""
 
 
 @torch.no_grad()
@@ -103,7 +103,7 @@ def _moved(inputs: Inputs, device: torch.device, kind: torch.dtype, keywords: di
 
 
 def _fused(forward: Any, hidden: Tensor, *arguments: Any, **keywords: Any) -> Any:
-    """`forward`, a layer's own method, on its inputs."""
+    """Run `forward`, a layer's own method, on its inputs."""
     if not _on_gpu(hidden):
         return forward(hidden, *arguments, **keywords)
     layer, call = forward.__self__, _compiled(forward.__func__)
@@ -116,7 +116,7 @@ def _fused(forward: Any, hidden: Tensor, *arguments: Any, **keywords: Any) -> An
 
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The compiled method of a class: what is compiled for one of its layers is there for the others."""
+    """The compiled method of a class, whose graphs all layers of the class share."""
     return compiled_whole(function)
 
 

@@ -1,4 +1,4 @@
-"""Which tokens end an answer, and how a chat template opens and ends one. Everything that asks, asks here.
+"""Which tokens end an answer, and how a chat template opens and ends one: the only place that decides this.
 
 An answer ends with the tokenizer's eos, with the token that ends a turn of the assistant in the chat template
 (`<end_of_turn>`, `<|eot_id|>`), or with one that the model's generation config names. Generation stops at each of them,
@@ -38,7 +38,7 @@ class AnswerForm:
     header: what it writes before an answer and not for generation, where it takes no notice of `add_generation_prompt`;
     the assistant's role, for one. opener: what it writes for generation and not before an answer, such as `<think>`.
     blank: white space between the prompt and an answer. before: what else it writes there, such as an empty thought.
-    end: what it writes behind an answer, up to the end of the turn; after: what follows that. end_id: the token that
+    end: what it writes after an answer, up to the end of the turn; after: what follows that. end_id: the token that
     ends the turn; None where it writes none, and an answer ends with the tokenizer's eos.
     """
 
@@ -54,7 +54,7 @@ class AnswerForm:
 def answer_form(
     tokenizer: PreTrainedTokenizerBase, settings: Mapping[str, Any] = MappingProxyType({})
 ) -> AnswerForm | None:
-    """The form of answers in the tokenizer's chat template; None: there is none, or it does not show an answer.
+    """The form of answers in the tokenizer's chat template; None if it has no template or the template omits answers.
 
     `settings` are given to the template beside the messages.
     """
@@ -86,7 +86,7 @@ def answer_form(
 
 
 def _opener(bare: str, prompt: str, before: str) -> str:
-    """What a generation prompt has beyond the role that is written before an answer, too."""
+    """The part of a generation prompt that goes beyond the role, which is written before an answer, too."""
     common = 0
     while common < min(len(prompt), len(before)) and prompt[common] == before[common]:
         common += 1
@@ -126,7 +126,7 @@ def configured_ends(
 
 
 def keep_ends(config: GenerationConfig, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Have a model's generation config name every token that ends an answer, for whoever serves the model."""
+    """Make a model's generation config name every token that ends an answer, for whoever serves the model."""
     derived = bool(getattr(config, "_from_model_config", False))
     named = _as_ends(config.eos_token_id, tokenizer if derived else None)
     ends = end_ids(tokenizer, named)
@@ -142,7 +142,7 @@ def load_ends(path: str | Path, tokenizer: PreTrainedTokenizerBase, revision: st
 
 
 def _as_ends(named: int | list[int] | None, tokenizer: PreTrainedTokenizerBase | None) -> tuple[int, ...]:
-    """Named ids, ascending; with a `tokenizer` those alone that are special or added tokens of it."""
+    """Return named ids, ascending; with a `tokenizer` only those that are special or added tokens of it."""
     ids = {named} if isinstance(named, int) else set(named or ())
     known = None if tokenizer is None else tokenizer.added_tokens_decoder
     return tuple(sorted(i for i in ids if i >= 0 and (known is None or i in known)))

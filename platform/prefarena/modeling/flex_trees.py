@@ -28,7 +28,7 @@ Ints = NDArray[np.int64]
 
 
 def mask_arrays(tree_of: Ints, branch_of: Ints, lengths: list[list[int]]) -> list[NDArray[np.int32]]:
-    """What `mask_of` needs of a row whose tokens number a multiple of BLOCK, on the host.
+    """Arrays that `mask_of` needs for a row of a multiple of BLOCK tokens, on the host.
 
     tree_of, branch_of: [N] the tree of each token, -1 in padding, and 0 in its prompt, j in its j-th response. lengths:
     of each tree's prompt and responses, in the row's order. Padding attends to itself.
@@ -87,13 +87,13 @@ def visible_to(tree_of: Tensor, branch_of: Tensor) -> Callable[[Tensor, Tensor, 
 
 
 def kernel_options(query: Tensor) -> dict[str, Any]:
-    """What the kernel is told for these queries on their card."""
+    """The kernel's options for these queries on their card."""
     return options_for(query.dtype, query.shape[-1], *_card(query.device))
 
 
 @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _card(device: torch.device) -> tuple[tuple[int, int], int]:
-    """Its compute capability, and the bytes of shared memory that a block may ask for."""
+    """The card's compute capability, and the bytes of shared memory that a block may ask for."""
     card: Any = torch.cuda.get_device_properties(device)  # its type does not know all that it has
     return (card.major, card.minor), card.shared_memory_per_block_optin
 
@@ -140,7 +140,7 @@ def why_not(
     head_dim: int,
     rounding: str = "highest",
 ) -> str | None:
-    """Why this card, or its machine, cannot run the kernel forward and backward; None where it can.
+    """Say why this card, or its machine, cannot run the kernel forward and backward; None where it can.
 
     rounding: what `torch.get_float32_matmul_precision` gives now; another one makes another kernel.
 
@@ -166,12 +166,12 @@ def why_not(
 
 @cache
 def _compiled() -> Any:
-    """FlexAttention is fast, and spares memory, only when it is compiled: alone, where its layer is not."""
+    """Compile FlexAttention where its layer is not compiled: only then is it fast and sparing of memory."""
     return compiled_whole(flex_attention)
 
 
 def compiled_whole(function: Callable[..., Any]) -> Callable[..., Any]:
-    """The function compiled as one graph, for rows of any length.
+    """Compile the function as one graph, for rows of any length.
 
     What cannot be compiled whole is an error: by default, beyond eight variants, torch goes on without compiling, and
     the scores of all pairs of tokens are then held in memory.

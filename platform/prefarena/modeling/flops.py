@@ -1,4 +1,4 @@
-"""What a pass over a model computes and reads: FLOPs and bytes, from the shapes of its weights only.
+"""The FLOPs and bytes of a pass over a model, from the shapes of its weights only.
 
 FLOPs are those of products of matrices, two for each multiplication that is added up; norms, activations and
 embeddings are left out. They are linear in three numbers of a pass: its tokens, the pairs of a token and one that it
@@ -27,7 +27,7 @@ _FLOPS, _ATTENTION = 2, 4
 
 @dataclass(frozen=True)
 class Counts:
-    """Of a causal language model.
+    """Counts for a causal language model.
 
     parameters, trained: numbers, without and with adapters that are trained in their place. per_token, per_scored,
     per_visible: FLOPs of a forward pass. trained_per_token, trained_per_scored: those in products whose weights are
@@ -46,7 +46,7 @@ class Counts:
     layers: int
 
     def forward(self, passed: Pass, *, head: bool = True) -> float:
-        """FLOPs. head: the language model's; a scalar head's are not worth counting."""
+        """FLOPs of a forward pass. head: whether it has the language model's head; a scalar head's are negligible."""
         scored = self.per_scored * passed.scored if head else 0.0
         return self.per_token * passed.tokens + self.per_visible * passed.visible + scored
 
@@ -64,7 +64,7 @@ class Counts:
 
 
 def flops_of(worked: Worked, counts: Counts, *, head: bool, recomputed: bool = False) -> float:
-    """FLOPs of all passes over a model. head: the language model's, else a scalar one; see `Counts.training`."""
+    """FLOPs of all passes over a model. head: whether it has the language model's head; see `Counts.training`."""
     trained = counts.training(worked.trained, head=head, recomputed=recomputed)
     return counts.forward(worked.scored, head=head) + trained
 
@@ -78,7 +78,7 @@ def generated(settings: PretrainedConfig, sizes: Iterable[tuple[int, int]]) -> f
 
 
 def count_model(settings: PretrainedConfig, lora: LoRA | None = None) -> Counts:
-    """By the model's configuration; no weights are made. lora: adapters that are trained in place of the weights."""
+    """Count from the model's configuration; no weights are made. lora: adapters trained in place of the weights."""
     model: Any = on_shapes(lambda: AutoModelForCausalLM.from_config(settings))
     parameters = model.num_parameters()
     if lora is not None:
@@ -116,7 +116,7 @@ def _experts(part: nn.Module) -> list[nn.Parameter]:
 
 
 def _share_of_experts(settings: PretrainedConfig) -> float:
-    """Of a layer's experts, those that a token goes through."""
+    """The share of a layer's experts that a token goes through."""
     text = settings.get_text_config(decoder=True)
     names = ("num_local_experts", "num_experts", "n_routed_experts")
     number = next((getattr(text, name) for name in names if getattr(text, name, None)), 1)

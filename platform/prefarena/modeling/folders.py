@@ -35,7 +35,7 @@ _OTHER_WEIGHTS = {
 
 @dataclass(frozen=True)
 class TensorHeader:
-    """What a safetensors file says of one tensor. dtype: as the file spells it, such as `BF16`."""
+    """The entry of a safetensors file's header for one tensor. dtype: as the file spells it, such as `BF16`."""
 
     dtype: str
     shape: tuple[int, ...]
@@ -70,7 +70,7 @@ def read_object(file: Path) -> dict[str, Any]:
 
 
 def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
-    """What the model's safetensors hold, by name. Raises UserError where a file is absent, damaged or a pointer."""
+    """The model's safetensors headers, by name. Raises UserError where a file is absent, damaged or a pointer."""
     headers: dict[str, TensorHeader] = {}
     for file in weight_files(folder):
         headers |= headers_of(file)
@@ -80,7 +80,7 @@ def tensor_headers(folder: Path) -> dict[str, TensorHeader]:
 
 
 def headers_of(file: Path) -> dict[str, TensorHeader]:
-    """What one safetensors file holds, by name. Raises UserError as `tensor_headers` does."""
+    """The headers of one safetensors file, by name. Raises UserError as `tensor_headers` does."""
     _check_content(file)
     headers: dict[str, TensorHeader] = {}
     try:
@@ -150,7 +150,7 @@ def _check_objects(folder: Path, names: Iterable[str]) -> None:
 
 
 def listed(names: Iterable[str], most: int = 3) -> str:
-    """The first names, and how many more there are."""
+    """List the first names, and say how many more there are."""
     known = list(names)
     return ", ".join(known[:most]) + (f" and {len(known) - most} more" if len(known) > most else "")
 

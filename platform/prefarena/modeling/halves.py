@@ -41,7 +41,7 @@ def _halved(own: list[_Parameter], forward: Callable[..., Any], *arguments: Any,
 
 @contextmanager
 def _copies_of(own: list[_Parameter]) -> Iterator[None]:
-    """Copies stand in the modules in place of the parameters; one for each tensor, by whatever names it is known."""
+    """Replace the modules' parameters by copies: one for each tensor, even if it has several names."""
     places: Any = [(part._parameters, name) for part, name in own]
     weights: list[Tensor] = [parameters[name] for parameters, name in places]
     copies = {weight: _copy(weight) for weight in weights if weight.dtype == torch.float32}

@@ -36,7 +36,7 @@ class ScalarHead(PackedModel):
 
 
 class ValueHead(ScalarHead):
-    """The same as a critic."""
+    """A sequence-classification model with one label, used as a critic."""
 
     def forward(self, batch: PackedBatch) -> Tensor:
         """Values [M]: of the state before each response token; normalised like the reward it starts from."""
@@ -50,7 +50,7 @@ def scores(head: ScalarHead | Role, sequences: Sequences) -> Tensor:
 
 
 def normalised(model: PreTrainedModel, raw: Tensor) -> Tensor:
-    """Raw scores of any shape, normalised by the mean and scale in the model's config."""
+    """Normalise raw scores of any shape by the mean and scale in the model's config."""
     return (raw - getattr(model.config, "reward_mean", 0.0)) / getattr(model.config, "reward_scale", 1.0)
 
 

@@ -1,4 +1,4 @@
-"""What can be found wrong with a model before any weight is read: its config, its tokenizer, the headers of its files.
+"""Checks of a model before any weight is read: of its config, its tokenizer, and the headers of its files.
 
 The model is built with shapes in place of weights and transformers matches the files' names and shapes with it, just as
 it will when it loads them. This takes some tenths of a second and no memory at any size. What shows in numbers alone
@@ -150,7 +150,7 @@ def check_split(path: str, config: PretrainedConfig, num_devices: int) -> None:
     ]
 
     def cut(count: int, what: str, among: int) -> bool:
-        """Key and value heads may also be held by several devices each."""
+        """Whether heads can be cut; key and value heads may also be held by several devices each."""
         return count % among == 0 or (what.startswith("key") and among % count == 0)
 
     for count, what in counts:
@@ -192,7 +192,7 @@ def _settings(path: str, revision: str | None) -> tuple[PretrainedConfig, dict[s
 
 
 def _cached(path: str, revision: str | None) -> Path | None:
-    """Where a hub id's files are on this machine; None where they are not."""
+    """The folder of a hub id's files on this machine; None where there is none."""
     try:
         return Path(snapshot_download(path, revision=revision or "main", local_files_only=True))
     except (OSError, ValueError):

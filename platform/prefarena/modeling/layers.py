@@ -43,14 +43,14 @@ class Around:
 
 
 def put_around(module: nn.Module, place: Place, wrapper: Wrapper) -> None:
-    """Have the module's forward called through `wrapper` from now on, in the place of one that is there already."""
+    """Call the module's forward through `wrapper` from now on, replacing a wrapper that is already in this place."""
     if not isinstance(module.forward, Around):
         module.forward = Around(module.forward)  # type: ignore[method-assign]
     module.forward.wrappers[place] = wrapper
 
 
 def take_off_wrappers(module: nn.Module) -> None:
-    """The module, and all within it, run as they did when they were made."""
+    """Remove all wrappers, so that the module and all within it run as originally."""
     for part in module.modules():
         if isinstance(part.forward, Around):
             del part.forward

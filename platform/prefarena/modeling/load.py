@@ -55,7 +55,7 @@ def load_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedT
 
 
 def read_tokenizer(path: str | Path, revision: str | None = None) -> PreTrainedTokenizerBase:
-    """A tokenizer as it is; of an adapter that has none, its base's. Raises UserError where none can be loaded."""
+    """Load a tokenizer as it is; for an adapter without one, its base's. Raises UserError where none can be loaded."""
     if (folder := local_folder(path)) is not None:
         if not has_tokenizer(folder) and (adapter := adapter_at(path)) is not None:
             return read_tokenizer(adapter.base, adapter.revision)
@@ -88,7 +88,7 @@ def load_policy(path: str | Path, revision: str | None = None) -> PreTrainedMode
 def load_checked(
     kind: Any, path: str | Path, revision: str | None, what: str, new: Collection[str] = ()
 ) -> PreTrainedModel:
-    """A model of one of transformers' Auto classes in float32, eval mode.
+    """Load a model of one of transformers' Auto classes in float32, eval mode.
 
     Raises UserError where it cannot be loaded, where its files do not hold exactly its weights, or where one of them is
     NaN or infinite. what: its name in the message. new: tensors that the files may lack, such as a head to be learnt,
@@ -136,7 +136,7 @@ def new_policy(model: ScratchModel, tokenizer: PreTrainedTokenizerBase, max_leng
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: str | Path) -> None:
-    """A standard transformers checkpoint folder (safetensors), with the tokenizer.
+    """Save a standard transformers checkpoint folder (safetensors), with the tokenizer.
 
     Its generation config names every token that ends an answer (`modeling/endings.py`), those that a pretrained model
     came with included.
@@ -148,7 +148,7 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
 
 
 def load_settings(folder: str | Path) -> PretrainedConfig:
-    """The configuration of the model in a folder, of which nothing else is read."""
+    """Read the configuration of the model in a folder, and nothing else of it."""
     bring(Path(folder) / "config.json")
     return AutoConfig.from_pretrained(str(folder), trust_remote_code=False)
 
@@ -173,7 +173,7 @@ def new_reward_model(policy_path: str | Path, seed: int) -> PreTrainedModel:
 
 
 def _drop_weights(module: nn.Module) -> None:
-    """Leave shapes in place of the parameters; buffers stay, since some are stored nowhere."""
+    """Replace the parameters by their shapes; buffers stay, since some are stored nowhere."""
     for part in module.modules():
         for name, parameter in part.named_parameters(recurse=False):
             setattr(part, name, nn.Parameter(torch.empty_like(parameter, device="meta")))
@@ -188,7 +188,7 @@ def reward_model_on(policy: PreTrainedModel, folder: str | Path) -> PreTrainedMo
 
 
 def scoring_model(policy: PreTrainedModel, settings: PretrainedConfig) -> PreTrainedModel:
-    """The same by settings that are at hand."""
+    """Make a scoring model as `reward_model_on` does, from settings that are already loaded."""
     with torch.device("meta"):
         model = AutoModelForSequenceClassification.from_config(settings)
     if type(model.base_model) is not type(policy.base_model):
@@ -204,7 +204,7 @@ def scoring_model(policy: PreTrainedModel, settings: PretrainedConfig) -> PreTra
 
 
 def scoring_settings(settings: PretrainedConfig) -> PretrainedConfig:
-    """A policy's settings, as those of a model with its body and one label."""
+    """Turn a policy's settings into those of a model with its body and one label."""
     known = {key: value for key, value in settings.to_dict().items() if key not in ("id2label", "label2id")}
     return type(settings).from_dict({**known, "num_labels": 1})
 
@@ -225,7 +225,7 @@ def load_reward_model(path: str | Path) -> PreTrainedModel:
 
 
 def base_model(model: PretrainedModel, max_length: int) -> PreTrainedModel:
-    """The user's model. Raises UserError where it is not causal, or its context is shorter than `max_length`."""
+    """Load the user's model. Raises UserError where it is not causal, or its context is shorter than `max_length`."""
     policy = load_policy(model.path, model.revision)
     check_causal(model.path, policy)
     check_context(model.path, policy.config, max_length)

@@ -43,27 +43,27 @@ class Sequences:
 
     @property
     def prompt_lengths(self) -> NDArray[np.int64]:
-        """[B], in tokens."""
+        """The lengths [B], in tokens."""
         return np.array([len(ids) for ids in self.prompts], np.int64)
 
     @property
     def response_lengths(self) -> NDArray[np.int64]:
-        """[B], in tokens."""
+        """The lengths of the responses [B], in tokens."""
         return np.array([len(ids) for ids in self.responses], np.int64)
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """[B], tokens of a prompt and its response."""
+        """The total lengths [B], in tokens, of each prompt and its response."""
         return self.prompt_lengths + self.response_lengths
 
     @property
     def width(self) -> int:
-        """T-1."""
+        """The width T-1 of per-token tensors."""
         return int(self.lengths.max()) - 1
 
     @property
     def response_mask(self) -> Tensor:
-        """[B, T-1] bool, on the device: true at t where token t+1 is the response's, so that logits[t] score it."""
+        """Bool mask [B, T-1] on the device: true at t if token t+1 is the response's, so that logits[t] score it."""
         starts, stops = moved([self.prompt_lengths - 1, self.lengths - 1], self.device)
         position = torch.arange(self.width, device=self.device)[None, :]
         return (position >= starts[:, None]) & (position < stops[:, None])
@@ -72,7 +72,7 @@ class Sequences:
         return replace(self, device=torch.device(device))
 
     def select(self, rows: Iterable[int]) -> Sequences:
-        """Some rows, in the order asked for."""
+        """Select some rows, in the order asked for."""
         rows = list(rows)
         return replace(self, prompts=[self.prompts[i] for i in rows], responses=[self.responses[i] for i in rows])
 
@@ -128,7 +128,7 @@ class PackedModel(nn.Module):
         self.worked.count(batch.passed, with_gradient=torch.is_grad_enabled())
 
     def _try_head(self, tried: PreTrainedModel) -> None:
-        """Find out on a model like this one what has to be known of its head."""
+        """Find out, by trying it, whether the model's head is plain."""
 
 
 class LogProbs(PackedModel):
@@ -156,7 +156,7 @@ class LogProbs(PackedModel):
 
     @property
     def head(self) -> Head:
-        """The head, of a model with a plain one."""
+        """The head of a model whose head is plain."""
         head = self.model.get_output_embeddings()
         return Head(head.weight, head.bias)
 
@@ -165,7 +165,7 @@ class LogProbs(PackedModel):
         return body_output(self.model, batch).index_select(0, batch.sources)
 
     def logits(self, batch: PackedBatch) -> Tensor:
-        """[M, V] by the model's own head."""
+        """Logits [M, V] by the model's own head."""
         keywords = body_keywords(batch)
         if batch.trees is not None:
             return self.model(**keywords, logits_to_keep=batch.sources).logits[0]
@@ -179,7 +179,7 @@ def _from_logits(logits: Tensor, targets: Tensor, temperature: float, entropy: b
 
 
 def can_pack(module: nn.Module) -> bool:
-    """Of a `PackedModel`, as it is or in DDP."""
+    """Whether a `PackedModel`, as it is or in DDP, can pack rows."""
     return bool(getattr(module, "module", module).packed)
 
 
@@ -217,7 +217,7 @@ def sequence_logps(
 
 
 def at_least_float32(tensor: Tensor) -> Tensor:
-    """Half precision widened; float32 and float64 as they are."""
+    """Widen half precision to float32; leave float32 and float64 as they are."""
     return tensor.float() if tensor.dtype.itemsize < 4 else tensor
 
 

@@ -109,8 +109,8 @@ def merged_weights(
     """The weights of the model with the adapters of this name merged into them, as if it had never had adapters.
 
     Nothing of the model is changed; each tensor is whole, and one that was adapted is new. base: what they are merged
-    into in place of the model's own weights, where it holds halves of them. names: of the weights that are asked for;
-    None: all.
+    into in place of the model's own weights, where it holds halves of them. names: the weights that are wanted; None
+    means all.
     """
     layers = {f"{key}.base_layer.weight": layer for key, layer in model.named_modules() if isinstance(layer, LoraLayer)}
     for key, tensor in model.state_dict().items():
@@ -131,7 +131,7 @@ def merged_weights(
 def save_adapter(
     model: PreTrainedModel, base: str, folder: str | Path, name: str = _ADAPTER, *, writes: bool = True
 ) -> None:
-    """The adapters in peft's format: `PeftModel.from_pretrained` puts them on the model at `base`.
+    """Save the adapters in peft's format: `PeftModel.from_pretrained` puts them on the model at `base`.
 
     Where the model is spread over several workers all of them call this, and the one that `writes` does so.
     """
@@ -169,7 +169,7 @@ def load_adapter(model: PreTrainedModel, folder: str | Path, name: str) -> None:
 
 
 def _outside(key: str, name: str) -> str:
-    """The name that an adapter's tensor has in a file, from the one that it has in a model."""
+    """Convert the name of an adapter's tensor in a model to its name in a file."""
     return key.replace(f".{name}.", ".")
 
 

@@ -44,7 +44,7 @@ _WHOLE_LAYERS = 2
 
 @dataclass(frozen=True)
 class MemoryNeed:
-    """Bytes on one worker's device, and beside it.
+    """Bytes needed on one worker's device, and in its host's memory.
 
     activations: what the passes hold at their peak beyond the rest, gradients under way too. host: in the host's
     memory, what is offloaded there.
@@ -63,7 +63,7 @@ class MemoryNeed:
 
 @dataclass(frozen=True)
 class Spread:
-    """Over how many workers a model is spread, and whether their parts lie on the host."""
+    """The number of workers that a model is spread over, and whether their parts lie on the host."""
 
     num_parts: int = 1
     offloaded: bool = False
@@ -110,7 +110,7 @@ def training_memory(
 
 
 def with_models(need: MemoryNeed, module: nn.Module, number: int, spread: Spread = _WHOLE) -> MemoryNeed:
-    """The same beside so many frozen models of the module's size, adapters left out, which are spread as it is."""
+    """Add the memory of so many frozen models of the module's size, without adapters, spread as it is."""
     plain = size_of(one for name, one in module.named_parameters() if "lora_" not in name)
     more = number * (plain // spread.num_parts)
     if spread.offloaded:
@@ -131,13 +131,13 @@ def sum_of_pass(module: nn.Module, prompt: int, responses: Sequence[int], number
 
 
 def on_shapes(make: Callable[[], _Made]) -> _Made:
-    """What `make` makes, with shapes in place of weights: it takes no memory, and nothing can be computed with it."""
+    """Call `make` with shapes in place of weights: its result takes no memory, and nothing can be computed with it."""
     with torch.device("meta"):
         return make()
 
 
 def size_of(tensors: Iterable[Tensor]) -> int:
-    """Bytes."""
+    """The number of bytes that these tensors take."""
     return sum(tensor.untyped_storage().nbytes() for tensor in tensors)
 
 
@@ -148,14 +148,14 @@ def _gathered(module: nn.Module, bfloat16: bool) -> int:
 
 
 def _computed_in(module: nn.Module, bfloat16: bool) -> int:
-    """Bytes of the weights in the kind of numbers that products are of."""
+    """Bytes of the weights in the dtype in which products are computed."""
     return sum(one.numel() * (2 if bfloat16 else one.itemsize) for one in module.parameters())
 
 
 def _peak_of_pass(module: nn.Module, loss: Loss, halved: Callable[[nn.Module], None] | None, accumulates: bool) -> int:
     """Most bytes that one forward and backward pass holds beyond weights, and gradients where they exist before it.
 
-    halved: what has the module compute in half precision.
+    halved: the wrapper that makes the module compute in half precision.
     """
     fake = FakeTensorMode(allow_non_fake_inputs=True)
     if any(parameter.is_meta for parameter in module.parameters()):
@@ -180,7 +180,7 @@ def _peak_of_pass(module: nn.Module, loss: Loss, halved: Callable[[nn.Module], N
 
 
 def _experts_one_by_one(module: nn.Module) -> None:
-    """Have experts run in turn: torch's grouped product refuses float32 where there are shapes alone."""
+    """Make experts run in turn: torch's grouped product refuses float32 where there are shapes alone."""
     for part in module.modules():
         if isinstance(part, PreTrainedModel) and part.config._experts_implementation == "grouped_mm":
             part.set_experts_implementation("eager")

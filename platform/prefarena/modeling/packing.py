@@ -49,7 +49,7 @@ class PackedBatch:
     passed: Pass
 
     def sums(self, token_values: Tensor, in_rows: bool | None = None) -> Tensor:
-        """[M] to [R]: the sum over each response's tokens, the same bits every time.
+        """Reduce [M] to [R]: the sum over each response's tokens, bit for bit the same every time.
 
         in_rows: whether each response's tokens get a row of their own, as they do on a GPU, where index_add adds in
         whatever order its threads come.
@@ -59,7 +59,7 @@ class PackedBatch:
         return token_values.new_zeros(len(self.lengths)).index_add(0, self.response_of, token_values)
 
     def first_sums(self, token_values: Tensor, counts: Tensor) -> Tensor:
-        """[M] to [R]: the sum over the first `counts` [R] tokens of each response."""
+        """Reduce [M] to [R]: the sum over the first `counts` [R] tokens of each response."""
         return self.sums(torch.where(self._offsets() < counts[self.response_of], token_values, 0))
 
     def _row_sums(self, token_values: Tensor) -> Tensor:
@@ -67,7 +67,7 @@ class PackedBatch:
         return rows.index_put((self.response_of, self._offsets()), token_values).sum(1)
 
     def _offsets(self) -> Tensor:
-        """[M]: how many tokens of its response stand before each."""
+        """For each token, the number of tokens of its response before it, [M]."""
         place = torch.arange(len(self.response_of), device=self.response_of.device)
         return place - (self.lengths.cumsum(0) - self.lengths)[self.response_of]
 
@@ -165,7 +165,7 @@ def _padded(
 
 
 def _ranges(starts: NDArray[np.int64], counts: NDArray[np.int64]) -> NDArray[np.int64]:
-    """start, start + 1, ... of each range, one after another."""
+    """Return start, start + 1, ... of each range, one after another."""
     return np.arange(int(counts.sum())) + np.repeat(starts - (np.cumsum(counts) - counts), counts)
 
 

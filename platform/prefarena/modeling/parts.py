@@ -7,7 +7,7 @@ from torch.distributed.tensor import DTensor
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """A tensor that is spread over the workers, as one on each of them; any other as it is.
+    """Gather a tensor that is spread over the workers, whole on each of them; return any other as it is.
 
     A part that lies on the host is gathered on the device, by what connects devices.
     """
@@ -18,7 +18,7 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def own_part(tensor: Tensor) -> Tensor:
-    """What this worker holds of a tensor; it shares memory with it."""
+    """The part of a tensor that this worker holds; it shares memory with the tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 

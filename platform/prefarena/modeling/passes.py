@@ -1,4 +1,4 @@
-"""What passes over a model go through, in the three numbers that their FLOPs are linear in (see `flops.py`)."""
+"""The work of passes over a model, in the three numbers that their FLOPs are linear in (see `flops.py`)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from numpy.typing import ArrayLike
 
 @dataclass(frozen=True)
 class Pass:
-    """What passes over a model go through, added up. tokens: as they are laid out, a shared prompt once.
+    """The work of passes over a model, added up. tokens: as they are laid out, a shared prompt once.
 
     visible: pairs of a token and one that it attends to, itself included. scored: tokens that the head runs on.
     """
@@ -30,7 +30,7 @@ NOTHING = Pass(0.0, 0.0, 0.0)
 
 
 def passed(prompts: ArrayLike, responses: ArrayLike) -> Pass:
-    """What a pass over rows goes through, laid out as training packs them. prompts: tokens of each, [N]; responses:
+    """The work of a pass over rows that are laid out as training packs them. prompts: tokens of each, [N]; responses:
     tokens of those to each prompt, [N, R].
     """
     before, own = np.asarray(prompts, float), np.asarray(responses, float)
@@ -41,7 +41,7 @@ def passed(prompts: ArrayLike, responses: ArrayLike) -> Pass:
 
 @dataclass
 class Worked:
-    """What passes over one model have gone through: those without gradients, and those that were trained on."""
+    """The work of passes over one model so far: of those without gradients, and of those that were trained on."""
 
     scored: Pass = field(default=NOTHING)
     trained: Pass = field(default=NOTHING)

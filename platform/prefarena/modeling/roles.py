@@ -24,7 +24,7 @@ class SharedBody(nn.Module):
         self.roles = nn.ModuleDict(roles)
 
     def forward(self, role: str, *arguments: Any) -> Any:
-        """What the module of a role gives, with its own adapters."""
+        """Return what the module of a role gives, with its own adapters."""
         module = self.roles[role]
         use_adapter(module, role)
         return module(*arguments)

@@ -24,5 +24,5 @@ def total_mib(limits: Sequence[Path] = _LIMITS) -> float:
 
 
 def share_mib(total: float, num_side_by_side: int) -> float:
-    """What each of the workers of a machine may take of its memory, in MiB."""
+    """The share of a machine's memory that each of its workers may take, in MiB."""
     return total * USABLE / num_side_by_side

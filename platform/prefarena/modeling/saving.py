@@ -1,4 +1,4 @@
-"""A model's folder, written tensor by tensor: what is written holds one tensor at a time, however large the model is.
+"""Writing a model's folder tensor by tensor: only one tensor is held at a time, however large the model is.
 
 The files are those of `save_pretrained`: safetensors, several with an index where one would be too large.
 """
@@ -32,7 +32,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Layout:
-    """What is written where. names: of the model's tensors, those in the files, in order; shapes: theirs, and kinds.
+    """Which tensor is written to which file. names: the files' tensors, in order; shapes: their shapes and dtypes.
 
     A tensor that is not in `names` is left out: it is tied to another one, or belongs to no file.
     """
@@ -55,7 +55,7 @@ class Layout:
 
 
 def layout_of(model: PreTrainedModel) -> Layout | None:
-    """Of a model that may be spread over workers and have adapters, which are no part of it; numbers are float32.
+    """The layout of a model that may be spread over workers; adapters are left out, and numbers are float32.
 
     None where tensors in the files are made of several of the model's, which `save_pretrained` alone does.
     """
@@ -99,7 +99,7 @@ def save_by_tensors(
     writes: bool,
     largest: int = LARGEST_FILE,
 ) -> None:
-    """`save_policy` of weights that come one by one, whole, in the order of the model's state.
+    """Save a policy as `save_policy` does, from whole weights that come one by one in the order of the model's state.
 
     Every worker that takes part in making them calls this, and goes through all of them; the one that `writes` does so.
     Raises OSError after that, so that the others do not wait for it.
@@ -121,7 +121,7 @@ def save_by_tensors(
 
 
 class _Writer:
-    """The files with weights. Tensors come in the order of the layout."""
+    """Writes the files with weights. Tensors come in the order of the layout."""
 
     def __init__(self, folder: Path, layout: Layout, largest: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -176,7 +176,7 @@ class _Writer:
 
 
 def _header(shapes: Mapping[str, Tensor]) -> bytes:
-    """What a safetensors file begins with: the length of a JSON object, and in it each tensor's kind, shape and place.
+    """The header of a safetensors file: the length of a JSON object, which holds each tensor's dtype, shape and place.
 
     Padded, so that the numbers behind it are aligned: https://huggingface.co/docs/safetensors/index#format
     """
@@ -196,7 +196,7 @@ def _size(shape: Tensor) -> int:
 
 
 def _save_settings(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Everything but weights, as `save_policy` leaves it."""
+    """Save everything except weights, as `save_policy` does."""
     model.config.dtype = "float32"
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(str(folder))

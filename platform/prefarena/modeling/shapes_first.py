@@ -37,11 +37,11 @@ _LOCAL: dict[str, Any] = {
 
 
 class WholeOnlyError(Exception):
-    """Why a model's weights cannot be read by rows."""
+    """Says why a model's weights cannot be read by rows."""
 
 
 def policy_shapes(path: str | Path) -> PreTrainedModel:
-    """`load_policy`, its weights awaited.
+    """Load a policy as `load_policy` does, with its weights awaited.
 
     Raises UserError as that does, and WholeOnlyError where the model must be loaded whole.
     """
@@ -49,12 +49,12 @@ def policy_shapes(path: str | Path) -> PreTrainedModel:
 
 
 def reward_model_shapes(path: str | Path) -> PreTrainedModel:
-    """`load_reward_model` likewise."""
+    """Load a reward model as `load_reward_model` does, with its weights awaited."""
     return _shapes(AutoModelForSequenceClassification, path, "reward model")
 
 
 def new_reward_model_shapes(policy_path: str | Path, seed: int) -> PreTrainedModel:
-    """`new_reward_model` likewise: the policy's weights are awaited, the head has the same random numbers."""
+    """Make a reward model as `new_reward_model` does: the policy's weights are awaited, the head is the same."""
     bring(policy_path)
     config = AutoConfig.from_pretrained(str(policy_path), num_labels=1, trust_remote_code=False)
     with torch.random.fork_rng(devices=[]):
@@ -75,7 +75,7 @@ def new_reward_model_shapes(policy_path: str | Path, seed: int) -> PreTrainedMod
 
 
 def raise_if_unusable(findings: list[Findings]) -> None:
-    """Raise UserError where a tensor that some workers have read is no number, or no longer tied. Of all workers."""
+    """Raise UserError, on all workers, where a tensor that any of them read is not finite, or no longer tied."""
     for one in findings:
         for where, name in one.not_finite:
             wrong = sum(other.not_finite.get((where, name), 0) for other in findings)
@@ -138,7 +138,7 @@ def _loaded(make: Any, config: PretrainedConfig, tensors: dict[str, Tensor], dev
 
 
 def _await(model: PreTrainedModel, where: str, marks: dict[str, Tensor], places: dict[str, Path]) -> None:
-    """Put shapes in place of the marks that transformers has put into the model, and say where each comes from."""
+    """Replace the placeholders that transformers put into the model by shapes, and record where each comes from."""
     keys = {mark.untyped_storage().data_ptr(): key for key, mark in marks.items()}
     named = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
     traced = {name: keys.get(named[name].untyped_storage().data_ptr()) for name in model.state_dict()}
@@ -175,7 +175,7 @@ def _second_names(model: PreTrainedModel, unused: set[str], named: dict[str, Ten
 class _DrawnAndDropped(TorchDispatchMode):
     """Tensors that are made empty get shapes alone; random numbers for them are drawn and dropped, one by one.
 
-    What is drawn afterwards is what it is where all of them are kept.
+    What is drawn afterwards is the same as if all of them were kept.
     """
 
     def __torch_dispatch__(

@@ -27,7 +27,7 @@ def why_not_packed(
     device: torch.device | None = None,
     attends_in: torch.dtype | None = None,
 ) -> str | None:
-    """Why prompts cannot be shared between responses and rows not packed; None where they can.
+    """Say why prompts cannot be shared between responses and rows cannot be packed; None where they can.
 
     Sets the attention implementation that packing needs, where it is exact. max_length: most tokens of a prompt and its
     response; where it is not known, a model whose attention reaches only so far back cannot be packed. device,
@@ -41,7 +41,7 @@ def why_not_packed(
 
 
 def body_keywords(batch: PackedBatch) -> dict[str, Any]:
-    """What a model's forward takes for this batch.
+    """The keyword arguments of a model's forward for this batch.
 
     In padded rows attention is causal and padding is on the right, so no attention mask is needed: no token of a
     sequence sees it, and positions are what they are without it.
@@ -82,7 +82,7 @@ def has_plain_head(model: PreTrainedModel) -> bool:
 
 
 def _windowed(model: PreTrainedModel, max_length: int | None) -> str | None:
-    """Why attention that reaches only so far back cannot be packed; None where it reaches far enough, or always."""
+    """Say why attention of limited reach cannot be packed; None where it reaches far enough or is unlimited."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ())
     window = getattr(config, "sliding_window", None)
@@ -96,7 +96,7 @@ def _windowed(model: PreTrainedModel, max_length: int | None) -> str | None:
 
 
 def _kernel_missing(model: PreTrainedModel, device: torch.device, attends_in: torch.dtype) -> str | None:
-    """Why a GPU cannot attend in trees; None where it can. On a CPU no kernel has to be made."""
+    """Say why a GPU cannot attend in trees; None where it can. On a CPU no kernel has to be compiled."""
     if device.type != "cuda":
         return None
     heads = attention_heads(model.config)
@@ -110,7 +110,7 @@ def _kernel_missing(model: PreTrainedModel, device: torch.device, attends_in: to
 @torch.no_grad()
 @products_of("float32")
 def _packing_differs(model: PreTrainedModel) -> str | None:
-    """Why packing is not exact; None where it is."""
+    """Say why packing is not exact; None where it is."""
     if getattr(model, "_is_stateful", False):
         return "it is recurrent: a response's tokens change the state for those after them"
     if not model._can_set_attn_implementation():
@@ -147,5 +147,5 @@ def _close(ours: Tensor, theirs: Tensor) -> bool:
 
 
 def _numbers(vocabulary: int, count: int) -> list[int]:
-    """Different tokens where there are enough of them; the same every time."""
+    """Different tokens where there are enough of them; always the same ones."""
     return [(7 + 5 * i * i) % vocabulary for i in range(1, count + 1)]

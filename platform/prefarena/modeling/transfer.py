@@ -20,12 +20,12 @@ _KINDS = {np.dtype(np.int64): torch.int64, np.dtype(np.int32): torch.int32}
 
 
 def rows_on(device: torch.device, rows: Tensor) -> Tensor:
-    """Row numbers [n], int64 on the host, where they are to pick from tensors of `device`."""
+    """Move row numbers [n], int64 on the host, to where they can index tensors on `device`."""
     return rows if device.type == "cpu" else moved([rows.numpy()], device)[0]
 
 
 def moved(arrays: Sequence[NDArray[np.integer]], device: torch.device) -> list[Tensor]:
-    """Arrays of 32-bit or 64-bit integers as tensors of the same shapes on `device`, which share one buffer there."""
+    """Copy arrays of 32-bit or 64-bit integers to tensors of their shapes on `device`, which share one buffer there."""
     sizes = [-(-array.nbytes // _ALIGNMENT) * _ALIGNMENT for array in arrays]
     starts = np.cumsum([0, *sizes])
     buffer = torch.empty(int(starts[-1]), dtype=torch.uint8, pin_memory=device.type == "cuda")

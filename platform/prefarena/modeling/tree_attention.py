@@ -1,9 +1,9 @@
 """Attention in a row of trees: each tree is a prompt and the responses that follow it, which do not see each other.
 
 `transformers` models call the function registered here as the attention implementation "trees" once a layer, with the
-row's `Trees` as a keyword. On CPU it works tree by tree, so that no token attends in vain: short trees of similar
-length as one padded batch with a mask, a long one response by response. On CUDA it is one FlexAttention call whose
-block mask says the same (`flex_trees.py`).
+row's `Trees` as a keyword. On CPU it works tree by tree, so that no attention is computed in vain: short trees of
+similar length as one padded batch with a mask, a long one response by response. On CUDA it is one FlexAttention call
+whose block mask says the same (`flex_trees.py`).
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ class Tree:
 
 @dataclass(frozen=True)
 class Trees:
-    """Who may attend to whom in a row: its consecutive parts on CPU, one block mask on CUDA."""
+    """Which tokens may attend to which in a row: its consecutive parts on CPU, one block mask on CUDA."""
 
     parts: tuple[Batch | Tree, ...]
     blocks: BlockMask | None = None
@@ -144,7 +144,7 @@ def tree_attention(
 
 
 def _attend_batch(part: Batch, own: Heads, scaling: float | None) -> Tensor:
-    """A part's query, key and value, [1, H, n, d] each, to [1, n, H, d]."""
+    """Attend within a part: query, key and value, [1, H, n, d] each, to [1, n, H, d]."""
     count, longest = part.mask.shape[0], part.mask.shape[-1]
     query, key, value = (
         tensor[0].index_select(1, part.index).unflatten(1, (count, longest)).transpose(0, 1) for tensor in own
@@ -154,7 +154,7 @@ def _attend_batch(part: Batch, own: Heads, scaling: float | None) -> Tensor:
 
 
 def _attend_tree(part: Tree, own: Heads, scaling: float | None) -> Tensor:
-    """The same: the prompt with the first response, then each other response behind the prompt."""
+    """Attend within a tree: the prompt with the first response, then each other response after the prompt."""
     sizes = [part.prompt + sum(part.responses[:1]), *part.responses[1:]]
     queries, keys, values = (tensor.split(sizes, 2) for tensor in own)
     outs = [F.scaled_dot_product_attention(queries[0], keys[0], values[0], is_causal=True, scale=scaling)]

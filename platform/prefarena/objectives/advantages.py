@@ -1,4 +1,4 @@
-"""Advantages of on-policy methods, as pure functions: of groups of responses to one prompt, and (PPO's) per token."""
+"""Advantages of on-policy methods, as pure functions: over groups of responses to one prompt, or per token (PPO)."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def leave_one_out_advantages(scores: Tensor, group_size: int) -> Tensor:
 
 
 def rewards_to_go(rewards: Tensor, mask: Tensor) -> Tensor:
-    """[B, T], the sum of a row's rewards [B, T] from each token on, zero outside the mask."""
+    """Return [B, T]: the sum of a row's rewards [B, T] from each token on, zero outside the mask."""
     return inside(inside(rewards, mask).flip(1).cumsum(1).flip(1), mask)
 
 
@@ -65,9 +65,9 @@ def less_kl(rollouts: Judged, kl_coef: float) -> Tensor:
 def among_scored(
     compare: Callable[[Tensor, int], Tensor], rewards: Tensor, scored: Tensor | None, group_size: int
 ) -> Tensor:
-    """`compare` of rewards [B] in groups of `group_size` rows, each among those of its group that have a score.
+    """Apply `compare` to rewards [B] in groups of `group_size` rows, using only the rows of a group that have a score.
 
-    scored: [B] bool; none: all have a score. Rows without one, and the only row with one in its group, get 0.
+    scored: [B] bool; None means that all have a score. Rows without one, and the only row with one in its group, get 0.
     """
     if scored is None or scored.all():
         return compare(rewards, group_size)

@@ -32,12 +32,12 @@ class ObjectiveOutput:
     metrics: dict[str, Mean]
 
     def plus(self, penalty: ObjectiveOutput, weight: float) -> ObjectiveOutput:
-        """This output with a weighted penalty added to the loss; both are means over the same things. Metrics stay."""
+        """Add a weighted penalty to the loss; both are means over the same things. Metrics stay."""
         return ObjectiveOutput(Mean(self.loss.total + weight * penalty.loss.total, self.loss.count), self.metrics)
 
 
 def inside(values: Tensor, mask: Tensor) -> Tensor:
-    """`values` inside the bool mask, zero outside: not even NaN or infinity there reaches a sum or a gradient.
+    """Return `values` inside the bool mask, zero outside: not even NaN or infinity there reaches a sum or a gradient.
 
     What is differentiated must go through here before the arithmetic, not after it: zero times the derivative at NaN is
     NaN.

@@ -86,7 +86,7 @@ def policy_loss(
 ) -> ObjectiveOutput:
     """-sum min(rho A, clip(rho, 1 - clip, 1 + clip_high) A) over the mask, rho = exp(logps - old_logps).
 
-    clip_high: `clip` where it is None. The log-ratio is clamped to +-20 nats before exp. `weights` [B, T] multiply each
+    clip_high: defaults to `clip`. The log-ratio is clamped to +-20 nats before exp. `weights` [B, T] multiply each
     token's term, without gradient.
     """
     logps = inside(logps, mask)

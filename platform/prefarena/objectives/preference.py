@@ -53,12 +53,12 @@ class PairLogps:
 
 
 def scaled(scores: PairLogps, num_tokens: PairLogps, length_normalise: bool) -> PairLogps:
-    """The scores of a sequence, or those of a token of it."""
+    """Return these log-probs per token if `length_normalise` is set, else per sequence."""
     return scores.per_token(num_tokens) if length_normalise else scores
 
 
 def desensitised(whole: PairLogps, shared: PairLogps, tail_weight: float) -> PairLogps:
-    """LD-DPO's log-probs (arXiv 2409.06411): what a response has beyond the other's length weighs less.
+    """LD-DPO's log-probs (arXiv 2409.06411): tokens beyond the length of the shorter response weigh less.
 
     shared: log-probs of as many first tokens as the shorter response of a pair has, nats per sequence.
     """
@@ -75,7 +75,8 @@ def likelihood_weights(policy: PairLogps, num_tokens: PairLogps) -> Tensor:
 def ratio_weights(policy: PairLogps, reference: PairLogps, max_log_ratio: float) -> Tensor:
     """Importance weights [B] of both responses, if they were drawn from the reference (arXiv 2506.08681). No gradient.
 
-    Of what the policy would never say so little is learned; a ratio above `max_log_ratio` nats is clipped to it.
+    Responses that the policy would hardly ever give thus count little; a ratio above `max_log_ratio` nats is clipped to
+    it.
     """
     ratio = policy.minus(reference)
     return torch.exp((ratio.chosen + ratio.rejected).detach().clamp(max=max_log_ratio))

@@ -1,8 +1,8 @@
 """What objectives on single responses share, each labelled as desirable or not: their metrics.
 
 The objectives themselves are in `prefarena.methods`. Each takes the policy's and the reference's sequence log-probs in
-nats and `labels` = P(desirable), all [B], and a baseline [] of the whole optimizer step. Of responses with a soft label
-a metric counts the share that it says:
+nats and `labels` = P(desirable), all [B], and a baseline [] of the whole optimizer step. A response with a soft label
+counts towards each metric in proportion to its label:
 
     logps/desirable, logps/undesirable          log pi(y|x), nats per sequence
     logratio/desirable, logratio/undesirable    log pi(y|x) - log pi_ref(y|x)

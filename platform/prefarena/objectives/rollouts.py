@@ -1,4 +1,4 @@
-"""What an on-policy method is given and gives back: tensors of a whole rollout batch, and of the part in a pass.
+"""Inputs and outputs of an on-policy method: tensors of a whole rollout batch, and of the part in one pass.
 
 Per-token tensors are [B, T] over positions that score a token, zero outside the responses.
 """
@@ -12,11 +12,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Judged:
-    """A rollout batch of all workers, as advantages are made of it.
+    """The rollout batch of all workers, from which advantages are computed.
 
     scores: [B], clipped and penalised. mask: [B, T] bool, the tokens of responses that have a score. old_logps,
     reference_logps: nats. values: of the critic that starts the iteration, where the method has one. scored: [B] bool,
-    false where the judge was silent, and the score means nothing; none: all have one. The rows of a group are
+    false where the judge was silent and the score means nothing; None means that all have one. The rows of a group are
     consecutive.
     """
 
@@ -30,11 +30,11 @@ class Judged:
 
 @dataclass(frozen=True)
 class Advantages:
-    """What a method makes of a rollout batch.
+    """The advantages that a method computes for a rollout batch, and what else its losses need.
 
-    advantages: [B, T]. rewards: [B], what they compare, penalties included. weights: [B, T], of each token's loss,
-    beside its importance weight; none: 1. reference_logps: [B, T], where the loss reads them. returns: [B, T], what a
-    critic is to predict.
+    advantages: [B, T]. rewards: [B], the rewards that they compare, penalties included. weights: [B, T], the factor of
+    each token's loss in addition to its importance weight; None means 1. reference_logps: [B, T], where the loss reads
+    them. returns: [B, T], what a critic is to predict.
     """
 
     advantages: Tensor
@@ -46,10 +46,10 @@ class Advantages:
 
 @dataclass(frozen=True, kw_only=True)
 class Minibatch:
-    """What losses read besides the log-probs or values of the model in training.
+    """The data that losses read besides the log-probs or values of the model in training.
 
-    weights: of each token's loss, without gradient. reference_logps: where the loss reads them. values, returns: where
-    there is a critic.
+    weights: the factor of each token's loss, without gradient. reference_logps: where the loss reads them. values,
+    returns: where there is a critic.
     """
 
     mask: Tensor

@@ -1,4 +1,4 @@
-"""Optimal transport between two weighted samples on a line: the smallest meets the smallest, and so on upwards."""
+"""Optimal transport between two weighted samples on a line: the smallest is matched with the smallest, and so on."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 
 def shares(values: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Where the mass of each of N atoms begins and ends, [N] each, when all of it lies in a row, sorted by `values`.
+    """Return where the mass of each of N atoms begins and ends, [N] each, when all mass is laid out sorted by `values`.
 
     Equal values lie in the order that they are given in. weights: [N], not below zero.
     """

@@ -87,7 +87,7 @@ class CheckpointFolder:
         self._writer = Writer(lambda: self._write(step, copies, state, num_files), f"checkpoint of step {step}")
 
     def wait(self) -> None:
-        """Until nothing is being written. Raises what writing raised: StorageFullError, StorageError, OSError."""
+        """Wait until nothing is being written. Raises what writing raised: StorageFullError, StorageError, OSError."""
         writer, self._writer = self._writer, None
         if writer is not None:
             writer.result()
@@ -108,7 +108,7 @@ class CheckpointFolder:
             raise
 
     def _write_file(self, folder: Path, tensors: dict[str, Tensor]) -> None:
-        """This worker's tensors, and a receipt with their file's size and checksum."""
+        """Write this worker's tensors, and a receipt with their file's size and checksum."""
         folder.mkdir(parents=True, exist_ok=True)
         path = folder / file_of(self._rank)
         save_file(tensors, path)
@@ -116,7 +116,7 @@ class CheckpointFolder:
         write_json(_receipt(path), _sum(path))
 
     def _receipts(self, folder: Path, num_files: int, what: str) -> dict[str, Any]:
-        """Every worker's, by the name of its file; waits until they are there."""
+        """Every worker's receipt, by the name of its file; waits until they are there."""
         deadline = time.monotonic() + RECEIPTS_LIMIT_S
         waiting = [folder / file_of(rank) for rank in range(num_files)]
         while missing := [path.name for path in waiting if not _receipt(path).is_file()]:
@@ -180,11 +180,11 @@ class CheckpointFolder:
 
     @property
     def _num_parts(self) -> int:
-        """Into how many parts the tensors of this run are cut."""
+        """The number of parts that the tensors of this run are cut into."""
         return self._world_size if self._sharded else 1
 
     def _ranks_read(self, num_files: int) -> list[int]:
-        """Whose files this worker reads of a checkpoint of so many: its own, or all where tensors are cut anew."""
+        """The ranks whose files of a checkpoint this worker reads: its own, or all where tensors are cut anew."""
         if num_files == self._num_parts:
             return [self._rank if self._sharded else 0]
         return list(range(num_files))
@@ -193,7 +193,7 @@ class CheckpointFolder:
         shutil.rmtree(self._folder / name_of(step))
 
     def remove_unfinished(self) -> None:
-        """What attempts before this one were writing when they ended. Called before anything is saved."""
+        """Remove what earlier attempts were writing when they ended. Called before anything is saved."""
         if self._folder.is_dir():
             for path in self._folder.glob(f".{STEP}*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -288,7 +288,7 @@ def _sum(path: Path) -> dict[str, Any]:
 
 
 def _flush(path: Path) -> None:
-    """To the disk, so that a machine that loses power has it; where a file system knows no such thing, nothing."""
+    """Flush to the disk, so that a power failure loses nothing; does nothing where the file system cannot."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

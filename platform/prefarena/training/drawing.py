@@ -51,7 +51,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class TrainedWeights:
-    """A policy in training, as generators get it; its adapters, where it has any, are merged on the way."""
+    """The weights of a policy in training, as generators get them; any adapters are merged on the way."""
 
     model: PreTrainedModel
     has_adapters: bool
@@ -70,7 +70,7 @@ class TrainedWeights:
 
 @dataclass(frozen=True)
 class Done:
-    """What a worker that asks for nothing waits for."""
+    """A request that is already answered, for workers that ask for nothing."""
 
     def result(self) -> list[Rollout]:
         return []
@@ -90,7 +90,7 @@ class Answers:
 
 
 class PairDrawer:
-    """Draws the pairs of a job; what it needs is connected, loaded and placed when the first are drawn."""
+    """Draws the pairs of a job; connects, loads and places what it needs when the first pairs are drawn."""
 
     def __init__(
         self,
@@ -101,7 +101,7 @@ class PairDrawer:
         source: RolloutSource | None = None,
         judge: Judge | None = None,
     ) -> None:
-        """source, judge: in place of the actors and the reward that `drawing` names."""
+        """source, judge: replace the actors and the reward that `drawing` names."""
         self._job, self._drawing, self._worker, self._pad_id = job, drawing, worker, pad_id
         self._source, self._judge = source, judge
         self._policy: PolicySource | None = None
@@ -127,24 +127,24 @@ class PairDrawer:
         return self._table(rows, found, step, first_place)
 
     def judge_calls(self) -> dict[str, int]:
-        """What was asked of an endpoint, by all workers of this attempt; empty for other judges, and before any is."""
+        """Calls of an endpoint by all workers of this attempt; empty for other judges, and before the first."""
         return {} if self._judge is None else Loader(self._worker).calls_of(self._judge)
 
     def flops(self) -> float:
-        """Of generation, reference and a judge that is a model, in this attempt; every worker calls it, in the end."""
+        """FLOPs of generation, reference and a judge model in this attempt; every worker calls it at the end."""
         if self._tally is None or self._reference is None:
             return 0.0
         return self._tally.take() + count_model(self._reference.model.config).forward(self._generated)
 
     def leave(self) -> None:
-        """Give back what a connection to the engines' devices holds."""
+        """Release what the connection to the engines' devices holds."""
         from prefarena.generation.fleet import Generators
 
         if isinstance(self._source, Generators):
             self._source.leave()
 
     def _ready(self, learner: Learner) -> PolicySource:
-        """The policy's generators; reference and judge are there then, too."""
+        """Return the policy's generators, after making sure that reference and judge are loaded, too."""
         if self._policy is None:
             self._policy = self._connected(learner)
             self._reference = self._placed_reference()
@@ -162,7 +162,7 @@ class PairDrawer:
         return PolicySource(job.name, drawing.generation, self._worker, self._source, weights)
 
     def _placed_reference(self) -> LogProbs:
-        """The policy that training started from, as it scored the pairs of the data."""
+        """Load and place the policy that training started from, with which the pairs of the data were scored."""
         job, worker, precision = self._job, self._worker, self._job.arithmetic
         model = Loader(worker).policy(job.policy)
         reference = LogProbs(model, job.max_length, worker.device, attends_in(precision)).requires_grad_(False)
@@ -205,7 +205,7 @@ class PairDrawer:
         return self._drawing.labels != "deterministic" or scores[0] != scores[1]
 
     def _sampled(self, prompts: list[list[int]], step: int, attempt: int, policy: PolicySource) -> list[Rollout]:
-        """A response to each prompt, on every worker: rank 0 asks, and the actors share the work."""
+        """Sample a response to each prompt, for every worker: rank 0 asks, and the actors share the work."""
         seed = int(seeded(self._job.seed, f"online-{step}-{attempt}").integers(2**62))
         found: list[Rollout] = []
         for start in range(0, len(prompts), _ASKED_AT_ONCE):

@@ -1,4 +1,4 @@
-"""What it means that a group of training workers failed for good: one job's failure, or the end of the run.
+"""Deciding whether a group of training workers that failed for good means one job's failure or the end of the run.
 
 Ray Train has by then restarted the group as often as `resources.max_failures` allows.
 """
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def failed_jobs(jobs: Sequence[Job]) -> set[str]:
-    """The folders of those whose stage has failed."""
+    """The folders of the jobs whose stage has failed."""
     return {job.stage_dir for job in jobs if failure_of(job.stage_dir) is not None}
 
 

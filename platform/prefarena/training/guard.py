@@ -55,7 +55,7 @@ class GuardedOptimizer:
         return longest
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint. Copies from the device."""
+        """Return the counts for a checkpoint. Copies from the device."""
         return {"steps_skipped": self.num_skipped, "skipped_in_a_row": int(self._streak)}
 
     def restore(self, state: dict[str, Any]) -> None:

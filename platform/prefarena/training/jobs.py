@@ -1,4 +1,4 @@
-"""What a training worker is told to do: plain values, sent from the driver to every worker.
+"""Jobs for training workers: plain values, sent from the driver to every worker.
 
 A job ends with its model (a transformers folder) at `<stage_dir>/model`, its metric rows at
 `<stage_dir>/metrics.jsonl`, and the manifest of its stage, written last.
@@ -41,7 +41,7 @@ class Job:
 
     @property
     def arithmetic(self) -> Arithmetic:
-        """What it trains in."""
+        """The arithmetic that it trains in."""
         raise NotImplementedError
 
 
@@ -78,7 +78,7 @@ class Drawing:
 
 @dataclass(frozen=True)
 class Replayed:
-    """A training online of the same seed whose pairs are trained on: its stage, and what decided which they were."""
+    """An online training of the same seed whose pairs are used again: its stage, and what determined the pairs."""
 
     stage_dir: str
     every: int
@@ -88,10 +88,10 @@ class Replayed:
 
 @dataclass(frozen=True)
 class Regulariser:
-    """The eta and gamma terms of a loss: their weights, and the tables that they are over; a term without is none.
+    """The eta and gamma terms of a loss: their weights and tables; a term without a table is left out.
 
-    demonstrations: responses, or pairs of which the chosen ones are taken; num_demonstrations: the first rows of that
-    table; None: all.
+    demonstrations: responses, or pairs of which the chosen ones are taken; num_demonstrations: how many rows of that
+    table are used, from its start; None means all.
     """
 
     demonstration_weight: float = 0.0
@@ -106,8 +106,8 @@ class Regulariser:
 class OffPolicyJob(Job):
     """An off-policy method on pairs that carry the reference's log-probs, or on `responses` that do.
 
-    drawing: pairs of its own on the way; none: those of the table alone. replayed: pairs that another one had on its
-    way, in place of the table's but for those that it was trained on, too.
+    drawing: how it draws new pairs while it trains; None means that it uses the table's alone. replayed: another
+    training whose drawn pairs replace the table's, except for those of the table that it was trained on, too.
     """
 
     method: OffPolicyMethod
@@ -125,7 +125,7 @@ class OffPolicyJob(Job):
 
     @property
     def regulariser(self) -> Regulariser:
-        """What is added to the method's own loss."""
+        """The terms that are added to the method's own loss."""
         method = self.method
         return Regulariser(
             method.demonstration_weight,
@@ -161,8 +161,8 @@ class OnPolicyJob(Job):
     """An on-policy method (`training` is of its kind) from `policy`, with rollouts from the named generation actors.
 
     reward: what is maximised. monitor: another judge whose mean score on the rollouts is logged as `reward/judge` and
-    never learned from. critic: the reward model that the critic starts from; none: the policy's body, a head of zeros.
-    regulariser: what the policy learns from in every step, beside its rollouts.
+    never learned from. critic: the reward model that the critic starts from; None means the policy's body with a head
+    of zeros. regulariser: what the policy learns from in every step, beside its rollouts.
     """
 
     training: OnPolicyTraining

@@ -103,7 +103,7 @@ class Learner:
 
     @torch.no_grad()
     def without_gradient(self, compute: Callable[[nn.Module], Tensor]) -> Tensor:
-        """What `compute` gets from the module as it is now, outside of any gradient."""
+        """Return what `compute` gets from the module as it is now, without tracking gradients."""
         return compute(self.module)
 
     def apply(self, learning_rate: float) -> tuple[Tensor, Tensor]:
@@ -119,7 +119,7 @@ class Learner:
         return norm, self.guard.step(self._loss, norm)
 
     def drop_gradients(self) -> None:
-        """Those of the last step, which the next one would replace."""
+        """Free the gradients of the last step, which the next one would replace."""
         self._optimizer.zero_grad(set_to_none=True)
 
     @property

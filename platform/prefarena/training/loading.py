@@ -1,4 +1,4 @@
-"""How a worker gets its models: whole, or where they are spread over workers as shapes whose rows are read later."""
+"""How a worker gets its models: whole, or, where they are spread over workers, as shapes whose rows are read later."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Loader:
         return self.spread_reward_model(spec.path, spec.arithmetic, batch_size)
 
     def calls_of(self, judge: Judge) -> dict[str, int]:
-        """What was asked of an endpoint, by all workers of this attempt; empty for other judges."""
+        """Calls that all workers of this attempt made to an endpoint; empty for other judges."""
         own = total_costs([usage_of(judge)])
         if not own:
             return {}

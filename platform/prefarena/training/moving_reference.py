@@ -23,7 +23,7 @@ class MovingReference:
     """
 
     def __init__(self, models: OnPolicyModels, policy: Learner, settings: OnPolicyTraining) -> None:
-        """models: placed. policy: its learner, by whose parameters the reference moves."""
+        """models: already placed. policy: the policy's learner, towards whose parameters the reference moves."""
         self._root: nn.Module = models.reference if models.body is None else models.body
         self._every, self._mix = settings.reference_every, settings.reference_mix
         self._reference = models.followers
@@ -33,7 +33,7 @@ class MovingReference:
 
     @torch.no_grad()
     def after(self, num_iterations: int) -> None:
-        """Move it, where it is time: pi_ref <- (1 - mix) pi_ref + mix pi, weight by weight."""
+        """Move the reference if this iteration is due: pi_ref <- (1 - mix) pi_ref + mix pi, weight by weight."""
         if self._every is None or num_iterations % self._every:
             return
         self._spread_again()
@@ -41,7 +41,7 @@ class MovingReference:
             own_part(weight).lerp_(own_part(self._policy[name]), self._mix)
 
     def tensors(self) -> dict[str, Tensor]:
-        """For a checkpoint: this worker's part."""
+        """Return this worker's part of the reference for a checkpoint."""
         return {f"{REFERENCE}.{name}": own_part(weight) for name, weight in self._reference.items()}
 
     @torch.no_grad()
@@ -52,8 +52,6 @@ class MovingReference:
             own_part(weight).copy_(tensors[f"{REFERENCE}.{name}"])
 
     def _spread_again(self) -> None:
-        """Drop what FSDP has gathered of the root, which it keeps until a backward pass: the next pass would take it
-        for the weights.
-        """
+        """Drop FSDP's gathered copy of the root, kept until a backward pass: the next pass would use it as weights."""
         if isinstance(self._root, FSDPModule):
             self._root.reshard()

@@ -105,7 +105,7 @@ def _train(trainer: OnPolicyTrainer) -> dict[str, Any]:
 
 
 def _leave(source: RolloutSource) -> None:
-    """Give back what a connection to the engines' devices holds; the next job makes its own."""
+    """Release what the connection to the engines' devices holds; the next job makes its own."""
     from prefarena.generation.fleet import Generators
 
     if isinstance(source, Generators):
@@ -113,7 +113,7 @@ def _leave(source: RolloutSource) -> None:
 
 
 def _verified(source: RolloutSource) -> dict[str, Any]:
-    """What the engines read back of the last weights, for the manifest; nothing where the source has no engines."""
+    """What the engines read back of the last weights, for the manifest; empty where the source has no engines."""
     from prefarena.generation.fleet import Generators
 
     verified = source.verified if isinstance(source, Generators) else None
@@ -211,7 +211,7 @@ class OnPolicyTrainer:
         return Loader(self.worker).judge(spec, batch_size)
 
     def judge_calls(self) -> dict[str, int]:
-        """What was asked of an endpoint that is the reward, by all workers of this attempt; empty for other rewards."""
+        """Calls that all workers of this attempt made to an endpoint as the reward; empty for other rewards."""
         return Loader(self.worker).calls_of(self.scorers.reward)
 
     # --------------------------------------------------------------------------------- checkpoints, snapshots
@@ -295,7 +295,7 @@ class OnPolicyTrainer:
         return gather(self.scorers.experience(rollouts, staleness, phases), num_rows, self.worker)
 
     def _make_room(self) -> None:
-        """For engines that are about to wake on the workers' devices: give back what comes and goes in an update."""
+        """Free the temporary memory of an update, for engines that are about to wake on the workers' devices."""
         if self.job.generation.sleep_mode != "none":
             for learner in self.learners.values():
                 learner.drop_gradients()
@@ -343,7 +343,7 @@ class OnPolicyTrainer:
         return window.reduce(self.worker) | {"learning_rate": rates["policy"], "steps_skipped": num_skipped}
 
     def terms(self, kl_coef: float) -> list[tuple[Learner, Term]]:
-        """What learns in this iteration, and from what."""
+        """The models that learn in this iteration, and their losses."""
         terms: list[tuple[Learner, Term]] = []
         if not self.policy_frozen():
             terms.append((self.learners["policy"], partial(self._policy_term, kl_coef=kl_coef)))
@@ -362,7 +362,7 @@ class OnPolicyTrainer:
         return parts
 
     def count(self, batch: Batch, rows: Tensor) -> Tensor:
-        """What a loss's sum over a minibatch, on all workers, is divided by."""
+        """The count that a loss's sum over a minibatch, on all workers, is divided by."""
         mask = batch.mask[rows_on(batch.mask.device, rows)]
         return self.settings.loss_count(mask, self.job.response_limit)
 
@@ -373,7 +373,7 @@ class OnPolicyTrainer:
         )
 
     def _value_term(self, batch: Batch, module: nn.Module) -> ObjectiveOutput:
-        """The same of the critic."""
+        """The critic's loss summed over a micro-batch, and its metrics."""
         if not isinstance(self.settings, CriticTraining):
             raise TypeError("there is no critic")
         return self.settings.value_loss(token_values(module, batch.sequences), batch)

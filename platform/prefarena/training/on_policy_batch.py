@@ -1,4 +1,4 @@
-"""What an update learns from: the method's advantages over a whole rollout batch, and the batch's metrics."""
+"""Data of one update: the method's advantages over a whole rollout batch, and the batch's metrics."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from prefarena.training.experience import Experience
 
 @dataclass(frozen=True, kw_only=True)
 class Batch(Minibatch):
-    """Rollouts, and what the update's losses read of them: tensors [B, T-1], zero outside the response.
+    """Rollouts, and the tensors [B, T-1] that the update's losses read, zero outside the response.
 
     weights: the truncated importance weight of each token, times what the method weighs it with.
     """
@@ -28,7 +28,7 @@ class Batch(Minibatch):
     sequences: Sequences
 
     def select(self, rows: Tensor) -> Batch:
-        """Some rollouts, padding that none of them needs cut off. rows: on the host."""
+        """Return some of the rollouts, without the padding that none of them needs. rows: on the host."""
         sequences = self.sequences.select(rows.tolist())
         width, there = sequences.width, rows_on(self.mask.device, rows)
         named = {field.name: getattr(self, field.name) for field in fields(Batch) if field.name != "sequences"}
@@ -102,9 +102,9 @@ def _penalised(experience: Experience, settings: OnPolicyTraining, response_limi
 def experience_metrics(
     experience: Experience, targets: Targets, importance_cap: float | None, kl: str = "kl"
 ) -> dict[str, float]:
-    """Of one rollout batch: KLs are sums over tokens, in nats per sequence; entropy is nats per token.
+    """Metrics of one rollout batch: KLs are sums over tokens, in nats per sequence; entropy is in nats per token.
 
-    kl: what KLs are called: those to a reference that moves are other quantities.
+    kl: the name under which KLs are logged, since KLs to a reference that moves are different quantities.
     """
     mask, scored = experience.sequences.response_mask, ~experience.silent_rows
     log_weights = experience.old_logps - experience.generator_logps  # zero outside the response

@@ -48,7 +48,7 @@ def fitting_micro_batch(
 def memory_need(
     job: OnPolicyJob, models: OnPolicyModels, longest_prompt: int, size: int, spread: Spread, *, on_gpu: bool
 ) -> MemoryNeed | None:
-    """What is held all the while, and the larger of the two models' passes, on the worker that holds most: rank 0.
+    """Memory held throughout, plus the larger of the two models' passes, on the worker that holds most (rank 0).
 
     models: as `load_models` makes them, or with shapes alone. size: rollouts in a pass. None where shapes depend on
     numbers.
@@ -99,7 +99,7 @@ def _frozen(job: OnPolicyJob, models: OnPolicyModels, num_parts: int) -> tuple[i
 
 
 def _under_way(job: OnPolicyJob, models: OnPolicyModels, spread: Spread, on_gpu: bool) -> int:
-    """Bytes of what is copied of the policy for the generation actors.
+    """Bytes of the copies of the policy that are on their way to the generation actors.
 
     Through host memory tensors leave a GPU one by one, and are in that memory in buckets. From GPU to GPU they are sent
     together, which takes a copy of what is gathered or merged.

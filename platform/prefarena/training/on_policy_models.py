@@ -73,13 +73,13 @@ class OnPolicyModels:
 
     @property
     def learned(self) -> dict[str, nn.Module]:
-        """What is trained, by the name of its learner."""
+        """The models that are trained, by the name of their learner."""
         learned: dict[str, nn.Module] = {POLICY: self.policy}
         return learned if self.critic is None else learned | {CRITIC: self.critic}
 
     @property
     def body(self) -> SharedBody | None:
-        """What the roles share, where there are roles."""
+        """The body that the roles share, where there are roles."""
         return self.policy.body if isinstance(self.policy, Role) else None
 
     def to_prepare(self) -> list[nn.Module]:
@@ -96,7 +96,7 @@ class OnPolicyModels:
         return self.reference.trained() if isinstance(self.reference, Role) else dict(self.reference.named_parameters())
 
     def place_frozen(self, worker: Worker, precision: Arithmetic) -> None:
-        """Put what no learner distributes where it belongs: the reference, or the body that roles share.
+        """Place what no learner distributes on its device: the reference, or the body that roles share.
 
         It computes in `precision` then, as what is trained does; the body is prepared to.
         """
@@ -117,8 +117,8 @@ class OnPolicyModels:
     ) -> Iterator[tuple[str, Tensor]]:
         """The policy's weights, whole, by name. Every worker goes through all of it.
 
-        Adapters are merged into them: into those of `base` where it is given, since a body may hold halves. names: of
-        those that are asked for, of a policy with adapters; None: all.
+        Adapters are merged into them: into those of `base` where it is given, since a body may hold halves. names: the
+        weights that are wanted of a policy with adapters; None means all.
         """
         if isinstance(self.policy, Role):
             yield from merged_weights(self.policy.model, POLICY, base, names)
@@ -131,7 +131,7 @@ class Origin(Protocol):
     """Where the models of a job come from: its files, or shapes alone."""
 
     def policy(self) -> PreTrainedModel:
-        """A new one at each call, in float32."""
+        """Make a new policy at each call, in float32."""
 
     def critic(self) -> PreTrainedModel:
         """The critic as a separate model, in its initial state."""
@@ -140,7 +140,7 @@ class Origin(Protocol):
         """A critic whose body is the policy's, in which its adapters are put."""
 
     def reward_on(self, policy: PreTrainedModel) -> PreTrainedModel | None:
-        """The reward model likewise; None where it cannot be a role on this policy."""
+        """The reward model as a role on the policy's body; None where it cannot be one."""
 
 
 def load_models(job: OnPolicyJob, worker: Worker) -> OnPolicyModels:
@@ -206,9 +206,7 @@ class _Stored:
         return model
 
     def critic_on(self, policy: PreTrainedModel) -> PreTrainedModel:
-        """From the reward model where that was trained as adapters of the same policy; else from the policy, with new
-        adapters and a head of zeros.
-        """
+        """Start from the reward model if it is adapters of this policy; else with new adapters and a zero head."""
         job, lora = self._job, self._job.training.lora
         assert lora is not None
         if job.critic and (adapter := adapter_of(job.critic, job.policy)) is not None:

@@ -3,7 +3,8 @@
 Steps are cut into blocks of `every`. The first block is trained on the pairs of the data; at the first step of every
 other one its pairs are drawn (drawing.py) to the prompts that the data's batch plan has for it, and kept in the stage,
 `drawn/STEP.parquet`, before anything is learned from them. So a run that is killed goes on with the very pairs, and
-buys no label twice. With `every` as large as the number of steps nothing is drawn, and all is as without.
+buys no label twice. With `every` as large as the number of steps nothing is drawn, and training is the same as without
+drawing.
 """
 
 from __future__ import annotations
@@ -72,11 +73,11 @@ class OnlineTerm(PreferenceTerm):
         self._num_tokens = dict[int, int]()
 
     def num_models_beside(self) -> int:
-        """The reference, and a judge that is a model."""
+        """Count the reference, and the judge if it is a model."""
         return 1 + is_model(self._reward) if self._every < self.num_steps else 0
 
     def begin(self, step: int, learner: Learner, worker: Worker) -> None:
-        """Have the pairs of this step: at the first one of a block they are drawn, or read where they have been."""
+        """Get this step's pairs: at the first step of a block they are drawn, or read if drawn before."""
         self._step = step
         if step // self._every != self._block:
             self._open(step // self._every, learner)
@@ -96,7 +97,7 @@ class OnlineTerm(PreferenceTerm):
         return ObjectiveOutput(output.loss, output.metrics | seen)
 
     def _open(self, block: int, learner: Learner) -> None:
-        """Put the block's pairs in place of those that there are."""
+        """Replace the current pairs with the block's."""
         first = block * self._every
         table = self._kept(first)
         if table is None:
@@ -116,14 +117,14 @@ class OnlineTerm(PreferenceTerm):
         return self._folder / _name(step)
 
     def _kept(self, step: int) -> pa.Table | None:
-        """What was drawn at this step, by this attempt or an earlier one, as rank 0 sees it."""
+        """The pairs that this attempt or an earlier one drew at this step; None if there are none."""
         table = None
         if self._worker.rank == 0 and self._path(step).is_file():
             table = _read(self._path(step))
         return self._worker.share(table)
 
     def _keep(self, table: pa.Table, step: int) -> None:
-        """The file appears whole; no worker goes on before it is there."""
+        """Write the file, which appears whole; no worker continues before it is there."""
         if self._worker.rank == 0:
             self._worker.stage_log.check_current()
             path = self._path(step)
@@ -137,7 +138,7 @@ class OnlineTerm(PreferenceTerm):
         self._worker.gathered(None)
 
     def origin(self, num_steps: int) -> dict[str, Any]:
-        """The same of what was trained on, and what it took; from the stage's files."""
+        """Labels and age of the pairs that were trained on, and what drawing them cost, from the stage's files."""
         own, data = trained_on(self._table, self._data_plan, self._folder, self._every, num_steps)
         batch_size, total = self._data_plan.batch_size, self._data_plan.batch_size * num_steps
         ages = own["place"].to_numpy() // batch_size - own["drawn_at"].to_numpy()
@@ -168,19 +169,19 @@ class ReplayTerm(PreferenceTerm):
         super().__init__(pa.concat_tables(both), method, shares, pad_id)
 
     def origin(self, num_steps: int) -> dict[str, Any]:
-        """The labels of the pairs that there are; they are as old as one likes."""
+        """The labels of the pairs; their age means nothing here."""
         return {"num_pairs_trained": num_steps * self.plan.batch_size, **_labels(self._own, self._data)}
 
 
 def trained_on(table: pa.Table, plan: BatchPlan, folder: Path, every: int, num_steps: int) -> tuple[pa.Table, pa.Table]:
-    """The pairs of an online training, in its order: those of its drawings, as ONLINE_PAIRS, and of `table` before."""
+    """The pairs of an online training, in its order: those drawn, as ONLINE_PAIRS, and those of `table` before them."""
     own = [_read(folder / _name(step)) for step in range(every, num_steps, every)]
     rows = np.concatenate([plan.rows(step) for step in range(min(every, num_steps))])
     return pa.concat_tables(own) if own else ONLINE_PAIRS.empty_table(), table.take(pa.array(rows))
 
 
 def _labels(own: pa.Table, data: pa.Table) -> dict[str, int]:
-    """Different pairs of the data; pairs that were drawn; and those of the data that stayed for want of one."""
+    """Count different pairs of the data, pairs that were drawn, and pairs of the data kept because none was drawn."""
     kept = own.filter(pc.equal(own["drawn_at"], 0))
     labels = {*data["id"].to_pylist(), *kept["id"].to_pylist()}
     return {"num_data_labels": len(labels), "num_own_labels": len(own) - len(kept), "num_kept": len(kept)}

@@ -1,4 +1,4 @@
-"""A policy in training as the generators see it: weights of a named version, given to them before they are asked."""
+"""A policy in training as the generators see it: weights of a named version, which they get before they are asked."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class HasWeights(Protocol):
         """The names of the weights that training changes; None: all of them."""
 
     def weights(self, *, names: Collection[str] | None = None) -> Iterable[tuple[str, Tensor]]:
-        """Whole, by name, these alone or all; every worker goes through it at the same time."""
+        """Whole weights by name, only `names` or all; every worker iterates over them at the same time."""
 
 
 class PolicySource:
@@ -47,7 +47,7 @@ class PolicySource:
         return f"{self._name}@{number}"
 
     def push(self, number: int) -> None:
-        """Give the generators the current policy; no worker continues before they have it."""
+        """Send the generators the current policy; no worker continues before they have it."""
         self._barrier()  # a slower worker may still wait for rollouts of the weights that the source holds
         names = self._changed()
         weights, version = self._policy.weights(names=names), self.version(number)
@@ -62,7 +62,7 @@ class PolicySource:
         self._barrier()
 
     def _changed(self) -> frozenset[str] | None:
-        """The weights to be sent; None: all. Every worker decides the same, and takes part in gathering them."""
+        """The weights to be sent; None means all. Every worker decides the same, and takes part in gathering them."""
         changing, names = self._policy.changing, None
         if changing is None or self._sent is None:
             return None
@@ -93,7 +93,7 @@ class PolicySource:
         raise StaleWeightsError(f"generators lost the weights {self.version(number)!r} {_MAX_RESTARTS + 1} times")
 
     def rest(self) -> None:
-        """All have their rollouts: engines on the workers' devices make room for what is learnt from them."""
+        """Let engines on the workers' devices free memory for the update, once all workers have their rollouts."""
         if self._generation.sleep_mode != "none" and isinstance(self.source, Sleeps):
             if self._worker.rank == 0:
                 self.source.sleep()

@@ -1,4 +1,4 @@
-"""What a job will take of a worker's memory, said before its first step."""
+"""Prediction of how much of a worker's memory a job will take, made before its first step."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def predict_memory(module: nn.Module, terms: list[Term], training: Optimisation,
 
 
 def fits(parts: dict[str, float] | None, room: float) -> bool:
-    """Whether what is predicted goes into `room` MiB, whatever the process holds beside the model just now."""
+    """Whether the prediction fits into `room` MiB, whatever else the process holds besides the model at the moment."""
     return parts is not None and sum(parts.values()) - parts["process"] + _PROCESS_MIB <= room
 
 
 def required_mib(need: MemoryNeed, *, on_cpu: bool, spares: bool) -> float:
-    """What `fits` compares with a worker's share, for a job whose models are not there yet."""
+    """The MiB that `fits` compares with a worker's share, for a job whose models do not exist yet."""
     return (need.total + (_kept(need, spares) if on_cpu else 0)) / 2**20 + _PROCESS_MIB
 
 
@@ -61,7 +61,7 @@ def _kept(need: MemoryNeed, spares: bool) -> float:
 
 
 def write_prediction(parts: dict[str, float] | None, chosen: dict[str, float], worker: Worker) -> float | None:
-    """The sum of the parts, which are written with what was `chosen` by them."""
+    """Write the parts, with what was `chosen` because of them, and return their sum."""
     sizes = {} if parts is None else {**parts, "predicted": sum(parts.values())}
     if worker.rank == 0 and (sizes or chosen):
         rounded = {f"{name}_mib": round(mib, 1) for name, mib in sizes.items()}

@@ -15,10 +15,10 @@ _APART, _TRIMMED_APART = 2**20, 2**17
 def return_tensors(at_once: bool) -> None:
     """Whether tensors above 1 MiB go back to the system as they are freed, or stay in the process for the next ones.
 
-    glibc alone; as it comes it moves from the first to the second while a job runs. Kept, they may be many times what a
-    job holds at once: 700 MiB for 190 where layers are recomputed and large and small tensors take turns, and 3.4 GiB
-    for 1.9 where SmolLM2-135M trains adapters. Returned, every tensor's pages are made anew, and a small model's steps
-    took 5 to 10 % longer.
+    Only glibc can be told; by itself it moves from the first to the second while a job runs. Kept, they may be many
+    times what a job holds at once: 700 MiB for 190 where layers are recomputed and large and small tensors take turns,
+    and 3.4 GiB for 1.9 where SmolLM2-135M trains adapters. Returned, every tensor's pages are made anew, and a small
+    model's steps took 5 to 10 % longer.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
@@ -43,7 +43,7 @@ def give_back_freed() -> None:
 
 
 def forget_peak() -> None:
-    """Let the peak be that from now on. Where that is not possible it stays that of the process so far."""
+    """Measure the peak from now on. Where that is not possible it stays the peak of the process so far."""
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:  # not Linux, or not allowed
@@ -51,12 +51,12 @@ def forget_peak() -> None:
 
 
 def resident_mib() -> float:
-    """Memory in use now; 0 where the system does not tell."""
+    """MiB in use now; 0 where the system does not tell."""
     return _status("VmRSS") or 0.0
 
 
 def peak_mib() -> float:
-    """The most since `forget_peak`."""
+    """The largest number of MiB in use since `forget_peak`."""
     return _status("VmHWM") or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**10
 
 

@@ -31,11 +31,11 @@ class RankedTerm(PairsTerm):
         super().__init__(Pairs(path, first=method.num_pairs), method, shares, pad_id)
 
     def num_tokens(self, step: int) -> int:
-        """Those of both passes."""
+        """Count the tokens of both passes."""
         return 2 * super().num_tokens(step)
 
     def begin(self, step: int, learner: Learner, worker: Worker) -> None:
-        """Every pair's log-probs, in float64; each pair's come from one worker, and are zero on the others."""
+        """Compute every pair's log-probs in float64; each pair's come from one worker, and are zero on the others."""
         rows, counts = np.unique(self.plan.rows(step), return_counts=True)
         sums = torch.zeros(3, len(rows), dtype=torch.float64, device=worker.device)
         for part in self.plan.micro_batches(step, worker.rank):

@@ -108,7 +108,7 @@ class RemoteCheckpointFolder(CheckpointFolder):
         return sorted(steps_of(name for name, files in self._names().items() if MANIFEST in files), reverse=True)
 
     def _read(self, step: int) -> Checkpoint:
-        """Brought to this node for as long as it is read."""
+        """Bring the checkpoint to this node for as long as it is read."""
         local, remote = self._folder / name_of(step), self._folder / name_of(step)
         shutil.rmtree(local, ignore_errors=True)
         try:
@@ -122,7 +122,7 @@ class RemoteCheckpointFolder(CheckpointFolder):
             shutil.rmtree(local, ignore_errors=True)
 
     def _num_files(self, manifest: Path) -> int:
-        """None where the manifest cannot be read, which is told when the checkpoint is."""
+        """The number of its files; 0 where the manifest is unreadable, which reading it will report."""
         try:
             return len(json.loads(manifest.read_text(encoding="utf-8"))["files"])
         except (ValueError, KeyError, TypeError):

@@ -109,7 +109,7 @@ def _measured(judge: RewardModelJudge, job: RewardModelJob, pad_id: int, worker:
 def _scores(
     judge: RewardModelJudge, prompts: list[list[int]], responses: list[list[int]], worker: Worker
 ) -> np.ndarray:
-    """[N], the same on all workers."""
+    """Return scores [N], the same on all workers."""
     lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], np.int64)
 
     def score(rows: Rows) -> np.ndarray:
@@ -147,10 +147,10 @@ def held_out_scores(
 
 
 def over_workers(passes: list[Rows], compute: Callable[[Rows], np.ndarray], worker: Worker) -> np.ndarray:
-    """What `compute` gives for the rows of each pass, in the order of the rows 0 to N - 1, the same on all workers.
+    """Return what `compute` gives for the rows of each pass, in the order of rows 0 to N - 1, the same on all workers.
 
-    Each pass is made by one worker, so their number changes no bit. Where one has no pass left it makes the last one
-    in vain: a model that is spread needs every worker in every pass.
+    Each pass is made by one worker, so their number changes no bit. A worker that has no pass left repeats the last one
+    and drops the result: a model that is spread needs every worker in every pass.
     """
     own: list[tuple[Rows, np.ndarray]] = []
     for start in range(0, len(passes), worker.world_size):

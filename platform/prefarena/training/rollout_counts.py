@@ -1,4 +1,4 @@
-"""What an on-policy training run adds up over its iterations: tokens, rewards and FLOPs."""
+"""Totals of an on-policy training run over its iterations: tokens, rewards and FLOPs."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class RolloutCounts:
     def add(self, sequences: Sequences, *, num_beside: int) -> None:
         """Count an iteration on these rollouts of all workers; every worker calls it.
 
-        num_beside: tokens of other data that the policy was trained on beside them.
+        num_beside: tokens of other data that the policy was trained on in addition to them.
         """
         prompts, responses = sequences.prompt_lengths, sequences.response_lengths
         found = {

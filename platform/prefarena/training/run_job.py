@@ -44,7 +44,7 @@ from prefarena.training.worker import Worker
 def run_job(job: Job, worker: Worker, source: RolloutSource | None = None, judge: Judge | None = None) -> None:
     """Run `job` to its manifest, or to its failure. Every worker of the group calls this; rank 0 writes.
 
-    source, judge: in place of the generators and the reward that a job names whose policy responds while it learns.
+    source, judge: replace the generators and the reward named by a job whose policy responds while it learns.
 
     Raises StorageFullError where there is no room for what it writes; its last checkpoint is whole then. Raises
     GeneratorLostError, and leaves the stage as it is, where new generation actors may help.
@@ -155,7 +155,7 @@ def _terms(
 
 
 def _method_term(job: OffPolicyJob, shares: Shares, pad_id: int) -> Term:
-    """The method's own."""
+    """The term of the method itself."""
     method = job.method
     if isinstance(method, Pairwise) and job.replayed is not None:
         return ReplayTerm(job, method, shares, pad_id)

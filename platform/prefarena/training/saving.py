@@ -45,13 +45,13 @@ def save_spread(
 
 
 def snapshot_steps(num_steps: int, num_snapshots: int) -> list[int]:
-    """After how many updates a snapshot is kept: `num_snapshots` of them evenly between the start and the end."""
+    """The numbers of updates after which a snapshot is kept: `num_snapshots` of them, evenly between start and end."""
     marks = {round(k * num_steps / (num_snapshots + 1)) for k in range(1, num_snapshots + 1)}
     return sorted(marks - {0, num_steps})
 
 
 def keep_snapshot(stage_dir: str | Path, step: int, worker: Worker, save: Callable[[Path], None]) -> None:
-    """A policy at `snapshots/<updates done>`, by `save` to a folder, which appears whole. Every worker calls this."""
+    """Keep a policy in `snapshots/<updates done>`; `save` writes the folder, and every worker calls this."""
     folder = Path(stage_dir) / SNAPSHOTS / f"{step:05d}"
     partial_folder = folder.with_name(f".{folder.name}-{os.getpid()}")
     save(partial_folder)
@@ -71,7 +71,7 @@ def save_as_it_is(
     *,
     has_adapters: bool,
 ) -> None:
-    """A policy in the midst of its training, adapters merged, by rank 0; nothing of the model is changed.
+    """Save a policy during its training, adapters merged, by rank 0; the model is not changed.
 
     Every worker calls this. plain: as in `save_spread`.
     """
@@ -93,7 +93,7 @@ def save_trained(
     *,
     has_adapters: bool,
 ) -> PreTrainedModel | None:
-    """What a job has trained, adapters merged and kept beside it; every worker calls this.
+    """Save what a job has trained, with adapters merged, and the adapters next to it; every worker calls this.
 
     Returns the plain model where every worker has it whole. plain: as in `save_spread`.
     """

@@ -1,4 +1,4 @@
-"""The learning rate's course."""
+"""The schedule of the learning rate."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ def shard(
     *,
     offload: bool = False,
 ) -> nn.Module:
-    """The module itself, its parameters now DTensors on `device`; in float32, whatever it computes in.
+    """Return the module itself, its parameters now DTensors on `device`, in float32 whatever it computes in.
 
     head: what embedding, last norm and head compute in, where that is not `precision`. Gradients are summed in float32
     and averaged over the workers, as DDP does. offload: parameters and gradients are on the host.
@@ -66,5 +66,5 @@ def is_sharded(module: nn.Module) -> bool:
 
 
 def kept_on_rank_0(named_tensors: Iterable[tuple[str, Tensor]], rank: int) -> dict[str, Tensor]:
-    """Tensors that are made whole one by one, on rank 0's CPU; the others take part in making them and keep none."""
+    """Gather tensors one by one to rank 0's CPU; the other ranks take part in gathering and keep none."""
     return {name: tensor.detach().cpu() for name, tensor in named_tensors if rank == 0}

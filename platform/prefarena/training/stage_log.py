@@ -1,4 +1,4 @@
-"""What a training says of itself while it runs: rows of metrics, and faults that were mended.
+"""What a training reports while it runs: rows of metrics, and faults from which it recovered.
 
 Both are JSON lines in the stage's folder. Rank 0 alone writes, and only while its attempt is the current one: a worker
 that is left over from a run whose node or driver died must not write between the lines of its successor.
@@ -37,7 +37,7 @@ class StageLog:
         self._begun = False
 
     def begin_attempt(self) -> None:
-        """Have this attempt be the current one; every earlier one is refused from now on. For rank 0."""
+        """Make this attempt the current one; every earlier one is refused from now on. For rank 0."""
         write_json(self._stage_dir / ATTEMPT, {"attempt": self._attempt()})
         push(self._stage_dir / ATTEMPT)
         self._begun = True
@@ -53,7 +53,7 @@ class StageLog:
         self._append(METRICS, {name: value for name, value in row.items() if _can_be_written(value)})
 
     def fault(self, kind: str, message: str, **details: Any) -> None:
-        """Keep a record of what went wrong and was mended, for the report."""
+        """Keep a record of a fault from which the run recovered, for the report."""
         if self._rank == 0:
             _logger.warning("%s: %s", self._stage_dir.name, message)
             self._append(FAULTS, {"kind": kind, "message": message, "time": time.time(), **details})

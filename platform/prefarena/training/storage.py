@@ -1,4 +1,4 @@
-"""Shared storage that fails: for a while, so that it is asked again, or because it is full, which is said once."""
+"""Failing shared storage: calls are repeated while it may recover, and a full disk is reported at once."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def errno_of(error: OSError | SafetensorError) -> int:
 
 
 def retried(call: Callable[[], Value], limit_s: float, what: str, pause: Callable[[float], None] = time.sleep) -> Value:
-    """What `call` returns; while storage fails in a way that may pass it is called again, with ever longer pauses.
+    """Return what `call` returns; while storage fails in a way that may pass, repeat it with ever longer pauses.
 
     `call` must bear being repeated. Raises StorageError, naming `what`, when it still fails after pauses of
     `limit_s` in all; other errors at once.

@@ -1,4 +1,4 @@
-"""FLOPs of a job: what the passes of its models went through, on all workers, by the models' shapes."""
+"""FLOPs of a job, computed from its models' shapes and the tokens that passed through them, on all workers."""
 
 from __future__ import annotations
 

@@ -39,7 +39,7 @@ Rows = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Shares:
-    """How batches are cut: sizes and seed of a job, the number of workers, and whether pairs share their prompt."""
+    """How batches are split: sizes and seed of a job, the number of workers, and whether pairs share their prompt."""
 
     training: Optimisation
     world_size: int
@@ -65,7 +65,7 @@ class Term(ABC):
         self.pad_id = pad_id
 
     def count(self, step: int) -> float:
-        """What the loss's sum over the whole step, on all workers, is divided by."""
+        """The count that the loss's sum over the whole step, on all workers, is divided by."""
         return float(self.plan.batch_size)
 
     def num_tokens(self, step: int) -> int:
@@ -77,7 +77,7 @@ class Term(ABC):
         return 0
 
     def begin(self, step: int, learner: Learner, worker: Worker) -> None:  # noqa: B027 - most have nothing to do
-        """What the loss needs to know of the whole step, of all workers, before its first gradient."""
+        """Compute what the loss needs to know about the whole step, on all workers, before its first gradient."""
 
     @abstractmethod
     def __call__(self, module: nn.Module, rows: Rows, device: torch.device) -> ObjectiveOutput:
@@ -85,7 +85,7 @@ class Term(ABC):
 
 
 class Pairs:
-    """A table of pairs, ready to be taken from."""
+    """A table of pairs from which batches are taken."""
 
     def __init__(
         self,
@@ -98,7 +98,7 @@ class Pairs:
     ) -> None:
         """rows: a table, or where it is. referenced, shared: whether it is one of REFERENCED_PAIRS or SHARED_PAIRS.
 
-        first: of what is read, no more than so many rows.
+        first: read at most this many rows.
         """
         table = read_rows(rows, first=first) if isinstance(rows, str) else rows
         self.prompts = TokenColumn.of(table, "prompt_ids")
@@ -112,7 +112,7 @@ class Pairs:
             self._numbers["score_gap"] = torch.from_numpy(chosen - rejected)
 
     def responses(self, rows: Rows) -> list[list[NDArray[np.int32]]]:
-        """Chosen and rejected of each pair."""
+        """Both responses of each pair, chosen and rejected."""
         return [list(pair) for pair in zip(self.chosen.take(rows), self.rejected.take(rows), strict=True)]
 
     def numbers(self, name: str, rows: Rows, device: torch.device) -> Tensor:
@@ -120,7 +120,7 @@ class Pairs:
         return self._numbers[name][rows].to(device, non_blocking=True)
 
     def plan(self, shares: Shares) -> BatchPlan:
-        """Sorted by the tokens of both sequences; a shared prompt takes its tokens once."""
+        """The batch plan, sorted by the tokens of both sequences; the tokens of a shared prompt count once."""
         responses = self.chosen.lengths + self.rejected.lengths
         lengths = 2 * self.prompts.lengths + responses
         return shares.plan(lengths, self.prompts.lengths + responses if shares.packed else lengths)
@@ -148,7 +148,7 @@ class PairsTerm(Term):
         return module(batch)[0], batch
 
     def labels(self, rows: Rows, device: torch.device) -> Tensor:
-        """[B]."""
+        """The labels P(chosen > rejected), [B]."""
         return self.pairs.numbers("label", rows, device)
 
     def reference(self, rows: Rows, device: torch.device, kind: str = "") -> PairLogps:
@@ -174,7 +174,8 @@ class PreferenceTerm(PairsTerm):
     def origin(self, num_steps: int) -> dict[str, Any]:
         """Labels and age of the pairs that so many steps are trained on, for the manifest.
 
-        num_data_labels: different pairs of the table. mean_age: in steps, as if the reference had said all of them.
+        num_data_labels: different pairs of the table. mean_age: in steps, as if the reference had generated all of
+        them.
         """
         trained = num_steps * self.plan.batch_size
         labels = min(trained, len(self.plan.lengths))  # every epoch uses each row once
@@ -208,7 +209,7 @@ class LikelihoodTerm(Term):
         loss_on: Literal["response", "all"] = "response",
         first: int | None = None,
     ) -> None:
-        """path: a table of responses, or of pairs, whose chosen responses are taken. first: no more of its rows."""
+        """path: a table of responses, or of pairs, whose chosen responses are taken. first: how many rows are used."""
         table = read_rows(path, first=first)
         response = "response_ids" if "response_ids" in table.column_names else "chosen_ids"
         self.prompts, self.responses = TokenColumn.of(table, "prompt_ids"), TokenColumn.of(table, response)
@@ -249,7 +250,7 @@ class PretrainingTerm(Term):
 
 
 def regularising(regulariser: Regulariser, shares: Shares, pad_id: int) -> list[Term]:
-    """The eta and gamma terms that are at work."""
+    """The eta and gamma terms that are active."""
     terms: list[Term] = []
     if regulariser.demonstrations is not None and regulariser.demonstration_weight > 0:
         weight, mean = regulariser.demonstration_weight, regulariser.demonstration_mean
@@ -286,5 +287,5 @@ def pair_scores(head: nn.Module, pairs: Pairs, rows: Rows, device: torch.device,
 
 
 def _pairs(values: Tensor) -> PairLogps:
-    """[2B], chosen and rejected in turn, to both halves."""
+    """Split [2B], in which chosen and rejected alternate, into both halves."""
     return PairLogps(values[0::2], values[1::2])

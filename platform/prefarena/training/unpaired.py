@@ -30,7 +30,7 @@ class UnpairedTerm(Term):
     name = "responses"
 
     def __init__(self, path: str, method: Unpaired, shares: Shares, pad_id: int, pairs: str | None = None) -> None:
-        """pairs: the table that the responses are of, which `num_pairs` counts."""
+        """pairs: the table that the responses come from; `num_pairs` counts its rows."""
         table = read_rows(path)
         if method.num_pairs is not None and pairs is not None:
             table = of_pairs(table, read_rows(pairs, ["id"], first=method.num_pairs)["id"].to_pylist())
@@ -45,7 +45,7 @@ class UnpairedTerm(Term):
         self._baseline: Tensor | None = None
 
     def num_tokens(self, step: int) -> int:
-        """Those of both passes."""
+        """Count the tokens of both passes."""
         return super().num_tokens(step) + int(self._first_plan().sizes[self.plan.rows(step)].sum())
 
     def begin(self, step: int, learner: Learner, worker: Worker) -> None:

@@ -15,7 +15,7 @@ from prefarena.training.worker import Worker
 class Window:
     """Sums of metrics since the last logged row, on the device: nothing is copied to the host in between.
 
-    means: of the step under way. `close` ends it, and drops what it added where the step was skipped.
+    means: those of the current step. `close` ends it, and drops what it added where the step was skipped.
     """
 
     means: dict[str, Mean] = field(default_factory=dict)
@@ -32,7 +32,7 @@ class Window:
         self.means = {}
 
     def reduce(self, worker: Worker) -> dict[str, float]:
-        """The means over all workers, of what was counted at all; the window is emptied. `close` comes before."""
+        """Return the means over all workers of all that was counted, and empty the window. Call `close` before."""
         totals: dict[str, Tensor] = {}
         for names, steps in self._closed.items():
             sums = torch.stack(steps).double().sum(0).view(-1, 2)

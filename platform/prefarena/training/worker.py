@@ -64,7 +64,7 @@ class Worker:
         return DistributedDataParallel(module, gradient_as_bucket_view=True) if self.world_size > 1 else module
 
     def distribute(self, module: nn.Module, precision: Arithmetic) -> nn.Module:
-        """The same, or spread over the workers where `sharding` says so; it then computes in `precision` of itself."""
+        """Wrap the module, or spread it over workers if `sharding` says so; it then casts to `precision` itself."""
         if self.shards:
             return self._read_awaited(self._spread(module, precision))
         return self.wrap(module)
@@ -80,9 +80,9 @@ class Worker:
         return shard(module, self.world_size, self.device, precision, head, offload=self.offloads)
 
     def _read_awaited(self, module: nn.Module) -> nn.Module:
-        """The module, this worker's rows of its weights read where they are not there yet.
+        """Return the module, after reading this worker's rows of weights that are not loaded yet.
 
-        Raises UserError on all workers where one of them finds numbers that cannot be.
+        Raises UserError on all workers where one of them finds invalid numbers.
         """
         if is_awaited(module):
             where = torch.device("cpu") if self.offloads else self.device
@@ -91,7 +91,7 @@ class Worker:
 
     @property
     def shards(self) -> bool:
-        """Whether models are spread over the workers; one worker alone has nothing to spread, unless to the host."""
+        """Whether models are spread over the workers; a single worker has nothing to spread, except to the host."""
         return self.sharding == "fsdp" and (self.world_size > 1 or self.offloads)
 
     @property
@@ -120,13 +120,13 @@ class Worker:
             gradient.copy_(part.view_as(gradient))
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over workers, the same on all of them."""
+        """Return the sum over workers, the same on all of them."""
         if self.world_size > 1:
             dist.all_reduce(tensor)
         return tensor
 
     def share(self, value: Any) -> Any:
-        """Rank 0's value, on all workers."""
+        """Return rank 0's value on all workers."""
         if self.world_size == 1:
             return value
         values = [value]
@@ -134,7 +134,7 @@ class Worker:
         return values[0]
 
     def gathered(self, value: Any) -> list[Any]:
-        """Every worker's value, in the order of their ranks."""
+        """Return every worker's value, in the order of their ranks."""
         if self.world_size == 1:
             return [value]
         values: list[Any] = [None] * self.world_size
@@ -142,7 +142,7 @@ class Worker:
         return values
 
     def on_any(self, flag: bool) -> bool:
-        """Whether it holds on some worker; the same on all of them."""
+        """Whether the condition holds on any worker; the same on all of them."""
         return bool(self.sum(torch.tensor(float(flag), device=self.device)))
 
     # ------------------------------------------------------------------------------------------- what it says
@@ -237,7 +237,7 @@ class Worker:
     def costs(self, *, num_beside: float = 0, **counts: Any) -> dict[str, Any]:
         """What the job has cost so far: seconds, device-seconds, this worker's peak memory, and `counts`.
 
-        num_beside: devices that it held beside those of its workers.
+        num_beside: devices that it held in addition to those of its workers.
         """
         wall = time.perf_counter() - self._started
         held = wall * (self.world_size + num_beside)
@@ -252,27 +252,27 @@ class Worker:
         process_memory.forget_peak()
 
     def spares(self, settings: LearnerSettings) -> bool:
-        """Whether memory counts for more than speed in such a training; layers that are gathered come and go, too."""
+        """Whether memory counts for more than speed in such a training; gathered layers are temporary tensors, too."""
         return settings.spares_memory or self.shards
 
     def spare_memory(self) -> None:
-        """Until the next job begins memory counts for more than speed, where the two are at odds."""
+        """Prefer low memory use to speed until the next job begins, where the two conflict."""
         if self.device.type == "cpu":
             process_memory.return_tensors(at_once=True)
 
     def drop_garbage(self) -> None:
-        """Give back what a job has held that is of no use any more: the next one of the group needs the room.
+        """Free what a job held and no longer needs: the next one of the group needs the room.
 
         A model that ends in a reference cycle (FSDP's hooks and recomputed layers' forward methods refer to their
         modules, which refer to them) is freed by a garbage collection alone, which Python runs when many small objects
-        were made, however large a few tensors are. What the GPU's allocator keeps of it would not be of use to another
-        process, such as an engine on the same GPU.
+        were made, however large a few tensors are. The memory that the GPU's allocator keeps is lost to other
+        processes, such as an engine on the same GPU.
         """
         gc.collect()
         self.give_back_cache()
 
     def give_back_cache(self) -> None:
-        """What the GPU's allocator keeps of freed tensors, to whatever else runs there."""
+        """Return the freed memory that the GPU's allocator keeps, for other processes on that GPU."""
         if self.device.type == "cuda":
             torch.cuda.empty_cache()
 

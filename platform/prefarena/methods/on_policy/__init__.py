@@ -11,7 +11,7 @@ from prefarena.settings.on_policy import OnPolicy, OnPolicyTraining
 
 
 def discover() -> dict[str, type[OnPolicy]]:
-    """Every method by its kind, sorted by it. Raises TypeError where a file of the package holds none, or not one."""
+    """Every method by its kind, sorted. Raises TypeError where a file of the package does not hold exactly one."""
     found = found_in(__path__, __name__, OnPolicy, "one class that is an OnPolicy, with its `training`, is wanted")
     for kind, method in found.items():
         training = method.model_fields.get("training")
