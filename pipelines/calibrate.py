@@ -1,4 +1,4 @@
-"""The short timed run behind an estimate for this machine: micro-batches, responses, a model read and written."""
+"""The short timed run behind an estimate for this machine: micro-batches, responses, reading and writing a model."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ from prefarena.tasks.language import Language
 
 #: Seconds that one timed pass, and one timed call of the engine, may take.
 _PASS_S, _CALL_S = 6.0, 15.0
-#: What nobody can know of a run that comes: other load of the machine, responses of other lengths.
+#: For what nobody can know about a future run: other load on the machine, responses of other lengths.
 _LEAST_MARGIN = 0.25
 #: Measured on two cores: Ray Data's actors import torch and transformers, and read a model.
 _START_S = 4.0
-_FEW = 8  # responses of the smaller call
-_ROWS = 1000  # that are written as a table
-_BUSY = 0.9  # share of a CPU below which it is said
+_FEW = 8  # responses in the smaller call
+_ROWS = 1000  # rows of the table that is written
+_BUSY = 0.9  # share of a CPU below which the user is told
 
 
 @dataclass(frozen=True)
 class Calibrated:
-    """responses: tokens of what the model answers, where that was seen; none: other models answer."""
+    """responses: lengths of the model's answers in tokens, if they were seen; empty if other models will answer."""
 
     measured: Measured
     responses: tuple[int, ...]
@@ -73,30 +73,30 @@ def calibrate(
     training, forward, steps, spreads, had = {}, {}, {}, [0.0], 1.0
     for manner, (settings, most) in _manners(config, workload.data, memory, stages).items():
         beside = f", {manner.processes} processes at a time" if manner.processes > 1 else ""
-        say(f"timing passes of training in {manner.precision}{beside} …")
+        say(f"timing training passes in {manner.precision}{beside} …")
         timed = _time(model_folder, settings, workload, most, bench, manner.processes - 1)
         training[manner], forward[manner], steps[manner] = timed.training, timed.forward, timed.step
         spreads.append(timed.spread)
         had = min(had, timed.had)
     for manner in {part.manner for part in parts if isinstance(part, Passes)} - set(forward):
-        say(f"timing passes of scoring in {manner.precision} …")
+        say(f"timing scoring passes in {manner.precision} …")
         counts = workload.counts(manner.lora)
         forward[manner] = time_scoring(load_policy(model_folder), manner, counts, 64, bench)
     listing: dict[str, float] = {}
     if any(isinstance(part, Listing) for part in parts) and isinstance(config.task, LanguageTask):
-        say("timing the listing of every response …")
+        say("timing how long it takes to list every response …")
         listing = time_listing(load_policy(model_folder), new_reward_model(model_folder, 0), Language(config.task))
     engine: _Engine | None = None
     if calls := [part for part in parts if isinstance(part, Sampling)]:
         say("starting an engine, and timing a few responses …")
-        # By the clock, of which this machine's other work had a part just before.
+        # Timed by the clock, which includes other work on this machine: as much as there was a moment ago.
         engine = _time_engine(config, workload, calls, model_folder).times(had)
     judging: dict[EvaluationJudge, float] = {}
     for judge in {part.judge: None for part in parts if isinstance(part, Judging)}:
         say(f"timing the judge of kind {judge.kind} …")
         judging[judge] = had * _time_judge(judge, model_folder, config, engine.rollouts if engine else [])
     if had < _BUSY:
-        say(f"this machine is busy: passes had {had:.0%} of a CPU; the seconds are those of one that is not")
+        say(f"this machine is busy: passes got {had:.0%} of a CPU; the seconds shown are those of an idle machine")
     margin = max(_LEAST_MARGIN, float(np.median(spreads)))
     measured = Measured(
         training, forward, steps, engine.sampling if engine else None, engine.sending if engine else 0.0,
@@ -109,7 +109,7 @@ def calibrate(
 
 
 def _files(config: Comparison, tokenizer: PreTrainedTokenizerBase, folder: Path) -> tuple[str, float, float]:
-    """The folder of the model, and the seconds of reading it, and of writing one."""
+    """The model's folder, and the seconds that reading and writing it take."""
     if isinstance(config.model, PretrainedModel):
         made: PreTrainedModel = load_policy(config.model.path, config.model.revision)
     else:
@@ -127,7 +127,7 @@ def _files(config: Comparison, tokenizer: PreTrainedTokenizerBase, folder: Path)
 def _manners(
     config: Comparison, data: Data, memory: dict[str, Held], stages: list[Planned]
 ) -> dict[Manner, tuple[LearnerSettings, int]]:
-    """How trainings compute, each with the settings of one that does, and the pairs of its largest pass."""
+    """The ways that training runs compute, each with the settings of one such run and the pairs in its largest pass."""
     found: dict[Manner, tuple[LearnerSettings, int]] = {}
     of_stages = {one.work.memory: _manner(one.work) for one in stages if one.work.memory is not None}
     size = data.pairs.mean_prompt + 2 * data.pairs.mean_response
@@ -143,12 +143,12 @@ def _manners(
 
 
 def _manner(work: StageWork) -> Manner:
-    """Of a training's passes."""
+    """How a training run's passes compute."""
     return next(part.manner for _, part in work.parts if isinstance(part, Passes) and part.backward)
 
 
 def _time(folder: str, settings: LearnerSettings, workload: Workload, most: int, bench: Bench, beside: int) -> Timed:
-    """Of trainings with these settings, so many others `beside` them; on-policy ones are timed by pairs too."""
+    """Time training with these settings while `beside` others train; on-policy methods are timed on pairs, too."""
     names = LearnerSettings.model_fields
     plain = Optimisation(**{name: getattr(settings, name) for name in names})
     with company(beside, partial(keep_training, folder, plain, most, bench)):
@@ -157,7 +157,7 @@ def _time(folder: str, settings: LearnerSettings, workload: Workload, most: int,
 
 @dataclass(frozen=True)
 class _Engine:
-    """Calls by their tokens, the start, an update of weights, one that is read, and what was answered."""
+    """Seconds of calls by their tokens, of the start, of sending weights and of loading them; and the answers."""
 
     sampling: Curve
     starting: float
@@ -166,13 +166,13 @@ class _Engine:
     rollouts: list[Rollout]
 
     def times(self, factor: float) -> _Engine:
-        """All seconds multiplied."""
+        """The same with all seconds multiplied."""
         seconds = (factor * self.starting, factor * self.sending, factor * self.loading)
         return _Engine(self.sampling.times(factor), *seconds, self.rollouts)
 
 
 def _time_engine(config: Comparison, workload: Workload, calls: list[Sampling], folder: str) -> _Engine:
-    """On the data's own prompts, since a model answers other ones at other lengths."""
+    """Time the engine on the data's own prompts, since the length of an answer depends on the prompt."""
     from prefarena.generation.fleet import Generators
 
     model, prompts = load_policy(folder), workload.data.some_prompts
@@ -214,19 +214,19 @@ def _time_engine(config: Comparison, workload: Workload, calls: list[Sampling], 
 
 
 def _time_judge(judge: EvaluationJudge, folder: str, config: Comparison, rollouts: list[Rollout]) -> float:
-    """Seconds of a response's score, by the responses that the engine gave. Raises UserError where there is none."""
+    """Seconds to score a response, timed on the engine's own. Raises UserError if the judge cannot be used."""
     spec = JudgeSpec(judge, None, folder, arithmetic=config.scored_in, may_be_silent=True)
     scorer = load_judge(spec, config.evaluation.batch_size, config.resources.device)
     prompts, responses = [one.prompt_ids for one in rollouts], [one.response_ids for one in rollouts]
     try:
-        scorer.score(prompts[:1], responses[:1])  # what is done but once
+        scorer.score(prompts[:1], responses[:1])  # what is done only once
         return _seconds(lambda: scorer.score(prompts, responses)) / len(rollouts)
     except JudgeError as error:
         raise UserError(str(error)) from None
 
 
 def _time_row(folder: Path) -> float:
-    """Seconds of a pair that is written."""
+    """Seconds to write a pair."""
     ids = list(range(32))
     row = {"id": "0" * 16, "prompt_ids": ids, "chosen_ids": ids, "rejected_ids": ids, "label": 1.0, "source": ""}
     table = [row | {"score_chosen": None, "score_rejected": None}] * _ROWS
@@ -244,7 +244,7 @@ def _seconds(work: Callable[[], object]) -> float:
 
 
 def tokenizer_of(config: Comparison, folder: Path, trained: str | None) -> PreTrainedTokenizerBase:
-    """The language's own, the pretrained model's, or one that was `trained` for a new model."""
+    """The language's own tokenizer, the pretrained model's, or the one in `trained`, made for a new model."""
     if isinstance(config.task, LanguageTask):
         return Language(config.task).tokenizer()
     if isinstance(config.model, PretrainedModel):

@@ -37,15 +37,15 @@ from prefarena.report.results import load_results
 #: Where the tokenizer of a new model of text is.
 TOKENIZER = "tokenizer"
 _TUNED = (
-    "Trials of later batches are taken to do the work of the first batch, which is known, and the winners that of the "
-    "settings as they are."
+    "Trials of later batches are assumed to do the same work as those of the first batch, which are known, and the "
+    "winners the work of the settings as they are now."
 )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the estimate. Returns the exit status."""
     if arguments.tune and arguments.beside:
-        raise UserError("--beside shows what a comparison took, and --tune is about its trials; leave one of them out")
+        raise UserError("--beside shows what a comparison took, but --tune is about trials; leave one of them out")
     if arguments.price is not None and arguments.price < 0:
         raise UserError(f"--price: an hour cannot cost {arguments.price:g}; give what one device costs for an hour")
     cards = parse_cards(arguments.gpus) if arguments.gpus else None
@@ -64,11 +64,11 @@ def run(arguments: argparse.Namespace) -> int:
     console.print(entry_table(stages, arguments.price).rich())
     if results is not None:
         console.print(beside_table(stages, results).rich())
-    console.print(f"All of it, evaluations too: {shown(device_hours(together(stages)))} device-hours.", markup=False)
+    console.print(f"In total, with evaluations: {shown(device_hours(together(stages)))} device-hours.", markup=False)
     if arguments.tune:
         console.print(_TUNED, markup=False)
     for sentence in not_estimated(config, elsewhere=cards is not None):
-        console.print(f"Not in it: {sentence}.", markup=False)
+        console.print(f"Not included: {sentence}.", markup=False)
     return 0
 
 
@@ -103,7 +103,7 @@ class Estimator:
         return Workload(config, settings, data, {}, response_limit(config.task))
 
     def _calibrated(self, workload: Workload) -> Calibrated | None:
-        """What this machine takes for what the workload is made of; None: it is not about this machine."""
+        """How long the parts of the workload take on this machine; None if the estimate is for other hardware."""
         if self._cards is not None:
             return None
         config, (sized, memory) = workload.config, self._sized(workload)
@@ -113,7 +113,7 @@ class Estimator:
 
     def _stages(self, workload: Workload, calibrated: Calibrated | None) -> list[Estimated]:
         if calibrated is not None and calibrated.responses:
-            # What the model answers, rather than what the data answer, or what it may answer.
+            # As long as the model's own answers, rather than as the data's, or as the limit.
             workload = replace(workload, data=workload.data.answered(calibrated.responses))
         workload, memory = self._sized(workload)
         if self._cards is not None:
@@ -123,7 +123,7 @@ class Estimator:
         return estimate(planned(workload), speeds, memory)
 
     def _sized(self, workload: Workload) -> tuple[Workload, dict[str, Held]]:
-        """With the sizes of passes that trainings will choose, and the memory that they need in them."""
+        """The workload with the pass sizes that training runs will choose, and the memory that they need for them."""
         config, cards = workload.config, self._cards
         gib, most = cards.card.gib if cards else None, Lengths(*longest(config.task))
         lengths, number = workload.in_passes, workload.in_one_pass
@@ -132,7 +132,7 @@ class Estimator:
 
 
 def _data(config: Comparison, folder: Path) -> tuple[Data, str | None]:
-    """What there will be to train on; and the path of the tokenizer, where a new model needs one."""
+    """What there will be to train on, and the path of the tokenizer if a new model needs one."""
     task = config.task
     if isinstance(task, LanguageTask):
         return of_language(task), None
@@ -151,9 +151,9 @@ def _data(config: Comparison, folder: Path) -> tuple[Data, str | None]:
 
 
 def on_cards(config: Comparison, cards: Cards) -> tuple[Comparison, str]:
-    """The comparison laid out for so many cards, and how: as it is where it asks for GPUs, else as `init` does it.
+    """The comparison laid out for these cards, and a note on how: unchanged if it asks for GPUs, else as `init` would.
 
-    Raises UserError where it asks for more than there are.
+    Raises UserError if it asks for more GPUs than there are.
     """
     resources, generation = config.resources, config.generation
     if resources.use_gpu:
@@ -178,5 +178,5 @@ def on_cards(config: Comparison, cards: Cards) -> tuple[Comparison, str]:
             "generation": generation.model_copy(update={**engines, **engine}),
         }
     )
-    told = f"on {cards}: {hardware.num_workers} to train, {engines['num_actors']} to generate, as `init` lays it out"
+    told = f"on {cards}: {hardware.num_workers} train and {engines['num_actors']} generate, the way `init` lays it out"
     return laid_out, told if cards.number > 1 else f"on {cards}, which training and the engine share"

@@ -1,4 +1,4 @@
-"""An estimate as tables: by stage, by entry, and beside what a finished run took."""
+"""An estimate as tables: by stage, by entry, and next to what a finished run took."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _SHARED = "shared by all"
 
 
 def stage_table(stages: Sequence[Estimated], price: float | None) -> Table:
-    """One row a stage."""
+    """One row per stage."""
     rows = tuple(
         (
             one.entry or _SHARED,
@@ -44,13 +44,13 @@ def stage_table(stages: Sequence[Estimated], price: float | None) -> Table:
 
 
 _CAPTION = (
-    "Seconds of the stage done once, and the range in which they are expected; device-hours of all seeds. Memory: of a "
-    "training worker at its peak; ✗: more than it may take."
+    "Seconds: for running the stage once, with the expected range. Device-hours: for all seeds. Memory: the peak of a "
+    "training worker; ✗ marks more than it may use."
 )
 
 
 def entry_table(stages: Sequence[Estimated], price: float | None) -> Table:
-    """One row an entry, with the ratio to the cheapest."""
+    """One row per entry, with the ratio to the cheapest."""
     costs = by_entry(stages)
     rows = tuple(
         (
@@ -67,12 +67,12 @@ def entry_table(stages: Sequence[Estimated], price: float | None) -> Table:
         for one in costs
     )
     header = ("entry", "ratio", "device-hours", "seconds", "memory, MiB", "tokens trained", "tokens generated", "FLOPs")
-    caption = "An entry's own stages, of all seeds, without evaluation and without what all share."
+    caption = "Each entry's own stages over all seeds, without evaluation and without the stages that all share."
     return Table("estimate by entry", (*header, *([] if price is None else ["price"])), rows, caption)
 
 
 def beside_table(stages: Sequence[Estimated], results: Results) -> Table:
-    """Estimated and measured seconds and memory of every stage that a finished run has, and of every entry."""
+    """Estimated and measured seconds and memory for every stage of a finished run, and for every entry."""
     rows, strong = [], set[int]()
     for one in stages:
         own = [cost for cost in results.costs if (cost.stage, cost.entry) == (one.stage, one.entry)]
@@ -88,8 +88,10 @@ def beside_table(stages: Sequence[Estimated], results: Results) -> Table:
             cells = (cost.entry, "total", shown(cost.seconds), number(measured, 1), ratio, within)
             rows.append(cells + (MISSING,) * 3)
     header = ("policy", "stage", "seconds", "measured", "ratio", "in range", "memory, MiB", "measured", "ratio")
-    caption = "Ratio: estimated by measured. A finished run's stages are means over seeds; memory is the largest."
-    return Table(f"estimate beside {results.name}", header, tuple(rows), caption, 2, frozenset(strong))
+    caption = (
+        "Ratio: estimated divided by measured. Measured seconds are means over seeds, measured memory the largest."
+    )
+    return Table(f"estimate compared with {results.name}", header, tuple(rows), caption, 2, frozenset(strong))
 
 
 def _beside(owner: str, stage: str, one: Estimated, own: Sequence[Cost]) -> tuple[str, ...]:
@@ -108,7 +110,7 @@ def _ratio(estimated: float, measured: float) -> str:
 
 
 def shown(value: Interval) -> str:
-    """Three significant digits, and the range with two where there is one."""
+    """Three significant digits, followed by the range, if there is one, with two."""
     if value.high == 0:
         return MISSING
     middle = _digits(value.middle, 3)
@@ -123,7 +125,7 @@ def _digits(value: float, number_of: int) -> str:
 
 
 def _count(value: float) -> str:
-    """As 1.2M; FLOPs as 3.4e15."""
+    """A count such as 1.2M, or 3.4e15 for FLOPs."""
     for limit, letter in ((1e15, None), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if value >= limit:
             return f"{value:.1e}".replace("e+", "e") if letter is None else f"{value / limit:.1f}{letter}"

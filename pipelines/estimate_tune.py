@@ -1,7 +1,7 @@
 """What `prefarena tune` will cost: the trials of every entry, and then the comparison of the winners.
 
-What is proposed first is known before anything runs, and what later batches will propose is not: they are taken to do
-the work of the first one, trial by trial.
+What the first batch proposes is known before anything runs; what later batches will propose is not, so they are assumed
+to do the same work as the first one, trial by trial.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from prefarena.estimate.stages import planned
 from prefarena.estimate.trainings import Workload
 from prefarena.tuning.study import Sampling, Study, check_installed
 
-#: Of a reward that is learned, which trials share unless it is searched itself.
+#: The stages of a learned reward, which trials share unless its own settings are searched.
 _OF_REWARD = ("reward model", "evaluation (scores of all responses)")
 
 
 @dataclass(frozen=True)
 class Trials:
-    """The first batch of an entry's trials: those that differ in what they do, and how many of it are like each."""
+    """The first batch of an entry's trials: one for each kind of work that they do, and how many do the same work."""
 
     entry: Entry
     like: dict[str, int]
@@ -50,9 +50,9 @@ class Trials:
 
 
 def first_trials(config: Comparison, workload: Workload) -> list[Trials]:
-    """What is proposed first of every entry with something to search. workload: of the comparison.
+    """The first proposals for every entry with something to search. workload: that of the comparison.
 
-    Raises UserError as `prefarena tune` does before it starts.
+    Raises the UserErrors that `prefarena tune` raises before it starts.
     """
     check_installed()
     tuning, found = config.tuning, []
@@ -70,7 +70,7 @@ def first_trials(config: Comparison, workload: Workload) -> list[Trials]:
 
 
 def _by_work(workload: Workload, trials: Sequence[Entry]) -> list[list[Entry]]:
-    """Trials that do the same, such as those whose learning rates alone differ, together."""
+    """Groups of trials that do the same work, such as those that differ only in their learning rates."""
     kinds: list[tuple[list[object], list[Entry]]] = []
     for trial in trials:
         alone = replace(workload, config=workload.config.model_copy(update={"entries": (trial,)}))
@@ -84,14 +84,14 @@ def _by_work(workload: Workload, trials: Sequence[Entry]) -> list[list[Entry]]:
 
 
 def of_trials(config: Comparison, trials: Sequence[Trials]) -> Comparison:
-    """The comparison of the trials that are looked at, on what trials are measured on."""
+    """The comparison of the trials that are estimated, on the prompts that trials are measured on."""
     return selection(config, [entry for one in trials for entry in one.entries], config.tuning.seeds)
 
 
 def with_trials(
     config: Comparison, trials: Sequence[Trials], tried: Sequence[Estimated], winners: Sequence[Estimated]
 ) -> list[Estimated]:
-    """All stages of a tuning. tried: those of `of_trials`, each done once; winners: those of the comparison."""
+    """All stages of tuning. tried: the stages of `of_trials`, each run once; winners: those of the comparison."""
     shared = [replace(one, stage=OF_TRIALS + one.stage) for one in tried if one.entry is None]
     own: list[Estimated] = []
     for one in trials:
@@ -105,7 +105,7 @@ def with_trials(
 
 
 def num_trainings(config: Comparison, once: Interval) -> int:
-    """How often the trials of an entry are trained, all seeds together. once: device-seconds of one of them."""
+    """How many training runs an entry's trials make, over all seeds. once: the device-seconds of one of them."""
     tuning = config.tuning
     seeds, left, number, spent = len(tuning.seeds), tuning.num_trials, 0, 0.0
     while left > 0 and (tuning.device_seconds is None or spent < tuning.device_seconds):

@@ -251,7 +251,7 @@ def test_processes_beside_the_timed_one_live_as_long_as_it_is_timed() -> None:
 
 
 def test_a_process_that_cannot_run_beside_others_is_told_in_a_sentence() -> None:
-    with pytest.raises(UserError, match="2 trainings do not run side by side"), company(1, dies):
+    with pytest.raises(UserError, match="no room for 2 training processes"), company(1, dies):
         pass
     assert multiprocessing.active_children() == []
 
@@ -371,7 +371,7 @@ def test_this_machine_is_timed_without_ray_where_nothing_generates(
     )
     assert main(["estimate", str(path)]) == 0
     shown = capsys.readouterr().out
-    assert "timing the listing" in shown and "starting an engine" not in shown
+    assert "list every response" in shown and "starting an engine" not in shown
     [row] = [line for line in shown.splitlines() if re.search(r"dpo +│ training", line)]
     seconds, memory = (float(row.split("│")[at].split()[0].replace(",", "")) for at in (3, 5))
     assert seconds > 0 and memory > 500  # a process and a small model

@@ -52,9 +52,9 @@ _UNLIMITED = 1 << 30
 
 @dataclass(frozen=True)
 class Timed:
-    """Of a manner: a pass with its gradient, one without, a step of the optimizer; and how far repetitions spread.
+    """Seconds of passes with and without gradients and of an optimizer step, and how far repetitions spread.
 
-    had: the share of the time by the clock that the thread had; 1 where time is the clock's.
+    had: the thread's CPU time as a share of the clock's; 1 where the clock's time is used.
     """
 
     training: Curve
@@ -66,7 +66,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Bench:
-    """What passes are timed with, on which device. budget_s: no size is tried that would take longer."""
+    """What passes are timed with, and on which device. budget_s: sizes that would take longer are not tried."""
 
     rows: Rows
     vocab_size: int
@@ -78,7 +78,7 @@ class Bench:
 
     @property
     def clock(self) -> Callable[[], float]:
-        """Seconds; on one thread of a CPU those that it had, since the machine may be busy with other things."""
+        """A clock in seconds; with one CPU thread, the thread's CPU time, as the machine may do other work, too."""
         return time.thread_time if self.device == "cpu" and self.threads == 1 else time.perf_counter
 
     def pairs(self) -> list[tuple[list[int], list[int], list[int]]]:
@@ -104,9 +104,9 @@ class Bench:
 
 
 def time_training(model: PreTrainedModel, training: Optimisation, counts: Counts, most: int, bench: Bench) -> Timed:
-    """Passes over pairs, of growing sizes up to `most` pairs, as `training` computes; the model is changed by adapters.
+    """Time passes of 1 up to `most` pairs the way `training` computes them; adapters, if any, are added to the model.
 
-    counts: of the model with them.
+    counts: those of the model with its adapters.
     """
     steps, recomputed = Steps(model, training, bench), training.activation_checkpointing
     with products_of(training.precision), threads(bench.threads):
@@ -133,7 +133,7 @@ class Steps:
         self.learner = Learner("model", self.module, training, self._worker)
 
     def of(self, number: int) -> tuple[Pass, Callable[[int], object]]:
-        """Of so many pairs: what the mean step passes, and what makes a step."""
+        """For steps of `number` pairs: the mean pass of a step, and a function that makes a step."""
         own = self._training.model_copy(update={"batch_size": number, "micro_batch_tokens": _UNLIMITED})
         term = PreferenceTerm(str(self._path), DPO(training=own), Shares(own, 1, 0, self.module.packed), 0)
         looked_at = [term.plan.rows(at) for at in range(_TIMES)]
@@ -143,7 +143,7 @@ class Steps:
 
 
 def keep_training(folder: str, training: Optimisation, number: int, bench: Bench, ready: Flag, stop: Flag) -> None:
-    """Steps of so many pairs of the model in `folder`, one after another until `stop`. Runs in a process of its own."""
+    """Train the model in `folder` in steps of `number` pairs until `stop` is set. Runs in its own process."""
     with quietly(), products_of(training.precision), threads(bench.threads):
         own = replace(bench, folder=bench.folder / f"beside-{os.getpid()}")
         _, step = Steps(load_policy(folder), training, own).of(number)
@@ -153,7 +153,7 @@ def keep_training(folder: str, training: Optimisation, number: int, bench: Bench
 
 
 def time_scoring(model: PreTrainedModel, manner: Manner, counts: Counts, most: int, bench: Bench) -> Curve:
-    """Passes without gradients, in the arithmetic of what measures; the model's weights are changed to it."""
+    """Time passes without gradients in the arithmetic of evaluations; the model's weights are converted to it."""
     with products_of(manner.precision), threads(bench.threads):
         nn.Module.to(model, bench.device)
         module = LogProbs(in_weights(model, manner.precision), bench.max_length)
@@ -162,7 +162,7 @@ def time_scoring(model: PreTrainedModel, manner: Manner, counts: Counts, most: i
 
 @torch.no_grad()
 def time_forward(module: nn.Module, counts: Counts, most: int, bench: Bench) -> Curve:
-    """Seconds of a pass without gradients by its FLOPs."""
+    """The seconds of a pass without gradients as a function of its FLOPs."""
     pairs = bench.pairs()
 
     def score(number: int) -> tuple[Pass, Callable[[int], object]]:
@@ -196,8 +196,8 @@ def _sizes(
 
 
 class _Repeated(NamedTuple):
-    """The least seconds of a few repetitions, by what share their median is above it, and the share of the time by the
-    clock that this thread had.
+    """The shortest of a few repetitions in seconds, the share by which their median is longer, and this thread's CPU
+    time as a share of the clock's.
     """
 
     seconds: float
@@ -256,7 +256,7 @@ def _numbers(one: Pass) -> tuple[float, float, float]:
 
 @contextmanager
 def threads(number: int) -> Iterator[None]:
-    """In it torch has as many threads as a worker has."""
+    """While this is open, torch has as many threads as a worker has."""
     before = torch.get_num_threads()
     torch.set_num_threads(number)
     try:

@@ -1,4 +1,4 @@
-"""Processes that train while passes are timed: trainings that run side by side share a machine's memory and caches.
+"""Processes that train while passes are timed, because training runs side by side share a machine's memory and caches.
 
 A pass whose weights are many times the size of the caches waits for memory, and waits longer where a second process
 does the same; a thread's own seconds hold that wait.
@@ -18,7 +18,7 @@ _START_S = 300.0
 
 
 class Flag(Protocol):
-    """What processes tell each other by."""
+    """The events that processes signal each other with."""
 
     def set(self) -> None: ...
 
@@ -27,9 +27,10 @@ class Flag(Protocol):
 
 @contextmanager
 def company(number: int, work: Callable[[Flag, Flag], None], seconds: float = _START_S) -> Iterator[None]:
-    """In it so many processes are at `work(ready, stop)`, which sets `ready` once it has begun, and ends after `stop`.
+    """While this is open, `number` processes do `work(ready, stop)`, which sets `ready` once it has begun and ends
+    after `stop` is set.
 
-    Raises UserError where one of them has ended, or not begun in so many seconds: there is no room for it, then.
+    Raises UserError if one of them ends early or has not begun after `seconds`: then there is no room for it.
     """
     context = multiprocessing.get_context("spawn")  # a forked process would have this one's threads half
     stop, readies = context.Event(), [context.Event() for _ in range(number)]
@@ -42,8 +43,8 @@ def company(number: int, work: Callable[[Flag, Flag], None], seconds: float = _S
             while not ready.wait(0.1):
                 if not one.is_alive() or time.monotonic() > limit:
                     raise UserError(
-                        f"{number + 1} trainings do not run side by side here, as resources.concurrent_runs and "
-                        "resources.num_workers ask for; lower them, or make room"
+                        f"this machine has no room for {number + 1} training processes at a time, which "
+                        "resources.concurrent_runs and resources.num_workers ask for; lower them, or make room"
                     )
         yield
     finally:

@@ -1,4 +1,4 @@
-"""Named hardware: what cards can do at the most by their data sheets, and the share of it that trainings reach.
+"""Named hardware: the peaks of cards according to their data sheets, and the share of them that training reaches.
 
 Nothing here was measured by us. Peaks are dense, without sparsity, by the vendor's data sheets. Shares of them are
 what others have measured and published:
@@ -44,7 +44,7 @@ class Card:
     bandwidth: Interval
 
     def products(self, arithmetic: Arithmetic) -> Interval:
-        """FLOP/s that are reached."""
+        """The FLOP/s that are reached."""
         peak = {"bfloat16": self.half, "tf32": self.tf32, "float32": self.single}[arithmetic]
         return self.flops.times(peak)
 
@@ -60,13 +60,13 @@ CARDS = {
         Card("L40S", 362 * _TERA, 183 * _TERA, 91.6 * _TERA, 0.864e12, 44.4, 32e9, 12.5e9, _HOPPER, _DECODES),
     )
 }
-#: Cards of a node.
+#: Cards in a node.
 NODE = 8
 
 
 @dataclass(frozen=True)
 class Cards:
-    """So many of one card; eight make a node."""
+    """A number of cards of one kind; eight make a node."""
 
     card: Card
     number: int
@@ -75,19 +75,19 @@ class Cards:
         return f"{self.number}x{self.card.name}"
 
     def wire(self, number: int) -> float:
-        """Bytes per second and card between so many of them; beyond a node the network is what they wait for."""
+        """Bytes per second and card when `number` cards communicate; beyond one node, the network is the bottleneck."""
         return self.card.link if number <= NODE else self.card.network
 
 
 def parse_cards(text: str) -> Cards:
-    """`8xH100`, or `H100` for one. Raises UserError."""
+    """Cards from `8xH100`, or from `H100` for a single one. Raises UserError."""
     found = re.fullmatch(r"(?:(\d+)\s*[xX*]\s*)?([A-Za-z][A-Za-z0-9]*)", text.strip())
     card = CARDS.get(found[2].upper()) if found else None
     if found is None or card is None:
         raise UserError(
-            f"--gpus: {text!r} is not known; give a number and a card, such as 8xH100, of {', '.join(CARDS)}"
+            f"--gpus: {text!r} is not known; give a number and a card, such as 8xH100; cards are {', '.join(CARDS)}"
         )
     number = int(found[1] or 1)
     if number < 1:
-        raise UserError(f"--gpus: {text!r} has no card; without GPUs leave the option out")
+        raise UserError(f"--gpus: {text!r} means no card at all; to estimate without GPUs, leave the option out")
     return Cards(card, number)

@@ -1,4 +1,4 @@
-"""The work of every stage of a comparison, by the names that the report's table of costs has."""
+"""The work of every stage of a comparison, under the names in the report's table of costs."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from prefarena.estimate.work import Files, Listing, Raw, Sending, StageWork, Sta
 from prefarena.modeling.passes import Pass
 from prefarena.settings.unpaired import Unpaired
 
-#: Samples that an evaluation draws in one call.
+#: The samples that an evaluation draws in one call.
 _PART_ROLLOUTS = 256
 
 
 @dataclass(frozen=True)
 class Planned:
-    """A stage of an entry, of each of the comparison's seeds; `entry` None: one that all entries share.
+    """A stage of an entry, for each of the comparison's seeds; `entry` is None for a stage that all entries share.
 
     times: how often it is done in the comparison.
     """
@@ -43,17 +43,17 @@ class Planned:
 
     @property
     def is_evaluation(self) -> bool:
-        """Measuring a policy is not a part of what its method costs."""
+        """Whether the stage measures a policy, which is not part of its method's cost."""
         return self.stage.startswith("eval")
 
 
 def planned(workload: Workload) -> list[Planned]:
-    """All of them, shared ones first."""
+    """All stages, shared ones first."""
     return [*_shared(workload), *(one for entry in workload.config.entries for one in _of_entry(workload, entry))]
 
 
 def not_estimated(config: Comparison, *, elsewhere: bool) -> list[str]:
-    """What the estimate leaves out, a sentence each. elsewhere: it is for named hardware, where nothing is timed."""
+    """What the estimate leaves out, one phrase each. elsewhere: it is for named hardware, where nothing is timed."""
     found, task = list[str](), config.task
     judges: list[EvaluationJudge] = _rewards(config)
     if isinstance(task, TextTask):
@@ -61,14 +61,18 @@ def not_estimated(config: Comparison, *, elsewhere: bool) -> list[str]:
     own = {"function", "classifier"}
     kinds = {judge.kind for judge in judges}
     if unknown := kinds & ({"endpoint", "pairwise"} | (own if elsewhere else set())):
-        found.append(f"what judges of kind {' and '.join(sorted(unknown))} take is not known and counts as nothing")
+        found.append(
+            f"the time of judges of kind {' and '.join(sorted(unknown))}, which is not known and counts as zero"
+        )
     if kinds & own and not isinstance(task, TextTask):
-        found.append("scores of all responses of the language by a function or a classifier are not counted")
+        found.append("scoring all responses of the language by a function or a classifier")
     if isinstance(task, TextTask) and task.pairs is not None:
         if task.pairs.policy is not None:
-            found.append("the model of task.pairs.policy is taken to be as large and as wordy as the comparison's own")
-        found.append("repeated responses and ties make no pairs; there may be fewer than are counted here")
-    found.append("starting Ray and workers is no stage's cost: about half a minute of each command, on CPUs")
+            found.append(
+                "how task.pairs.policy differs from the comparison's model: it is taken to be as large and as wordy"
+            )
+        found.append("that repeated responses and ties make no pairs: there may be fewer pairs than are counted here")
+    found.append("the start of Ray and of workers, which belongs to no stage: about half a minute per command, on CPUs")
     return found
 
 
@@ -120,7 +124,7 @@ def _shared(workload: Workload) -> Iterator[Planned]:
 
 
 def _pairs(workload: Workload, task: TextTask) -> Iterator[Planned]:
-    """Where pairs are not simply those of the data: drawn and labelled, or without some."""
+    """The stages of pairs that are not simply the data's: they are drawn and labelled, or some are left out."""
     config, data, settings = workload.config, workload.data, task.pairs
     written = ("writing", Writing(data.pairs.number + data.test_pairs.number))
     if settings is not None and data.drawn is not None:
@@ -189,7 +193,7 @@ def _of_entry(workload: Workload, entry: Entry) -> Iterator[Planned]:
 
 
 def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
-    """Of an entry, or of the reference."""
+    """The evaluation of an entry or of the reference."""
     config, settings = workload.config, workload.config.evaluation
     method = None if entry is None else entry.method
     if isinstance(config.task, LanguageTask):
@@ -224,7 +228,7 @@ def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
 
 
 def _samples(workload: Workload, sequences: int, *, judged: int | None = None) -> list[Named]:
-    """Drawn in parts, and judged: all of them, or so many."""
+    """Responses drawn in parts and judged: all of them, or a given number."""
     calls = math.ceil(sequences / _PART_ROLLOUTS)
     parts: list[Named] = [("generate", workload.sampling(calls, sequences / calls))]
     number = sequences if judged is None else judged
