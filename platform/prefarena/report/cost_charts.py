@@ -7,7 +7,7 @@ import html
 from prefarena.report.charts import Chart, Line, key_of
 from prefarena.report.results import Results
 from prefarena.report.tables import number
-from prefarena.report.whole_costs import Priced, against_costs
+from prefarena.report.whole_costs import Priced, against_costs, scientific
 
 _NOTE = "One seed's own stages; shared stages and evaluation are left out. Bars are one standard error."
 
@@ -29,7 +29,7 @@ def against_cost_charts(results: Results) -> list[Chart]:
 
 
 def _line(results: Results, point: Priced, measure: str, axis: str) -> Line:
-    cost = f"{point.cost:.2e}" if point.cost >= 1e7 else number(point.cost, 0)
+    cost = scientific(point.cost) if point.cost >= 1e7 else number(point.cost, 0)
     text = f"<b>{html.escape(point.entry.name)}</b><br>{measure}: {number(point.value, 3)}<br>{axis}: {cost}"
     return {
         "key": key_of(results, point.entry),

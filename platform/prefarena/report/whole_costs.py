@@ -74,14 +74,20 @@ def whole_cost_table(results: Results) -> Table | None:
         "memory: of the worker that held most, all of its models together."
     )
     header = ("policy", *(expense.name for expense in EXPENSES))
-    return Table(f"{results.name}: what each method cost", header, rows, caption, 2) if rows else None
+    return Table(f"{results.name}: what each method cost", header, rows, caption, 1) if rows else None
 
 
 def _cell(expense: Expense, results: Results, entry: EntryResult) -> str:
     value = expense.spent(results, entry)
     if value is None:
         return MISSING
-    return f"{value:.2e}".replace("e+", "e") if expense.name == "FLOPs" else number(value, 0)
+    return scientific(value) if expense.name == "FLOPs" else number(value, 0)
+
+
+def scientific(value: float) -> str:
+    """A number above one as 8.84e9."""
+    mantissa, exponent = f"{value:.2e}".split("e")
+    return f"{mantissa}e{int(exponent)}"
 
 
 @dataclass(frozen=True)
