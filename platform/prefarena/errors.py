@@ -1,4 +1,4 @@
-"""Errors that say whose they are to mend: the user's (one sentence, exit status 2), or one entry's, not the others'."""
+"""Errors by who is concerned: the user's (one sentence, exit status 2), or those of one entry and not the others."""
 
 
 class UserError(Exception):

@@ -50,7 +50,7 @@ def load_function(name: str, what: str, arguments: Sequence[str], settings: Mapp
 def _not_callable(
     function: object, owner: object, attribute: str, num_arguments: int, settings: Mapping[str, Any]
 ) -> str | None:
-    """Why an object cannot be called so for a result; None: it can, as far as can be seen."""
+    """Say why an object cannot be called like this; None if it can, as far as can be seen."""
     if inspect.isclass(function):
         return "it is a class"
     if not callable(function):
@@ -84,7 +84,7 @@ def source_digest(name: str) -> str | None:
 
 
 def own_traceback(error: Exception) -> str:
-    """What a function of the user's raised, as Python shows it, without the frame that called it."""
+    """Format what a user's function raised as Python shows it, without the frame that called it."""
     below = error.__traceback__.tb_next if error.__traceback__ else None
     return "".join(traceback.format_exception(type(error), error, below)).rstrip()
 

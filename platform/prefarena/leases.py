@@ -1,4 +1,4 @@
-"""Leases: who is at work on something in shared storage, so that two runs do not do it at once.
+"""Leases on work in shared storage, so that two runs do not do the same thing at once.
 
 A lease is a small file that its holder renews every few seconds. An operating system lock would do on one machine,
 but on network file systems it may hold on one machine only, or outlive its holder; an object store has none, and there
@@ -47,13 +47,13 @@ class Holder:
 
     @staticmethod
     def here() -> Holder:
-        """This process, from now on."""
+        """Make a holder that stands for this process from now on."""
         since = time.strftime("%Y-%m-%d %H:%M:%S UTC", time.gmtime())
         pid = os.getpid()
         return Holder(socket.gethostname(), _machine(), pid, _process_start(pid), since, secrets.token_hex(8))
 
     def is_dead(self) -> bool:
-        """Whether it is known to have ended; of another machine's process nothing is known."""
+        """Whether it is known to have ended; nothing is known of another machine's process."""
         return self.machine == _machine() and self.process_start != _process_start(self.pid)
 
     def __str__(self) -> str:
@@ -82,7 +82,7 @@ class Leases:
             self.release(path)
 
     def take(self, path: Path) -> Holder | None:
-        """Take a lease. Returns who else has it; None: it is ours.
+        """Take a lease. Returns who else has it, or None if it is ours.
 
         Asked again and again, this finds out that the other is gone and takes its lease.
         """
@@ -99,7 +99,7 @@ class Leases:
             return None
 
     def take_or_tell(self, path: Path) -> Holder | None:
-        """`take`; where the holder is on another machine, wait until it is seen to be alive or its lease is ours."""
+        """Take a lease; if its holder is on another machine, wait until it is seen alive or the lease is ours."""
         holder, first = self.take(path), _content(path)
         while holder is not None and holder.machine != _machine() and _content(path) in (first, None):
             time.sleep(_POLL_S)
@@ -151,7 +151,7 @@ class Leases:
         return stores.replace(mirror.url_of(path), json.dumps(self._entry(beat)).encode(), found[1])
 
     def _beat(self, path: Path, beat: int) -> bool:
-        """Renew a lease; False: it is another's."""
+        """Renew a lease; False means that it is another's."""
         if mirror_of(path) is not None:
             return self._replace(path, self._holder.token, beat)
         if not self._is_ours(path):
@@ -197,7 +197,7 @@ def _content(path: Path) -> str | None:
 
 
 def _holder(content: str) -> Holder:
-    """Whom a lease names; one that is being written names nobody yet."""
+    """The holder that a lease names; one that is being written names nobody yet."""
     try:
         entry = json.loads(content)
     except json.JSONDecodeError:
@@ -206,7 +206,7 @@ def _holder(content: str) -> Holder:
 
 
 def _machine() -> str:
-    """Names the running kernel and the space of process ids; of another system than Linux, nothing."""
+    """Name the running kernel and the namespace of process ids; empty on systems other than Linux."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
         return f"{boot}/{os.stat('/proc/self/ns/pid').st_ino}"

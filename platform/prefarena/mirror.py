@@ -32,7 +32,7 @@ _LAST = (MANIFEST, FAILURE)
 
 @dataclass(frozen=True)
 class Mirror:
-    """root: this node's copy of what lies under `url`."""
+    """A node's copy of a store. root: the copy of what lies under `url`."""
 
     root: Path
     url: str
@@ -41,18 +41,18 @@ class Mirror:
         return f"{self.url}/{Path(path).relative_to(self.root).as_posix()}"
 
     def read(self, path: str | Path) -> bytes | None:
-        """What the store holds in place of `path`; None: nothing."""
+        """Read what the store holds for `path`; None if it holds nothing."""
         return stores.read(self.url_of(path))
 
     def write(self, path: str | Path, data: bytes) -> None:
         stores.write(self.url_of(path), data)
 
     def names(self, folder: str | Path) -> dict[str, dict[str, Any]]:
-        """Files that the store has under `folder`, by their names below it."""
+        """Names, relative to `folder`, of the files that the store has under it."""
         return stores.listed(self.url_of(folder))
 
     def remove(self, path: str | Path) -> None:
-        """A file, or all files under a folder, of the store."""
+        """Remove a file, or all files under a folder, from the store."""
         stores.remove(self.url_of(path))
 
 
@@ -68,7 +68,7 @@ def root_of(output: str, cache_dir: str | None) -> Path:
 
 
 def mirror_of(path: str | Path) -> Mirror | None:
-    """The store that `path` is a copy from; None: it is no copy."""
+    """The store that `path` is a copy from; None if it is no copy."""
     parts = Path(path).parts
     for place in range(len(parts) - 1):
         if parts[place] == _TOP and "%3A%2F%2F" in parts[place + 1]:
@@ -88,7 +88,7 @@ def is_file(path: Path) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """Raises FileNotFoundError where there is none."""
+    """Read a text file. Raises FileNotFoundError where there is none."""
     mirror = mirror_of(path)
     if mirror is None:
         return path.read_text(encoding="utf-8")
@@ -99,7 +99,7 @@ def read_text(path: Path) -> str:
 
 
 def remove_file(path: Path) -> None:
-    """Here and in the store; harmless where there is none."""
+    """Remove a file here and in the store; harmless where there is none."""
     path.unlink(missing_ok=True)
     if (mirror := mirror_of(path)) is not None:
         mirror.remove(path)
@@ -162,7 +162,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def bring(path: str | Path) -> None:
-    """Have a stage's file or folder on this node as the finished stage has it; of one under way, if it is not here."""
+    """Bring a stage's file or folder to this node, up to date if the stage is finished, else only if it is not here."""
     path = Path(path)
     mirror = mirror_of(path)
     if mirror is None:
@@ -186,7 +186,7 @@ def bring(path: str | Path) -> None:
 
 
 def bring_anew(path: str | Path) -> None:
-    """Have what the store has of a stage under way, in place of what an earlier attempt left on this node."""
+    """Bring what the store has of a stage under way, replacing what an earlier attempt left on this node."""
     path = Path(path)
     if (mirror := mirror_of(path)) is not None:
         with _alone(mirror, path.relative_to(mirror.root).parts[1]):
@@ -194,7 +194,7 @@ def bring_anew(path: str | Path) -> None:
 
 
 def pull(folder: Path) -> None:
-    """Have on this node what the store knows of a stage under way, without checkpoints; other files stay."""
+    """Bring to this node what the store has of a stage under way, without checkpoints; other files stay."""
     mirror = mirror_of(folder)
     if mirror is None:
         return
@@ -204,7 +204,7 @@ def pull(folder: Path) -> None:
 
 
 def gather(folder: Path) -> set[str]:
-    """Have on this node the files directly in a folder of the store whose files never change once they are there.
+    """Bring to this node the files directly in a folder of the store, whose files never change once written.
 
     Returns their names; none for a folder that is no copy.
     """
@@ -219,7 +219,7 @@ def gather(folder: Path) -> set[str]:
 
 
 def _download(mirror: Mirror, path: Path) -> None:
-    """A file or a folder, in place of what is here; nothing where the store has none."""
+    """Download a file or a folder, replacing what is here; does nothing where the store has none."""
     new = path.with_name(f".{path.name}.{secrets.token_hex(4)}")
     names = mirror.names(path)
     for name in names:
@@ -233,7 +233,7 @@ def _download(mirror: Mirror, path: Path) -> None:
 
 @contextmanager
 def _alone(mirror: Mirror, name: str) -> Iterator[None]:
-    """One process of this node at a time."""
+    """A context that one process of this node enters at a time."""
     folder = mirror.root / _WHOLE
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / f"{name}.lock").open("w") as lock:
@@ -242,7 +242,7 @@ def _alone(mirror: Mirror, name: str) -> Iterator[None]:
 
 
 def _mark(mirror: Mirror, stage: Path, part: str) -> Path:
-    """Holds the digest of the last file of the stage whose `part` ("": all of it) is here whole."""
+    """The file with the digest of the last file of the stage whose `part` ("": all of it) is here whole."""
     return mirror.root / _WHOLE / f"{stage.name}.{part}.digest"
 
 

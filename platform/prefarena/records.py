@@ -121,7 +121,7 @@ class Rollout:
 
 
 def conformed(table: pa.Table, schema: pa.Schema) -> pa.Table:
-    """The table with exactly `schema`. Pairs of a stage that is older than their scores get null ones."""
+    """Return the table with exactly `schema`. Pairs of stages from before scores were kept get null scores."""
     for name in PAIR_SCORES:
         if name in schema.names and name not in table.column_names:
             table = table.append_column(name, pa.nulls(table.num_rows, pa.float64()))

@@ -46,7 +46,7 @@ def read_log(path: Path, *, under_way: bool = False) -> list[dict[str, Any]]:
 
 
 def parse_log(text: str, path: Path, under_way: bool) -> list[dict[str, Any]]:
-    """The rows of a file's text, as `read_log`."""
+    """The rows of a file's text, as `read_log` returns them."""
     rows = []
     for number, line in enumerate(text.splitlines(), start=1):
         try:

@@ -52,25 +52,25 @@ class Stage:
 
     @property
     def settled(self) -> bool:
-        """Finished or failed: there is nothing to do."""
+        """Whether the stage has finished or failed, so that there is nothing to do."""
         return is_settled(self.folder)
 
     @property
     def key(self) -> str:
-        """What a dependent stage hashes: the folder's name holds the digest of all inputs."""
+        """The key that a dependent stage hashes: the folder's name, which holds the digest of all inputs."""
         return self.folder.name
 
     def manifest(self) -> dict[str, Any]:
         return read_manifest(self.folder)
 
     def row(self) -> dict[str, float]:
-        """What an evaluation measured, or a comparison by pairs."""
+        """The measures of an evaluation, or of a comparison by pairs."""
         mirror.bring(self.folder / ROW)
         row: dict[str, float] = json.loads((self.folder / ROW).read_text(encoding="utf-8"))
         return row
 
     def begin(self) -> Path:
-        """An empty folder to work in: leftovers of an interrupted attempt are removed."""
+        """Make an empty folder to work in: leftovers of an interrupted attempt are removed."""
         if self.folder.exists():
             shutil.rmtree(self.folder)
         self.folder.mkdir(parents=True)
@@ -95,9 +95,9 @@ def write_manifest(folder: str | Path, contents: dict[str, Any]) -> None:
 
 
 def costs_of(wall_seconds: float, device_seconds: float | None = None, **counts: Any) -> dict[str, Any]:
-    """What a stage cost, as its manifest has it under `costs` and the report reads it.
+    """The cost of a stage, as its manifest has it under `costs` and the report reads it.
 
-    device_seconds: added up over the devices that it held; none: it held one, all the time.
+    device_seconds: added up over the devices that it held; None means one device, all the time.
     """
     held = wall_seconds if device_seconds is None else device_seconds
     return {"wall_seconds": wall_seconds, "device_seconds": held, **counts}
@@ -123,7 +123,7 @@ def write_failure(folder: str | Path, reason: str, **contents: Any) -> None:
 
 
 def forget_failure(folder: str | Path) -> None:
-    """Have a failed stage tried again."""
+    """Let a failed stage be tried again."""
     mirror.remove_file(Path(folder) / FAILURE)
 
 
@@ -134,7 +134,7 @@ def write_json(path: Path, contents: Any) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """`write_json` of any text."""
+    """Write any text as `write_json` does."""
     with whole_file(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
 

@@ -85,7 +85,7 @@ def reaching(url: str) -> Iterator[None]:
 
 
 def unreached() -> tuple[type[Exception], ...]:
-    """What the drivers that are loaded raise where a store cannot be reached or asks for credentials."""
+    """The exceptions of the loaded drivers where a store cannot be reached or asks for credentials."""
     loaded = {name: sys.modules[name] for name in _UNREACHED if name in sys.modules}
     return tuple(getattr(module, kind) for name, module in loaded.items() for kind in _UNREACHED[name])
 
@@ -95,7 +95,7 @@ def first_line(error: BaseException) -> str:
 
 
 def fingerprint(url: str) -> list[list[Any]]:
-    """What changes when the files under a URL do: name, size, and the store's own mark of the content or its time.
+    """A mark that changes with the files under a URL: name, size, and the store's own mark of the content or its time.
 
     Empty where nothing is there. Raises UserError where the store cannot be reached.
     """
@@ -116,7 +116,7 @@ def _mark(info: dict[str, Any]) -> str:
 
 
 def arrow_file_system(url: str) -> Any:
-    """The same as pyarrow's, for Ray Train."""
+    """The file system as one of pyarrow's, for Ray Train."""
     from pyarrow.fs import FSSpecHandler, PyFileSystem
 
     return PyFileSystem(FSSpecHandler(file_system(url)[0]))
@@ -151,7 +151,7 @@ def download(url: str, file: Path) -> None:
 
 
 def remove(url: str) -> None:
-    """An object, or all under a prefix; harmless where there is none."""
+    """Remove an object, or all under a prefix; harmless where there is none."""
     fs, path = file_system(url)
     with system_errors():
         for name in fs.find(path):
@@ -181,7 +181,7 @@ def read_tagged(url: str) -> tuple[bytes, str] | None:
 
 
 def create(url: str, data: bytes) -> bool:
-    """Write an object unless there is one; whether it was written. On S3 one of several writers at most succeeds."""
+    """Write an object unless there is one; returns whether it did. On S3 one of several writers at most succeeds."""
     if _is_s3(url):
         return _put_if(url, data, IfNoneMatch="*")
     if read(url) is not None:
@@ -191,7 +191,7 @@ def create(url: str, data: bytes) -> bool:
 
 
 def replace(url: str, data: bytes, tag: str) -> bool:
-    """Write an object in place of the one that `read_tagged` gave `tag` with; whether it was still there."""
+    """Replace the object that `read_tagged` returned with `tag`; returns whether it was still there."""
     if _is_s3(url):
         return _put_if(url, data, IfMatch=tag)
     write(url, data)
@@ -217,7 +217,7 @@ def _put_if(url: str, data: bytes, **condition: str) -> bool:
 
 
 def check_output(url: str) -> str | None:
-    """Raise UserError where an output cannot be kept at `url`; a sentence where leases there do not exclude."""
+    """Raise UserError where an output cannot be kept at `url`; return a warning where leases there do not exclude."""
     probe = f"{url.rstrip('/')}/.probe-{secrets.token_hex(8)}"
     with reaching(url):
         try:

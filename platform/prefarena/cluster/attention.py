@@ -27,7 +27,7 @@ _PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 @dataclass(frozen=True)
 class Toolchain:
-    """What compiling for a GPU needs. compiler: a path; headers: whether Python's are there; cuda: torch's version."""
+    """Tools for compiling for a GPU. compiler: a path; headers: whether Python's exist; cuda: torch's version."""
 
     compiler: str | None
     headers: bool
@@ -36,7 +36,7 @@ class Toolchain:
 
 
 def toolchain() -> Toolchain:
-    """What this machine has. Compiler and headers are looked for where Triton looks."""
+    """The tools of this machine. Compiler and headers are looked for where Triton looks."""
     named = os.environ.get("CC")
     found = (shutil.which(name) for name in ([named] if named else ["gcc", "clang"]))
     scheme = sysconfig.get_default_scheme()
@@ -48,7 +48,7 @@ def toolchain() -> Toolchain:
 
 
 def lacking(tools: Toolchain) -> str | None:
-    """What is missing of what compiling for a GPU needs, with the remedy; None: nothing."""
+    """Say what compiling for a GPU lacks here, with the remedy; None if nothing is missing."""
     if tools.cuda is None:
         return "its torch is built without CUDA; install the official build of the same version"
     oldest = _DRIVERS.get(int(tools.cuda.split(".")[0]))
@@ -68,7 +68,7 @@ def lacking(tools: Toolchain) -> str | None:
 
 
 def why_not(heads: Heads, arithmetics: Sequence[Arithmetic], device: str = "cuda") -> str | None:
-    """Why attention does not work on this process's GPU, in one sentence; None: it does. May take a minute."""
+    """Say why attention does not work on this process's GPU, in one sentence; None if it does. May take a minute."""
     for name in arithmetics:
         try:
             with products_of(name):

@@ -1,4 +1,4 @@
-"""What a cluster has, node by node, and whether what a comparison asks for fits on it."""
+"""The resources of a cluster, node by node, and whether a comparison's requests fit on it."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Demand:
-    """So many processes at once, each with these resources, on nodes with these labels.
+    """A number of processes at the same time, each with these resources, on nodes with these labels.
 
     setting: the group of settings that asks for it; counted: its keys that say how many, none where it is one. spread:
     whether each is over several devices (`tensor_parallel`).
@@ -57,18 +57,18 @@ def cluster_nodes() -> list[Node]:
 
 
 def labels_of(node: Mapping[str, Any]) -> dict[str, str]:
-    """The labels that people gave a node, of Ray's account of it."""
+    """The labels that people gave a node, taken from Ray's description of it."""
     return {key: value for key, value in node["Labels"].items() if not key.startswith("ray.io/")}
 
 
 def demands(config: Comparison) -> list[Demand]:
-    """What must be placed, the largest parts of a comparison first; `side_by_side` has what runs at the same time."""
+    """The demands that must be placed, the largest first; `side_by_side` says which of them run at the same time."""
     workers, actors, scorers = _parts(config)
     return [workers, *([actors] if generates(config) else []), scorers]
 
 
 def side_by_side(config: Comparison) -> list[tuple[Demand, ...]]:
-    """What is there at the same time, so that no part of it can wait until another has ended.
+    """The groups of demands that exist at the same time, so that none can wait until another has ended.
 
     A training whose policy responds holds the generation actors beside its workers, and an evaluation from samples
     holds them beside what scores those, of which one at least must be there. Other trainings, and log-probs, have nodes
@@ -110,7 +110,7 @@ def generates(config: Comparison) -> bool:
 
 
 def share_beside_engine(config: Comparison) -> float:
-    """Of a GPU, what a worker of an on-policy training has: an engine that may be placed on it takes
+    """The share of a GPU that a worker of an on-policy training has: an engine that may be placed on it takes
     `generation.gpu_memory_utilization` of it, whatever share Ray was told, unless it sleeps while the worker learns.
     """
     resources, generation = config.resources, config.generation
@@ -137,7 +137,7 @@ def check_placement(config: Comparison, nodes: Sequence[Node]) -> None:
 
 
 def check_side_by_side(config: Comparison, nodes: Sequence[Node]) -> None:
-    """Raise UserError where parts that are there at the same time, each of which fits, do not fit together.
+    """Raise UserError where parts that run at the same time fit one by one but not together.
 
     Counted on all nodes that may hold one of them, as if whatever is placed were placed well: nothing is refused that
     could be placed.
@@ -156,7 +156,7 @@ def check_side_by_side(config: Comparison, nodes: Sequence[Node]) -> None:
 
 
 def needed(parts: Sequence[Demand], kind: str) -> float:
-    """How much of a resource parts take that are there at the same time. A GPU is shared by what fits on one."""
+    """How much of a resource parts that run at the same time take. A GPU is shared by what fits on one."""
     shares = [part.each.get(kind, 0.0) for part in parts]
     in_all = sum(part.number * share for part, share in zip(parts, shares, strict=True))
     if kind != "GPU" or not all(shares):
@@ -227,14 +227,14 @@ def has_labels(labels: Mapping[str, str], selectors: Sequence[tuple[str, str]]) 
 
 
 def describe(nodes: Sequence[Node]) -> str:
-    """Nodes in a few words, equal ones together."""
+    """Describe nodes in a few words, equal ones together."""
     kinds = Counter(amounts(node.resources) + (f" ({_pairs(node.labels)})" if node.labels else "") for node in nodes)
     listed = "; ".join(f"{number} x {kind}" for kind, number in sorted(kinds.items()))
     return f"{len(nodes)} node{'' if len(nodes) == 1 else 's'}: {listed or 'none'}"
 
 
 def amounts(resources: Mapping[str, float]) -> str:
-    """CPUs and GPUs, as `4 CPU, 1 GPU`."""
+    """Write CPUs and GPUs as `4 CPU, 1 GPU`."""
     return ", ".join(f"{resources.get(kind, 0):g} {kind}" for kind in _SHOWN if kind in resources) or "no CPU"
 
 
@@ -244,7 +244,7 @@ def _pairs(labels: Mapping[str, str]) -> str:
 
 @contextmanager
 def telling_capacity() -> Iterator[None]:
-    """Add to a WaitTimeoutError that passes what the cluster has, and what of it is free."""
+    """Add to a WaitTimeoutError that passes what the cluster has, and how much of that is free."""
     import ray
 
     try:

@@ -1,4 +1,4 @@
-"""Whether a cluster has what a comparison would need (needs.py): verdicts, without any work."""
+"""Verdicts on whether a cluster has what a comparison would need (needs.py), without any work."""
 
 from __future__ import annotations
 
@@ -247,5 +247,5 @@ def judge_attention(answers: Mapping[str, str | None], silent: Sequence[str], tr
 
 
 def gibibytes(number: int) -> str:
-    """Bytes for people."""
+    """Format bytes for people."""
     return f"{number / _GIB:.1f} GiB"

@@ -62,7 +62,7 @@ class JobClient:
             self._ray = self._ask(lambda: JobSubmissionClient(address, headers=headers))
 
     def _ask(self, request: Callable[[], _Answer], limit_s: float = _ANSWER_S) -> _Answer:
-        """What Ray's client gets from the head. Raises UserError, UnreachableError or RefusedError.
+        """Return what Ray's client gets from the head. Raises UserError, UnreachableError or RefusedError.
 
         Ray's client sets no limit of its own, so each request runs in a thread that is left alone when it takes longer.
         """
@@ -122,7 +122,7 @@ class JobClient:
         )
 
     def find(self, name: str) -> JobDetails | None:
-        """A job by its name, or None."""
+        """Find a job by its name, or None."""
         try:
             return self._ask(lambda: self._ray.get_job_info(name))
         except RefusedError as error:
@@ -131,14 +131,14 @@ class JobClient:
             raise
 
     def details(self, name: str) -> JobDetails:
-        """A job by its name. Raises UserError where there is none."""
+        """Find a job by its name. Raises UserError where there is none."""
         found = self.find(name)
         if found is None:
             raise UserError(f"{self.shown} has no job {name!r}; `prefarena status` lists them")
         return found
 
     def log(self, name: str) -> str | None:
-        """All that a job has logged; None where the node that holds it is gone, or nothing was started yet."""
+        """Everything that a job has logged; None where the node that holds it is gone, or nothing was started yet."""
         self.details(name)
         try:
             return self._ask(lambda: self._ray.get_job_logs(name))
@@ -146,11 +146,11 @@ class JobClient:
             return None
 
     def tail_job_logs(self, name: str) -> AsyncIterator[str]:
-        """What a job logs, from its start, as Ray's client follows it."""
+        """Yield what a job logs, from its start, as Ray's client follows it."""
         return self._ray.tail_job_logs(name)
 
     def jobs(self) -> list[JobDetails]:
-        """All of the cluster's."""
+        """All jobs of the cluster."""
         return self._ask(self._ray.list_jobs)
 
     def stop(self, name: str, limit_s: float) -> JobDetails:
@@ -171,7 +171,7 @@ class UnreachableError(UserError):
 
 
 def connect(address: str | None) -> JobClient:
-    """A client of the head at `address`, or of that which Ray's own variables name. Raises UserError.
+    """Connect to the head at `address`, or to the one that Ray's own variables name. Raises UserError.
 
     The token is looked for where Ray looks: RAY_AUTH_TOKEN, RAY_AUTH_TOKEN_PATH, ~/.ray/auth_token.
     """
@@ -217,7 +217,7 @@ def read_token(environment: Mapping[str, str], home: Path) -> str | None:
 
 
 class _NoHeadError(Exception):
-    """What answers is not the dashboard of a Ray head."""
+    """The server that answers is not the dashboard of a Ray head."""
 
 
 def _version(address: str, headers: Mapping[str, str]) -> str:
@@ -242,7 +242,7 @@ def _no_other_address() -> Iterator[None]:
 
 
 def _shown(address: str) -> str:
-    """An address for messages: without a user name and password."""
+    """Return an address for messages, without user name and password."""
     return re.sub(r"//[^/@]*@", "//", address)
 
 
@@ -268,7 +268,7 @@ def exit_status(details: JobDetails) -> int:
 
 
 def describe(details: JobDetails) -> str:
-    """A job's state in one line; for a failure, Ray's reason without the log that it repeats."""
+    """Describe a job's state in one line; for a failure, with Ray's reason but not the log that it repeats."""
     text = details.status.value
     if has_ended(details):
         text += f", exit status {exit_status(details)}"
@@ -313,12 +313,12 @@ class _Piece:
         self._text, self._start = text, start
 
     def after(self, position: int) -> str:
-        """What of it lies behind `position`."""
+        """Return the part of it that lies after `position`."""
         return self._text[max(0, position - self._start) :]
 
 
 async def _tail(client: JobClient, name: str, patience_s: float) -> Any:
-    """Pieces of a log from its start, until the job ends or the connection is lost."""
+    """Yield pieces of a log from its start, until the job ends or the connection is lost."""
     stream, position = client.tail_job_logs(name), 0
     waiting = asyncio.ensure_future(_next(stream))
     try:

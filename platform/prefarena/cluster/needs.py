@@ -1,4 +1,4 @@
-"""What a comparison would need, from its model's configuration only: memory for training, disk for its files.
+"""The memory and disk space that a comparison would need, from its model's configuration only.
 
 Memory is predicted as it is before a training's first step (modeling/memory.py), on a model that has shapes and no
 weights, for the longest sequences that the task allows.
@@ -80,7 +80,7 @@ class Heaviest(NamedTuple):
 
 @dataclass(frozen=True)
 class Training:
-    """One of a comparison's, before it is known on which models.
+    """One training of a comparison, before its models are known.
 
     where: the key of its settings; size_key: of its micro-batch, within them. sizes: what a pass may hold, the largest
     first; several where it is auto. need: of a model's settings, the longest sequences and such a size.
@@ -203,7 +203,7 @@ def spread_of(config: Comparison) -> Spread:
 def _off_policy(
     config: Comparison, training: Optimisation, where: str, *, responses: int = 2, scores: bool = False, beside: int = 0
 ) -> Training:
-    """beside: frozen models that a worker holds, where the policy responds on the way."""
+    """The need of off-policy training. beside: frozen models that a worker holds if the policy responds on the way."""
     tokens = training.micro_batch_tokens
     return Training(
         where,
@@ -216,7 +216,7 @@ def _off_policy(
 
 
 def _of_memory(training: Optimisation) -> Optimisation:
-    """The settings that memory depends on, and defaults for the others, so training runs with equal needs are equal."""
+    """Keep the settings that memory depends on and reset the others, so that runs with equal needs are equal."""
     names = ("batch_size", "precision", "lora", "activation_checkpointing")
     return Optimisation(**{name: getattr(training, name) for name in names})
 
@@ -230,7 +230,7 @@ def _halves(largest: int, smallest: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class _OffPolicy:
-    """What a training on a table needs; trainings that are equal in it are looked at once.
+    """The memory that a training on a table needs; trainings with equal needs are examined once.
 
     responses: to each prompt, one or a pair. scores: of a reward model. beside: frozen models of about its size.
     """
@@ -266,7 +266,7 @@ class _OffPolicy:
 
 @dataclass(frozen=True)
 class _OnPolicy:
-    """What an on-policy training needs, by the function that its workers ask before their first step."""
+    """The memory that an on-policy training needs, by the function that its workers call before their first step."""
 
     config: Comparison
     method: OnPolicyMethod

@@ -1,4 +1,4 @@
-"""What a submitted job gets as its working directory: this code, its config, and what else it is given."""
+"""The working directory of a submitted job: this code, its config, and further files that it is given."""
 
 from __future__ import annotations
 

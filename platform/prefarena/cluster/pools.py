@@ -33,7 +33,7 @@ def map_in_pool(data: Any, make: type, size: int, **options: Any) -> Any:
 
 
 def through_deaths(attempt: Callable[[], Iterator[_Item]], what: str) -> Iterator[_Item]:
-    """What `attempt` yields; where one of its actors dies, another attempt is made.
+    """Yield what `attempt` yields; where one of its actors dies, make another attempt.
 
     attempt: yields what has not been done or yielded before. what: is done, for the line that tells of a death. Raises
     Ray's error when actors died `MOST_DEATHS` times in a row before the next item came, when an actor could not be

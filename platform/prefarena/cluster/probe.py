@@ -1,4 +1,4 @@
-"""What each node of a cluster has and sees, asked on the node itself."""
+"""Reports of what each node of a cluster has and sees, made on the node itself."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _NVIDIA_SMI_LIMIT_S = 20.0
 
 @dataclass(frozen=True)
 class NodeReport:
-    """A node's own account. versions: of Python and PACKAGES, where installed. gpus: (name, bytes) each.
+    """A node's report on itself. versions: of Python and PACKAGES, where installed. gpus: (name, bytes) each.
 
     sees_output: it read what the driver wrote to the output folder, and wrote beside it. free_bytes: of that disk.
     memory_mib: of the machine, or what its container may take.
@@ -47,7 +47,7 @@ class NodeReport:
 
 
 def look(node: str, token: Path | None, text: str, places: Mapping[str, str]) -> NodeReport:
-    """The account of the node that this runs on. token: a file of the driver's that should read as `text`.
+    """Report on the node that this runs on. token: a file of the driver's that should read as `text`.
 
     places: by setting, paths and URLs that must be there for it to read.
     """
@@ -58,7 +58,7 @@ def look(node: str, token: Path | None, text: str, places: Mapping[str, str]) ->
 
 
 def _cannot_read(key: str, place: str) -> str | None:
-    """What is missing for this process to read a path or URL; None: it can."""
+    """Say what is missing for this process to read a path or URL; None if it can."""
     try:
         if key == "output":  # which must be written, too; whether writes exclude each other is told at the start
             check_output(place)

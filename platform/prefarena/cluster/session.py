@@ -15,7 +15,7 @@ _LOCAL_OBJECT_STORE_BYTES = 512 * 2**20
 
 
 def listen_on_loopback() -> None:
-    """Have a local Ray that this process starts answer on this machine alone. Call it before Ray is imported.
+    """Make a local Ray that this process starts answer only on this machine. Call it before Ray is imported.
 
     Ray's servers take every interface of the machine unless its own address is the loopback's; on Linux this is how it
     is told. A cluster that is joined listens as it was started.
@@ -73,7 +73,7 @@ def check_resources(config: Comparison, available: dict[str, float]) -> None:
 
 
 def requested(config: Comparison) -> dict[str, tuple[float, str]]:
-    """What must be there at once, by kind of resource, and which settings ask for it."""
+    """The resources that must exist at the same time, by kind, and which settings ask for them."""
     asked: dict[str, tuple[float, str]] = {}
     for kind in ("CPU", "GPU") if config.resources.use_gpu else ("CPU",):
         parts = max(side_by_side(config), key=lambda parts: needed(parts, kind))

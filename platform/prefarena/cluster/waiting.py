@@ -31,7 +31,7 @@ def failure_of_task(error: Exception) -> str | None:
 
 
 def get_within(refs: Sequence[Any], seconds: float, what: str) -> list[Any]:
-    """The results of Ray tasks, in order. `seconds` is the longest wait for the next of them to end.
+    """Return the results of Ray tasks, in order. `seconds` is the longest wait for the next of them to end.
 
     So a long list of tasks needs no longer limit than one task. Raises WaitTimeoutError, or what a task raised; either
     way the tasks that have not ended are cancelled.

@@ -1,4 +1,4 @@
-"""A JSON array as lines, one element each, without holding more of it than a piece.
+"""Reading a JSON array as lines, one element each, while holding only a piece of it.
 
 In JSON a line end stands only between tokens, never in a string, so an element becomes a line when its line ends become
 spaces; the commas between elements become line ends.
@@ -18,7 +18,7 @@ class Readable(Protocol):
 
 
 class BadArray(Exception):
-    """A file that begins as a JSON array and is none; the message says why."""
+    """A file that begins as a JSON array but is not one; the message says why."""
 
 
 class ArrayLines:
@@ -31,7 +31,7 @@ class ArrayLines:
         self._in_string = self._is_escaped = self._is_closed = False
 
     def read(self, size: int = -1, /) -> bytes:
-        """Some bytes, of about `size`; none at the end. Raises BadArray where the array does not end, or goes on."""
+        """Return about `size` bytes, or none at the end. Raises BadArray where the array does not end, or goes on."""
         while True:
             piece, self._start = self._start or self._stream.read(size), b""
             if not piece:

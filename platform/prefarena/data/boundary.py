@@ -13,14 +13,14 @@ _ANCHORS = ("\n", "x")
 
 
 class Encoder:
-    """Texts to ids, without special tokens of the tokenizer's own."""
+    """Encodes texts to ids, without adding the tokenizer's special tokens."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
         self._tokenizer = tokenizer
         self._is_fast = type(tokenizer)._encode_plus is PreTrainedTokenizerFast._encode_plus
 
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text."""
+        """Return the ids of each text."""
         if not texts:
             return []
         if not self._is_fast:
@@ -30,7 +30,7 @@ class Encoder:
         return [encoding.ids for encoding in encodings]
 
     def divided(self, texts: Sequence[tuple[str, int]]) -> list[tuple[list[int], int | None]]:
-        """Ids of each whole text, and how many of them come before the character that is given with it.
+        """Return the ids of each whole text, and how many of them come before the character given with it.
 
         The second is None where the text's own offsets do not say so beyond doubt; `cut` looks closer there.
         """

@@ -1,4 +1,4 @@
-"""Compressed files as streams, by the endings of their names; nothing is held but a buffer."""
+"""Compressed files as streams, by the endings of their names; only a buffer is held in memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ MAGIC = {b"\x1f\x8b": ".gz", b"\x28\xb5\x2f\xfd": ".zst", b"BZh": ".bz2", b"\xfd
 
 
 class Damaged(Exception):
-    """A compressed file that cannot be read on; the message says why."""
+    """A compressed file that cannot be read any further; the message says why."""
 
 
 def ending(path: str) -> str:
@@ -55,7 +55,7 @@ class Decompressed:
         return False
 
     def close(self) -> None:
-        """The file is closed by whoever opened it."""
+        """Do nothing: the file is closed by whoever opened it."""
 
 
 def _stream(raw: IO[bytes], end: str) -> Any:

@@ -45,7 +45,7 @@ class Texts:
 
 @dataclass(frozen=True)
 class Conversations:
-    """Pairs to texts, for one tokenizer. ends: the tokens that end an answer."""
+    """Converts pairs to texts, for one tokenizer. ends: the tokens that end an answer."""
 
     tokenizer: PreTrainedTokenizerBase
     ends: tuple[int, ...]
@@ -57,7 +57,7 @@ class Conversations:
 
     @cached_property
     def _forms(self) -> dict[str, AnswerForm | None]:
-        """Forms by the settings that rows give the template."""
+        """The forms found so far, by the settings that rows give the template."""
         return {}
 
     def _form_with(self, inputs: Inputs) -> AnswerForm | None:
@@ -70,7 +70,7 @@ class Conversations:
         return self._forms[key]
 
     def texts(self, pair: Pair) -> Texts:
-        """A pair's texts. Raises Unusable where the chat template does not take it."""
+        """Return a pair's texts. Raises Unusable where the chat template does not accept it."""
         messages = pair.messages
         inputs = read_inputs(pair.inputs, self.tokenizer)
         if messages is None:
@@ -143,13 +143,13 @@ class Conversations:
         return {known[number].content: number for number in self.ends if number in known}
 
     def _end_of(self, prompt: str) -> int:
-        """The end of an answer that has none: the template's where the prompt is in the template's form."""
+        """The end to add to an answer without one: the template's if the prompt is in the template's form."""
         turn = None if self.form is None else self.form.end_id
         inside = turn is not None and any(text in prompt for text, number in self._end_texts.items() if number == turn)
         return turn if inside and turn is not None else self._eos
 
     def _ended(self, text: str) -> str:
-        """A plain answer, where it ends with end tokens up to the first of these."""
+        """Return a plain answer, cut after the first of any end tokens that it ends with."""
         found, rest = text, text.rstrip()
         while end := next((end for end in self._end_texts if rest.endswith(end)), None):
             found = rest
@@ -175,7 +175,7 @@ def _answer(prompt: str, whole: str, content: str, form: AnswerForm) -> tuple[st
 
 
 def _up_to_end(rendered: str, form: AnswerForm) -> str:
-    """What a template writes after the end of the turn is not the answer's."""
+    """Cut an answer at the end of its turn: what a template writes after that does not belong to it."""
     if rendered.endswith(form.end + form.after):
         return rendered[: len(rendered) - len(form.after)]
     at = rendered.rfind(form.end) if form.end_id is not None else -1

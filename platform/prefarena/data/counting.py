@@ -1,4 +1,4 @@
-"""How many rows a source has, without parsing them."""
+"""Counting a source's rows without parsing them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ _COLUMN = ("chosen",)  # one that every table of pairs has
 
 
 def count_rows(parts: list[Part], most_bytes: int, limit: int | None = None) -> int:
-    """Rows of parts whose first rows have been looked at, at most `limit`.
+    """Count the rows of parts whose first rows have been looked at, up to `limit`.
 
-    The number stands in a table; lines are read for it. Raises BrokenFile as `read_chunks` does.
+    A table states the number; lines have to be read. Raises BrokenFile as `read_chunks` does.
     """
     num_rows = 0
     for part in parts:

@@ -40,13 +40,13 @@ def read_delimited(
 
 
 def delimited_schema(opened: Callable[[], AbstractContextManager[Any]], path: str) -> pa.Schema:
-    """The columns of a file: text, and numbers where they are read as such."""
+    """The schema of a file: text columns, and number columns where they are read as such."""
     names = column_names(opened, path)
     return pa.schema([(name, pa.float64() if name in _NUMBERS else pa.string()) for name in names])
 
 
 def column_names(opened: Callable[[], AbstractContextManager[Any]], path: str) -> list[str]:
-    """The first line's cells; none where the file is empty."""
+    """The cells of the first line; empty where the file is."""
     with opened() as stream:
         first = stream.read(1)
         if not first:
@@ -64,7 +64,7 @@ def _options(path: str, most_bytes: int) -> dict[str, Any]:
 
 
 def _number(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Text cells as whole numbers, else as numbers, else as they are; blank ones are null."""
+    """Convert text cells to whole numbers, else to numbers, else leave them; blank ones become null."""
     cells = pc.if_else(pc.equal(pc.utf8_trim_whitespace(column), ""), pa.scalar(None, pa.string()), column)
     for kind in (pa.int64(), pa.float64()):
         try:

@@ -36,7 +36,7 @@ _NUMPY = re.compile(r"\}\s*\n\s*\{")  # how numpy writes an array of dicts: a li
 
 
 def with_fields(row: Row, form: str) -> Row:
-    """The row with nothing that matters outside prompt, chosen and rejected. Raises Unusable where that cannot be."""
+    """Bring all that matters in a row into prompt, chosen and rejected. Raises Unusable where that is impossible."""
     for name, what in LOST.items():
         if not is_empty(row.get(name)):
             raise Unusable(LOST_COLUMN, f"{name}: {what} are not read")
@@ -54,7 +54,7 @@ def is_empty(value: Any) -> bool:
 
 
 def _unpacked(row: Row) -> Row:
-    """The row with messages that are stored as text as messages."""
+    """Return the row with messages that were stored as text turned back into messages."""
     found = {name: _messages_in(row.get(name)) for name in _TEXTS}
     messages = {name: value for name, value in found.items() if value is not None}
     if not messages:
@@ -88,7 +88,7 @@ def _messages_in(value: Any) -> list[Any] | None:
 
 
 def _with_system(row: Row, form: str) -> Row:
-    """The row with its system column as the first message of its conversation."""
+    """Return the row with its system column as the first message of its conversation."""
     columns = [name for name in SYSTEM if row.get(name) is not None]
     if not columns:
         return row
@@ -108,7 +108,7 @@ def _with_system(row: Row, form: str) -> Row:
 
 
 def _as_conversation(row: Row, system: str, form: str) -> Row:
-    """A plain prompt and answers with a system column, as messages, which have a place for it."""
+    """Turn a plain prompt and answers with a system column into messages, which have a place for it."""
     if form not in ("auto", "conversational") or not isinstance(row.get("prompt"), str):
         return row
     answers = {}

@@ -45,7 +45,7 @@ _ANY_TYPE = ("source", "tools", "chat_template_kwargs", *SCORES, *PROMPTS, CONVE
 
 @dataclass(frozen=True)
 class FirstRows:
-    """What there is to read, and what should be known of it, a sentence each. Of the rows, some are HH transcripts.
+    """The data to read, and notes on it, a sentence each, and whether some of the rows are HH transcripts.
 
     forms: messages, or plain text. is_whole: there are no more rows than these. num_without_scores: pairs without
     scores of both answers.
@@ -137,7 +137,7 @@ def look_at_text(task: TextTask, path: str) -> FirstRows:
 
 
 def look_at_others(task: TextTask) -> None:
-    """At single responses, demonstrations and pretraining text, where the task has them."""
+    """Look at single responses, demonstrations and pretraining text, where the task has them."""
     if task.unpaired_data is not None:
         look_at_singles(task, task.unpaired_data)
     if task.demonstration_data is not None:

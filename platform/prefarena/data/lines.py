@@ -30,7 +30,7 @@ class Lines:
 
 
 class WrongFile(Exception):
-    """A file that holds something else than lines of JSON; the message says what, and what to do."""
+    """A file that holds something other than lines of JSON; the message says what it holds, and what to do."""
 
 
 def read_lines(stream: Readable, chunk_bytes: int, most_bytes: int) -> Iterator[Lines]:

@@ -1,4 +1,4 @@
-"""What whoever reads a data stage's summary should know of how its conversations were made, in one sentence each."""
+"""Notes for readers of a data stage's summary on how its conversations were made, in one sentence each."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from prefarena.modeling.endings import AnswerForm
 
 
 def transcript_notes(first: FirstRows, task: TextTask, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """What is made of HH-RLHF transcripts, where the model has a chat template and another reading is at hand."""
+    """Notes on how HH-RLHF transcripts are read, if the model has a chat template and they can be read otherwise."""
     if tokenizer.chat_template is None or task.format not in ("auto", "hh"):
         return []
     some = f"{first.num_transcripts} of the first {first.num_rows} rows"

@@ -71,7 +71,7 @@ class BatchPlan:
         return mine
 
     def largest_micro_batch(self) -> NDArray[np.int64]:
-        """The rows with the most tokens that one worker takes in one pass; of many steps of the first epoch."""
+        """The rows with the most tokens that one worker takes in one pass, among many steps of the first epoch."""
         order, steps = self._epoch(0), max(1, len(self.lengths) // self.batch_size)
         parts = []
         for step in np.unique(np.linspace(0, steps - 1, min(steps, _SEARCHED_STEPS)).astype(int)):

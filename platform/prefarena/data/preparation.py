@@ -1,4 +1,4 @@
-"""A chunk of raw rows to rows of token ids, or to the reasons why not. What the pipeline's actors do; no Ray here."""
+"""Turning a chunk of raw rows into token ids or rejections: the work of the pipeline's actors, without Ray."""
 
 from __future__ import annotations
 
@@ -213,7 +213,7 @@ def _embedded(tokens: TokenPair | Unusable, tokenizer: Tokenizer) -> TokenPair |
 
 
 def _without_row(tokenizer: Tokenizer, *sequences: list[int]) -> Unusable | None:
-    """Why a row cannot be used whose tokens the model does not have; None where it has them all."""
+    """The reason for rejecting a row whose tokens the model lacks; None where it has them all."""
     lost = tokenizer.unembedded and {token for ids in sequences for token in ids} & tokenizer.unembedded
     return Unusable(NO_ROW, repr(tokenizer.tokenizer.convert_ids_to_tokens(min(lost)))) if lost else None
 

@@ -1,4 +1,4 @@
-"""Rows that cannot be trained on: why, what mends them, where they are listed, and how many are too many.
+"""Rows that cannot be trained on: the reasons, the remedies, the list of them, and how many are too many.
 
 A rejected row is listed with file, row and reason, and the run goes on. When more than a set share of the rows is
 rejected the run stops, before any training. A row that repeats an earlier one, or belongs to a dialogue that is tested
@@ -153,7 +153,8 @@ class Rejections:
     ) -> None:
         """Raise UserError where more than the share `most` of `num_rows` rows were rejected.
 
-        first: they are the source's first rows alone. remedies: what mends most of it, beside what every reason says.
+        first: whether these are only the source's first rows. remedies: what mends most rows, besides each reason's
+        own.
         """
         if self.num_counted <= most * num_rows:
             return
@@ -171,7 +172,7 @@ class Rejections:
             raise UserError(f"{source}: none of its first {num_rows} rows can be trained on: {self._commonest()}")
 
     def _commonest(self) -> str:
-        """The commonest reasons that count, each with its number, one place and what mends it."""
+        """The commonest reasons that count, each with its number, one example's place and the remedy."""
         counted = [(reason, count) for reason, count in self.reasons.most_common() if reason not in _NOT_COUNTED]
         said = [
             f"{reason} {count}, first at {self._first[reason]} - {REMEDIES[reason]}"

@@ -1,4 +1,4 @@
-"""Pairs of the field under other columns: which hold the prompt, and how to write the rest as chosen and rejected."""
+"""Well-known data sets with other columns: which hold the prompt, and how to write the rest as chosen and rejected."""
 
 from __future__ import annotations
 

@@ -35,7 +35,7 @@ def taken_apart(pairs: pa.Table) -> pa.Table:
 
 
 def of_pairs(responses: pa.Table, ids: list[str]) -> pa.Table:
-    """Of the responses that `taken_apart` made, those of the pairs with these ids.
+    """Select, from the responses that `taken_apart` made, those of the pairs with these ids.
 
     Their mismatched responses may be of other pairs: those serve as they are, without a label.
     """
@@ -48,7 +48,7 @@ def _id(side: str, pair: str) -> str:
 
 
 def mismatch(responses: pa.Table) -> NDArray[np.int64]:
-    """For each row of RESPONSES the number of another one, of another prompt; every row is another's, once.
+    """For each row of RESPONSES, find the number of a row with another prompt; every row is used exactly once.
 
     Decided by content alone: rows of one prompt stand together, in an order that depends on no other prompt, and each
     row has the response of the row that stands as many places on as the most frequent prompt has rows. Raises UserError

@@ -42,9 +42,9 @@ _CHUNK_ROWS = 256  # most rows of a table in a chunk
 
 @dataclass(frozen=True)
 class Part:
-    """What one reader reads: a file, or the rows from `start` to `stop` of a `datasets` table.
+    """The input of one reader: a file, or the rows from `start` to `stop` of a `datasets` table.
 
-    split: of a table that has splits.
+    split: the split, of a table that has splits.
     """
 
     kind: Literal["jsonl", "parquet", "csv", "saved", "hub"]
@@ -73,14 +73,14 @@ class BrokenFile(Exception):
 
 @dataclass(frozen=True)
 class Found:
-    """What there is to read, and a sentence for each thing that is not read."""
+    """The parts to read, and a sentence for each thing that is not read."""
 
     parts: list[Part]
     notes: list[str]
 
 
 def find_parts(path: str, split: str) -> list[Part]:
-    """What there is to read at `path`, in a fixed order. Raises UserError where there is nothing."""
+    """Find the parts to read at `path`, in a fixed order. Raises UserError where there is nothing."""
     return survey(path, split).parts
 
 
@@ -122,7 +122,7 @@ def _survey_folder(path: str, fs: Any, root: str, split: str, settings: tuple[st
 
 
 def version_of(path: str) -> list[Any]:
-    """What changes with the content of remote data: marks of the files under a URL, or the commit of a hub dataset.
+    """A mark that changes with the content of remote data: of the files under a URL, or a hub dataset's commit.
 
     Empty for paths, and where nothing is found. Of a hub dataset that cannot be asked, the commit that was downloaded
     last, as that is what will be read.
@@ -268,7 +268,7 @@ def _opened(part: Part) -> Iterator[Any]:
 
 @contextmanager
 def _broken_at(part: Part, following: Callable[[], int]) -> Iterator[None]:
-    """Makes a BrokenFile of what a reader finds, at the line or row that `following` gives."""
+    """Turn a reader's error into a BrokenFile, at the line or row that `following` gives."""
     try:
         yield
     except (WrongFile, BadArray) as error:
@@ -351,7 +351,7 @@ def _table_parts(kind: Literal["saved", "hub"], path: str, split: str) -> list[P
 
 
 def _load_table(kind: str, path: str, split: str) -> Any:
-    """A memory-mapped `datasets.Dataset`. Raises UserError where it, or the split, is not to be had."""
+    """Load a memory-mapped `datasets.Dataset`. Raises UserError where it, or the split, is not available."""
     import datasets
 
     try:

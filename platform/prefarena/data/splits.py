@@ -26,7 +26,7 @@ class Shares:
     seed: int
 
     def split_of(self, pair: Pair) -> str:
-        """train, judge or test."""
+        """Return the split of an opening: train, judge or test."""
         digest = hashlib.sha256(f"{self.seed}:{pair.opening.strip()}".encode()).digest()
         share = int.from_bytes(digest[:8], "big") / 2**64
         if share < self.test:
@@ -67,7 +67,7 @@ def shares_of(task: TextTask, parts: list[Part], learns_judge: bool) -> Shares:
 
 
 def ignored_judge(task: TextTask, learns_judge: bool) -> list[str]:
-    """The sentence to say where the task has a size for the judge's rows, and no judge is learned."""
+    """A note if the task sets a size for the judge's rows although no judge is learned."""
     given = next((n for n in ("judge_share", "num_judge_pairs") if getattr(task, n) is not None), None)
     if learns_judge or given is None:
         return []
@@ -75,7 +75,7 @@ def ignored_judge(task: TextTask, learns_judge: bool) -> list[str]:
 
 
 def leakage_notes(counts: dict[str, Any]) -> list[str]:
-    """How many rows do not train because their dialogue is in the test data, where there are any."""
+    """A note on how many rows are not trained on because their dialogue is in the test data, if there are any."""
     number = counts["dropped"].get(IN_TEST_DATA, 0)
     if not number:
         return []

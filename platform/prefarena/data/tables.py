@@ -20,8 +20,8 @@ ROW_GROUP = 1024  # rows that are read or written at once where a table is not t
 def read_rows(path: str | Path, columns: list[str] | None = None, *, first: int | None = None) -> pa.Table:
     """A parquet file, or a folder of them, sorted by `id`: the order of files and blocks does not matter.
 
-    first: no more rows than that. Ids are hashes of content, so these are a random subset, the same on every machine,
-    and within that of any larger number.
+    first: read at most this many rows. Ids are hashes of content, so these are a random subset, the same on every
+    machine, and within that of any larger number.
     """
     bring(path)
     wanted = None if columns is None else list(dict.fromkeys(["id", *columns]))
@@ -57,9 +57,9 @@ class TokenColumn:
 
     @property
     def lengths(self) -> NDArray[np.int64]:
-        """[N]: values in each row."""
+        """The number of values in each row, [N]."""
         return np.diff(self.offsets).astype(np.int64)
 
     def take(self, rows: NDArray[np.int64]) -> list[NDArray[np.int32]]:
-        """The values of each of these rows; views."""
+        """Return the values of each of these rows, as views."""
         return [self.values[self.offsets[row] : self.offsets[row + 1]] for row in rows]

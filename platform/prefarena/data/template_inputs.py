@@ -1,4 +1,4 @@
-"""What a row gives its model's chat template besides messages: tools, and settings such as `enable_thinking`."""
+"""Inputs of the chat template that a row holds besides messages: tools, and settings such as `enable_thinking`."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def written_inputs(row: dict[str, Any]) -> str:
 
 
 def read_inputs(written: str, tokenizer: PreTrainedTokenizerBase) -> Inputs:
-    """What `written_inputs` wrote. Raises Unusable where the tokenizer's chat template takes no notice of a part."""
+    """The inverse of `written_inputs`. Raises Unusable where the tokenizer's chat template does not use a part."""
     inputs: Inputs = json.loads(written) if written else {}
     if not inputs:
         return inputs
@@ -59,7 +59,7 @@ def read_inputs(written: str, tokenizer: PreTrainedTokenizerBase) -> Inputs:
 
 
 def _value(value: Any, column: str) -> Any:
-    """A column's value, also where it is stored as text, without keys that have no value."""
+    """Read a column's value, also where it is stored as text, without keys that have no value."""
     if isinstance(value, str) and value.strip():
         try:
             return json.loads(value)

@@ -71,14 +71,14 @@ class Seen:
         self._base.execute("BEGIN")
 
     def first(self, kind: str, identity: str, value: str = "") -> str | None:
-        """None the first time that an identity of this kind comes; afterwards the value that it came with first."""
+        """Return None the first time that an identity of this kind comes, and later the value it first came with."""
         key = kind.encode() + bytes.fromhex(identity)
         if self._base.execute("INSERT OR IGNORE INTO seen VALUES (?, ?)", (key, value)).rowcount:
             return None
         return str(self._base.execute("SELECT value FROM seen WHERE id = ?", (key,)).fetchone()[0])
 
     def __contains__(self, key: tuple[str, str]) -> bool:
-        """Whether the identity (kind, id) has come."""
+        """Whether the identity (kind, id) has come before."""
         found = self._base.execute("SELECT 1 FROM seen WHERE id = ?", (key[0].encode() + bytes.fromhex(key[1]),))
         return found.fetchone() is not None
 
@@ -137,7 +137,7 @@ class TokenTables:
                 self._count_order(rows.take(numbers))
 
     def summary(self, task: TextTask, shares: Shares) -> dict[str, Any]:
-        """Counts. Raises UserError where a split is empty, or too many rows were rejected."""
+        """Return the counts. Raises UserError where a split is empty, or too many rows were rejected."""
         self.rejections.check(task.data, self.num_rows, task.max_rejected_share)
         for split in shares.needed:
             if self._tables[f"{split}_pairs"].count == 0:
@@ -211,7 +211,7 @@ class TokenTables:
         return names
 
     def _if_tested_on(self, row: dict[str, Any]) -> str | None:
-        """IN_TEST_DATA for a row to train on whose dialogue's opening is one of the test set's."""
+        """Return IN_TEST_DATA for a training row whose dialogue's opening is in the test set."""
         if row["split"] == "test":
             self._seen.first("opening", row["opening_id"])
             return None

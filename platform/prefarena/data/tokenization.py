@@ -43,10 +43,10 @@ Divided = tuple[list[int], int | None]
 
 @dataclass(frozen=True)
 class TokenPair:
-    """Token ids of a pair, what truncation touched, and what else its responses are not.
+    """Token ids of a pair, whether truncation touched it, and how its responses were tokenised.
 
-    num_responses_apart: tokenised by themselves, since no token of the whole text ends where the prompt does.
-    num_responses_as_written: not as the chat template would render them (`conversations.Texts`).
+    num_responses_apart: responses tokenised by themselves, since no token of the whole text ends where the prompt does.
+    num_responses_as_written: responses not as the chat template would render them (`conversations.Texts`).
     """
 
     prompt_ids: list[int]
@@ -68,7 +68,7 @@ class TokenPrompt:
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Prompts and responses to ids, within a task's limits. Raises UserError where these leave no room.
+    """Converts prompts and responses to ids, within a task's limits. Raises UserError where these leave no room.
 
     unembedded: tokens that have no row in the model's embedding; a row that holds one is rejected.
     model_ends: tokens that the model's generation config names as ends, beside those that the tokenizer tells of.
@@ -90,13 +90,13 @@ class Tokenizer:
 
     @classmethod
     def load(cls, path: str | Path, revision: str | None, task: TextTask) -> Tokenizer:
-        """The tokenizer at `path`, and what is known about the model there. Raises UserError like `load_tokenizer`."""
+        """Load the tokenizer at `path` and the facts about the model there. Raises UserError like `load_tokenizer`."""
         tokenizer = load_tokenizer(path, revision)
         unembedded = ids_without_row(path, tokenizer, revision)
         return cls(tokenizer, task, unembedded=unembedded, model_ends=configured_ends(path, tokenizer, revision))
 
     def pair(self, pair: Pair) -> TokenPair:
-        """Ids within the limits. Raises Unusable where the pair cannot be trained on."""
+        """Return a pair's ids within the limits. Raises Unusable where the pair cannot be trained on."""
         (done,) = self.pairs([pair])
         if isinstance(done, Unusable):
             raise done
@@ -187,7 +187,7 @@ class Tokenizer:
         return self._divided_by_prompt(texts, [chosen, rejected])
 
     def _divided_by_prompt(self, texts: Texts, wholes: list[list[int]]) -> tuple[list[int], list[list[int]], int]:
-        """As `_divided`, where the two texts alone do not settle it. `wholes`: of the prompt with each answer."""
+        """Divide like `_divided` where the two texts alone do not settle it. `wholes`: of prompt with answer."""
         alone = self.encoder.encode([texts.prompt])[0]
         at = len(texts.prompt)
         cuts = [
@@ -221,7 +221,7 @@ class Tokenizer:
         return [*body, end]
 
     def text(self, text: str) -> list[list[int]]:
-        """Pretraining text as pieces of at most prompt + response tokens, each with a bos, the last with an eos."""
+        """Cut pretraining text into pieces of up to prompt + response tokens, each with a bos, the last with an eos."""
         bos = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         ids = [*self.encoder.encode([text])[0], self.tokenizer.eos_token_id]
         size = self.task.max_prompt_tokens + self.task.max_response_tokens - len(bos)
@@ -243,7 +243,7 @@ def _wholes(texts: Texts) -> list[tuple[str, int]]:
 
 
 def train_tokenizer(texts: Iterable[str], vocab_size: int, folder: str | Path) -> PreTrainedTokenizerFast:
-    """A byte-level BPE of at most `vocab_size` tokens, learnt from `texts` and saved as a transformers folder.
+    """Train a byte-level BPE of at most `vocab_size` tokens on `texts`, and save it as a transformers folder.
 
     The same texts in the same order give the same tokenizer. pad, bos and eos are distinct tokens 0, 1 and 2. Raises
     UserError where `vocab_size` cannot hold them and the 256 bytes.

@@ -1,9 +1,11 @@
-"""Where the prompt of a plain text ends that holds prompt and answer: by its turns, and by no line of the answer's own.
+"""Where the prompt ends in a plain text that holds prompt and answer: found by turns, never by a line of the answer.
 
-A turn begins with a label at the start of a line, such as `User:` or `### Response:`. The first label of the text,
-where the prompt must be, settles which label asks in it and which ones answer; lines with other labels are content. The
-prompt ends behind the first answer label that follows the last asking one. So neither `Answer: 4` at the end of an
-answer that was thought through step by step, nor a quiz that an answer contains, moves any of it into the prompt.
+A turn begins with a label at the start of a line, such as `User:` or `
+
+# Response:`. The first label of the text, where the prompt must be, settles which label asks in it and which ones
+answer; lines with other labels are content. The prompt ends behind the first answer label that follows the last asking
+one. So neither `Answer: 4` at the end of an answer that was thought through step by step, nor a quiz that an answer
+contains, moves any of it into the prompt.
 """
 
 from __future__ import annotations

@@ -39,10 +39,10 @@ _LEVELS = {"keep": 1, "discard": 2}
 
 @dataclass(frozen=True)
 class ServedModel:
-    """What a trainer must know of an engine's model.
+    """The facts about an engine's model that a trainer must know.
 
-    merged_heads: tied heads that the engine is not sent. transposed: tensors that it holds the other way round.
-    num_bytes: of a whole update, in the engine's dtype. layers: names of tensors that go together in a part of one.
+    merged_heads: tied heads that the engine is not sent. transposed: tensors that it holds transposed. num_bytes: of a
+    whole update, in the engine's dtype. layers: names of tensors that go together in a part of one.
     """
 
     path: str
@@ -52,7 +52,7 @@ class ServedModel:
     layers: tuple[frozenset[str], ...] = ()
 
     def whole_layers(self, names: Collection[str]) -> frozenset[str] | None:
-        """These tensors, and those that go with them; None where that is not known of one of them."""
+        """Return these tensors and those that must be sent with them; None where that is unknown for one of them."""
         found = [layer for layer in self.layers if not layer.isdisjoint(names)]
         together = frozenset[str]().union(*found)
         return together if together >= set(names) else None
@@ -60,7 +60,7 @@ class ServedModel:
 
 @dataclass
 class HostUpdate:
-    """An update through host memory that is under way, whole or of some layers; the shapes of what has come."""
+    """An update through host memory in progress, of all or some layers, with the shapes received so far."""
 
     name: str
     partial: bool
@@ -114,7 +114,7 @@ class GenerationActor:
         return ServedModel(self._path, self._merged_heads, self._layout.transposed, num_bytes, self._layers)
 
     def sleep(self) -> None:
-        """Give the engine's memory back until it is needed, as `generation.sleep_mode` says; else nothing.
+        """Free the engine's memory until it is needed, if `generation.sleep_mode` says so; otherwise do nothing.
 
         With "discard" the actor then holds no version.
         """
@@ -127,13 +127,13 @@ class GenerationActor:
         self._asleep = set(_MEMORY)
 
     def _wake(self, parts: Collection[str] = _MEMORY) -> None:
-        """Have these parts of the engine's memory back."""
+        """Allocate these parts of the engine's memory again."""
         if missing := self._asleep & set(parts):
             self._engine.wake(missing)
             self._asleep -= missing
 
     def load(self, tensors: Mapping[str, Tensor], sums: Sums | None, version: str) -> Verified | None:
-        """Replace all weights by these; with `sums`, check that the engine then holds what they are of.
+        """Replace all weights by these; with the checksums `sums`, check that the engine then holds the same numbers.
 
         Returns how much of them was read back; None without `sums`.
         """
@@ -180,7 +180,7 @@ class GenerationActor:
         return Sums(checksums(tensors, self._engine.dtype, self._layout.transposed))
 
     def _begin(self) -> None:
-        """Begin an update, whatever became of the last one. A failed update leaves no usable weights."""
+        """Begin an update, however the last one ended. A failed update leaves no usable weights."""
         if self._failed or self._updating:
             self._end_process()
         self._version = None
@@ -196,7 +196,7 @@ class GenerationActor:
         self._failed = False
 
     def _end_process(self) -> None:
-        """Where vLLM has layers of which a part was replaced, and lets nobody out of it; Ray starts the actor again."""
+        """End the process, as vLLM cannot leave an update of partly replaced layers; Ray restarts the actor."""
         _logger.warning("an update of the weights was begun and never finished, so the process ends and is restarted")
         os._exit(1)
 
@@ -205,8 +205,8 @@ class GenerationActor:
     def begin_host_update(self, update: str, since: str | None) -> bool:
         """Begin the update of this name; whether a whole one has been compared, so that a sample of this is enough.
 
-        since: the version that this one changes a part of; None: it is whole. Raises TransferLostError where the actor
-        does not hold it.
+        since: the version that this one changes a part of; None means a whole update. Raises TransferLostError where
+        the actor does not hold it.
         """
         if since is not None and since != self._version:
             raise TransferLostError(f"the generation actor does not hold {since!r}, of which a part was to be replaced")
@@ -215,7 +215,7 @@ class GenerationActor:
         return self._checked is not None
 
     def take_bucket(self, update: str, bucket: Bucket) -> None:
-        """Some of the update's tensors. Raises WeightUpdateError for those that the model does not have."""
+        """Take some of the update's tensors. Raises WeightUpdateError for those that the model does not have."""
         under_way = self._host_update(update)
         shapes = {name: entry.shape for name, entry in bucket.entries.items()}
         check_known(shapes, self._layout.shapes)
@@ -223,7 +223,7 @@ class GenerationActor:
         self._receive({"tensors": self._layout.as_sent(bucket.tensors(), self._merged_heads)})
 
     def end_host_update(self, update: str, sums: Sums | None, version: str) -> Verified | None:
-        """Put the weights to use, where they are whole; returns what `load` does. Raises WeightUpdateError."""
+        """Start using the weights if they are complete; returns what `load` does. Raises WeightUpdateError."""
         under_way = self._host_update(update)
         if under_way.partial:
             check_layers(under_way.shapes, self._layers)
@@ -239,7 +239,7 @@ class GenerationActor:
     # The steps of a transfer between devices, driven by vLLM's trainer side (transfer.TransferClient).
 
     def leave(self) -> None:
-        """Be in no transfer any more.
+        """Leave any transfer.
 
         In the middle of an update that is not possible: vLLM refuses to let go of the trainer, and has layers of which
         a part was replaced. The process ends then, and Ray starts it again.

@@ -19,7 +19,7 @@ _WIDE, _SAMPLED = 256, 16
 
 @dataclass(frozen=True)
 class ColumnSample:
-    """Some columns of every wide matrix, evenly spread; those next to them have their turn in the next update."""
+    """Some columns of every wide matrix, evenly spread; the columns next to them are checked in the next update."""
 
     turn: int
 
@@ -33,13 +33,13 @@ def columns_of(sample: ColumnSample | None, width: int) -> range:
 
 
 def within(columns: range, begin: int, end: int) -> range:
-    """Those of evenly spread columns that lie in a stretch."""
+    """Return those of evenly spread columns that lie in a range."""
     skipped = max(0, -(-(begin - columns.start) // columns.step))
     return range(columns.start + skipped * columns.step, min(end, columns.stop), columns.step)
 
 
 def as_matrix(tensor: Tensor) -> Tensor:
-    """[rows, the rest]."""
+    """View a tensor as a matrix [rows, all other dimensions]."""
     return tensor.detach().reshape(len(tensor) if tensor.dim() else 1, math.prod(tensor.shape[1:]))
 
 
@@ -47,8 +47,8 @@ def checksum(tensor: Tensor, sample: ColumnSample | None = None) -> int:
     """A 64-bit sum over the bit patterns of the elements, each multiplied by a number of its own place.
 
     So it tells tensors apart that hold the same numbers in another order, and those of parts of a tensor add up to that
-    of the whole. Negative zero counts as zero: an engine whose weights are read back through a product cannot tell
-    them apart. With a sample it is of these columns alone.
+    of the whole. Negative zero counts as zero: an engine whose weights are read back through a product cannot tell them
+    apart. With a sample it covers these columns only.
     """
     matrix = as_matrix(tensor)
     columns = columns_of(sample, matrix.shape[1])
@@ -56,12 +56,12 @@ def checksum(tensor: Tensor, sample: ColumnSample | None = None) -> int:
 
 
 def taken(matrix: Tensor, columns: range) -> Tensor:
-    """These columns, as a view."""
+    """Return these columns as a view."""
     return matrix[:, columns.start : max(columns.start, columns.stop) : columns.step]
 
 
 def _sum(part: Tensor, first_row: int, columns: range, width: int) -> int:
-    """What a part of a matrix of so many columns adds to its checksum: rows from the first on, of these columns."""
+    """What a part of a matrix of so many columns adds to its checksum: rows from `first` on, of these columns."""
     if not len(part) or not columns:
         return 0
     device = part.device
@@ -86,7 +86,7 @@ def checksums(
 ) -> dict[str, int]:
     """Checksums of tensors as an engine of this dtype must hold them. Computed where the tensors are.
 
-    transposed: those that an engine holds the other way round.
+    transposed: those that an engine holds transposed.
     """
     return {
         name: checksum((tensor.T if name in transposed else tensor).detach().to(dtype), sample)
@@ -95,7 +95,7 @@ def checksums(
 
 
 class Piece(NamedTuple):
-    """A part of a tensor, seen as a matrix: its first row and column, how many of each, and what they add up to."""
+    """A part of a tensor, seen as a matrix: its first row and column, how many of each, and its checksum."""
 
     first: tuple[int, int]
     sides: tuple[int, int]
@@ -103,7 +103,7 @@ class Piece(NamedTuple):
 
 
 def piece_of(part: Tensor, whole: tuple[int, ...], first_row: int, columns: range) -> Piece | None:
-    """What a rank of an engine holds of a tensor of the shape `whole`; None where it does not fit in there.
+    """The piece of a tensor of shape `whole` that a rank of an engine holds; None where it does not fit in.
 
     part: a matrix of rows from the first on, and of these columns.
     """
@@ -124,10 +124,10 @@ def whole_checksums(
     shapes: Mapping[str, tuple[int, ...]],
     sample: ColumnSample | None = None,
 ) -> dict[str, int]:
-    """Checksums of whole tensors, from what the ranks of an engine hold of them.
+    """Compute checksums of whole tensors from the pieces that the ranks of an engine hold.
 
-    What several ranks hold (norms, heads that are fewer than ranks) counts once. Tensors of which some part was not
-    found are left out.
+    Pieces that several ranks hold (norms, heads that are fewer than ranks) count once. Tensors of which some part was
+    not found are left out.
     """
     found: dict[str, int] = {}
     for name, shape in shapes.items():

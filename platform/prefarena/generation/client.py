@@ -26,7 +26,7 @@ _SLOWEST = 32 * 2**20
 
 
 def _environment(generation: Generation) -> dict[str, str]:
-    """Must be in place before vLLM is imported: engine in-process, quiet, as many threads as CPUs were asked for.
+    """Environment variables set before vLLM is imported: engine in-process, quiet, as many threads as requested CPUs.
 
     Ranks of an engine over several devices inherit it.
     """
@@ -58,7 +58,7 @@ def last_error(traceback: str) -> str:
 
 @dataclass
 class Call:
-    """A method call that is on its way to an actor.
+    """A pending method call of an actor.
 
     limit: the setting of `Generation` that bounds the wait. more: seconds beyond it. step: whether it is a step of a
     transfer, in which an actor that was restarted has no part.
@@ -79,10 +79,10 @@ class Call:
         return getattr(self.generator.actor, self.method).remote(*self.args)
 
     def result(self, deadline: float | None = None) -> Any:
-        """What the method returns. Waits until `deadline` (by default the limit from now), restarts included.
+        """Return what the method returns. Waits until `deadline` (by default the limit from now), restarts included.
 
-        While Ray restarts a lost actor the call is sent again, as every method may be but a step of a transfer, which
-        raises TransferLostError.
+        While Ray restarts a lost actor the call is sent again, as every method may be, except a step of a transfer,
+        which raises TransferLostError.
         """
         seconds = getattr(self.generator.settings, self.limit) + self.more
         deadline = deadline_after(seconds) if deadline is None else deadline
@@ -110,7 +110,7 @@ class Call:
 
 
 def all_of(calls: Sequence[Call], deadline: float) -> list[Any]:
-    """What each of them returns. Raises what the first to fail raises, however long the others would take."""
+    """Return each call's result. Raises what the first to fail raises, however long the others would take."""
     waiting = {call.answer: call for call in calls}
     while waiting:
         ended, _ = ray.wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
@@ -134,7 +134,7 @@ class Generator:
     def begin(
         cls, model_path: str, settings: Generation, max_model_len: int, use_gpu: bool, name: str, seed: int
     ) -> Generator:
-        """Have the actor started; `call_dtype` tells when its engine is up.
+        """Start the actor; `call_dtype` answers when its engine is up.
 
         An engine over several devices has a placement group: they are on one node, and stay reserved while the actor is
         restarted.
@@ -157,7 +157,7 @@ class Generator:
 
     @classmethod
     def connect(cls, name: str, settings: Generation) -> Generator:
-        """The running generator of this name. Raises GeneratorLostError where there is none."""
+        """Connect to the running generator of this name. Raises GeneratorLostError where there is none."""
         try:
             return cls(ray.get_actor(name), name, settings)
         except ValueError:
@@ -180,12 +180,12 @@ class Generator:
 
     @cached_property
     def served(self) -> ServedModel:
-        """Its model."""
+        """Facts about its model."""
         return self.call("model", "to report its model", "sync_timeout_s").result()
 
     @property
     def more_seconds(self) -> float:
-        """What an update may take beyond `sync_timeout_s`, as its weights are many."""
+        """Seconds that an update may take beyond `sync_timeout_s`, in proportion to the number of weights."""
         return float(self.served.num_bytes // _SLOWEST)
 
     def call_dtype(self) -> Call:
@@ -207,7 +207,7 @@ class Generator:
         return self.call("version", "to report its weight version", "sync_timeout_s").result()
 
     def restart(self) -> None:
-        """End the actor's process, whatever it is at, to be started again by Ray as after a death."""
+        """End the actor's process, whatever it is doing; Ray starts it again as after a death."""
         ray.kill(self.actor, no_restart=False)
 
     def stop(self) -> None:
@@ -219,7 +219,7 @@ class Generator:
 
 
 def _reserved(needs: Mapping[str, float], settings: Generation) -> PlacementGroup:
-    """Room for one actor, on one node; it goes with the process that asked for it, if not before."""
+    """Reserve room for one actor on one node; it is freed at the latest when the process that asked for it ends."""
     bundle = {kind.removeprefix("num_").upper().removesuffix("S"): number for kind, number in needs.items() if number}
     labels = [dict(settings.labels)] if settings.labels else None
     return placement_group([bundle], strategy="STRICT_PACK", bundle_label_selector=labels)

@@ -30,9 +30,9 @@ _logger = logging.getLogger(__name__)
 
 
 def balance(loads: Sequence[int], num_shards: int) -> list[list[int]]:
-    """Indices of `loads` for each shard: the longest first, each to the shard with the least to do.
+    """Divide the indices of `loads` into shards: the longest first, each to the shard with the least load.
 
-    Shards are whole (one call an actor): an engine is fast because it batches, and small chunks lose that. Indices
+    Each shard is a single call to its actor: an engine is fast because it batches, and small chunks lose that. Indices
     ascend within a shard; shards may be empty.
     """
     shards: list[list[int]] = [[] for _ in range(num_shards)]
@@ -53,7 +53,7 @@ class PendingRollouts:
     limit_s: float
 
     def result(self) -> list[Rollout]:
-        """One rollout per prompt, in order.
+        """Return one rollout per prompt, in order.
 
         Raises StaleWeightsError where an actor holds other weights, WaitTimeoutError where one takes longer than
         `generation.generate_timeout_s` from this call on, GeneratorLostError where one is gone for good.
@@ -95,7 +95,7 @@ class Generators:
 
     @classmethod
     def connect(cls, names: tuple[str, ...], settings: Generation) -> Generators:
-        """The running actors of these names. Raises GeneratorLostError where one is missing."""
+        """Connect to the running actors of these names. Raises GeneratorLostError where one is missing."""
         return cls([Generator.connect(name, settings) for name in names], settings)
 
     @property
@@ -110,8 +110,10 @@ class Generators:
     # ------------------------------------------------------------------------------------------ weights
 
     def layers_of(self, names: Collection[str], version: str) -> frozenset[str] | None:
-        """What `sync` can replace of `version` in place of everything, where these tensors alone have changed: they and
-        those that engines fuse with them. None where some actor does not hold it, or everything must be sent.
+        """The tensors that `sync` must replace in `version` if only these have changed.
+
+        They are these, and those that engines fuse with them. None where some actor does not hold that version, or
+        everything must be sent.
         """
         if self._settings.weight_sync != "host" or set(self.versions().values()) != {version}:
             return None
@@ -133,7 +135,7 @@ class Generators:
         self._note(update.send(named_tensors, verify=self._settings.verify_weights, turn=self._turn))
 
     def _sums(self, tensors: Mapping[str, Tensor]) -> Sums | None:
-        """Checksums of what goes from device to device: of samples, once every actor has compared a whole update."""
+        """Checksums of what is sent from device to device: of samples, once every actor has compared a whole update."""
         if not self._settings.verify_weights:
             return None
         calls = [
@@ -143,7 +145,7 @@ class Generators:
         return Sums(checksums(tensors, self.dtype, self._members[0].served.transposed, sample), sample)
 
     def _send(self, tensors: Mapping[str, Tensor], version: str) -> list[Verified | None]:
-        """Over a transfer between devices; where an actor is lost before the update ends, over another one."""
+        """Send over a transfer between devices, and over a new one if an actor is lost before the update ends."""
         for _ in range(_MAX_TRANSFERS):
             try:
                 if self._transfer is None:
@@ -167,7 +169,7 @@ class Generators:
             self._transfer = None
 
     def _note(self, told: list[Verified | None]) -> None:
-        """Keep what the actors verified, and say it the first time."""
+        """Keep what the actors verified, and log it the first time."""
         first = self.verified is None
         self.verified = min((each for each in told if each is not None), key=lambda each: each.share, default=None)
         if first and self.verified is not None:
@@ -191,12 +193,12 @@ class Generators:
             ) from error
 
     def _update(self, method: str, what: str, *args: Any) -> list[Any]:
-        """A whole update of every actor, which reads the weights itself."""
+        """Update every actor wholly; each reads the weights itself."""
         limit = max(member.sync_limit_s for member in self._members)
         return self._wait([member.call_update(method, what, *args) for member in self._members], limit)
 
     def versions(self) -> dict[str, str | None]:
-        """The version that each actor holds, by its name; None: no weights that may be used."""
+        """The version that each actor holds, by its name; None where it holds no usable weights."""
         return {member.name: member.version() for member in self._members}
 
     # ----------------------------------------------------------------------------------------- rollouts
@@ -217,11 +219,11 @@ class Generators:
         return PendingRollouts(shards, len(prompts), self._settings.generate_timeout_s)
 
     def generate(self, prompts: list[list[int]], sampling: Sampling, version: str) -> list[Rollout]:
-        """`submit`, and its result."""
+        """Call `submit` and wait for its result."""
         return self.submit(prompts, sampling, version).result()
 
     def sleep(self) -> None:
-        """Have the engines give their memory back, where `generation.sleep_mode` says so; they wake when needed."""
+        """Make the engines free their memory if `generation.sleep_mode` says so; they wake when needed."""
         if self._settings.sleep_mode != "none":
             limit = "sync_timeout_s"
             calls = [member.call("sleep", "to free its memory", limit) for member in self._members]

@@ -34,7 +34,8 @@ class HostUpdate:
     """One update of some actors, step by step.
 
     An actor that is lost on the way has no part in the rest, and holds no version afterwards. since: the version that
-    all hold, of which some layers are replaced; None: all are. sums: checksums of what was sent so far.
+    all hold, of which some layers are replaced; None means that all layers are. sums: checksums of what was sent so
+    far.
     """
 
     living: list[Generator]
@@ -45,7 +46,7 @@ class HostUpdate:
     sums: dict[str, int] = field(default_factory=dict)
 
     def send(self, named_tensors: Iterable[tuple[str, Tensor]], *, verify: bool, turn: int) -> list[Verified | None]:
-        """All of it; what the actors that were not lost have verified. turn: of a sample, where one is enough.
+        """Send all of it; returns what the remaining actors verified. turn: the turn of a sample, where one is enough.
 
         All tensors are asked for, even if no actor is left to take them: where a model is spread over several
         processes, gathering one takes all of these.
@@ -73,7 +74,7 @@ class HostUpdate:
     def summed(
         self, named_tensors: Iterable[tuple[str, Tensor]], transposed: frozenset[str], sample: ColumnSample | None
     ) -> Iterator[tuple[str, Tensor]]:
-        """The tensors, one at a time, each after its checksum was taken."""
+        """Yield the tensors one at a time, each after its checksum was taken."""
         for name, tensor in named_tensors:
             self.sums |= checksums({name: tensor}, self.dtype, transposed, sample)
             yield name, tensor
@@ -83,7 +84,7 @@ class HostUpdate:
         return [(member, member.call_update(method, self._what, self.name, *args, step=True)) for member in self.living]
 
     def _wait(self, calls: Sequence[tuple[Generator, Call]]) -> list[Any]:
-        """What they return, of the actors that are not lost. Raises what another error of one is."""
+        """Wait for the results of the actors that are not lost. Raises any other error of one of them."""
         told = []
         for member, call in calls:
             try:
@@ -96,5 +97,5 @@ class HostUpdate:
 
 
 def _stored(bucket: Bucket) -> ray.ObjectRef:
-    """It in the object store, for as long as somebody has the reference."""
+    """Put it in the object store, for as long as somebody has the reference."""
     return ray.put(bucket)

@@ -1,4 +1,4 @@
-"""What training and evaluation see of generation: sampling settings, versions, errors. No Ray, no vLLM."""
+"""The interface of generation for training and evaluation: sampling settings, versions, errors. No Ray, no vLLM."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ class Sleeps(Protocol):
     """A rollout source on the devices of whoever learns from it."""
 
     def sleep(self) -> None:
-        """Give the devices' memory back, where that is set; new weights, or being asked for rollouts, wake it."""
+        """Free the devices' memory, if that is set; new weights or a request for rollouts wake it."""
         ...
 
 
@@ -101,9 +101,9 @@ class TakesLayers(Protocol):
     """A rollout source that can replace some layers of the weights that it holds."""
 
     def layers_of(self, names: Collection[str], version: str) -> frozenset[str] | None:
-        """The tensors to be sent where these alone have changed since `version`; None: all."""
+        """The tensors to be sent if only these have changed since `version`; None means all."""
         ...
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str, since: str | None = None) -> None:
-        """`RolloutSource.sync`; with `since` of these tensors alone, and the rest stays as in that version."""
+        """Sync as in `RolloutSource.sync`; with `since`, replace only these tensors of that version."""
         ...

@@ -1,4 +1,4 @@
-"""How a model's weights are called and laid out: in its state dict, which training sends, and in its checkpoints.
+"""Names and layouts of a model's weights: in its state dict, which training sends, and in its checkpoints.
 
 An engine reads checkpoints, so it is sent what a checkpoint would hold. Where the two differ (experts that transformers
 fuses when it loads them), tensors are taken apart first. No Ray, no vLLM.
@@ -70,15 +70,15 @@ class ModelLayout:
 
     @property
     def transposed(self) -> frozenset[str]:
-        """Tensors that an engine holds the other way round."""
+        """Tensors that an engine holds transposed."""
         return frozenset(name for name, layout in self.tensors.items() if layout.transposed)
 
     def as_checkpoint(self, tensors: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
-        """A state dict, or a part of one, with the names and parts of a checkpoint, a tied head included."""
+        """Convert a state dict, or a part of one, to the names and parts of a checkpoint, a tied head included."""
         return revert_weight_conversion(self._model, dict(tensors)) if self._converted else tensors
 
     def to_send(self, tensors: Mapping[str, Tensor], merged_heads: Collection[str]) -> Mapping[str, Tensor]:
-        """What an engine is sent of a whole state dict: `as_checkpoint`, without the heads that it has no layer for.
+        """Convert a whole state dict to what an engine is sent: `as_checkpoint` without heads that it has no layer for.
 
         merged_heads: those of `tied`. Raises WeightUpdateError unless names and shapes are those of the model.
         """
@@ -86,7 +86,7 @@ class ModelLayout:
         return self.as_sent(tensors, merged_heads)
 
     def as_sent(self, tensors: Mapping[str, Tensor], merged_heads: Collection[str]) -> Mapping[str, Tensor]:
-        """What an engine is sent of a part of a state dict."""
+        """Convert a part of a state dict to what an engine is sent."""
         return {name: tensor for name, tensor in self.as_checkpoint(tensors).items() if name not in merged_heads}
 
     def sent_sizes(self, merged_heads: Collection[str]) -> list[int]:

@@ -36,7 +36,7 @@ class Entry:
     offset: int
 
     def of(self, memory: mmap.mmap | np.ndarray) -> Tensor:
-        """The tensor itself, which keeps the memory."""
+        """Return the tensor itself, which keeps the memory alive."""
         numel = torch.Size(self.shape).numel()
         if not numel:
             return torch.empty(self.shape, dtype=self.dtype)
@@ -58,14 +58,14 @@ class Bucket:
     data: np.ndarray
 
     def tensors(self) -> dict[str, Tensor]:
-        """Views, which may only be read: Ray's arrays are shared."""
+        """Return views, which must not be written to: Ray's arrays are shared."""
         return {name: entry.of(self.data) for name, entry in self.entries.items()}
 
 
 def buckets(named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, limit: int) -> Iterator[Bucket]:
-    """Tensors that come one by one, in buckets of at most `limit` bytes; a larger tensor has one of its own.
+    """Pack tensors that come one by one into buckets of at most `limit` bytes; a larger one gets a bucket to itself.
 
-    They are copied, in this dtype, and not kept: of what is gathered or merged a device holds one at a time.
+    They are copied, in this dtype, and not kept: a device holds only one gathered or merged tensor at a time.
     """
     entries, size = dict[str, Entry](), 0
     data = np.empty(limit, dtype=np.uint8)
@@ -87,7 +87,7 @@ def buckets(named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, lim
 
 @dataclass(frozen=True)
 class SharedTensors:
-    """What other processes are told, to `open` the tensors; it is small, and can be pickled."""
+    """A small, picklable handle with which other processes can `open` the tensors."""
 
     pid: int
     descriptor: int
@@ -95,7 +95,7 @@ class SharedTensors:
     entries: Mapping[str, Entry]
 
     def open(self) -> dict[str, Tensor]:
-        """The tensors, which may only be read."""
+        """Return the tensors, which must not be written to."""
         with open(f"/proc/{self.pid}/fd/{self.descriptor}", "rb") as file:
             memory = mmap.mmap(file.fileno(), self.size, prot=mmap.PROT_READ)
         return {name: entry.of(memory) for name, entry in self.entries.items()}
@@ -103,7 +103,7 @@ class SharedTensors:
 
 @contextmanager
 def shared(tensors: Mapping[str, Tensor]) -> Iterator[SharedTensors]:
-    """Have tensors in memory that other processes of this machine and user can open within the block."""
+    """Keep tensors in memory that other processes of this machine and user can open within the block."""
     entries, size = dict[str, Entry](), 0
     for name, tensor in tensors.items():
         entries[name] = Entry(tensor.dtype, tuple(tensor.shape), size)

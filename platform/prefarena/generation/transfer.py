@@ -24,7 +24,7 @@ from prefarena.generation.weights import Sums, Verified
 
 
 def free(members: Sequence[Generator], settings: Generation) -> None:
-    """Have every actor leave the transfer that it is in, so that it can join another; returns when all can.
+    """Make every actor leave its current transfer, so that it can join another; returns when all can.
 
     An actor in the middle of an update ends its process, and one that does not answer is ended: it waits for weights
     from a process that died. Ray starts them again. Raises WaitTimeoutError where that takes longer than
@@ -50,7 +50,7 @@ class TransferClient:
     """
 
     def __init__(self, members: Sequence[Generator], limit_s: float, ranks_each: int = 1) -> None:
-        """limit_s: of each step. ranks_each: processes of each actor's engine that receive, each with a rank."""
+        """limit_s: for each step. ranks_each: processes of each actor's engine that receive, each with a rank."""
         self._members, self._limit_s, self._ranks_each = members, limit_s, ranks_each
         self.sums: Sums | None = None
         self.version = ""
@@ -59,12 +59,12 @@ class TransferClient:
         self.failed: Future[None] = Future()
 
     def begin(self, sums: Sums | None, version: str) -> None:
-        """The next update is of this version."""
+        """Announce that the next update is of this version."""
         self.sums, self.version, self.verified = sums, version, []
         self.failed = Future()
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
-        """Have every actor join. Ranks from `rank_offset` on, where the backend counts ranks."""
+        """Make every actor join, with ranks from `rank_offset` on where the backend counts ranks."""
         first = init_info.get("rank_offset")
         infos = [
             init_info if first is None else init_info | {"rank_offset": first + place * self._ranks_each}
@@ -102,7 +102,7 @@ class TransferClient:
 def join_transfer(
     backend: str, client: TransferClient, num_ranks: int, dtype: torch.dtype, sizes: Sequence[int]
 ) -> Any:
-    """This process's side of a transfer, an engine.sender.DeviceSender; returns when all actors have joined."""
+    """Make this process's side of a transfer, an engine.sender.DeviceSender; returns when all actors have joined."""
     from prefarena.generation.engine.sender import DeviceSender
 
     return DeviceSender(backend, client, num_ranks, dtype, ray.util.get_node_ip_address(), sizes)
@@ -129,7 +129,7 @@ class DeviceTransfer:
         )
 
     def send(self, tensors: Mapping[str, Tensor], sums: Sums | None, version: str) -> list[Verified | None]:
-        """One update of all actors, and what they verified.
+        """Send one update to all actors, and return what they verified.
 
         `tensors` is a whole state dict; the engines get what a checkpoint would hold. Errors are those of
         `Generators.sync`, and TransferLostError where an actor was lost since the last update, or is in this one. After
@@ -150,7 +150,7 @@ class DeviceTransfer:
 
 
 def within(seconds: float, what: str, call: Callable[[], Any], failed: Future[None] | None = None) -> Any:
-    """What `call` returns or raises, on this process's current GPU; or what `failed` raises, where that is earlier.
+    """Return or raise what `call` does, on this process's current GPU, or what `failed` raises if that comes first.
 
     `call` is not ended then, nor when it takes longer: that raises WaitTimeoutError.
     """

@@ -1,4 +1,4 @@
-"""Whether an engine computes with new weights what transformers computes: the part of a trial that needs no engine.
+"""Whether an engine's results with new weights equal those of transformers: the part of a trial without an engine.
 
 Reading weights back shows that they arrived, where their layout is known. Log-probs show it whatever the layout, and
 that the engine computes the same function of them. No Ray, no vLLM.
@@ -22,7 +22,7 @@ _NUM_PROMPTS, _PROMPT_TOKENS, _RESPONSE_TOKENS = 4, 4, 8
 
 
 def trial_prompts(vocab_size: int, max_length: int) -> tuple[list[list[int]], int]:
-    """A few short prompts of tokens from all over the vocabulary, and how many tokens to generate after each.
+    """A few short prompts of tokens from the whole vocabulary, and how many tokens to generate after each.
 
     max_length: most tokens of both.
     """
@@ -35,7 +35,7 @@ def trial_prompts(vocab_size: int, max_length: int) -> tuple[list[list[int]], in
 
 @torch.no_grad()
 def change(model: nn.Module) -> None:
-    """Change every number, in place, by so much that it differs in types of 16 bits too, and the model stays sane."""
+    """Change every number in place, enough to differ in 16-bit types but not so much that the model breaks."""
     for parameter in model.parameters():
         parameter.mul_(_FACTOR).add_(_ADDED)
 

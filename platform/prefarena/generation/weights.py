@@ -1,4 +1,4 @@
-"""What must be sent to an engine, and what it turns out to hold. No Ray, no vLLM."""
+"""Checks of the weights sent to an engine, and of those that it then holds. No Ray, no vLLM."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def check_known(sent: Mapping[str, tuple[int, ...]], expected: Mapping[str, tupl
 
 
 def check_layers(sent: Collection[str], layers: Sequence[frozenset[str]]) -> None:
-    """Raise WeightUpdateError unless what is sent makes up whole ones of these layers, as `check_complete` says why."""
+    """Raise WeightUpdateError unless what is sent makes up whole layers, for the reason given in `check_complete`."""
     touched = [layer for layer in layers if not layer.isdisjoint(sent)]
     missing = sorted(frozenset[str]().union(*touched) - set(sent))
     unknown = sorted(set(sent) - frozenset[str]().union(*touched))
@@ -57,7 +57,7 @@ class Sums:
 
 @dataclass(frozen=True)
 class Verified:
-    """How much of a model was read back from an engine and found to be what was sent; `skipped`: what was not read."""
+    """How much of a model was read back from an engine and equals what was sent; `skipped`: what was not read."""
 
     num_tensors: int
     num_parameters: int

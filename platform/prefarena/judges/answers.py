@@ -1,4 +1,4 @@
-"""What a language model's answer says as a score: the last verdict in a stated form, or nothing at all.
+"""Reading a score from a language model's answer: the last verdict in a stated form, or nothing at all.
 
 A number that merely occurs in an answer (a scale, a list item, a model's name, a thought) is no score. Whatever is
 not clearly a verdict is *silent*, with the reason, because a score that is wrong without a word ruins a comparison.
@@ -141,7 +141,7 @@ def _from_json(parsed: object, form: Form) -> Reading:
 
 
 def _from_sentence(text: str, form: Form) -> Reading:
-    """'I would give it 8': where all such sentences agree and none is denied or conditional."""
+    """The score of sentences such as 'I would give it 8', if all agree and none is denied or conditional."""
     readings = []
     for match in _SENTENCE.finditer(text):
         before = re.split(r"[.!?\n]\s", text[: match.start()])[-1]
@@ -155,7 +155,7 @@ def _from_sentence(text: str, form: Form) -> Reading:
 
 
 def _whole(text: str, form: Form) -> Reading | None:
-    """The reading of a text that is a number and nothing else (emphasis and a full stop aside); None: it is not."""
+    """The reading of a text that is only a number, apart from emphasis and a full stop; None if it is not."""
     bare = text.strip("*_`\"' \t\r\n").rstrip(".").rstrip("*_`\"'")
     match = _NUMBER.fullmatch(bare)
     return _checked(match, form) if match else None

@@ -86,7 +86,7 @@ class Calls:
             self.send()
 
     def send(self) -> None:
-        """Have the store know what was paid for, where the output is one."""
+        """Send what was paid for to the object store, if the output is on one."""
         if mirror.mirror_of(self._folder) is None:
             return
         with self._lock:
@@ -108,7 +108,7 @@ class Calls:
 
 
 def _append(file: Path, line: bytes) -> None:
-    """One write, so that another process sees the line whole or its beginning, and no other line within it."""
+    """Append in one write, so that other processes see the whole line or its beginning, and no other line within it."""
     descriptor = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     try:
         written = os.write(descriptor, line)
@@ -119,7 +119,7 @@ def _append(file: Path, line: bytes) -> None:
 
 
 def _runs(pid: int) -> bool:
-    """Whether there is such a process on this machine."""
+    """Whether a process of this id runs on this machine."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
@@ -130,7 +130,7 @@ def _runs(pid: int) -> bool:
 
 
 def _key_of(line: bytes) -> str | None:
-    """The call that a line holds; None: it was cut off."""
+    """The key of the call that a line holds; None if the line was cut off."""
     if not line.endswith(b"\n"):
         return None
     try:

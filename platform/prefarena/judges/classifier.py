@@ -1,4 +1,4 @@
-"""A judge that is somebody else's sequence-classification model, with its own tokenizer."""
+"""A judge that is a third-party sequence-classification model, with its own tokenizer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from prefarena.modeling.vocabulary import check_tokens
 
 
 class ClassifierScorer:
-    """The model's one logit. Only sequences of one length share a pass, so that there is no padding at all.
+    """Scores by the model's one logit. Only sequences of equal length share a pass, so that there is no padding at all.
 
     A pass has at most `batch_size` of them, and 8,192 tokens or one sequence.
     """
@@ -58,7 +58,7 @@ class ClassifierScorer:
 
     @torch.no_grad()
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-        """Logits float64 [N]; one that is no finite number is nan."""
+        """Return logits, float64 [N]; one that is not finite becomes nan."""
         encoded = [self._encode(row) for row in judge_rows(self._policy, prompts, responses)]
         same_length: dict[int, list[int]] = defaultdict(list)
         for index, ids in enumerate(encoded):
@@ -79,7 +79,7 @@ class ClassifierScorer:
         return np.where(np.isfinite(values), values, np.nan)
 
     def _encode(self, row: JudgeRow) -> list[int]:
-        """The model's own tokens: by its chat template as one exchange, else the prompt and the response joined."""
+        """Encode with the model's tokenizer: as one exchange by its chat template, else prompt and response joined."""
         text, has_specials = row["prompt"] + row["response"], False
         if self._own.chat_template:
             chat = [{"role": "user", "content": row["prompt"]}, {"role": "assistant", "content": row["response"]}]
@@ -93,7 +93,7 @@ class ClassifierScorer:
 
 
 def check_classifier(settings: ClassifierJudge) -> PreTrainedTokenizerBase:
-    """Its tokenizer. Raises UserError where config, tokenizer or headers show that it cannot be used."""
+    """Return its tokenizer. Raises UserError where config, tokenizer or headers show that it cannot be used."""
     with _named():
         config = inspect_classifier(settings.path, settings.revision)
         tokenizer = read_tokenizer(settings.path, settings.revision)
@@ -107,7 +107,7 @@ def check_classifier(settings: ClassifierJudge) -> PreTrainedTokenizerBase:
 
 @contextmanager
 def _named() -> Iterator[None]:
-    """Errors inside say that they are about the judge, whose path may be another model's too."""
+    """Make errors inside say that they are about the judge, since its path may be another model's, too."""
     try:
         yield
     except UserError as error:

@@ -1,4 +1,4 @@
-"""Questions to a language model behind an OpenAI-compatible endpoint: some at once, none paid for twice.
+"""Questions to a language model behind an OpenAI-compatible endpoint: several at once, none paid for twice.
 
 An answer that cannot be read is *silent*. Silent answers are counted; more of them than the settings allow are a
 JudgeError that shows some.
@@ -26,11 +26,11 @@ _WRONG_SETTINGS = (401, 403, 404)  # statuses that no other row would change
 
 
 class Read(Protocol):
-    """What was read in an answer."""
+    """The reading of an answer."""
 
     @property
     def reason(self) -> str:
-        """Why there is no verdict in it; empty where there is one."""
+        """The reason why it holds no verdict; empty where it holds one."""
         ...
 
 
@@ -40,8 +40,8 @@ Found = TypeVar("Found", bound=Read)
 class Client(Generic[Found]):
     """One endpoint with one model, at temperature 0.
 
-    read: what the body of a response says. missing: the same of a row that got no response, from the reason. schema:
-    the JSON schema of an answer, where the settings ask for structured output.
+    read: reads the body of a response. missing: makes a reading, from the reason, for a row that got no response.
+    schema: the JSON schema of an answer, where the settings ask for structured output.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class Client(Generic[Found]):
         )
 
     def ask(self, questions: list[str]) -> list[Found]:
-        """What each answer says, in order; equal questions are asked once.
+        """Return the reading of each answer, in order; equal questions are asked once.
 
         Raises JudgeError, with the endpoint, some rows, the reasons and the answers, where more than
         `max_silent_share` of all rows so far have no verdict, and at once where the server refuses the key or the
@@ -113,7 +113,7 @@ class Client(Generic[Found]):
         return f"judge endpoint {self.settings.base_url} (model {self.settings.model})"
 
     def _answer(self, question: str, row: int) -> tuple[Found, str]:
-        """What an answer says, and for one without a verdict the answer itself as it is shown."""
+        """The reading of an answer, and, if it has no verdict, the answer itself as messages show it."""
         key = call_key(self._request(question))
         kept = None if self._calls is None else self._calls.get(key)
         if kept is not None:
@@ -145,7 +145,7 @@ class Client(Generic[Found]):
         return found, f"; it answered {self._without_key(body)[-300:]!r}" if found.reason else ""
 
     def _request(self, question: str) -> dict[str, Any]:
-        """What an answer depends on; not under which name the server wants the limit."""
+        """The request's content that an answer depends on, whatever name the server has for the token limit."""
         settings = self.settings
         return {
             "url": settings.base_url,
@@ -159,8 +159,8 @@ class Client(Generic[Found]):
     def _asked(self, question: str) -> str:
         """The body of the response, whatever it holds.
 
-        Newer servers name the limit `max_completion_tokens`; some know no structured output. Either is asked again in
-        the server's way.
+        Newer servers name the limit `max_completion_tokens`; some know no structured output. In either case it is asked
+        again in the server's way.
         """
         while True:
             field, schema = self._limit_field, self._schema
@@ -193,12 +193,12 @@ class Client(Generic[Found]):
         return response.text
 
     def _without_key(self, text: str) -> str:
-        """Servers may repeat the key that they refuse."""
+        """Remove the key from a message, since servers may repeat the key that they refuse."""
         return text.replace(self._key, "(key)") if self._key else text
 
 
 def _told(error: OpenAIError) -> str:
-    """What went wrong, with what lies beneath: of a lost connection the client itself says no more than that."""
+    """Describe an error with its cause: for a lost connection the client's own message says nothing else."""
     causes, cause = [str(error)], error.__cause__
     while cause is not None:
         causes.append(str(cause))
@@ -217,8 +217,7 @@ def answer_schema(name: str, value: dict[str, Any]) -> dict[str, Any]:
 
 
 def check_connection(settings: Endpoint) -> str | None:
-    """The key, from the environment. Raises UserError where it is not set, and where `base_url` is no URL, which would
-    otherwise be found after all training."""
+    """Return the key from the environment. Raises UserError where it is not set or `base_url` is no URL."""
     if not _is_url(settings.base_url):
         raise UserError(
             f"judge endpoint: base_url must be a URL such as http://host:8000/v1, not {settings.base_url!r:.200}"

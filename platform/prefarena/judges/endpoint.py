@@ -35,8 +35,7 @@ class EndpointScorer:
         return self._client.usage
 
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-        """The score of each answer, float64 [N]; nan where an answer holds no score that is sure (`judges/answers.py`)
-        or none comes.
+        """Score each answer, float64 [N]; nan where no answer comes or it holds no sure score (`answers.py`).
 
         Raises JudgeError, with the endpoint, some rows, the reasons and the answers, where more than
         `max_silent_share` of the rows so far have no score, or the server refuses the key or the model.

@@ -1,4 +1,4 @@
-"""A judge that is a Python function of the user's."""
+"""A judge that is a Python function supplied by the user."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class FunctionScorer:
     """Calls the function once for each batch that it is asked to score."""
 
     def __init__(self, settings: FunctionJudge, tokenizer: str, may_be_silent: bool = False) -> None:
-        """may_be_silent: a value that is no finite number is nan. Raises UserError where it cannot be imported."""
+        """may_be_silent: values that are not finite become nan. Raises UserError where it cannot be imported."""
         self._name, self._function = settings.function, load_scorer(settings.function)
         self._tokenizer, self._may_be_silent = load_tokenizer(tokenizer), may_be_silent
 
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-        """The function's numbers float64 [N].
+        """Return the function's numbers, float64 [N].
 
         Raises JudgeError where they are not N finite numbers, and with the user's traceback where the function raises.
         """
@@ -39,13 +39,13 @@ class FunctionScorer:
 
 
 def load_scorer(name: str) -> Scorer:
-    """The function of that name. Raises UserError where it is not there, or is none of a list of rows."""
+    """Load the function of that name. Raises UserError where it does not exist or does not take a list of rows."""
     function: Scorer = load_function(name, "judge function", ["the list of rows"])
     return function
 
 
 def _with_silence(values: object) -> object:
-    """The list with nan in place of what is no number."""
+    """Return the list with nan in place of everything that is not a number."""
     if not isinstance(values, list | tuple | np.ndarray):
         return values
     numbers = []
@@ -58,7 +58,7 @@ def _with_silence(values: object) -> object:
 
 
 def checked_numbers(values: object, number: int, name: str, *, may_be_silent: bool = False) -> np.ndarray:
-    """`number` values as float64, finite ones unless it `may_be_silent`: others are nan then.
+    """Return `number` values as float64. With `may_be_silent`, those that are not finite become nan.
 
     Raises JudgeError naming the function and what it returned.
     """

@@ -60,10 +60,10 @@ class RewardModelJudge:
         arithmetic: Arithmetic | None = None,
         device: torch.device | None = None,
     ) -> RewardModelJudge:
-        """A judge of a model that is in memory; it scores with the model's normalisation, where the model is.
+        """Make a judge from a model in memory; it scores on the model's device, with its normalisation.
 
-        A role on a shared body scores with its own adapters and head. Products are those of whoever asks, where
-        no arithmetic is named. device: where the model computes, if its weights are not there.
+        A role on a shared body scores with its own adapters and head. Without a named arithmetic, products are computed
+        in that of the caller. device: where the model computes, if its weights are not there.
         """
         judge = cls.__new__(cls)
         judge.head = model if isinstance(model, Role) else ScalarHead(model)

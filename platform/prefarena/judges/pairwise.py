@@ -20,7 +20,7 @@ _SCHEMA = answer_schema("winner", {"type": "string", "enum": ["A", "B", "tie"]})
 
 @dataclass(frozen=True)
 class Games:
-    """What a judge said of N pairs of an own response and another's.
+    """A judge's verdicts on N pairs of an own response and another policy's.
 
     first, second: [N], of the order in which the own response was shown first, and second: 1 where it was preferred,
     0 where the other was, 1/2 for a tie, nan where the judge was silent. asked: [N], False where both texts are the

@@ -21,7 +21,7 @@ except ModuleNotFoundError as error:
 
 
 class _Valences(SentimentIntensityAnalyzer):  # type: ignore[misc]  # the package has no types
-    """VADER up to the valence of each word; how often marks stand behind a sentence adds nothing."""
+    """VADER up to the valence of each word; repeated punctuation marks add nothing."""
 
     def score_valence(self, sentiments: list[float], text: str) -> dict[str, Any]:
         return {"sum": float(sum(sentiments))}

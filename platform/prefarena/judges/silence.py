@@ -42,7 +42,7 @@ def _check_share(num_silent: int, num_asked: int, settings: FunctionJudge | Clas
 
 
 class CountedJudge:
-    """A judge that may be silent, as a training asks it: batch after batch, and its silent rows are counted.
+    """A judge that may be silent, for a training that asks batch after batch; it counts the silent rows.
 
     With `limited` false any number of them may be.
     """
@@ -52,7 +52,7 @@ class CountedJudge:
         self.num_asked = self.num_silent = 0
 
     def score(self, prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
-        """Scores float64 [N], nan where there is none.
+        """Return scores, float64 [N], nan where there is none.
 
         Raises JudgeError where more than `max_silent_share` of all rows so far have none.
         """

@@ -30,9 +30,10 @@ class JudgeSpec:
     """A judge as it is sent to a worker: its settings, and the paths that a run knows.
 
     path: the trained reward model's folder (`learned`) or the gold reward's JSON (`gold`); none for the others.
-    tokenizer: the folder of the policy's tokenizer, with which judges of text decode. calls: where answers of an
-    endpoint are kept; none: they are not. arithmetic: in which a model's body computes. may_be_silent: a value of a
-    function or a classifier that is no finite number is a row without a score (nan), not an error.
+    tokenizer: the folder of the policy's tokenizer, with which judges of text decode. calls: the folder in which
+    answers of an endpoint are kept; None means that they are not. arithmetic: in which a model's body computes.
+    may_be_silent: a value of a function or a classifier that is no finite number is a row without a score (nan), not an
+    error.
     """
 
     settings: EvaluationJudge
@@ -55,18 +56,18 @@ class Judge(Protocol):
 
 
 def usage_of(judge: Judge) -> Usage | None:
-    """What has been asked of an endpoint; None for other judges."""
+    """The calls that have been made to an endpoint; None for other judges."""
     found = getattr(judge, "usage", None)
     return found if isinstance(found, Usage) else None
 
 
 def may_be_silent(judge: Judge) -> bool:
-    """Whether a nan is a row without a verdict, and not a fault."""
+    """Whether nan means a row without a verdict rather than a fault."""
     return usage_of(judge) is not None or isinstance(judge, CountedJudge)
 
 
 def load_judge(spec: JudgeSpec, batch_size: int = 64, device: str | torch.device = "cpu") -> Judge:
-    """The judge, ready to score on this worker. Raises UserError where it cannot be made."""
+    """Load the judge, ready to score on this worker. Raises UserError where it cannot be made."""
     match spec.settings:  # imported where needed: a worker that has no use for an endpoint never loads its client
         case RewardModel():
             from prefarena.judges.models import RewardModelJudge
@@ -93,7 +94,7 @@ def load_judge(spec: JudgeSpec, batch_size: int = 64, device: str | torch.device
 
 
 def load_comparer(spec: JudgeSpec) -> PairwiseComparer:
-    """The judge that compares, ready on this worker. Raises UserError where it cannot be made."""
+    """Load the judge that compares pairs, ready on this worker. Raises UserError where it cannot be made."""
     from prefarena.judges.pairwise import PairwiseComparer
 
     if not isinstance(spec.settings, PairwiseJudge):
@@ -102,7 +103,7 @@ def load_comparer(spec: JudgeSpec) -> PairwiseComparer:
 
 
 def check_judge(settings: EvaluationJudge) -> None:
-    """What can be found wrong with a judge before any work. Raises UserError."""
+    """Raise UserError for whatever can be found wrong with a judge before any work."""
     match settings:
         case FunctionJudge():
             from prefarena.judges.function import load_scorer

@@ -1,4 +1,4 @@
-"""Token ids as judges of text see them."""
+"""Conversion of token ids to the texts that judges see."""
 
 from __future__ import annotations
 

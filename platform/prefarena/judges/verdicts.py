@@ -73,7 +73,7 @@ def read_verdict(answer: str, pattern: re.Pattern[str] | None = None) -> Verdict
 
 
 def _named(text: str) -> Verdict | None:
-    """The verdict of a text that is one and nothing else; None: it is not."""
+    """The verdict of a text that consists of nothing else; None if there is more."""
     bare = text.strip("*_`\"' \t\r\n").rstrip(".").strip("*_`\"'")
     mark = _MARKS.get(re.sub(r"\s", "", bare).upper())
     if mark is not None:

@@ -1,4 +1,4 @@
-"""What is forgotten: how policies do on tasks of lm-eval, beside the reference."""
+"""Forgetting: the results of policies on tasks of lm-eval, compared with the reference."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ TITLE = "What is forgotten"
 
 
 def ability_difference(rows: list[Ability]) -> Aggregate:
-    """Of one entry, task and metric over its seeds: the error is over seeds, or of one seed paired by item."""
+    """One entry's difference on a task and metric; the error is over seeds, or paired by item for one seed."""
     mean, error = mean_and_error([row.difference for row in rows])
     if error is not None:
         return Aggregate(mean, error, len(rows), True)

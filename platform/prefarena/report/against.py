@@ -1,7 +1,7 @@
 """Every method of a sweep against DPO: regret at equal KL, and KL without pairs at equal gain.
 
 A method's settings trace a curve for each seed. Two methods are compared where both of their curves are, seed by seed,
-and what is left over seeds is tested with Holm's correction for the number of methods.
+and the differences over seeds are tested with Holm's correction for the number of methods.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ class Against:
 
 
 def against(results: Results) -> list[Against]:
-    """Every group with a curve but DPO's; none where DPO has no curve, or regret is not known."""
+    """Every group with a curve except DPO's; empty where DPO has no curve, or regret is not known."""
     rows = with_gains(results)
     regrets, leaks = _curves(rows, _KL, _REGRET), _curves(rows, GAIN, _LEAKED)
     if BASELINE not in regrets:
@@ -57,7 +57,7 @@ def against(results: Results) -> list[Against]:
 
 
 def against_table(results: Results) -> Table | None:
-    """None where there is nothing to compare."""
+    """The table of all methods against DPO; None where there is nothing to compare."""
     found = against(results)
     if not any(one.regret or one.leaked for one in found):
         return None
@@ -114,7 +114,7 @@ def _levels(one: np.ndarray | None, other: np.ndarray | None) -> np.ndarray | No
 
 
 def _difference(one: np.ndarray | None, other: np.ndarray | None) -> float | None:
-    """Mean over shared KLs of one's regret less the other's, each straight in the root of KL between its settings."""
+    """Mean over shared KLs of one's regret less the other's, each interpolated linearly in the root of KL."""
     levels = _levels(one, other)
     if levels is None or one is None or other is None:
         return None
@@ -141,14 +141,14 @@ def _over_seeds(values: list[float | None]) -> Aggregate | None:
 
 
 def _corrected(values: list[Aggregate | None]) -> list[float | None]:
-    """Each one's p-value, by Holm's method for all that have one."""
+    """Fill in each one's p-value, by Holm's method for all that have one."""
     known = {place: p for place, value in enumerate(values) if value is not None and (p := p_value(value)) is not None}
     corrected = dict(zip(known, holm(list(known.values())), strict=True))
     return [corrected.get(place) for place in range(len(values))]
 
 
 def _as_ratio(value: Aggregate | None) -> Aggregate | None:
-    """A logarithm's mean and error as those of the number itself."""
+    """Convert a logarithm's mean and error to those of the number itself."""
     if value is None:
         return None
     ratio = math.exp(value.mean)

@@ -1,4 +1,4 @@
-"""What the charts of report.html show, as plain data that the page's script hands to the plotting library.
+"""The charts of report.html as plain data, which the page's script hands to the plotting library.
 
 Every number is the one that tables and figures have. A `key` names what the legend switches: an entry, or in a sweep a
 method with its grid of settings.
@@ -43,7 +43,7 @@ Value = Callable[[Results, EntryResult], Aggregate | None]
 
 
 def legend(results: Results) -> list[dict[str, Any]]:
-    """What can be switched, with its marker and its colours on light and dark ground; `failed`: nothing to show."""
+    """The legend's items, with marker and colours on light and dark ground; `failed`: there is nothing to show."""
     entries = [entry for entry in results.entries if entry.kind != "optimum" or results.frontier]
     names, kinds = [entry.name for entry in entries], [entry.kind for entry in entries]
     failed = {entry.name: not entry.seeds for entry in entries}
@@ -108,7 +108,7 @@ def reward_kl_charts(results: Results) -> list[Chart]:
 
 
 def cost_chart(results: Results) -> Chart | None:
-    """Seconds of each entry's own stages for one seed; none where nothing is known of them."""
+    """A chart of the seconds of each entry's own stages for one seed; empty where nothing is known of them."""
     chart = _bars(
         results, "wall", "Cost of one seed", wall_seconds, "seconds of the entry's own stages", 1,
         "Stages that entries share, and evaluation, are left out.",
@@ -195,7 +195,7 @@ def _bars(
 
 
 def through_training_charts(results: Results, folder: Path) -> list[Chart]:
-    """Entries on the way: where nothing is exact what training logged of its rollouts, and policies as measured."""
+    """Charts through training: policies as measured, and what training logged of rollouts if nothing is exact."""
     if results.exact:
         return _trajectories(results)
     rows = rollout_rows(results, folder)
@@ -372,7 +372,7 @@ def _expected(key: str, curve: TunedCurve, x: np.ndarray) -> list[Line]:
 
 
 def _told(curve: TunedCurve, place: int) -> str:
-    """What the mouse over a trial tells."""
+    """The text shown when the mouse is over a trial."""
     trial = curve.trials[place]
     value = "" if trial.value is None else f", value {trial.value:.3f}"
     title = f"<b>{html.escape(curve.entry.name)}</b>, trial {trial.number}: {trial.state}{value}"
@@ -387,7 +387,7 @@ def thinned(points: np.ndarray) -> np.ndarray:
 
 
 def _line(key: str | None, name: str, role: str, x: Any, y: Any, **more: Any) -> Line:
-    """Numbers at six digits, which is more than a screen can show."""
+    """A line whose numbers have six digits, which is more than a screen can show."""
     return {"key": key, "name": name, "role": role, "x": _numbers(x), "y": _numbers(y), **more}
 
 

@@ -39,7 +39,7 @@ class ComparisonResult:
 
     @property
     def findings(self) -> list[str]:
-        """What the numbers say, as sentences in Markdown, the most important first."""
+        """The findings as sentences in Markdown, the most important first."""
         return findings(self.results)
 
     @property
@@ -73,7 +73,7 @@ class ComparisonResult:
 
     @cached_property
     def costs(self) -> pd.DataFrame:
-        """What each stage took. `entry` is missing for stages that all entries share, `seed` where all seeds do."""
+        """The cost of each stage. `entry` is missing for stages that all entries share, `seed` where all seeds do."""
         return pd.DataFrame([cost.model_dump() for cost in self.results.costs])
 
     @cached_property
@@ -86,7 +86,7 @@ class ComparisonResult:
 
     @cached_property
     def curves(self) -> pd.DataFrame:
-        """What training logged (docs/metrics.md), a row per entry, seed and logged step; without logs that are gone."""
+        """The training logs (docs/metrics.md), a row per entry, seed and logged step; missing logs are left out."""
         rows = []
         for entry, by_seed in self.results.curves.items():
             for seed, name in by_seed.items():
@@ -144,16 +144,16 @@ class ComparisonResult:
 
     @property
     def report(self) -> Path:
-        """report.md."""
+        """The path of report.md."""
         return self.folder / "report.md"
 
     @property
     def page(self) -> Path:
-        """report.html."""
+        """The path of report.html."""
         return self.folder / PAGE_FILE
 
     def _repr_html_(self) -> str:
-        """Findings and the main table, in a notebook."""
+        """Show the findings and the main table in a notebook."""
         return listing_html(self.findings) + table_html(main_table(self.results))
 
 

@@ -1,4 +1,4 @@
-"""Charts of what the best measure stands at against what methods cost, as data for the script of report.html."""
+"""Charts of the best available measure against what methods cost, as data for the script of report.html."""
 
 from __future__ import annotations
 

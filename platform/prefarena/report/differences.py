@@ -1,4 +1,4 @@
-"""What differs between two comparisons: settings, software, policies and numbers."""
+"""The differences between two comparisons: settings, software, policies and numbers."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _LONGEST_VALUE = 60
 
 
 def differences(first: Results, second: Results) -> list[Table]:
-    """Tables of what differs, without those in which nothing does: settings, versions, policies, numbers."""
+    """Tables of differences in settings, versions, policies and numbers; empty tables are left out."""
     tables = [
         _changes("Settings that differ", "setting", settings(first.config), settings(second.config)),
         _changes("Versions that differ", "package", dict(first.versions), dict(second.versions)),

@@ -34,7 +34,7 @@ def reward_at(curve: Sequence[tuple[float, float]], kl: float) -> float | None:
 
 
 def equal_kl_table(results: Results) -> Table | None:
-    """One row an entry that was measured on its way; None where fewer than two were."""
+    """One row for each entry that was measured on its way; None where fewer than two were."""
     curves = _curves(results)
     if len(curves) < 2:
         return None

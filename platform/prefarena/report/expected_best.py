@@ -33,7 +33,7 @@ class ExpectedBest(NamedTuple):
 
 
 def expected_best(values: ArrayLike) -> np.ndarray:
-    """[n]: the mean over all subsets of k = 1 … n of the n `values` of their maximum."""
+    """The mean, over all subsets of k = 1 … n of the n `values`, of their maximum, [n]."""
     ordered = np.sort(_vector(values))
     return ordered @ _weights(len(ordered))
 
@@ -55,12 +55,12 @@ def expected_best_with_interval(values: ArrayLike, seed: int) -> ExpectedBest:
 
 
 def best_so_far(values: ArrayLike) -> np.ndarray:
-    """[n]: the largest of the first k = 1 … n, in the order in which the trials were made."""
+    """The largest of the first k = 1 … n values, in the order in which the trials were made, [n]."""
     return np.maximum.accumulate(_vector(values))
 
 
 def _weights(number: int) -> np.ndarray:
-    """[n, n]: in column k - 1, how often each of the ordered values is the best of k.
+    """Weights [n, n]: in column k - 1, how often each of the ordered values is the best of k.
 
     By w(n) = k / n and w(i - 1) = w(i) (i - k) / (i - 1), which needs no binomials of large numbers.
     """

@@ -67,7 +67,7 @@ def _ratio(value: tuple[float, float | None]) -> str:
 
 
 def data_lines(results: Results) -> list[str]:
-    """The data's numbers, one a line."""
+    """The numbers of the data, one a line."""
     return [f"{_words(key)}: {_shown(value)}" for key, value in _flat(results.data)]
 
 

@@ -117,7 +117,7 @@ def embedded(data: Any) -> str:
 
 
 def inline(text: str) -> str:
-    """HTML of a sentence in which `**…**` is strong and backticks are code; all else is text."""
+    """Convert a sentence to HTML: `**…**` is strong and backticks are code; all else is text."""
     shown = html.escape(text)
     shown = re.sub(r"\*\*(.+?)\*\*", r"<strong>\1</strong>", shown)
     return re.sub(r"`(.+?)`", r"<code>\1</code>", shown)
@@ -135,7 +135,7 @@ def _asset(name: str) -> str:
 
 
 def _data(results: Results, folder: Path, samples: Samples | None) -> dict[str, Any]:
-    """What the page's script shows."""
+    """The data that the page's script shows."""
     return {
         "legend": legend(results),
         "charts": {
@@ -164,7 +164,7 @@ def _sample_data(results: Results, samples: Samples | None) -> dict[str, Any] | 
 
 
 def _section(name: str, title: str, *parts: str) -> str:
-    """A section under its heading; nothing where it has no content."""
+    """A section under its heading; empty where it has no content."""
     content = "\n".join(part for part in parts if part)
     if not content:
         return ""
@@ -179,19 +179,19 @@ def _contents(sections: list[str]) -> str:
 
 
 def _charts(group: str, charts: list[Any]) -> str:
-    """Where the script puts the charts of a group; nothing where there are none."""
+    """The place where the script puts the charts of a group; empty where there are none."""
     return f'<div class="charts" data-charts="{group}"></div>' if any(charts) else ""
 
 
 def listing_html(items: list[str]) -> str:
-    """Sentences as a list; nothing for none."""
+    """Sentences as an HTML list; empty where there are none."""
     if not items:
         return ""
     return "<ul>\n" + "\n".join(f"<li>{inline(item)}</li>" for item in items) + "\n</ul>"
 
 
 def table_html(table: Table | None, *, heading: bool = False) -> str:
-    """A table with its note; nothing for none. Columns behind the labels are numbers; the page's script sorts them."""
+    """A table with its note; empty for none. Columns behind the labels are numbers; the page's script sorts them."""
     if table is None:
         return ""
     marks = ['scope="col"'] * table.num_labels + ['scope="col" class="number"'] * (len(table.header) - table.num_labels)

@@ -52,7 +52,7 @@ class Needed(NamedTuple):
 
 
 class Need(NamedTuple):
-    """What a method needs for a level: from the means over seeds, and from each single seed."""
+    """The pairs that a method needs for a level: from the means over seeds, and from each single seed."""
 
     mean: Needed
     seeds: tuple[Needed, ...]
@@ -67,7 +67,7 @@ class Need(NamedTuple):
 
 
 class Level(NamedTuple):
-    """What a method reaches with the most pairs that it had, and what each method needs for as much."""
+    """The level that a method reaches with the most pairs that it had, and how many each method needs to reach it."""
 
     measure: Measure
     group: str
@@ -80,7 +80,7 @@ class Level(NamedTuple):
 
 
 def num_pairs(entry: EntryResult) -> int | None:
-    """The labelled pairs that an entry is limited to; None: to none."""
+    """The number of labelled pairs that an entry is limited to; None if it is not limited."""
     found = entry.settings.get("num_pairs") or (entry.settings.get("reward") or {}).get("num_pairs")
     return int(found) if found else None
 
@@ -96,7 +96,7 @@ def label_curves(results: Results) -> list[LabelCurve]:
 
 
 def measures(results: Results) -> list[Measure]:
-    """What is shown over the number of pairs, as far as it is known."""
+    """The measures shown over the number of pairs, as far as they are known."""
     if results.exact:
         possible = [
             Measure("reward", "reward/covered", True),
@@ -128,7 +128,7 @@ def pairs_needed(numbers: Sequence[int], values: Sequence[float], level: float) 
 
 
 def levels(results: Results, measure: Measure) -> list[Level]:
-    """For each method what it reaches with the most pairs, the easiest level first, and what it takes to reach it.
+    """The level that each method reaches with the most pairs, the easiest first, and what others need for it.
 
     Means are over the seeds that all entries of all curves have; by a seed alone the level is that method's with that
     seed. Empty where there are fewer than two curves.

@@ -21,9 +21,9 @@ _BY_COVERAGE = {"judge score": "judge_score", "KL": "kl_vocabulary", "forward KL
 
 
 def coverage_table(results: Results) -> Table | None:
-    """What policies do on training prompts with pairs and without; None where every prompt has pairs.
+    """Measures of policies on training prompts with pairs and without; None where every prompt has pairs.
 
-    And on the language, whose own columns say it.
+    It is also None on the language, whose own columns say it.
     """
     shown = {
         f"{heading}, {where}": f"{measure}/{group}"

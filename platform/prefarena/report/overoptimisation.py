@@ -37,7 +37,7 @@ class Fit(NamedTuple):
 
     The interval is over seeds where there are several (Student's t), else from the residuals of the one curve, as if
     its points were independent. residual: root mean square, in units of the reward. num_points: of all curves.
-    largest_kl: as far as they go.
+    largest_kl: the largest KL that they reach.
     """
 
     law: Law
@@ -108,7 +108,7 @@ def _fit_one(law: Law, rows: Sequence[EvalRow]) -> tuple[np.ndarray, np.ndarray,
 
 
 def _design(d: np.ndarray, law: Law) -> np.ndarray:
-    """[N, 2]: what alpha and beta are multiplied by."""
+    """The design matrix [N, 2]: what alpha and beta are multiplied by."""
     return np.stack([d, -(d**2) if law == "best of n" else -d * np.log(d)], axis=1)
 
 

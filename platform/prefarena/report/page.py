@@ -127,7 +127,7 @@ def _labels(results: Results, folder: Path) -> list[str]:
 
 
 def _through_training(results: Results, folder: Path) -> list[str]:
-    """Policies on the way: what training logged of its rollouts where nothing is exact, and what was measured."""
+    """Policies through training: what was measured, and where nothing is exact what training logged of its rollouts."""
     sections = [] if results.exact else _rollouts(results, folder)
     entries = measured_on_the_way(results)
     if not entries:
@@ -153,7 +153,7 @@ def _through_training(results: Results, folder: Path) -> list[str]:
 
 
 def _rollouts(results: Results, folder: Path) -> list[str]:
-    """What on-policy methods' rollouts scored, from the rows that training logged."""
+    """The scores of on-policy methods' rollouts, from the rows that training logged."""
     logged = rollout_rows(results, folder)
     figure = estimated_figure(results, logged)
     text = "Each dot is one iteration's rollouts, the line their running mean over five. "

@@ -1,4 +1,4 @@
-"""What a comparison found: the typed form of `results.json`, and its reduction over seeds.
+"""The results of a comparison: the typed form of `results.json`, and its reduction over seeds.
 
 KL, entropies and log-probs are in nats per sequence, lengths in tokens, times in seconds, memory in MiB.
 """

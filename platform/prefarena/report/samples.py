@@ -1,4 +1,4 @@
-"""What policies answered, side by side: the largest disagreements first, as many as a page can hold."""
+"""The policies' answers side by side: the largest disagreements first, as many as a page can hold."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def _groups(settings: list[Value]) -> tuple[np.ndarray, list[str]]:
 
 
 def _correlation(one: np.ndarray, other: np.ndarray) -> float | None:
-    """None where one of them is constant."""
+    """Spearman's correlation; None where one of them is constant."""
     if np.ptp(one) == 0 or np.ptp(other) == 0:
         return None
     return float(np.corrcoef(one, other)[0, 1])

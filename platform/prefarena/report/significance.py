@@ -28,7 +28,7 @@ def p_value(value: Aggregate, null: float = 0.0) -> float | None:
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
-    """Each p-value corrected for all of them: below `LEVEL` where it is significant among them."""
+    """Correct each p-value for all of them: it is below `LEVEL` where it is significant among them."""
     order = sorted(range(len(p_values)), key=lambda place: p_values[place])
     found, largest = [0.0] * len(p_values), 0.0
     for rank, place in enumerate(order):

@@ -72,7 +72,7 @@ def looks(names: list[str], kinds: list[str]) -> dict[str, Look]:
 
 
 def on_ground(colour: str, ground: str, ratio: float = 3.2) -> str:
-    """`colour`, moved towards white or black as far as it needs for a contrast of `ratio` on `ground`.
+    """Move `colour` towards white or black as far as a contrast of `ratio` on `ground` requires.
 
     WCAG 2.2 asks for a contrast of 3 of what is needed to understand a figure.
     """

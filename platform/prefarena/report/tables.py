@@ -218,7 +218,7 @@ def _or(numbers: list[int]) -> str:
 
 
 def win_table(results: Results) -> Table | None:
-    """How often the row's policy beats the column's; None where it was not measured."""
+    """A table of how often the row's policy beats the column's; None where it was not measured."""
     matrix = results.win_matrix
     if matrix is None:
         return None
@@ -237,7 +237,7 @@ def win_table(results: Results) -> Table | None:
 
 
 def _win_cell(matrix: WinMatrix, place: tuple[int, ...], num_seeds: int) -> Aggregate | None:
-    """None on the diagonal, and where the two were not compared."""
+    """A cell of the win table; None on the diagonal, and where the two were not compared."""
     i, j = place
     rate, error = matrix.win_rate[i][j], matrix.stderr[i][j]
     return None if i == j or rate is None else Aggregate(rate, error or None, num_seeds, num_seeds > 1)

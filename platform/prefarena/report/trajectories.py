@@ -56,7 +56,7 @@ def is_gold(entry: EntryResult) -> bool:
 
 
 def summary_table(results: Results) -> Table | None:
-    """One row an entry: the best gold reward on the way, and what is left of it at the end."""
+    """One row for each entry: the best gold reward on the way, and what is left of it at the end."""
     entries = measured_on_the_way(results)
     if not entries:
         return None
@@ -243,7 +243,7 @@ def frontiers_of(results: Results, entry: EntryResult, furthest: float) -> list[
 
 
 def estimated_figure(results: Results, logged: Logged) -> Figure | None:
-    """Where nothing can be listed: what each iteration's rollouts scored against their k1, from metrics.jsonl.
+    """For tasks that cannot be listed: the score of each iteration's rollouts against their k1, from metrics.jsonl.
 
     A column for each on-policy entry (the first six): above the reward learned from, below the judge, which it does
     not learn from. logged: `rollout_rows`.

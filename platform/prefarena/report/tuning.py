@@ -53,7 +53,7 @@ def tuned_curves(results: Results) -> list[TunedCurve]:
 
 
 def counted(tuning: TuningResults, entry: str) -> np.ndarray:
-    """[n]: what each of the entry's trials counts, in order."""
+    """The value that each of the entry's trials counts, in order, [n]."""
     winner = best_trial(tuning, entry)
     most = math.inf if winner is None or winner.value is None else winner.value
     values = []
@@ -83,7 +83,7 @@ def over_seeds(by_seed: dict[str, float]) -> Aggregate | None:
 
 
 def changed_since(tuned: TunedEntry, entry: EntryResult) -> dict[str, tuple[Any, Any]]:
-    """Settings by dotted name in which the entry is not what its tuning chose: (chosen, what it ran with)."""
+    """Settings, by dotted name, in which the entry differs from what its tuning chose: (chosen, what it ran with)."""
     chosen = {"kind": tuned.kind, **tuned.settings, **_leaves(tuned.method)}
     ran = {"kind": entry.kind, **_leaves(entry.settings)}
     return {name: (value, ran.get(name)) for name, value in chosen.items() if not _same(value, ran.get(name))}
@@ -97,7 +97,7 @@ def _leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Numbers as near as a file of text may bring them back; all else as it is."""
+    """Whether two values are equal; numbers may differ as much as a text file rounds them."""
     if isinstance(one, float | int) and isinstance(other, float | int):
         return math.isclose(one, other, rel_tol=1e-9)
     return bool(one == other)
@@ -177,7 +177,7 @@ def tuning_warnings(results: Results) -> list[str]:
 
 
 def tuning_note(results: Results) -> list[str]:
-    """The budget, where every entry had the same."""
+    """A note on the budget, where every entry had the same."""
     tuning, different = results.tuning, set(budgets(results).values())
     if tuning is None or len(different) > 1 or different == {0}:
         return []
@@ -185,7 +185,7 @@ def tuning_note(results: Results) -> list[str]:
 
 
 def budgets(results: Results) -> dict[str, int]:
-    """Trials of each entry of the comparison; 0: it was not tuned."""
+    """The number of trials of each entry of the comparison; 0 if it was not tuned."""
     tuning = results.tuning
     found = {entry.name: tuning.entry(entry.name) if tuning else None for entry in results.trained()}
     return {name: tuned.num_trials if tuned else 0 for name, tuned in found.items()}
@@ -218,7 +218,7 @@ def _listed_budgets(results: Results) -> str:
 
 
 def _listed_changes(changed: dict[str, tuple[Any, Any]]) -> str:
-    """At most three of them."""
+    """List at most three of the changes."""
     parts = [
         f"`{name}` is {shown_value(ran, 6)}, but tuning chose {shown_value(chosen, 6)}"
         for name, (chosen, ran) in changed.items()

@@ -92,7 +92,7 @@ class TuningResults(Part):
         return [trial for trial in self.trials if trial.entry == entry]
 
     def entry(self, name: str) -> TunedEntry | None:
-        """What was found for the entry of this name; None: it was not tuned."""
+        """The tuning of the entry of this name; None if it was not tuned."""
         return next((entry for entry in self.entries if entry.name == name), None)
 
 
@@ -115,7 +115,7 @@ def load_tuning(path: str | Path) -> TuningResults:
 
 
 def parse_tuning(text: str | bytes, source: str) -> TuningResults:
-    """The results in the text of a `tuning.json` that lies at `source`. Raises UserError where it is something else."""
+    """Parse the text of a `tuning.json` that lies at `source`. Raises UserError where it is something else."""
     try:
         return TuningResults.model_validate_json(text)
     except ValidationError as error:

@@ -97,7 +97,7 @@ def _expected(curve: TunedCurve, size: int) -> str:
 
 
 def _measured(trial: TrialResult) -> tuple[str, str, str]:
-    """Value, reward and KL."""
+    """The value, reward and KL of a trial."""
     return number(trial.value, 3), plus_minus(over_seeds(trial.rewards), 3), plus_minus(over_seeds(trial.kls), 3)
 
 

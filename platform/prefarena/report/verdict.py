@@ -1,4 +1,4 @@
-"""What the numbers say, in plain words. Every sentence is computed; none is written beforehand.
+"""The findings in plain words. Every sentence is computed; none is written beforehand.
 
 "Clear" means: more than two standard errors. Over few seeds that is weaker than the usual 95 %, and the text says so.
 """
@@ -216,7 +216,7 @@ def _of(values: dict[str, float]) -> Callable[[str], float]:
 
 
 def _strength(results: Results) -> str:
-    """What two standard errors are worth with this number of seeds."""
+    """A sentence on how strong two standard errors are with this number of seeds."""
     num_seeds = len(results.seeds)
     if num_seeds < 2:
         return "There is only one seed, so differences may be due to chance. More seeds give standard errors."

@@ -1,4 +1,4 @@
-"""What each method cost as a whole: labels, judgements, tokens, FLOPs, device-seconds, memory; reward against each."""
+"""The whole cost of each method: labels, judgements, tokens, FLOPs, device-seconds, memory; and reward against each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Spent = Callable[[Results, EntryResult], float | None]
 
 @dataclass(frozen=True)
 class Expense:
-    """One thing that a method costs. axis: what it is called on a chart; none: it is in the table alone."""
+    """One thing that a method costs. axis: its name on a chart; without one it is only in the table."""
 
     name: str
     spent: Spent
@@ -23,12 +23,12 @@ class Expense:
 
 
 def own_costs(results: Results, entry: EntryResult) -> list[Cost]:
-    """Of the entry's own stages; what measures the policy is left out."""
+    """The costs of the entry's own stages, without those that measure the policy."""
     return [cost for cost in results.costs if cost.entry == entry.name and not cost.is_evaluation]
 
 
 def _total(field: str, results: Results, entry: EntryResult) -> float | None:
-    """Over the entry's own stages, each a mean over its seeds."""
+    """The total over the entry's own stages, each a mean over its seeds."""
     stages: dict[str, list[float]] = {}
     for cost in own_costs(results, entry):
         stages.setdefault(cost.stage, []).append(float(getattr(cost, field)))
@@ -119,7 +119,7 @@ def against_costs(results: Results) -> tuple[str, list[tuple[str, list[Priced]]]
 
 
 def _measure(results: Results) -> tuple[str, str]:
-    """What a policy is paid for: its name and key."""
+    """The measure that costs are set against: its name and key."""
     if results.exact:
         return "reward", "reward/covered"
     if any(aggregate(entry, "judge_score") for entry in results.trained()):

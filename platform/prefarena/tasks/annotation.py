@@ -1,4 +1,4 @@
-"""Pairs of sampled text: which of a prompt's responses make a pair, and which of the two is chosen. No model is here.
+"""Pairs of sampled text: which responses to a prompt make a pair, and which of the two is chosen. No model is here.
 
 Every draw has a generator of its own, seeded by the settings' seed, what is drawn and the prompt: so the labels of a
 prompt do not depend on which other prompts there are.
@@ -59,7 +59,7 @@ class _Ordered:
 
     @property
     def turned_round(self) -> _Ordered:
-        """The other order. A score stays with its response."""
+        """Return the pair in the other order. A score stays with its response."""
         scores = None if self.scores is None else self.scores[::-1]
         return _Ordered(self.prompt, self.loser, self.winner, scores)
 
@@ -72,7 +72,7 @@ def choose_covered(ids: Sequence[str], share: float, seed: int) -> set[str]:
 
 
 def answered(samples: pa.Table, prompts: pa.Table, share: float, settings: DrawnPairs) -> list[Answered]:
-    """The prompts that get pairs, those to test on and the covered share of those to train on, by id.
+    """The prompts that get pairs, by id: those to test on, and the covered share of those to train on.
 
     samples: records.DRAWN. prompts: records.PROMPTS.
     """
@@ -136,8 +136,8 @@ def make_pairs(
 ) -> tuple[dict[str, pa.Table], Counter[str]]:
     """The tables `train` and `test` as records.PAIRS, and counts.
 
-    Of a tie, which deterministic labels alone know, there is no pair. Of the training pairs `flip_share`, rounded, are
-    turned round. `label` is 1 always: a row is an observed ordering. Both responses keep their annotator's scores.
+    A tie, which only deterministic labels can have, gives no pair. A share `flip_share` of the training pairs, rounded,
+    is turned round. `label` is 1 always: a row is an observed ordering. Both responses keep their annotator's scores.
     """
     rows: dict[str, list[_Ordered]] = {"train": [], "test": []}
     counts: Counter[str] = Counter()

@@ -36,17 +36,17 @@ _HAZARD = (1.0, 4.5)  # logit of eos at the first and at the last position
 
 
 def seeded(seed: int, purpose: str) -> np.random.Generator:
-    """A separate generator for every purpose, so that drawing more of one thing changes nothing else."""
+    """Return a separate generator for every purpose, so that drawing more of one thing changes nothing else."""
     return np.random.default_rng([seed, *purpose.encode()])
 
 
 def unpadded(sequence: np.ndarray) -> list[int]:
-    """One row of `sequences` [L] as a list without its padding."""
+    """Return one row of `sequences` [L] as a list without its padding."""
     return [int(token) for token in sequence if token != PADDING]
 
 
 def padded(responses: list[list[int]]) -> np.ndarray:
-    """Lists of token ids as int64 [N, longest], padded with -1."""
+    """Return lists of token ids as int64 [N, longest], padded with -1."""
     rows = np.full((len(responses), max(map(len, responses), default=0)), PADDING, dtype=np.int64)
     for row, response in zip(rows, responses, strict=True):
         row[: len(response)] = response
@@ -113,7 +113,7 @@ class Language:
         )
 
     def tokenizer(self) -> PreTrainedTokenizerFast:
-        """One token a letter; encoding puts bos in front, as in `prompt_ids`; decoding joins the letters."""
+        """Its tokenizer: a token a letter; encoding puts bos in front, as in `prompt_ids`; decoding joins letters."""
         letters = string.ascii_lowercase[: self.task.num_letters]
         vocabulary = ["<pad>", "<bos>", "<eos>", *letters]
         # A character outside the alphabet becomes pad: the language has no token for the unknown.

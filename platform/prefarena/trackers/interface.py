@@ -41,7 +41,7 @@ class Run:
 
     @property
     def id(self) -> str:
-        """The same whoever writes the run, and whenever."""
+        """The run's id, which does not depend on who writes the run, or when."""
         text = "\n".join([self.comparison, self.entry, str(self.seed), self.stage])
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
@@ -53,10 +53,10 @@ class OpenRun(Protocol):
         """Add rows, whose steps are later than all that the run has."""
 
     def summarise(self, numbers: Mapping[str, float]) -> None:
-        """Have the run show its final numbers, in place of any that it has."""
+        """Make the run show its final numbers, replacing any that it has."""
 
     def close(self) -> None:
-        """Nothing more is written."""
+        """Close the run; nothing more is written."""
 
 
 class Tracker(Protocol):
@@ -70,10 +70,10 @@ class Tracker(Protocol):
 
 
 def metrics_of(row: Row) -> dict[str, float]:
-    """What a row measured, by name."""
+    """The measurements of a row, by name."""
     return {name: float(value) for name, value in row.items() if name not in _PLACE and isinstance(value, int | float)}
 
 
 def described(run: Run) -> dict[str, Any]:
-    """What tells runs apart, for a tracker's own filters."""
+    """The properties that distinguish runs, for a tracker's own filters."""
     return {"comparison": run.comparison, "entry": run.entry, "seed": run.seed, "kind": run.kind, "stage": run.stage}

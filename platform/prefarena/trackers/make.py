@@ -36,7 +36,7 @@ def default_folder(root: Path) -> Path:
 
 
 def make_tracker(settings: Tracking, root: Path) -> Tracker:
-    """The tracker. root: of the comparison's output, for files that the settings give no place for."""
+    """Make the tracker. root: of the comparison's output, for files that the settings give no place for."""
     folder = default_folder(root) / settings.kind
     match settings:
         case TensorBoard():

@@ -52,7 +52,7 @@ class MLflowTracker:
         return self._client.create_experiment(self._experiment) if found is None else found.experiment_id
 
     def _points_of(self, run_id: str, names: Sequence[str]) -> Points | None:
-        """What the store has of a run's rows; None where it has a step twice."""
+        """The points of a run's rows that the store has; None where it has a step twice."""
         found: Points = {}
         for name in names:
             if name.startswith(_FINAL):
@@ -82,7 +82,7 @@ class MLflowRun:
         self._last_step = int(rows[-1]["step"])
 
     def summarise(self, numbers: Mapping[str, float]) -> None:
-        """The numbers as metrics of one point; those that the run has already stay."""
+        """Log the numbers as metrics of one point; those that the run has already stay."""
         has = self._client.get_run(self._id).data.metrics
         named = {f"{_FINAL}{_named(name)}": value for name, value in numbers.items()}
         self.add({(name, self._last_step): value for name, value in named.items() if has.get(name) != value})
@@ -96,12 +96,12 @@ def _points(rows: Sequence[Row]) -> Points:
 
 
 def _named(name: str) -> str:
-    """A folder of MLflow's cannot hold both `loss` and `loss/preference`, so everywhere they are joined by a dot."""
+    """Join names by dots, since a folder of MLflow's cannot hold both `loss` and `loss/preference`."""
     return name.replace("/", ".")
 
 
 def _flat(settings: Mapping[str, object], prefix: str = "") -> dict[str, object]:
-    """Settings by their dotted names."""
+    """Flatten settings to their dotted names."""
     found: dict[str, object] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -41,7 +41,7 @@ class TrackioRun:
         self._write([{f"final/{name}": value for name, value in numbers.items()}], [self._last_step], "final")
 
     def close(self) -> None:
-        """Nothing to do: every write is a separate transaction."""
+        """Do nothing: every write is a separate transaction."""
 
     def _write(self, metrics: list[dict[str, float]], steps: list[int], what: str) -> None:
         run = self._run

@@ -64,7 +64,7 @@ def _no_weave() -> Iterator[None]:
 
 
 def _quiet() -> wandb.Settings:
-    """Numbers alone are kept: nothing of the terminal, the machine, its environment or the code."""
+    """Settings that keep only numbers: nothing of the terminal, the machine, its environment or the code."""
     return wandb.Settings(
         silent=True, console="off", save_code=False, disable_code=True, disable_git=True, disable_job_creation=True,
         x_disable_stats=True, x_disable_meta=True,
@@ -72,7 +72,7 @@ def _quiet() -> wandb.Settings:
 
 
 class WandBRun:
-    """first_step: the server has all before it."""
+    """A W&B run. first_step: the first step that the server does not have yet."""
 
     def __init__(self, run: Any, first_step: int) -> None:
         self._run, self._first_step = run, first_step

@@ -1,1 +1,1 @@
-"""Which settings to try next, and which trials are worth going on with. No training here, and no Ray."""
+"""Which settings to try next, and which trials are worth continuing. No training here, and no Ray."""

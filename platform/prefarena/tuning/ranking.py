@@ -1,4 +1,4 @@
-"""How trials are ranked, and which go on: the same rule for every method."""
+"""How trials are ranked, and which are continued: the same rule for every method."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a trial. value: None where it failed, for the `reason`."""
+    """The outcome of a trial. value: None where it failed, for the `reason`."""
 
     settings: Mapping[str, Value]
     state: Literal["complete", "stopped", "failed"]
@@ -51,7 +51,7 @@ def mean_value(measured: Mapping[int, Measured], kl_limit: float) -> float:
 
 
 def going_on(values: Sequence[float | None], kept_share: float) -> list[bool]:
-    """Which trials of a batch are trained with the other seeds too: a share of them, rounded up, the best by value.
+    """The trials of a batch that are trained with the other seeds, too: the best share by value, rounded up.
 
     Of equals the earlier one goes on. Failed trials (None) count in the batch, and never go on.
     """

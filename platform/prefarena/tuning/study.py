@@ -59,7 +59,7 @@ class Study:
         return [dict(trial.params) for trial in self._open]
 
     def tell(self, outcomes: list[Outcome]) -> None:
-        """What became of the last batch, in its order.
+        """Report the outcomes of the last batch, in its order.
 
         A trial that was stopped counts less than any that was not, and a failed one least, by Optuna's rule for pruned
         trials.

@@ -95,7 +95,7 @@ class Engine:
             self._end_with_ranks()
 
     def _end_with_ranks(self) -> None:
-        """Have this process end when one of its ranks does, and them with it."""
+        """Make this process end when one of its ranks does, and the other ranks with it."""
         executor: Any = self._llm.llm_engine.model_executor
         processes = [worker.proc for worker in executor.workers]
         threading.Thread(target=_end_with, args=(processes,), daemon=True, name="end with ranks").start()
@@ -103,7 +103,7 @@ class Engine:
 
     @contextmanager
     def _in_step(self) -> Iterator[None]:
-        """A call of all ranks. Where one of several raised in an earlier call, this process ends instead.
+        """Call all ranks. If one of several raised in an earlier call, end this process instead.
 
         The others' answers to that call are still to come, and would be taken for answers to this one.
         """
@@ -150,7 +150,7 @@ class Engine:
     # ------------------------------------------------------------------------------------------- weights
 
     def connect(self, init_info: dict[str, Any]) -> None:
-        """Join the trainer's transfer, as its side of vLLM's interface tells."""
+        """Join the trainer's transfer, with the information that its side of vLLM's interface sent."""
         with self._in_step():
             self._llm.init_weight_transfer_engine({"init_info": init_info})
 
@@ -160,12 +160,12 @@ class Engine:
             self._llm.shutdown_weight_transfer_engine()
 
     def start_update(self) -> None:
-        """From here until `finish_update` the engine cannot generate."""
+        """Start an update; until `finish_update` the engine cannot generate."""
         with self._in_step():
             self._llm.start_weight_update()
 
     def receive(self, update_info: UpdateInfo) -> None:
-        """Weights by their transformers names: {"tensors": ...} from host memory, else as vLLM's backend has it.
+        """Take weights by their transformers names: {"tensors": ...} from host memory, else as vLLM's backend has it.
 
         Tensors in host memory are written once into memory that all ranks read.
         """
@@ -188,7 +188,7 @@ class Engine:
     # -------------------------------------------------------------------------------------------- memory
 
     def sleep(self, level: int) -> None:
-        """Give back the memory of weights and cache: 1 keeps the weights on the host, 2 keeps nothing.
+        """Free the memory of weights and cache: 1 keeps the weights on the host, 2 keeps nothing.
 
         vLLM's engines for CPUs go through the same states and keep all.
         """
@@ -196,7 +196,7 @@ class Engine:
             self._llm.sleep(level=level)
 
     def wake(self, parts: Collection[str]) -> None:
-        """Take back the memory of these parts, "weights" or "kv_cache"; it generates when it has both."""
+        """Allocate the memory of these parts, "weights" or "kv_cache", again; the engine generates when it has both."""
         with self._in_step():
             self._llm.wake_up(sorted(parts))
 
@@ -205,14 +205,15 @@ class Engine:
     def held_checksums(self, tensors: Mapping[str, Layout], sample: ColumnSample | None = None) -> dict[str, int]:
         """Checksums of the weights as the engine computes with them, by their names in the state dict.
 
-        Tensors that the engine does not show in a layout that is known are left out. sample: of some columns alone.
+        Tensors that the engine does not show in a layout that is known are left out. sample: restricts them to some
+        columns.
         """
         with self._in_step():
             ranks = self._llm.collective_rpc("held_pieces", args=(tensors, sample))
         return whole_checksums(ranks, {name: layout.held_shape for name, layout in tensors.items()}, sample)
 
     def layers(self, tensors: Mapping[str, Layout]) -> list[frozenset[str]]:
-        """Names in the state dict of the tensors that can be replaced together, and not each for itself."""
+        """Groups of names in the state dict whose tensors can only be replaced together."""
         with self._in_step():
             [layers, *_] = self._llm.collective_rpc("layers", args=(tensors,))
         return layers

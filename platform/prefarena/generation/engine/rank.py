@@ -47,9 +47,9 @@ class RankTools:
     """Methods that the engine calls on the worker of every rank."""
 
     def held_pieces(self, tensors: Mapping[str, Layout], sample: ColumnSample | None) -> dict[str, list[Piece]]:
-        """What this rank holds of the weights, as it computes with them, by their names in the state dict.
+        """The parts of the weights that this rank computes with, by their names in the state dict.
 
-        Tensors that it does not show in a layout that is known are left out. sample: columns that are enough.
+        Tensors that it does not show in a layout that is known are left out. sample: restricts them to some columns.
         """
         return _held_pieces(self.get_model(), tensors, sample)  # type: ignore[attr-defined]
 
@@ -58,11 +58,11 @@ class RankTools:
         return _layers(self.get_model(), tensors)  # type: ignore[attr-defined]
 
     def heads_without_layer(self, tied: Collection[str]) -> set[str]:
-        """Those of tied heads that the model has no layer for."""
+        """The tied heads that the model has no layer for."""
         return _heads_without_layer(self.get_model(), tied)  # type: ignore[attr-defined]
 
     def end_with(self, parent: int) -> int:
-        """Have the kernel end this process when `parent`, which started it, ends, whatever it is at; its id.
+        """Make the kernel end this process when `parent`, which started it, ends; returns this process's id.
 
         vLLM's workers notice a parent's end between two calls, and never while they wait for each other, or for
         weights, on a GPU: they would keep its memory.
@@ -88,7 +88,7 @@ class Held(NamedTuple):
     columns: range | None = None
 
     def piece(self, whole: tuple[int, ...], sample: ColumnSample | None) -> Piece | None:
-        """It as a piece of a tensor of this shape; None where it is none."""
+        """Return it as a piece of a tensor of this shape; None where it does not fit."""
         if self.columns is not None:
             return piece_of(self.part, whole, self.first_row, self.columns)
         if tuple(self.part.shape) != whole:
@@ -172,7 +172,7 @@ def _held(path: str, module: nn.Module, packed: Mapping[str, list[str]], sample:
 def _held_by_linear(
     path: str, module: Any, packed: Mapping[str, list[str]], tensors: dict[str, Tensor], sample: ColumnSample | None
 ) -> Iterator[Held]:
-    """vLLM cuts the inputs of some layers among ranks, and the outputs of others."""
+    """The held parts of a linear layer, of which vLLM divides the inputs or the outputs among ranks."""
     cut_by_outputs = type(module) in (ColumnParallelLinear, MergedColumnParallelLinear, QKVParallelLinear)
     cut_by_inputs = type(module) is RowParallelLinear
     if module.tp_size > 1 and not (cut_by_outputs or cut_by_inputs or type(module) is ReplicatedLinear):
@@ -208,7 +208,7 @@ def _outputs(module: Any, names: list[str], tensor: Tensor, cut: bool) -> Iterat
 
 
 def _read_back(module: Any, columns: range) -> Tensor:
-    """These columns (inputs) of the weight [out, in] that a layer computes with.
+    """Read back these columns (inputs) of the weight [out, in] that a layer computes with.
 
     On CPU vLLM keeps it in a kernel's packed form, which nothing reads; the layer's outputs for the unit vectors are
     its columns, exactly (each is one product with 1 and sums of zeros).
@@ -228,18 +228,18 @@ def _read_back(module: Any, columns: range) -> Tensor:
 
 @dataclass
 class HostInitInfo(WeightTransferInitInfo):
-    """Nothing has to be set up."""
+    """The setup information of host transfers, which need none."""
 
 
 @dataclass
 class HostUpdateInfo(WeightTransferUpdateInfo):
-    """tensors: a state dict, or a part of one, in this process's memory or in shared memory. Not written to."""
+    """An update's tensors: a state dict or a part of one, in this process's memory or in shared memory. Read only."""
 
     tensors: Mapping[str, Tensor] | SharedTensors
 
 
 class TakesHostTensors(WeightTransferEngine[Any, Any]):
-    """Makes a backend of vLLM's take tensors in this machine's memory too, within the same steps of an update.
+    """Lets a vLLM backend also take tensors from this machine's memory, within the same steps of an update.
 
     So a checkpoint can be loaded whichever way a trainer's weights come.
     """
@@ -286,11 +286,11 @@ class HostTransferEngine(TakesHostTensors, _LayerByLayer):
 
 
 class NCCLTransferEngine(TakesHostTensors, NCCLWeightTransferEngine):
-    """That of `weight_sync: nccl`."""
+    """The receiving side of `weight_sync: nccl`."""
 
 
 class IPCTransferEngine(TakesHostTensors, IPCWeightTransferEngine):
-    """That of `weight_sync: ipc`."""
+    """The receiving side of `weight_sync: ipc`."""
 
 
 #: vLLM's name of the backend for each `generation.weight_sync`.

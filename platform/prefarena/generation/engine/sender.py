@@ -17,7 +17,7 @@ from vllm.distributed.weight_transfer.packed_tensor import DEFAULT_PACKED_BUFFER
 
 @dataclass
 class StateDictSource(WeightSource):
-    """The tensors of the update at hand, in one dtype, as vLLM's trainer side reads them."""
+    """The tensors of the current update, in one dtype, as vLLM's trainer side reads them."""
 
     dtype: torch.dtype
     tensors: dict[str, Tensor] = field(default_factory=dict)
@@ -52,7 +52,7 @@ class DeviceSender:
         self._transfer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
 
     def send(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
-        """One whole update: start, the tensors, finish."""
+        """Send one whole update: start, the tensors, finish."""
         self._source.tensors = dict(named_tensors)
         self._transfer.send_weights()
         self._source.tensors = {}
@@ -64,7 +64,7 @@ class DeviceSender:
 def _trainer_init_info(
     backend: str, num_ranks: int, address: str, sizes: Sequence[int]
 ) -> NCCLTrainerInitInfo | IPCTrainerInitInfo:
-    """sizes: of the tensors, in bytes."""
+    """The information with which vLLM's trainer side is set up. sizes: of the tensors, in bytes."""
     if backend == "ipc":
         # vLLM refuses a tensor that is larger than the buffer, as embeddings of 7B models are than its default; NCCL's
         # buffers grow. A small model needs no more than its own size.
