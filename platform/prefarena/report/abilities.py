@@ -18,7 +18,7 @@ def ability_difference(rows: list[Ability]) -> Aggregate:
 
 
 def abilities_table(results: Results) -> Table | None:
-    """A row for each task and metric of each entry; None where no abilities were measured."""
+    """One row per task, metric and entry; None if no abilities were measured."""
     groups: dict[tuple[str, str, str], list[Ability]] = {}
     for entry in results.entries:
         for row in results.abilities:
@@ -39,7 +39,7 @@ def abilities_table(results: Results) -> Table | None:
         "seeds if there are several. Worse and better: significant at 5 % after Holm's correction for all rows of "
         "this table. `nll` metrics are in nats, and lower is better."
     )
-    header = ("task", "metric", "policy", "items", "reference", "policy's", "difference", "compared")
+    header = ("task", "metric", "policy", "items", "reference", "value", "difference", "verdict")
     return Table(f"{results.name}: {TITLE.lower()}", header, tuple(rows), caption, 3)
 
 

@@ -9,11 +9,11 @@ from prefarena.report.results import Results
 from prefarena.report.tables import number
 from prefarena.report.whole_costs import Priced, against_costs, scientific
 
-_NOTE = "One seed's own stages; shared stages and evaluation are left out. Bars are one standard error."
+_NOTE = "Costs are per seed, without shared stages and evaluation. Bars show one standard error."
 
 
 def against_cost_charts(results: Results) -> list[Chart]:
-    """A chart for each thing that methods cost and in which they differ."""
+    """One chart for each kind of cost in which methods differ."""
     measure, found = against_costs(results)
     return [
         {

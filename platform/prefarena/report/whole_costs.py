@@ -9,7 +9,7 @@ from functools import partial
 from prefarena.report.results import Cost, EntryResult, Results, aggregate
 from prefarena.report.tables import MISSING, Table, number
 
-#: Of an entry, per seed; None where it is not known or there is none of it.
+#: What an entry spends per seed; None if that is not known or if it spends none.
 Spent = Callable[[Results, EntryResult], float | None]
 
 
@@ -62,16 +62,16 @@ EXPENSES = (
 
 
 def whole_cost_table(results: Results) -> Table | None:
-    """A row for every entry that was trained; None where no stage has told its costs."""
+    """One row per trained entry; None if no stage has recorded its costs."""
     told = [entry for entry in results.trained() if entry.seeds and own_costs(results, entry)]
     rows = tuple((entry.shown_name, *(_cell(one, results, entry) for one in EXPENSES)) for entry in told)
     caption = (
-        "For one seed, means over seeds; the entry's own stages with its reward model's, without what entries share "
-        "(the reference, pairs and their log-probs) and without evaluation. Labels: different pairs that the entry or "
-        "its reward model was trained on. Responses judged: rewards of rollouts, and of pairs that were drawn in "
-        "training. FLOPs: products of matrices, counted by the models' shapes and the lengths that went through them, "
-        "generation and models that only score included. Device seconds: of workers and generation actors. Peak "
-        "memory: of the worker that held most, all of its models together."
+        "Cost per seed, averaged over seeds. It includes the entry's own stages and its reward model's, but not what "
+        "entries share (the reference, pairs and their log-probs) or evaluation. Labels: distinct pairs that the entry "
+        "or its reward model was trained on. Responses judged: rewards for rollouts and for pairs that were drawn "
+        "during training. FLOPs: matrix products, counted from the models' shapes and the lengths that went through "
+        "them, including generation and models that only score. Device seconds: those of workers and generation "
+        "actors. Peak memory: that of the worker that held the most, with all of its models."
     )
     header = ("policy", *(expense.name for expense in EXPENSES))
     return Table(f"{results.name}: what each method cost", header, rows, caption, 1) if rows else None
@@ -92,7 +92,7 @@ def scientific(value: float) -> str:
 
 @dataclass(frozen=True)
 class Priced:
-    """An entry at what it cost: the value of its measure, and its standard error where there is one."""
+    """An entry with its cost, the value of its measure, and that value's standard error if there is one."""
 
     entry: EntryResult
     cost: float
@@ -101,9 +101,9 @@ class Priced:
 
 
 def against_costs(results: Results) -> tuple[str, list[tuple[str, list[Priced]]]]:
-    """The measure's name, and for each expense with an axis every entry at what it cost of that.
+    """The measure's name and, for each expense with an axis, every entry with what it spent.
 
-    Expenses in which all entries are alike, or that fewer than two entries have, are left out.
+    Expenses that are the same for all entries, or that fewer than two entries have, are left out.
     """
     name, key = _measure(results)
     found = []
