@@ -1,4 +1,4 @@
-"""What is forgotten: tasks of lm-eval on every policy and the reference, and the differences, paired by item.
+"""Forgetting: tasks of lm-eval on every policy and the reference, and the differences, paired by item.
 
 An `abilities` stage of a policy holds `items.parquet`, every metric of every item, and `row.json`, their means. lm-eval
 runs in this process, where it reads its tasks and counts; log-likelihoods come from Ray tasks, answers from the
@@ -53,7 +53,7 @@ _FIRST_INDEX = 1 << 41
 
 
 def ability_work(config: Comparison, plans: list[SeedPlan]) -> Work:
-    """A stage for every policy that is there or may yet be, the reference of each seed first; none unless asked for.
+    """A stage for every policy that exists or may yet exist, each seed's reference first; empty unless asked for.
 
     Best-of-n has no policy of its own.
     """
@@ -144,7 +144,7 @@ def _means(items: list[Item]) -> dict[str, float]:
 def _scores(
     config: Comparison, policy: str, kept: Path, label: str, prompts: list[list[int]], responses: list[list[int]]
 ) -> np.ndarray:
-    """Of a Ray task. Raises EntryError where it fails."""
+    """The scores from a Ray task. Raises EntryError where it fails."""
     import ray
 
     scored_with = ScoredWith(config.evaluation.batch_size, config.resources.device, config.scored_in)
@@ -160,7 +160,7 @@ def _scores(
 def score_continuations(
     policy: str, scored_with: ScoredWith, kept: Path | None, prompts: list[list[int]], responses: list[list[int]]
 ) -> np.ndarray:
-    """[N, 2] as `continuation_logps`, in parts that are kept. Runs in a Ray task."""
+    """Compute [N, 2] as `continuation_logps` does, in parts that are kept. Runs in a Ray task."""
     with Scorer(policy, scored_with) as scorer:
 
         def compute(prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
@@ -205,7 +205,7 @@ class _Engine:
         self._sampler(0).forget(version)
 
     def _sampler(self, longest: int) -> Sampler:
-        """One whose actors read that many tokens; those of shorter ones end first, whose memory it may need."""
+        """A sampler whose actors read that many tokens; actors that read fewer end first, to free memory."""
         found = next((one for length, one in self._samplers.items() if length >= longest), None)
         if found is None:
             self.__exit__(None, None, None)
@@ -218,7 +218,7 @@ class _Engine:
 
 
 def abilities(config: Comparison, plans: list[SeedPlan]) -> list[Ability]:
-    """Of every policy that was measured, by task and metric: its mean, the reference's, and their difference."""
+    """The abilities of every measured policy, by task and metric: its mean, the reference's, and their difference."""
     stages = {(plan.seed, trained): stage for stage, plan, trained in ability_work(config, plans)}
     reference = next((stage for (_, trained), stage in stages.items() if trained is None), None)
     if reference is None or not reference.finished:
@@ -245,7 +245,7 @@ def _differences(
     own: dict[tuple[str, str, bool], dict[int, float]],
     base: dict[tuple[str, str, bool], dict[int, float]],
 ) -> Iterator[Ability]:
-    """Of the items that both have, which are all but those whose metric is not a number."""
+    """Differences on the items that both have, which are all except those whose metric is not a number."""
     for (task, metric, higher), values in own.items():
         other = base.get((task, metric, higher), {})
         items = sorted(item for item in values if item in other)

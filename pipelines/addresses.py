@@ -1,4 +1,4 @@
-"""What the results of a comparison's stages depend on, for their addresses: the parts that several kinds share."""
+"""Inputs of stages' addresses, on which their results depend: the parts that several kinds of stages share."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def learns_judge(config: Comparison) -> bool:
 
 
 def judge_inputs(settings: EvaluationJudge) -> list[Any]:
-    """What scores depend on; a function's source belongs to it, so that an edited one is called again."""
+    """Inputs that scores depend on, including a function's source, so that an edited function is called again."""
     source = source_digest(settings.function) if isinstance(settings, FunctionJudge) else None
     return [settings.model_dump(mode="json"), source]
 
@@ -45,7 +45,7 @@ def watching_function(config: Comparison, reward: JudgeSettings) -> FunctionJudg
 
 
 def engine_inputs(config: Comparison) -> list[str]:
-    """What samples depend on besides the policy, the prompts and the sampler."""
+    """Inputs that samples depend on besides the policy, the prompts and the sampler."""
     generation = config.generation
     found: list[str] = [generation.dtype_on(config.resources.use_gpu)]
     found += ["batch_invariant"] if generation.batch_invariant else []
@@ -53,7 +53,7 @@ def engine_inputs(config: Comparison) -> list[str]:
 
 
 def computing_inputs(config: Comparison) -> list[Any]:
-    """How a training's numbers are computed, beside its own settings.
+    """Inputs that say how a training's numbers are computed, in addition to its own settings.
 
     The number of workers and what each holds change no more than the order of additions, and a training that was
     interrupted goes on with others: they are not in its address.
@@ -84,7 +84,7 @@ def data_inputs(config: Comparison, task: LanguageTask | TextTask) -> dict[str, 
 
 
 def demonstration_stage(method: Section) -> str | None:
-    """The source of what a method's eta term is over, where the term is at work and that has a stage of its own."""
+    """The source of the data of a method's eta term, if the term is active and the data have a stage of their own."""
     if not isinstance(method, OffPolicyMethod | OnPolicyMethod) or method.demonstration_weight == 0:
         return None
     return method.demonstration_source if method.demonstration_source in ("samples", "file") else None
@@ -93,7 +93,7 @@ def demonstration_stage(method: Section) -> str | None:
 def demonstration_inputs(
     config: Comparison, task: LanguageTask | TextTask, source: str, pairs: str, reference: str
 ) -> list[Any]:
-    """What the demonstrations of such a stage depend on. pairs, reference: the keys of these stages."""
+    """Inputs that the demonstrations of such a stage depend on. pairs, reference: the keys of these stages."""
     if isinstance(task, LanguageTask):
         return [pairs]
     if source == "file":
@@ -102,7 +102,7 @@ def demonstration_inputs(
 
 
 def source_marks(name: str) -> list[list[Any]]:
-    """What changes with the content of data at a path, a URL or a hub id; empty where nothing is there."""
+    """A mark that changes with the content of data at a path, a URL or a hub id; empty where nothing is there."""
     path = Path(name)
     if path.exists():
         return _marks([path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file()))

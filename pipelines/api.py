@@ -1,4 +1,4 @@
-"""Comparisons from Python: what `prefarena.compare` is, and what the command `prefarena compare` calls."""
+"""Comparisons from Python: the functions behind `prefarena.compare` and the command `prefarena compare`."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def run(config: Comparison, last: str, *, retry_failed: bool = False, quiet: boo
 
 
 def _started(quiet: bool) -> Console:
-    """The console, once it is settled what libraries may print, and where Ray listens, before anything imports it."""
+    """Return the console, after settling what libraries may print and where Ray listens, before it is imported."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     listen_on_loopback()
     from transformers.utils import logging as transformers_logging

@@ -1,4 +1,4 @@
-"""What is wrong with a comparison, as far as it can be found without any work."""
+"""Checks of a comparison that need no work to be done."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ from prefarena.trackers.make import check_packages
 
 
 def check_input(config: Comparison) -> None:
-    """Everything that can be found wrong without any work. Raises UserError."""
+    """Raise UserError for whatever can be found wrong without any work."""
     tuning_of(config)
     if isinstance(config.model, PretrainedModel):
         _check_pretrained(config, config.model)
@@ -83,14 +83,14 @@ def _check_pretrained(config: Comparison, model: PretrainedModel) -> None:
 
 
 def _learner_from_answers(config: Comparison) -> str | None:
-    """The setting that has something trained on the data's own answers; None if there is none."""
+    """The setting by which something is trained on the data's own answers; None if there is none."""
     if config.reference.train:
         return "reference.train: true"
     return "judge.kind: learned" if isinstance(config.judge, RewardModel) else None
 
 
 def _learner_from_scores(config: Comparison) -> str | None:
-    """What is trained on the scores in the data's own rows; None: nothing is. Drawn pairs have their judge's."""
+    """The entry that is trained on scores in the data's own rows; None if none is. Drawn pairs have their judge's."""
     drawn = isinstance(config.task, TextTask) and config.task.pairs is not None
     return None if drawn else next(iter(learners_from_scores(config)), None)
 

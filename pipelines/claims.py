@@ -21,10 +21,10 @@ _POLL_S = 1.0
 
 
 def settle(console: Console, items: Mapping[Path, Item], work: Callable[[list[Item]], None]) -> None:
-    """Have every stage finished or failed. `items`: stage folder to what `work` is given.
+    """Bring every stage to its end, finished or failed. `items`: stage folder to what `work` is given.
 
-    `work` gets those that nobody else is at. The others are waited for, as long as their holders are alive, and done
-    here where a holder dies first.
+    `work` gets those that no other process is working on. The others are waited for, as long as their holders are
+    alive, and done here where a holder dies first.
     """
     waiting, said = {folder: item for folder, item in items.items() if not is_settled(folder)}, set()
     with Leases() as leases:
@@ -54,7 +54,7 @@ def lease_of(folder: Path) -> Path:
 
 @contextmanager
 def only_once(name: str, folder: Path) -> Iterator[None]:
-    """The block is run by one process at a time for each run folder. Raises UserError where it is being run."""
+    """A context that one process at a time enters for each run folder. Raises UserError where another is in it."""
     path = folder.parent / "leases" / f"{folder.name}.json"
     with Leases() as leases:
         holder = leases.take_or_tell(path)

@@ -67,7 +67,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _add_tune(commands: Any) -> None:
-    """`tune`, which searches settings and then compares what won."""
+    """Add `tune`, which searches settings and then compares the winners."""
     text = "give every entry the same budget of trials, then compare the winners"
     tune = commands.add_parser("tune", help=text, description=text + " (docs/tuning.md).")
     _add_config(tune)
@@ -77,7 +77,7 @@ def _add_tune(commands: Any) -> None:
 
 
 def _add_init(commands: Any) -> None:
-    """`init`, which writes a config."""
+    """Add `init`, which writes a config."""
     text = "look at a model and data, and write a config to start from"
     init = commands.add_parser("init", help=text, description=text + "; you are asked for missing flags.")
     init.add_argument("config", nargs="?", default="mine.yaml", metavar="CONFIG.yaml", help="default: mine.yaml")
@@ -96,7 +96,7 @@ def _add_init(commands: Any) -> None:
 
 
 def _add_estimate(commands: Any) -> None:
-    """`estimate`, which says what a comparison will cost."""
+    """Add `estimate`, which says what a comparison will cost."""
     text = "estimate, before anything runs, what every stage will cost: time, memory, tokens, FLOPs and money"
     estimate = commands.add_parser("estimate", help=text, description=text + " (docs/estimate.md).")
     _add_config(estimate)
@@ -112,7 +112,7 @@ def _add_estimate(commands: Any) -> None:
 
 
 def _add_reading_commands(commands: Any) -> None:
-    """`show` and `diff`, which read finished runs."""
+    """Add `show` and `diff`, which read finished runs."""
     where = "a run folder (OUTPUT/NAME-HASH), or its URL"
     show = commands.add_parser("show", help="print the findings and the table of a finished run")
     show.add_argument("run", metavar="RUN", help=where)

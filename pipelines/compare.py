@@ -81,7 +81,7 @@ def all_stages(plans: list[SeedPlan]) -> list[Stage]:
 
 
 def needed_stages(plans: list[SeedPlan]) -> list[Stage]:
-    """Those that must be finished for the report: without those of entries that have failed."""
+    """The stages that must be finished for the report, without those of entries that have failed."""
     failed = {stage for plan in plans for trained in plan.trained if trained.failure for stage in trained.stages()}
     return [stage for stage in all_stages(plans) if stage not in failed]
 

@@ -1,6 +1,6 @@
-"""What the eta term of a method is over, where that is neither the data's demonstrations nor its pairs.
+"""Demonstrations for the eta term of a method, where these are neither the data's demonstrations nor its pairs.
 
-Samples of the reference on the prompts to train on, or rows of the user's own. A stage holds `demonstrations/`
+They are samples of the reference on the prompts to train on, or the user's own rows. A stage holds `demonstrations/`
 (records.DEMONSTRATIONS); no prompt that is tested on is in it.
 """
 
@@ -60,7 +60,7 @@ def make_demonstrations(config: Comparison, plans: list[SeedPlan], console: Cons
 
 
 def _draw_from_table(plan: SeedPlan, task: LanguageTask, folder: Path) -> None:
-    """As many samples of the reference as the data has demonstrations (or a few more), equally many per prompt."""
+    """Draw as many samples of the reference as the data has demonstrations (or a few more), equally many per prompt."""
     started, language = time.perf_counter(), Language(task)
     exact = ExactReference.load(plan.pairs.folder / EXACT)
     listed = Responses.listed(language.vocab_size, task.response_limit, EOS_ID)
@@ -72,7 +72,7 @@ def _draw_from_table(plan: SeedPlan, task: LanguageTask, folder: Path) -> None:
 
 
 def _draw(config: Comparison, console: Console, waiting: list[tuple[Stage, SeedPlan]]) -> None:
-    """A response of the reference to each prompt to train on, of text."""
+    """Draw a response of the reference to each training prompt of a text task."""
     for stage, plan in waiting:
         with (
             stage_line(console, f"{stage.kind} ({stage.label})", "samples of the reference policy"),

@@ -1,4 +1,4 @@
-"""Will it run here? `prefarena doctor`; as a job on a cluster, `prefarena submit --check`."""
+"""`prefarena doctor`: will it run here? As a job on a cluster, `prefarena submit --check`."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ _SAMPLES = "samples"
 def make_drawn_pairs(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
     """Finish the stages of drawn pairs of a text task, and of pairs without those of prompts that get none. Needs Ray.
 
-    Policy and judges must be finished. What was said of the pairs is said here once.
+    Policy and judges must be finished. Notes on the pairs are printed here, once.
     """
     drawn = {plan.drawn.folder: (plan.drawn, plan) for plan in plans if plan.drawn is not None}
     settle(console, drawn, partial(_draw, config, console))
@@ -152,7 +152,7 @@ def _label(config: Comparison, plan: SeedPlan, task: TextTask, pairs: DrawnPairs
 def _judge_all(
     config: Comparison, plan: SeedPlan, pairs: DrawnPairs, prompts: list[Answered], kept: Path
 ) -> tuple[list[list[Contest]], Counter[str]]:
-    """The contests of each prompt by its annotator, and what was paid for. Raises UserError as `_check_silence`."""
+    """The contests of each prompt, by its annotator, and the paid calls. Raises UserError as `_check_silence`."""
     contests: list[list[Contest]] = [[] for _ in prompts]
     costs: Counter[str] = Counter()
     for number, judge in enumerate(pairs.judges(config.judge)):
@@ -186,7 +186,7 @@ def _questions(prompts: list[Answered], is_pairwise: bool) -> Questions:
 
 
 def _check_silence(values: np.ndarray, pairs: DrawnPairs, kind: str) -> int:
-    """How many values are none. Raises UserError where they are more than the settings allow."""
+    """Count the values that are missing. Raises UserError where they are more than the settings allow."""
     number = int(np.isnan(values).sum())
     if number > pairs.max_silent_share * len(values):
         raise UserError(
@@ -237,7 +237,7 @@ def _write_prompts(prompts: pa.Table, train_pairs: pa.Table, folder: Path) -> No
 
 
 def _write_demonstrations(plan: SeedPlan, samples: pa.Table, prompts: pa.Table, folder: Path) -> None:
-    """The answers of the data where it has any; else what the policy itself answered to the prompts to train on."""
+    """Write the data's answers where it has any; else the policy's own answers to the prompts to train on."""
     answers = plan.data.folder / "demonstrations"
     bring(answers)
     if answers.is_dir():
@@ -254,7 +254,7 @@ def _write_demonstrations(plan: SeedPlan, samples: pa.Table, prompts: pa.Table, 
 
 
 def _keep_covered(plan: SeedPlan, task: TextTask, folder: Path) -> None:
-    """The tables of `data` without the training pairs of prompts that are not covered."""
+    """Write the tables of `data` without the training pairs of prompts that are not covered."""
     started, source = time.perf_counter(), plan.data.folder
     prompts, pairs = read_rows(source / "prompts"), read_rows(source / "train_pairs")
     train = prompts.filter(pc.equal(prompts["split"], "train"))

@@ -28,10 +28,10 @@ def start_generator(
     made_from: str | None = None,
     max_length: int | None = None,
 ) -> Generators:
-    """The generation actors; whoever uses them sends their weights first.
+    """Start the generation actors; whoever uses them sends their weights first.
 
-    made_from: the folder of the model that they are made from; none: the base model's. max_length: most
-    tokens of a prompt and its response; none: those of the task.
+    made_from: the folder of the model that they are made from, by default the base model's. max_length: most tokens of
+    a prompt and its response, by default the task's.
     """
     names = generator_names(config)
     title = f"starting {len(names)} vLLM generation actor{'s' if len(names) > 1 else ''}"
@@ -48,7 +48,7 @@ def start_generator(
 
 
 def try_engine(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
-    """Before any training of a text task, have engines take weights and generate; then end them. Needs the base model.
+    """Try, before a text task trains, whether engines take weights and generate, and end them. Needs the base model.
 
     All entries of a text task, and the reference, are measured by what they generate. The enumerable language generates
     for on-policy entries alone, from a model that is made here, whose family is served; an engine that fails there

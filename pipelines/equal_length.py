@@ -39,7 +39,7 @@ def equal_length_row(plan: SeedPlan, trained: Trained) -> dict[str, float]:
 
 
 def _lengths(stage: Stage) -> np.ndarray | None:
-    """Tokens of every sample [N], in order; None where an earlier version evaluated."""
+    """The lengths of all samples [N], in tokens and in order; None where an earlier version evaluated."""
     path = stage.folder / SAMPLES_FILE
     bring(path)
     return pq.read_table(path, columns=["num_tokens"])["num_tokens"].to_numpy() if path.is_file() else None

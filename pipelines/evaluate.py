@@ -161,7 +161,7 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
 
 
 def _ended(running: dict[Stage, list[Any]], limit_s: float) -> dict[Stage, Any]:
-    """How the evaluations ended whose tasks these are; where one of its tasks failed, an evaluation has."""
+    """The outcomes of the evaluations whose tasks these are; an evaluation has failed if one of its tasks has."""
     tasks = [task for own in running.values() for task in own]
     ended = iter(outcomes_within(tasks, limit_s, _title(list(running))))
     outcomes = {stage: [next(ended) for _ in own] for stage, own in running.items()}
@@ -171,7 +171,7 @@ def _ended(running: dict[Stage, list[Any]], limit_s: float) -> dict[Stage, Any]:
 
 
 class _ReferenceSamples:
-    """What the reference answers to the prompts that entries are measured on, as its own evaluation draws it.
+    """The reference's answers to the prompts that entries are measured on, as its own evaluation draws them.
 
     Where that evaluation is under way here, these are its samples; where it is finished, they are drawn again, which
     gives the same ones from the same engine.
@@ -182,7 +182,7 @@ class _ReferenceSamples:
         self._drawn: dict[str, list[Rollout]] = {}
 
     def of(self, plan: SeedPlan) -> list[Rollout]:
-        """Raises what `Sampler.sample` raises."""
+        """The samples for a seed. Raises what `Sampler.sample` raises."""
         key = plan.evaluation.key
         if key not in self._drawn:
             version = key if key in self._under_way else self._again(key)

@@ -43,8 +43,8 @@ _AT_EACH_STEP = ("kl", "reward", "proxy_reward", "frontier_reward", "regret", "e
 class ExactJob:
     """One exact evaluation, as it is sent to a Ray task.
 
-    policy: the model to list. reward: the entry's own, as a table of scores or the string "gold"; none where it has
-    none that can be listed. best_of: n, where the policy is the best of n samples of the reference by that reward.
+    policy: the model to list. reward: the entry's own, as a table of scores or the string "gold"; None where it has
+    none that can be listed. best_of: n if the policy is the best of n samples of the reference by that reward.
     snapshots: the folder of an entry's policies on the way; num_steps: updates of its final one; group: the prompts
     that it samples on, or has pairs of.
     """
@@ -200,7 +200,7 @@ def _trajectory(
     own: np.ndarray | None,
     final: dict[str, float],
 ) -> Iterator[dict[str, float]]:
-    """Rows of the policy after 0 updates, of every snapshot in order, and after the last update.
+    """The rows of the policy after 0 updates, of every snapshot in order, and after the last update.
 
     Those of snapshots also tell how far one rollout's estimate of the KL is spread.
     """
@@ -215,7 +215,7 @@ def _trajectory(
 
 
 def _numbers(most: int) -> list[int]:
-    """1, 2, 4, … samples, up to 64 and to `most`: enough of them for a law through what the best of each is worth."""
+    """The numbers 1, 2, 4, … of samples, up to 64 and `most`: enough points to fit a law to the best of each."""
     powers = [2**power for power in range(max(6, most.bit_length()))]
     return sorted({*powers, 64, most})
 
@@ -243,7 +243,7 @@ def read_trajectory(stage: Stage) -> list[dict[str, float]]:
 
 
 def read_best_of_curve(stage: Stage) -> list[dict[str, float]]:
-    """What the best of ever more samples is worth, of an evaluation stage of best-of-n; else empty."""
+    """The measures of the best of ever more samples, from an evaluation stage of best-of-n; else empty."""
     return _read_rows(stage.folder / BEST_OF_CURVE)
 
 
@@ -262,7 +262,7 @@ def finish_evaluation(
 ) -> None:
     """Write row.json and the manifest; `started` is of `time.perf_counter`.
 
-    ahead: what was done before that, in seconds that passed, and in seconds of all devices.
+    ahead: the time spent before that, in elapsed seconds and in device-seconds.
     """
     write_json(folder / ROW, {key: float(value) for key, value in row.items()})
     own = time.perf_counter() - started

@@ -12,7 +12,7 @@ from prefarena.stages import Stage
 
 
 def load_frontier(plan: SeedPlan) -> EstimatedFrontier | None:
-    """None where it is not estimated, or its scores could not be had."""
+    """Load the frontier; None where it is not estimated, or its scores could not be obtained."""
     if plan.frontier is None or not plan.frontier.finished:
         return None
     arrays = _scores(plan.frontier)
@@ -20,7 +20,7 @@ def load_frontier(plan: SeedPlan) -> EstimatedFrontier | None:
 
 
 def frontier_points(plan: SeedPlan) -> list[tuple[float, float, float]]:
-    """(KL, reward, standard error of the reward) as far as the estimate is to be trusted."""
+    """Points (KL, reward, standard error of the reward) as far as the estimate can be trusted."""
     frontier = load_frontier(plan)
     return [(point.kl, point.reward, point.stderr) for point in frontier.curve()] if frontier else []
 

@@ -58,7 +58,7 @@ def init(arguments: argparse.Namespace) -> int:
 
 
 def _asked(arguments: argparse.Namespace, file: Path) -> Wanted:
-    """The flags, and at a terminal questions where one is missing."""
+    """Take the answers from the flags, and at a terminal ask for those that are missing."""
     model = arguments.model or _question("--model", "Model (a folder, or a name on the Hugging Face hub)")
     data = arguments.data or _question("--data", "Preference pairs (a file, a folder, or a name on the hub)")
     gpus = (
@@ -76,7 +76,7 @@ def _asked(arguments: argparse.Namespace, file: Path) -> Wanted:
 
 
 def _question(flag: str, text: str, default: str = "") -> str:
-    """What is answered at the terminal. Raises UserError where there is none, naming the flag."""
+    """Ask at the terminal. Raises UserError, naming the flag, where there is no terminal."""
     if not sys.stdin.isatty():
         if default:
             return default
@@ -100,13 +100,13 @@ def _number(flag: str, text: str, default: int) -> int:
 
 
 def _lasting(path: str) -> str:
-    """A path that is the same from any folder; a URL or a name on the hub as it is."""
+    """Make a path absolute, so that it is the same from any folder; leave a URL or a name on the hub as it is."""
     found = Path(path).expanduser()
     return path if is_url(path) or not found.exists() else str(found.absolute())
 
 
 def look_at(wanted: Wanted) -> Look:
-    """What the model's configuration and tokenizer, and the first rows of the data, show. Raises UserError."""
+    """Look at the model's configuration and tokenizer, and at the first rows of the data. Raises UserError."""
     settings = inspect_policy(wanted.model, scored=True)
     unlimited: dict[str, Any] = {"max_prompt_tokens": _NO_LIMIT, "max_response_tokens": _NO_LIMIT}
     task = TextTask(data=wanted.data, split=wanted.split, **unlimited)

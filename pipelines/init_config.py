@@ -21,7 +21,7 @@ _QUICK_ROWS, _QUICK_STEPS, _QUICK_BATCH_SIZE, _QUICK_TOKENS = 200, 4, 8, 64
 
 @dataclass(frozen=True)
 class Hardware:
-    """num_gpus: on all machines together; 0: CPUs only. num_cpus: of the machine, if there are no GPUs."""
+    """Hardware. num_gpus: on all machines together; 0 means CPUs only. num_cpus: of the machine, without GPUs."""
 
     num_gpus: int
     gpu_gib: float
@@ -35,7 +35,7 @@ class Hardware:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What somebody has answered, or given as flags."""
+    """The user's answers, or flags."""
 
     file: Path
     model: str
@@ -112,7 +112,7 @@ class Memory:
 
 
 def config_text(wanted: Wanted, name: str, look: Look, memory: Memory) -> str:
-    """The whole file."""
+    """Write the whole file."""
     parts = [_head(wanted, look), f"name: {name}", _seeds(), _task(wanted, look), _model(wanted, look, memory)]
     return (
         "\n".join([*parts, _judge(wanted, look, memory), _entries(wanted, look, memory), _rest(wanted, memory)]) + "\n"

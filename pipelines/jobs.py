@@ -1,4 +1,4 @@
-"""What training workers are told to do, by the plan of a comparison."""
+"""The jobs of training workers, made from the plan of a comparison."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
 
 
 def _num_demonstrations(method: OffPolicyMethod | OnPolicyMethod) -> int | None:
-    """How many chosen responses the eta term is over, where it is over those: of the pairs that are learned from."""
+    """The number of chosen responses in the eta term, if it uses those: the pairs that are learned from."""
     return min(all_limits(method), default=None) if method.demonstration_source == "chosen" else None
 
 
@@ -183,8 +183,10 @@ def _replayed(config: Comparison, trained: Trained) -> Replayed | None:
 
 
 def _monitor(config: Comparison, plan: SeedPlan, reward: JudgeSettings) -> JudgeSpec | None:
-    """What on-policy training logs beside its reward: the gold reward, or for text the judge if it is a trained one or
-    a function."""
+    """The judge that on-policy training logs beside its reward.
+
+    It is the gold reward, or for text the comparison's judge if that is a trained one or a function.
+    """
     if isinstance(plan.task, LanguageTask):
         return None if isinstance(reward, GoldJudge) else judge_spec(plan, GoldJudge(), None)
     watching = watching_function(config, reward)

@@ -1,4 +1,4 @@
-"""What a report says about its judges: which they are, how often they were silent, and how many calls were paid for."""
+"""Notes on the judges in a report: which they are, how often they were silent, and how many calls were paid for."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def _source(config: Comparison, plan: SeedPlan) -> str:
 
 
 def _silent(judge: EvaluationJudge, plans: list[SeedPlan], rows: dict[Stage, dict[str, float]]) -> Iterator[str]:
-    """How many responses of each policy got no score."""
+    """A note on how many responses of each policy got no score."""
     measured = {plan.evaluation: "the reference" for plan in plans}
     measured |= {t.evaluation: _name(t, plans) for plan in plans for t in plan.trained}
     found = [
@@ -75,7 +75,7 @@ def _silent(judge: EvaluationJudge, plans: list[SeedPlan], rows: dict[Stage, dic
 
 
 def _pairs(plans: list[SeedPlan], rows: dict[Stage, dict[str, float]]) -> Iterator[str]:
-    """How far each entry's win rate can be trusted."""
+    """Notes on how far each entry's win rate can be trusted."""
     for trained in (t for plan in plans for t in plan.trained):
         row = rows.get(trained.wins, {}) if trained.wins else {}
         if not row:

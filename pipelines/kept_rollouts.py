@@ -1,4 +1,4 @@
-"""What an evaluation has done, kept in parts until it has ended: a run that stops goes on with the missing parts.
+"""Results of an evaluation, kept in parts until it has ended: a run that stops continues with the missing parts.
 
 A part is a file whose name is a hash of everything that it depends on. Of samples: the policy that was trained, the
 prompts, the settings of the sampler, the place of the part among the samples. Of log-probs and scores: the model that
@@ -58,7 +58,7 @@ class KeptRollouts:
         return rollouts
 
     def folder_of(self, version: str) -> Path:
-        """Where the parts of the evaluation of these weights lie."""
+        """The folder with the parts of the evaluation of these weights."""
         return self._folder / version
 
     def forget(self, version: str) -> None:
@@ -143,9 +143,9 @@ class KeptValues:
 
 
 def training_of(policy: str) -> Any:
-    """What tells one training from another of the same settings: the manifest of the stage whose model this is.
+    """A mark that distinguishes trainings of equal settings: the manifest of the stage whose model this is.
 
-    None of a model that no stage made.
+    None for a model that no stage made.
     """
     stage = Path(policy).parent
     stage = stage.parent if stage.name == SNAPSHOTS else stage

@@ -34,7 +34,7 @@ _ANSWER = pa.schema([("part", pa.int64()), ("values", pa.list_(pa.float64())), (
 
 @dataclass(frozen=True)
 class Questions:
-    """What a judge is asked: N responses to N prompts, and for a pairwise judge the N others they are held against."""
+    """Questions to a judge: N responses to N prompts, and for a pairwise judge the N others to compare them with."""
 
     prompts: list[list[int]]
     responses: list[list[int]]
@@ -54,7 +54,7 @@ class Questions:
 def ask(
     questions: Questions, spec: JudgeSpec, resources: Resources, batch_size: int, kept: Path
 ) -> tuple[np.ndarray, Counter[str]]:
-    """What a judge says of each question, float64 [N], and what of it was paid for. Needs Ray.
+    """Return a judge's value for each question, float64 [N], and what was paid for. Needs Ray.
 
     A score; of a pairwise judge what the response counts against the other, 0, 1/2 or 1; nan where it is silent. kept:
     the folder of finished parts. Raises UserError, with the judge's own sentence, where it cannot be used.
@@ -89,7 +89,7 @@ def ask(
 
 
 def _num_actors(spec: JudgeSpec, resources: Resources) -> int:
-    """One for an endpoint, whose `concurrency` says how much it is asked at once."""
+    """The number of actors: one for an endpoint, whose `concurrency` says how much it is asked at once."""
     return 1 if isinstance(spec.settings, Endpoint) else resources.scoring.num_actors or resources.num_workers
 
 

@@ -1,4 +1,4 @@
-"""Whether a worker could hold what a comparison's trainings need at the least, before anything expensive is done."""
+"""Checking whether a worker can hold the least that a comparison's trainings need, before anything expensive."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ LARGE = 10**8
 def check_memory(config: Comparison, plans: list[SeedPlan]) -> None:
     """Raise UserError for a training still to be done that no GPU, or node, of the cluster could hold. Needs Ray.
 
-    Certain alone: the least that a worker needs, on the largest that there is. What a training needs with its longest
-    sequences is for the doctor, which warns.
+    Only what is certain is refused: where the largest device cannot hold the least that a worker needs. What a training
+    needs with its longest sequences is for the doctor, which warns.
     """
     settings = model_settings(config) if config.resources.check_memory else None
     if settings is None or num_parameters(settings) < LARGE:
@@ -96,7 +96,7 @@ def _listed(need: MemoryNeed) -> str:
 
 
 def _advice(config: Comparison, training: Training) -> str:
-    """The settings that would lower it, of those that are not set yet."""
+    """The settings that would lower the need, of those that are not set yet."""
     sharded = config.resources.sharding == "fsdp"
     found = ["raise resources.num_workers" if sharded else "set resources.sharding: fsdp with several num_workers"]
     if training.settings.lora is None:

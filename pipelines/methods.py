@@ -1,4 +1,4 @@
-"""What `prefarena methods` prints: every method and its settings, from the types that check them.
+"""`prefarena methods`: prints every method and its settings, from the types that check them.
 
 `--table` prints tables in Markdown, which docs/methods.md holds: the off-policy ones, and the on-policy ones.
 """
@@ -39,7 +39,7 @@ def table() -> str:
 
 
 def on_policy_table() -> str:
-    """The on-policy methods likewise."""
+    """The on-policy methods as a table in Markdown."""
     lines = ["| `kind` | what it is | advantage | critic | its own settings, in `training` |", "|---|---|---|---|---|"]
     for kind, method in on_policy.discover().items():
         own = (f"`{name.removeprefix('training.')}` {default}" for name, default, _ in _own_on_policy(method))
@@ -49,18 +49,18 @@ def on_policy_table() -> str:
 
 
 def _what(method: type[BaseModel]) -> str:
-    """The first line of its description."""
+    """The first line of a method's description."""
     return (method.__doc__ or "").strip().splitlines()[0]
 
 
 def _reads(method: type[OffPolicy]) -> str:
-    """What the loss depends on, with the defaults."""
+    """The inputs that the loss depends on, with the defaults."""
     needed = _with_defaults(method).needs_reference
     return f"{method.learns_from}, {'with' if needed else 'without'} the reference's log-probs"
 
 
 def _with_defaults(method: type[OffPolicy]) -> OffPolicy:
-    """Also of a method with a setting that has none."""
+    """Make a method with its defaults, even if one of its settings has none."""
     return method.model_construct()
 
 
@@ -69,7 +69,7 @@ def _critic(method: type[OnPolicy]) -> str:
 
 
 def _own_on_policy(method: type[OnPolicy]) -> list[tuple[str, Any, str]]:
-    """Those that not every on-policy method has, or not with this default."""
+    """The settings that not every on-policy method has, or not with this default."""
     shared = [setting[:2] for setting in _all_on_policy()]
     return [setting for setting in _settings(method) if setting[:2] not in shared]
 
@@ -79,7 +79,7 @@ def _all_on_policy() -> list[tuple[str, Any, str]]:
 
 
 def _own_settings(method: type[OffPolicy]) -> list[tuple[str, Any, str]]:
-    """Those that not every off-policy method has, or not with this default."""
+    """The settings that not every off-policy method has, or not with this default."""
     shared = [setting[:2] for setting in _settings(Pairwise)]
     return [setting for setting in _settings(method) if setting[:2] not in shared]
 

@@ -32,12 +32,12 @@ def snapshots_of(training: Stage) -> dict[int, Path]:
 
 
 def num_updates(training: Stage) -> int:
-    """Of a finished training, in the unit in which its snapshots are named."""
+    """The number of updates of a finished training, in the unit in which its snapshots are named."""
     return int(training.manifest()["costs"]["num_steps"])
 
 
 def measured_on_the_way(trained: Trained, stage: Stage) -> tuple[int, Path] | None:
-    """The policy that an evaluation on an entry's way is of, and its updates; None of another evaluation."""
+    """The policy, and its updates, that an evaluation during training measures; None for other evaluations."""
     if trained.training is None or stage not in trained.on_the_way:
         return None
     found, place = sorted(snapshots_of(trained.training).items()), trained.on_the_way.index(stage)
@@ -58,7 +58,7 @@ def sampled_trajectory(plan: SeedPlan, trained: Trained) -> list[dict[str, float
 
 
 def _row(row: dict[str, float]) -> dict[str, float]:
-    """What a trajectory shows of the row of an evaluation from samples, with standard errors."""
+    """The part of a sampled evaluation's row that a trajectory shows, with standard errors."""
     found: dict[str, float] = {}
     for name, keys in _NAMES.items():
         key = next((key for key in keys if key in row), None)

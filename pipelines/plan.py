@@ -78,13 +78,13 @@ class Trained:
     on_the_way: tuple[Stage, ...] = ()
 
     def stages(self) -> list[Stage]:
-        """All of them, in order."""
+        """All stages, in order."""
         own = (self.reward_model, self.training, self.scores, self.evaluation, self.wins)
         return [*(stage for stage in own if stage), *self.on_the_way]
 
     @property
     def failure(self) -> str | None:
-        """Why there is no policy, or none that could be measured; None where there is, or may yet be, a result."""
+        """Why there is no policy, or none that could be measured; None where a result exists or may yet exist."""
         if self.reward_model is not None and self.reward_model.failure:
             return f"its reward model failed: {self.reward_model.failure}"
         if self.replayed is not None and self.replayed.failure:
@@ -136,12 +136,12 @@ class SeedPlan:
 
     @property
     def made_pairs(self) -> Stage:
-        """Pairs as the data or a policy gave them."""
+        """The stage of pairs as the data or a policy gave them."""
         return self.undivided or self.pairs
 
     @property
     def singles(self) -> Path | None:
-        """Where single responses are, if the task has rows of such; none: they are pairs, taken apart."""
+        """The stage with single responses, if the task has such rows; None if they are pairs, taken apart."""
         if not isinstance(self.task, TextTask) or self.task.unpaired_data is None:
             return None
         return (self.pairs if self.undivided else self.data).folder / "responses"
@@ -267,7 +267,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
 def _pair_stages(
     config: Comparison, task: TextTask, root: Path, data: Stage, reference: Stage, judge: Stage | None
 ) -> tuple[Stage | None, Stage | None, Stage]:
-    """What drawn pairs come from where that is not the reference, the responses, and the pairs, drawn or not."""
+    """The policy of drawn pairs if it is not the reference, the responses, and the pairs, drawn or not."""
     if task.pairs is None:
         if task.covered_share == 1:
             return None, None, data
@@ -381,7 +381,7 @@ def needs_shared(method: OffPolicyMethod) -> bool:
 
 
 def _arithmetics(config: Comparison, wanted: Callable[[OffPolicyMethod], bool]) -> list[Arithmetic]:
-    """Of all entries with an off-policy method that is wanted, without repeats; float32 first."""
+    """The arithmetics of all entries with a wanted off-policy method, without repeats; float32 first."""
     methods = [entry.method for entry in config.entries if isinstance(entry.method, OffPolicyMethod)]
     found = {method.training.precision for method in methods if wanted(method)}
     return sorted(found, key=lambda arithmetic: arithmetic != "float32")

@@ -1,4 +1,4 @@
-"""What a policy says of responses in an evaluation: log-probs, and the divergence from another one."""
+"""A policy's values of responses in an evaluation: log-probs, and the divergence from another policy."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Scorer:
             self._model = self._module = None
 
     def logps(self, prompts: list[list[int]], responses: list[list[int]], temperature: float) -> Wanted:
-        """log pi(y|x) [N], nats."""
+        """Compute log pi(y|x) [N], nats."""
         given_by = ["logps", training_of(self.policy), temperature, *self.settings.given_by()]
         return Wanted(given_by, prompts, responses, partial(self._logps, temperature))
 
@@ -86,7 +86,7 @@ class Scorer:
 def along(
     own: Scorer, other: Scorer, prompts: list[list[int]], responses: list[list[int]], temperature: float
 ) -> Wanted:
-    """[N, 4], nats, as `along_samples` has them. Computing a part lets go of the weights of `own`; those of `other`
+    """Compute [N, 4], nats, as `along_samples` does. Computing a part lets go of the weights of `own`; those of `other`
     stay for later.
     """
     policies = [training_of(one.policy) for one in (own, other)]

@@ -55,10 +55,10 @@ _TOKENIZER_ROWS = 100_000  # a tokenizer is learnt from the first training rows
 
 
 def check_text_task(task: TextTask, model: Model | None = None, needs_scores: str | None = None) -> list[Part]:
-    """What there is to read. Raises UserError, before Ray starts, where the first rows show that it cannot be used.
+    """Find what there is to read. Raises UserError, before Ray starts, where the first rows show that it is unusable.
 
     With a pretrained `model`, these rows must also suit its tokenizer and its chat template. needs_scores: what learns
-    from scores of both answers, if something does.
+    from the scores of both answers, if anything does.
     """
     first, test = _look(task)
     if needs_scores is not None and first.num_without_scores:

@@ -207,6 +207,6 @@ def _write_responses(config: Comparison, plan: SeedPlan, arithmetic: Arithmetic,
 
 
 def _scoring(config: Comparison, plan: SeedPlan) -> dict[str, Any]:
-    """What scores by the reference policy are computed with, and where finished ones are kept."""
+    """The settings for scores by the reference policy, and the folder in which finished ones are kept."""
     cache = root_of(config.output, config.resources.cache_dir) / "reference_logps"
     return {"cache": cache, "resources": config.resources, "max_length": max_length(plan.task)}

@@ -87,7 +87,7 @@ def watch(console: Console, jobs: list[Job]) -> Iterator[None]:
 
 
 def memory_lines(jobs: list[Job], said: set[Job]) -> list[str]:
-    """What jobs that have just begun are predicted to take; each is said once."""
+    """The memory that jobs which have just begun are predicted to take; each is reported once."""
     lines = []
     for job in jobs:
         path = Path(job.stage_dir) / MEMORY
@@ -162,7 +162,7 @@ def _lines(console: Console, jobs: list[Job], stop: threading.Event) -> None:
 
 
 def waited_for(jobs: list[Job]) -> str:
-    """What a group of training runs waits for while none of them logs a row."""
+    """What a group of training runs is waiting for while none of them logs a row."""
     begun = [job for job in jobs if (Path(job.stage_dir) / ATTEMPT).exists() and not is_settled(job.stage_dir)]
     if not begun:
         return "waiting for training workers to be placed, to start and to load the model"

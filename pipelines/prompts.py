@@ -138,7 +138,7 @@ class PromptTable:
         self._table.add({**{name: rows[name] for name in ("id", "prompt_ids", "split")}, "covered": covered})
 
     def _refused(self, row: dict[str, Any]) -> str | None:
-        """Why a prompt is left out that could be read; None: it is not."""
+        """The reason for leaving out a prompt that could be read; None if it is kept."""
         if row["split"] == "test":
             self._seen.first("opening", row["opening_id"])
         elif self._own_test and ("opening", row["opening_id"]) in self._seen:
@@ -149,7 +149,7 @@ class PromptTable:
         return REPEATED_PROMPT if before == row["split"] else OTHER_SPLIT  # two long prompts with the same end
 
     def summary(self, task: TextTask, num_rows: int) -> dict[str, Any]:
-        """Counts. Raises UserError where a split is empty, or too many rows were rejected."""
+        """Return the counts. Raises UserError where a split is empty, or too many rows were rejected."""
         self.rejections.check(task.data, num_rows, task.max_rejected_share)
         tested = self._counts["test"] + self.test_rejections.num_counted
         self.test_rejections.check(task.test_source[0] if task.test_source else "", tested, task.max_rejected_share)

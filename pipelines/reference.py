@@ -65,7 +65,7 @@ class Part:
     scores: str
 
     def read(self, columns: list[str] | None = None) -> pa.Table:
-        """Its rows; all columns, or some."""
+        """Read its rows, with all columns or some."""
         bring(self.table)
         group = pq.ParquetFile(self.table).read_row_group(self.group, columns=columns)
         return group.slice(self.start, self.stop - self.start)
@@ -73,7 +73,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Scores:
-    """log pi(y|x) [N] of both responses, nats; what computing them took, and of how many tokens."""
+    """log pi(y|x) [N] of both responses, nats; the time that computing them took, and the number of tokens."""
 
     chosen: NDArray[np.float32]
     rejected: NDArray[np.float32]
@@ -119,7 +119,7 @@ def add_reference_logps(
 
 @dataclass(frozen=True)
 class Scored:
-    """What scoring took: device seconds of all parts, whenever they were computed, and what of it was computed now."""
+    """The cost of scoring: device-seconds of all parts, whenever they were computed, and what was computed now."""
 
     device_seconds: float
     num_tokens: int
@@ -128,7 +128,7 @@ class Scored:
     num_parts_computed: int
 
     def contents(self, started: float) -> dict[str, Any]:
-        """Of the manifest of a stage that began at `started`, of `time.perf_counter`."""
+        """The contents of the manifest of a stage that began at `started`, by `time.perf_counter`."""
         wall = time.perf_counter() - started
         costs = costs_of(wall, self.device_seconds, num_tokens_scored=self.num_tokens, num_flops=self.num_flops)
         return {"costs": costs, "num_parts": self.num_parts, "num_parts_computed": self.num_parts_computed}
@@ -346,7 +346,7 @@ def _write_scored(parts: list[Part], folder: Path) -> tuple[float, int, Pass]:
 
 
 def _passed(rows: pa.Table) -> Pass:
-    """Of both responses to each prompt, which share it."""
+    """The work of passes over both responses to each prompt, which share it."""
     names = ("prompt_ids", "chosen_ids", "rejected_ids")
     prompts, chosen, rejected = (pc.list_value_length(rows[name]).to_numpy() for name in names)
     return passed(prompts, np.stack([chosen, rejected], 1))

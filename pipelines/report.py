@@ -151,7 +151,7 @@ def _metric_rows(trained: Trained) -> list[dict[str, float]]:
 
 
 def _fault_notes(plans: list[SeedPlan]) -> Iterator[str]:
-    """What went wrong in training and was mended: interruptions, damaged checkpoints, steps that were not numbers."""
+    """Notes on faults that training recovered from: interruptions, damaged checkpoints, steps that were not numbers."""
     for stage in (
         stage for plan in plans for stage in [*plan.shared(), *(s for t in plan.trained for s in t.stages())]
     ):
@@ -177,7 +177,7 @@ def _fault_notes(plans: list[SeedPlan]) -> Iterator[str]:
 
 
 def _agreement(trained: Trained) -> list[dict[str, float]]:
-    """Logged against exact KL, where both are of the same distribution: rollouts at temperature 1."""
+    """Compare logged with exact KL, where both are of the same distribution: rollouts at temperature 1."""
     trajectory, rows, method = read_trajectory(trained.evaluation), _metric_rows(trained), trained.entry.method
     if not isinstance(method, OnPolicyMethod) or method.training.temperature != 1.0 or not trajectory or not rows:
         return []
@@ -205,7 +205,7 @@ def _pairs_row(trained: Trained) -> dict[str, float]:
 
 
 def _reward_model_row(trained: Trained) -> dict[str, float]:
-    """How good an entry's learned reward is on held-out pairs; empty for other entries."""
+    """The quality of an entry's learned reward on held-out pairs; empty for other entries."""
     if trained.reward_model is None:
         return {}
     quality = trained.reward_model.manifest()["reward_model"]
@@ -311,7 +311,7 @@ def _largest_gaps(plans: list[SeedPlan]) -> Iterator[float]:
 
 
 def _moving_reference_note(config: Comparison) -> list[str]:
-    """Which KL is which, where the one in training is against another reference than the one in tables."""
+    """A note on which KL is which, where training and tables use different references."""
     names = [
         entry.name
         for entry in config.entries
@@ -327,7 +327,7 @@ def _moving_reference_note(config: Comparison) -> list[str]:
 
 
 def _best_of_n_note(name: str, n: int, exact: bool) -> str:
-    """Nothing is trained, so there is no checkpoint, and every answer costs n."""
+    """A note that best-of-n trains nothing, so there is no checkpoint, and every answer costs n."""
     measured = (
         "its distribution is computed from the reference's"
         if exact
@@ -391,7 +391,7 @@ def _versions() -> dict[str, str]:
 
 
 def _link_checkpoints(folder: Path, plans: list[SeedPlan]) -> None:
-    """Links to the trained models next to the report."""
+    """Make links to the trained models next to the report."""
     folder.mkdir(exist_ok=True)
     links = {"reference": plans[0].reference}
     for plan in plans:

@@ -38,8 +38,8 @@ def add_responses(
 ) -> None:
     """Write train_responses/ and the manifest to `folder`.
 
-    singles: a table of records.RESPONSES; none: the training pairs under `pairs`, taken apart. Raises UserError where
-    no mismatched responses can be found.
+    singles: a table of records.RESPONSES; None means the training pairs under `pairs`, taken apart. Raises UserError
+    where no mismatched responses can be found.
     """
     started = time.perf_counter()
     rows = taken_apart(read_rows(pairs / TRAIN)) if singles is None else read_rows(singles)
@@ -53,14 +53,14 @@ def add_responses(
 
 
 def _as_pairs(rows: pa.Table) -> pa.Table:
-    """Each response with its mismatched one, as PAIRS."""
+    """Put each response and its mismatched one together, as PAIRS."""
     others = rows["response_ids"].take(pa.array(mismatch(rows)))
     renamed = rows.rename_columns({"response_ids": "chosen_ids"})
     return renamed.append_column("rejected_ids", others)
 
 
 def _of_responses(scored: pa.Table) -> pa.Table:
-    """The inverse, with the reference's log-probs."""
+    """The inverse of `_as_pairs`, with the reference's log-probs."""
     names = {
         "chosen_ids": "response_ids", "rejected_ids": "mismatched_ids",
         "ref_chosen_logp": "ref_logp", "ref_rejected_logp": "ref_mismatched_logp",

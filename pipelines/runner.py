@@ -1,4 +1,4 @@
-"""Has stages run: training jobs in groups of workers, other work in this process, each by whoever holds its lease."""
+"""Runs stages: training jobs in groups of workers, other work in this process, each by whoever holds its lease."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def run(resources: Resources, jobs: Sequence[Job], config: Comparison, console: 
 
 
 def run_claimed(resources: Resources, config: Comparison, console: Console, jobs: list[Job]) -> None:
-    """`run` of jobs that nobody else is at. Says which of them failed."""
+    """Run jobs that no other process is working on, and say which of them failed."""
     storage = str(root_of(config.output, config.resources.cache_dir) / "ray_train")
     number = groups_at_once(config.model_copy(update={"resources": resources}), cluster_nodes())
     groups = [jobs[start::number] for start in range(min(number, len(jobs)))]

@@ -1,4 +1,4 @@
-"""What an evaluation computes from a policy's samples: its scores, its divergence from the reference, its measures.
+"""An evaluation's results from a policy's samples: scores, divergence from the reference, and measures.
 
 Here are the Ray tasks that end an evaluation; `evaluate.py` draws the samples and hands them out. What models say
 of them is computed as `sampled_values.py` tells.
@@ -89,7 +89,7 @@ def score_frontier(
 
 
 def _keep_scores(folder: Path, rollouts: list[Rollout], scores: np.ndarray, kls: np.ndarray | None = None) -> None:
-    """What win rates and regret are made of."""
+    """Keep the scores from which win rates and regret are computed."""
     kept = {"scores": scores, "clusters": prompt_clusters(rollouts)} | ({} if kls is None else {"kl": kls})
     np.savez(folder / SAMPLE_SCORES, allow_pickle=False, **kept)
 
@@ -104,7 +104,7 @@ class _Kls(NamedTuple):
 def _policy_row(
     rollouts: list[Rollout], held_out: slice, job: SampledJob, settings: Evaluation
 ) -> tuple[dict[str, float], _Kls]:
-    """What needs the policy's log-probs: of its samples on held-out prompts, and of held-out pairs; and all KLs."""
+    """The measures that need the policy's log-probs of its samples or of held-out pairs, and all KLs."""
     samples, kept, test = rollouts[held_out], KeptValues(job.kept), held_out_pairs(job)
     with Policies(job, settings) as policies:
         values = {name: kept.complete(one) for name, one in policies.wanted(rollouts, held_out.stop).items()}

@@ -1,4 +1,4 @@
-"""What models say of an evaluation's samples, part by part: the policy's and the reference's log-probs, and scores.
+"""Models' values of an evaluation's samples, part by part: log-probs of policy and reference, and scores.
 
 The Ray task that makes measures of them computes what is missing (`sampled.score_samples`). Before it, several tasks
 may each compute a share of all parts (`start_filling`), which it then finds. Parts are the same, whoever computes them.
@@ -66,7 +66,7 @@ class SampledJob:
 
 
 def prompts_and_responses(rollouts: Sequence[Rollout]) -> tuple[list[list[int]], list[list[int]]]:
-    """[N] token ids each."""
+    """Token ids of the prompts and of the responses, [N] each."""
     return [rollout.prompt_ids for rollout in rollouts], [rollout.response_ids for rollout in rollouts]
 
 
@@ -166,7 +166,7 @@ def held_out_pairs(job: SampledJob) -> pa.Table:
 
 @dataclass(frozen=True)
 class Filled:
-    """What a task has computed ahead: the seconds that it took, and which phase of the evaluation it belongs to."""
+    """The cost of values computed ahead by a task: its seconds, and the phase of the evaluation that it belongs to."""
 
     phase: int
     seconds: float
@@ -219,7 +219,7 @@ def fill_share(
     share: Share,
     *_: Filled,
 ) -> Filled:
-    """Compute a share of what models say. Runs in a Ray task; the last arguments are those of the phase before."""
+    """Compute a share of the models' values. Runs in a Ray task; the last arguments are those of the phase before."""
     started, kept = time.perf_counter(), KeptValues(job.kept)
     if "reward" in kinds and job.reward is not None:
         share = kept.fill([_Scores(job.reward, settings, job.device).wanted(rollouts)], share)

@@ -63,7 +63,7 @@ class Sampler:
         return self._kept.complete(policy, version, prompts, sampling, partial(self._draw, policy, version))
 
     def folder_of(self, version: str) -> Path:
-        """Where the parts of an evaluation under way are kept."""
+        """The folder in which the parts of an evaluation under way are kept."""
         return self._kept.folder_of(version)
 
     def forget(self, version: str) -> None:

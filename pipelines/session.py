@@ -1,4 +1,4 @@
-"""Ray for a comparison: started or joined, and found to have what the comparison asks for."""
+"""Ray for a comparison: started or joined, and checked to have what the comparison asks for."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from prefarena.config import Comparison
 def checked_session(config: Comparison, plans: list[SeedPlan]) -> Iterator[None]:
     """Ray for as long as the block lasts. Raises UserError where what is there now cannot hold the comparison.
 
-    A cluster that grows by itself is not asked: what it has now says nothing of what it will have.
+    A cluster that grows by itself is not checked: what it has now says nothing about what it will have.
     """
     with ray_session() as available:
         if not config.resources.autoscaled:

@@ -65,5 +65,5 @@ _BY_SIZE = (
 
 
 def starting_point(num_parameters: int) -> StartingPoint:
-    """What to start from with a model of this size."""
+    """The starting point for a model of this size."""
     return next(point for point in _BY_SIZE if num_parameters <= point.up_to)

@@ -29,7 +29,7 @@ _CHUNKS = pa.schema([("file", pa.string()), ("first", pa.int64()), ("kind", pa.s
 
 
 def first_of(tables: Iterable[pa.Table], limit: int | None) -> Iterator[pa.Table]:
-    """Their first `limit` rows, or all; no table is asked for beyond them."""
+    """Yield the first `limit` rows of the tables, or all; no table is requested beyond them."""
     num_rows = 0
     for rows in tables:
         rows = rows if limit is None else rows.slice(0, limit - num_rows)

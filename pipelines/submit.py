@@ -48,7 +48,7 @@ def submit(arguments: argparse.Namespace) -> int:
 
 
 def check_paths(config: Comparison) -> None:
-    """Raise UserError for a path that means another place on the cluster than here."""
+    """Raise UserError for a path that means a different place on the cluster than here."""
     if not is_url(config.output) and not Path(config.output).is_absolute():
         raise UserError(
             f"output: {config.output} would lie in the job's temporary directory; give an absolute path that all nodes "
@@ -78,7 +78,7 @@ def check_paths(config: Comparison) -> None:
 
 
 def status(arguments: argparse.Namespace) -> int:
-    """Every job of a cluster, or one."""
+    """Show every job of a cluster, or one."""
     from prefarena.cluster.jobs import connect, describe
 
     client = connect(arguments.address)
@@ -96,7 +96,7 @@ def status(arguments: argparse.Namespace) -> int:
 
 
 def logs(arguments: argparse.Namespace) -> int:
-    """What a job has logged; with --follow until it ends, then with its exit status."""
+    """Print what a job has logged; with --follow until it ends, then return its exit status."""
     from prefarena.cluster.jobs import connect
 
     client = connect(arguments.address)
@@ -143,7 +143,7 @@ def _write(text: str) -> None:
 
 
 def _when(milliseconds: int | None) -> str:
-    """A time of Ray's as local time."""
+    """Write a time of Ray's as local time."""
     return datetime.fromtimestamp(milliseconds / 1000).strftime("%Y-%m-%d %H:%M:%S") if milliseconds else "not yet"
 
 

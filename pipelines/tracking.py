@@ -215,7 +215,7 @@ class Follower:
             self._show(one)
 
     def _show(self, one: _Followed, *, even_without_rows: bool = False) -> OpenRun | None:
-        """Bring a run up to date: opened anew where rows that it has have been done again after all."""
+        """Bring a run up to date; it is opened anew if rows that it has were computed again after all."""
         final_step = last_final_step(one.stage_dir) if one.final_step != math.inf else math.inf
         if one.open is not None and final_step == one.final_step:
             return one.open
@@ -246,7 +246,7 @@ class Follower:
                 one.open.close()
 
     def _drop(self, one: _Followed) -> None:
-        """After a failure: the run is opened anew, which says what the tracker has of it."""
+        """Drop a run after a failure, so that it is opened anew, which tells what the tracker has of it."""
         if one.open is not None:
             with suppress(Exception):  # it has failed already
                 one.open.close()
@@ -278,7 +278,7 @@ def final_rows(stage_dir: Path, last_step: float) -> list[dict[str, Any]]:
 
 
 def _final_numbers(run: Run, results: Results) -> dict[str, float]:
-    """What the report says of the policy that a run trained; nothing of a reward model or a judge."""
+    """The report's numbers of the policy that a run trained; empty for a reward model or a judge."""
     if run.kind in ("reward_model", "judge"):
         return {}
     by_seed = next((entry.seeds for entry in results.entries if entry.name == run.entry), {})

@@ -21,7 +21,7 @@ from prefarena.stages import is_settled, write_failure
 
 
 def train(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
-    """Have every entry's training finished or failed. The shared stages must be finished. Needs Ray."""
+    """Bring every entry's training to its end, finished or failed. The shared stages must be finished. Needs Ray."""
     check_numbers_of_pairs(plans)
     every = [(plan, trained) for plan in plans for trained in plan.trained]
     off_policy = [

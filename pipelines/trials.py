@@ -41,7 +41,7 @@ class Proposal:
 
 @dataclass(frozen=True)
 class Found:
-    """What a trial measured with one seed, or why there is nothing."""
+    """A trial's measurements with one seed, or the reason why there are none."""
 
     measured: Measured | None
     reason: str | None
@@ -72,7 +72,7 @@ def described(config: Comparison) -> str:
 
 
 def spaces_of(config: Comparison) -> dict[str, Space]:
-    """What is searched of each entry; entries without anything to search are left out.
+    """The search space of each entry; entries without anything to search are left out.
 
     Raises UserError for a space of an entry that there is not, for settings that its method does not have or refuses,
     and for seeds of the selection that the comparison reports on.
@@ -105,7 +105,7 @@ def spaces_of(config: Comparison) -> dict[str, Space]:
 
 
 def _check_seeds(config: Comparison) -> None:
-    """The language of a seed is that of `task.seed` plus the seed."""
+    """Raise UserError for seeds whose language is reported on, which is that of `task.seed` plus the seed."""
     if isinstance(config.task, TextTask):
         if config.task.validation_share is not None:
             raise UserError("task.validation_share is set by tuning itself, to tuning.validation_share; leave it out")

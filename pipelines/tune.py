@@ -38,7 +38,7 @@ TUNED = "tuned.yaml"
 
 @dataclass
 class Tuned:
-    """An entry under search. outcomes: of its trials so far, by their numbers."""
+    """An entry under search. outcomes: those of its trials so far, by number."""
 
     entry: Entry
     study: Study
@@ -46,7 +46,7 @@ class Tuned:
 
     @property
     def device_seconds(self) -> float:
-        """What its trials have taken."""
+        """The device-seconds that its trials have taken."""
         return sum(outcome.device_seconds for outcome in self.outcomes)
 
 
@@ -143,7 +143,7 @@ def _run(
     console: Console,
     retry_failed: bool,
 ) -> None:
-    """Have the trials trained and measured with these seeds, as a comparison, and add what was `found` by name."""
+    """Train and measure the trials with these seeds, as a comparison, and add the results to `found` by name."""
     if not batch:
         return
     trials = selection(config, [proposal.as_entry() for proposal in batch], seeds)
@@ -162,7 +162,7 @@ def _run(
 
 
 def _value(found: dict[int, Found], kl_limit: float) -> float | None:
-    """What trials are ranked by; None where one of the seeds failed."""
+    """The value that trials are ranked by; None where one of the seeds failed."""
     measured = {seed: one.measured for seed, one in found.items() if one.measured is not None}
     return mean_value(measured, kl_limit) if len(measured) == len(found) else None
 
@@ -200,7 +200,7 @@ def results_of(config: Comparison, tuned: Sequence[Tuned]) -> TuningResults:
 
 
 def _tuned_entry(one: Tuned) -> TunedEntry:
-    """Its budget and what won; no settings where all trials failed."""
+    """An entry's budget and winner; without settings where all trials failed."""
     best = best_of(one.outcomes)
     won: Mapping[str, Value] = {} if best is None else one.outcomes[best].settings
     return TunedEntry(

@@ -68,13 +68,13 @@ def set_aside(task: TextTask, pairs: Path, singles: Path | None, folder: Path) -
 
 
 def _of(rows: pa.Table, prompts: set[str], *, inside: bool) -> pa.Table:
-    """The rows whose prompt is one of these, or is none of them."""
+    """Select the rows whose prompt is one of these, or is none of them."""
     found = [(content_id(ids) in prompts) == inside for ids in rows["prompt_ids"].to_pylist()]
     return rows.filter(pa.array(found, pa.bool_()))
 
 
 def _divided(prompts: pa.Table, aside: set[str]) -> pa.Table:
-    """The training prompts, those set aside as ones to test on."""
+    """The training prompts, of which those set aside become test prompts."""
     is_aside = [name in aside for name in prompts["id"].to_pylist()]
     covered = [own and not out for own, out in zip(prompts["covered"].to_pylist(), is_aside, strict=True)]
     split = pa.array(["test" if out else "train" for out in is_aside], pa.string())

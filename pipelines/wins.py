@@ -74,8 +74,7 @@ def wins_job(config: Comparison, plan: SeedPlan, trained: Trained, folder: Path)
 
 
 def compare_pairs(job: WinsJob) -> None:
-    """Measures of a policy's responses beside the reference's: the i-th of one meets the i-th of the other, which
-    answers the same prompt. Runs in a Ray task."""
+    """Measures of a policy's responses against the reference's, pair by pair on equal prompts. Runs in a Ray task."""
     started = time.perf_counter()
     workspace(job.folder)
     own, other = read_responses(job.own), read_responses(job.reference)

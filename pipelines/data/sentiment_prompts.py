@@ -2,7 +2,7 @@
 
     python pipelines/data/sentiment_prompts.py > pipelines/data/sentiment-prompts.jsonl
 
-None of the parts says whether the thing was liked, so that it is the model that decides.
+No part says whether the thing was liked, so that the model decides this.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A number that is not known exactly: what is most likely, and between which bounds it is expected."""
+"""A number that is not known exactly: its most likely value, and the bounds in which it is expected."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class Interval(NamedTuple):
-    """low <= middle <= high."""
+    """An interval with low <= middle <= high."""
 
     low: float
     middle: float
@@ -18,15 +18,15 @@ class Interval(NamedTuple):
         return cls(value, value, value)
 
     def times(self, factor: float) -> Interval:
-        """factor: not negative."""
+        """Multiply by a factor, which is not negative."""
         return Interval(*(factor * value for value in self))
 
     def under(self, amount: float) -> Interval:
-        """`amount` divided by this: the seconds of so much work at this speed."""
+        """Divide `amount` by this: the seconds of so much work at this speed."""
         return Interval(amount / self.high, amount / self.middle, amount / self.low)
 
     def scaled(self, other: Interval) -> Interval:
-        """Bounds times bounds, of numbers that are not negative."""
+        """Multiply bounds by bounds, of numbers that are not negative."""
         return Interval(*(own * its for own, its in zip(self, other, strict=True)))
 
     def at_least(self, other: Interval) -> Interval:
@@ -38,6 +38,6 @@ NOTHING = Interval.exactly(0.0)
 
 
 def total(parts: Iterable[Interval]) -> Interval:
-    """Bounds added up: as if all parts were fast together, or slow together, since they run on one machine."""
+    """Add up bounds: as if all parts were fast together, or slow together, since they run on one machine."""
     found = list(parts)
     return Interval(*(sum(part[bound] for part in found) for bound in range(3)))

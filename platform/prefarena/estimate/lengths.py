@@ -31,14 +31,14 @@ class Rows:
     responses: _Ints
 
     def filled(self) -> tuple[_Ints, _Ints]:
-        """Lengths of all rows: the sample over and over."""
+        """Lengths of all rows, by repeating the sample."""
         return np.resize(self.prompts, self.number), np.resize(self.responses, (self.number, self.responses.shape[1]))
 
     def taking(self, number: int) -> Rows:
         return Rows(number, self.prompts, self.responses)
 
     def answered(self, lengths: Sequence[int]) -> Rows:
-        """The same prompts with responses of these lengths, over and over; those of a row are neighbours among them."""
+        """The same prompts with responses of these lengths, repeated as needed; a row takes neighbouring ones."""
         own = np.resize(np.array(lengths, np.int64), len(self.prompts))
         columns = [np.roll(own, place) for place in range(self.responses.shape[1])]
         return Rows(self.number, self.prompts, np.maximum(1, np.stack(columns, 1)))
@@ -66,13 +66,13 @@ class Rows:
         return int(self.prompts.max()), int(self.responses.max())
 
     def passed(self) -> Pass:
-        """All of them, in passes where responses share their prompt."""
+        """The work of passes over all rows, where responses share their prompt."""
         return passed(self.prompts, self.responses).times(self.number / len(self.prompts))
 
 
 @dataclass(frozen=True)
 class Data:
-    """What a comparison will have. judge: rows set aside for a learned judge. prompts: to sample on, by training.
+    """The data of a comparison. judge: rows set aside for a learned judge. prompts: to sample on, by training.
 
     row_seconds: what making a row of the language took, or reading and tokenising one. some_prompts: a few as tokens.
     drawn: where pairs are drawn, every response that is, of which judges order `num_labelled`; the other tables are
@@ -92,7 +92,7 @@ class Data:
     answers: bool = True
 
     def answered(self, lengths: Sequence[int]) -> Data:
-        """The same where the model's own responses have these lengths."""
+        """The data if the model's own responses have these lengths."""
         found = replace(self, prompts=self.prompts.answered(lengths))
         if self.drawn is None:
             return found
@@ -104,7 +104,7 @@ class Data:
 
 
 def of_language(task: LanguageTask) -> Data:
-    """Pairs are taken to be as long as demonstrations on the prompts that have them: the reference imitates these."""
+    """The data of the language. Pairs are assumed to be as long as demonstrations, which the reference imitates."""
     started = time.perf_counter()
     language = Language(task)
     table = language.sample_demonstrations()
@@ -132,7 +132,7 @@ def of_text(
     config: Comparison, task: TextTask, first: FirstRows, tokenizer: Tokenizer, num_rows: int, shares: Shares,
     *, answers: bool = True,
 ) -> Data:  # fmt: skip
-    """From the first rows that can be used, as they are tokenised for training. num_rows: of the source, in all.
+    """The data of text, from its first usable rows, tokenised as for training. num_rows: of the whole source.
 
     Without `answers` the rows are prompts alone; what is drawn on them is taken to be as long as it may be. Raises
     UserError where none of the rows can be used.
@@ -185,7 +185,7 @@ def _with_drawn(data: Data, settings: DrawnPairs) -> Data:
 
 
 def _set_aside(data: Data, share: float) -> Data:
-    """Without the share of the training prompts that `prefarena tune` measures its trials on, in place of the rest."""
+    """Set aside the share of the training prompts on which `prefarena tune` measures its trials."""
     left = {name: getattr(data, name) for name in ("pairs", "demonstrations", "prompts")}
     kept = {name: rows.taking(max(1, round((1 - share) * rows.number))) for name, rows in left.items()}
     return replace(data, test_pairs=data.pairs.taking(max(1, round(share * data.pairs.number))), **kept)

@@ -22,7 +22,7 @@ _PROCESS_MIB = 590.0
 
 @dataclass(frozen=True)
 class Held:
-    """mib: at the peak, None where it cannot be told before the model runs. room_mib: what a worker may take.
+    """The memory of a worker. mib: its peak, None if unknown before the model runs. room_mib: what it may take.
 
     size: of a pass, in tokens or rollouts, as it will be chosen.
     """
@@ -45,10 +45,11 @@ def held_by_trainings(
     *,
     card_gib: float | None = None,
 ) -> dict[str, Held]:
-    """By the key of each training's settings. longest: tokens that a row may have, by which sizes of passes are chosen.
+    """The memory that each training holds, by the key of its settings.
 
-    in_passes: mean tokens of the rows in the largest pass of a training, by its size. in_one_pass: what there is for it
-    of that size. card_gib: memory of a card; none: this machine's is shared by its workers.
+    longest: tokens that a row may have, by which sizes of passes are chosen. in_passes: mean tokens of the rows in the
+    largest pass of a training, by its size. in_one_pass: what there is for it of that size. card_gib: memory of a card;
+    None means that the workers share this machine's.
     """
     on_cpu, found, known = not config.resources.use_gpu, dict[str, Held](), dict[Any, MemoryNeed | None]()
     for training in trainings(config):

@@ -1,4 +1,4 @@
-"""What a comparison will cost, by stage and by entry: numbers, and the rows that are shown of them."""
+"""The cost of a comparison, by stage and by entry: the numbers, and the rows that are shown."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Estimated:
 
     @property
     def device_seconds(self) -> Interval:
-        """As often as it is done."""
+        """The device-seconds of all its repetitions."""
         return self.seconds.times(self.devices * self.times)
 
     @property
@@ -41,7 +41,7 @@ class Estimated:
 
 
 def estimate(planned: Sequence[Planned], speeds: Speeds, memory: Mapping[str, Held]) -> list[Estimated]:
-    """Every stage's."""
+    """Estimate the cost of every stage."""
     return [
         Estimated(
             one.stage,
@@ -73,7 +73,7 @@ class EntryCost:
 
 
 def by_entry(stages: Sequence[Estimated]) -> list[EntryCost]:
-    """In the comparison's order. An entry that trains nothing has only what it has beside its training."""
+    """The cost of each entry, in the comparison's order; one that trains nothing has only its other stages."""
     own = {one.entry: [other for other in stages if other.entry == one.entry] for one in stages if one.entry}
     found = {entry: [one for one in its if not one.is_evaluation] for entry, its in own.items()}
     costs = {entry: total(one.device_seconds for one in its).middle for entry, its in found.items()}
@@ -94,7 +94,7 @@ def by_entry(stages: Sequence[Estimated]) -> list[EntryCost]:
 
 
 def together(stages: Sequence[Estimated]) -> Interval:
-    """Device-seconds of all stages."""
+    """Add up the device-seconds of all stages."""
     return total(one.device_seconds for one in stages)
 
 
@@ -103,7 +103,7 @@ def device_hours(seconds: Interval) -> Interval:
 
 
 def price_of(device_seconds: Interval, per_hour: float) -> Interval:
-    """per_hour: what one device costs for an hour, in whatever currency. Raises UserError for a negative one."""
+    """The price. per_hour: what one device costs for an hour, in any currency. Raises UserError for a negative one."""
     if per_hour < 0:
         raise UserError(f"--price: an hour cannot cost {per_hour:g}; give what one device costs for an hour")
     return device_hours(device_seconds).times(per_hour)

@@ -48,7 +48,7 @@ class Speeds(Protocol):
 
 
 def stage_seconds(work: StageWork, speeds: Speeds) -> Interval:
-    """Of one stage, from its start to its manifest."""
+    """The seconds of one stage, from its start to its manifest."""
     own = total(speeds.seconds(part, work) for _, part in work.parts)
     return own.at_least(total(speeds.seconds(part, work) for _, part in work.alongside))
 
@@ -63,7 +63,7 @@ class Curve:
     points: tuple[tuple[float, float], ...]
 
     def times(self, factor: float) -> Curve:
-        """All seconds multiplied."""
+        """Multiply all seconds."""
         return Curve(tuple((size, factor * seconds) for size, seconds in self.points))
 
     def at(self, size: float) -> float:
@@ -79,7 +79,7 @@ class Curve:
 
 @dataclass(frozen=True)
 class Measured:
-    """What a short run took here, in seconds.
+    """The measurements of a short run here, in seconds.
 
     training, forward: a pass with its gradient, and one without, by its FLOPs. steps: one of the optimizer. sampling:
     a call of an actor, by the tokens of prompts and responses. listing: one prompt of the language. judging: a response
@@ -104,7 +104,7 @@ class Measured:
 
 @dataclass(frozen=True)
 class ThisMachine:
-    """`Measured`, put to use."""
+    """Speeds of this machine, from what was `Measured`."""
 
     measured: Measured
     num_actors: int
@@ -207,7 +207,7 @@ class OnCards:
         return self.cards.card.bandwidth.times(self.cards.card.memory)
 
     def _sampling(self, part: Sampling) -> Interval:
-        """Prefills at the speed of products; then steps that read the weights, and what is cached, once each."""
+        """Seconds of sampling: prefill at the speed of products, then steps that each read weights and cache once."""
         generation = self.config.generation
         arithmetic = generation.dtype_on(True)
         size, own = (_HALF if arithmetic == "bfloat16" else _FLOAT), part.sequences / generation.num_actors

@@ -48,7 +48,7 @@ Named = tuple[str, Part]
 
 @dataclass(frozen=True)
 class Terms:
-    """Of a training: passes that each worker makes in a step, and what all workers' go through."""
+    """The terms of a training: passes that each worker makes in a step, and the work of all workers' passes."""
 
     passes: float
     passed: Pass
@@ -66,7 +66,7 @@ class Workload:
 
     @cached_property
     def plain(self) -> Counts:
-        """Of the model without adapters."""
+        """The counts of the model without adapters."""
         return count_model(self.settings)
 
     @cached_property
@@ -85,7 +85,7 @@ class Workload:
         return self.config.resources.num_workers
 
     def processes(self, trainings: int) -> int:
-        """That train at the same time on this machine's CPUs, where so many trainings are to be done."""
+        """The processes that train at the same time on this machine's CPUs, if so many trainings are to be done."""
         resources = self.config.resources
         if resources.use_gpu:  # each has a device of its own
             return 1
@@ -107,7 +107,7 @@ class Workload:
     # ------------------------------------------------------------------------------------------- from a table
 
     def terms(self, rows: Rows, training: Optimisation, size: int) -> Terms:
-        """Of the mean step over a table, whose rows are a prompt with its responses."""
+        """The terms of the mean step over a table whose rows are a prompt with its responses."""
         plan, steps = self._plan(rows, training, size), self.steps(rows, training)
         looked_at = np.unique(np.linspace(0, steps - 1, min(steps, _LOOKED_AT)).astype(int))
         number = sum(len(plan.micro_batches(int(step), 0)) for step in looked_at)
@@ -146,14 +146,14 @@ class Workload:
         return _mean_lengths(rows, max(made, key=lambda one: int(plan.sizes[one].sum())))
 
     def in_one_pass(self, training: Training, size: int) -> int:
-        """What a pass holds where it may hold so much: no more rollouts than a worker has of a minibatch."""
+        """The number that a pass holds if it may hold so many: no more rollouts than a worker has of a minibatch."""
         settings = training.settings
         if not isinstance(settings, OnPolicyTraining):
             return size
         return min(size, math.ceil(settings.rollouts_per_iteration / settings.num_minibatches / self.workers))
 
     def longest_rollouts(self, training: OnPolicyTraining, size: int) -> Lengths:
-        """Of the longest rollouts of a minibatch, which share a pass."""
+        """The lengths of the longest rollouts of a minibatch, which share a pass."""
         rows = self.data.prompts.single()
         order = np.argsort(rows.prompts + rows.responses.sum(1))
         share = min(1.0, size * training.num_minibatches * self.workers / training.rollouts_per_iteration)
@@ -229,7 +229,7 @@ class Workload:
     def reward_model(
         self, settings: RewardModel, rows: Rows, where: str, num_samples: int, *, alone: bool = False
     ) -> StageWork:
-        """Trained on these pairs, then measured on the reference's samples and on held-out pairs."""
+        """A reward model, trained on these pairs, then measured on the reference's samples and on held-out pairs."""
         rows = rows if settings.num_pairs is None else rows.taking(settings.num_pairs)
         work = self.on_table([("pairs", rows)], settings.training, where, scores=True, alone=alone)
         test = self.data.test_pairs.passed()
@@ -238,14 +238,14 @@ class Workload:
         return StageWork((*work.parts, ("measuring", measured)), self.workers, memory=where, trained=work.trained)
 
     def scored(self, passed: Pass, *, head: bool = True, size: float = LARGEST_PASS) -> Passes:
-        """Passes without gradients, in the arithmetic of what measures, by one process."""
+        """Passes without gradients, in the arithmetic of evaluations, by one process."""
         manner = Manner(self.config.scored_in)
         number = max(1.0, passed.tokens / size)
         flops = self.plain.forward(passed, head=head)
         return Passes(number, flops, passed.tokens, manner, False, self.plain.layers)
 
     def judging(self, judge: EvaluationJudge, responses: Pass, number: float, processes: int = 1) -> list[Part]:
-        """What a judge's scores of so many responses take; nothing of the gold reward, and of what is not known."""
+        """The work of a judge that scores so many responses; empty for the gold reward, and where it is not known."""
         if isinstance(judge, RewardModel):
             return [self.scored(responses, head=False)]
         return [Judging(judge, number, processes)] if isinstance(judge, FunctionJudge | ClassifierJudge) else []
@@ -309,7 +309,7 @@ class Workload:
         )
 
     def sampling(self, calls: float, sequences: float) -> Sampling:
-        """On prompts as they are in training; responses as long as the data's."""
+        """Sampling on prompts as long as in training, with responses as long as the data's."""
         prompts = self.data.prompts
         one = prompts.single().taking(1).passed()
         flops = calls * sequences * self.plain.forward(one)
@@ -320,7 +320,7 @@ class Workload:
         )  # fmt: skip
 
     def _monitor(self, reward: JudgeSettings) -> EvaluationJudge | None:
-        """What is logged beside the reward; the gold reward is a table, and costs nothing."""
+        """The judge that is logged besides the reward; the gold reward is a table, and costs nothing."""
         return None if isinstance(reward, GoldJudge) else self.config.trained_judge
 
 

@@ -1,4 +1,4 @@
-"""What a stage does, in countable parts: passes over models, steps of optimizers, samples, weights that are sent."""
+"""The work of a stage in countable parts: passes over models, steps of optimizers, samples, weights that are sent."""
 
 from __future__ import annotations
 
@@ -29,9 +29,11 @@ class Manner:
 
 @dataclass(frozen=True)
 class Passes:
-    """number: of passes that each worker makes. flops, tokens: of all of them, on all workers. backward: the gradient
-    as well. layers: of the model. weights: numbers that are gathered from other workers in each pass, where models
-    are spread.
+    """Passes over a model.
+
+    number: how many each worker makes. flops, tokens: of all of them, on all workers. backward: whether the gradient is
+    computed as well. layers: of the model. weights: numbers that are gathered from other workers in each pass, where
+    models are spread.
     """
 
     number: float
