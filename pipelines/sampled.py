@@ -130,7 +130,7 @@ def _policy_row(
 def _group_row(
     rollouts: list[Rollout], scores: np.ndarray | None, kls: _Kls | None, job: SampledJob, part: slice
 ) -> dict[str, float]:
-    """What is measured on every group of prompts: scores, lengths, and how far the policy is from the reference."""
+    """The measures of every group of prompts: scores, lengths, and how far the policy is from the reference."""
     own, others = rollouts[part], list(job.of_reference)[part]
     row = sampled_metrics(own, None, None, None if scores is None else scores[part])
     if kls is not None:

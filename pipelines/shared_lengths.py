@@ -43,7 +43,7 @@ def add_shared_logps(
 
 
 def cut(pairs: pa.Table) -> pa.Table:
-    """The same pairs (PAIRS), both responses with no more tokens than the shorter one has."""
+    """Cut both responses of the pairs (PAIRS) to no more tokens than the shorter one has."""
     sides = [TokenColumn.of(pairs, f"{side}_ids") for side in _SIDES]
     shorter = np.minimum(sides[0].lengths, sides[1].lengths)
     every = np.arange(pairs.num_rows)

@@ -154,7 +154,7 @@ def chosen_size(
 
 
 def least_need(training: Training, settings: PretrainedConfig) -> MemoryNeed | None:
-    """What a worker holds at the least, rank 0 that is: in its smallest pass, however short all sequences are."""
+    """The least that a worker (rank 0) holds: in its smallest pass, however short all sequences are."""
     return training.need(settings, Lengths(1, 1), min(training.sizes))
 
 

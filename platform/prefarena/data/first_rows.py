@@ -1,4 +1,4 @@
-"""What the first rows of a source show before anything is started: that they are unusable, or what is not read."""
+"""A look at a source's first rows before anything is started: whether they are usable, and what is not read."""
 
 from __future__ import annotations
 

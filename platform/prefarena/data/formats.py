@@ -1,4 +1,4 @@
-"""Preference rows as people have them, brought to one form. Pure functions: a row in, a pair or a reason out.
+"""Converting the usual formats of preference rows to one form. Pure functions: a row in, a pair or a reason out.
 
 Recognised: TRL's preference formats (standard and conversational, explicit and implicit prompt) and raw HH-RLHF
 transcripts. The prompt boundary follows turns, never the longest common character prefix: that would move the words
@@ -77,10 +77,10 @@ _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 class Pair:
     """A prompt with two answers; all three are strings, or the prompt is messages and the answers are assistant texts.
 
-    `label` is P(chosen > rejected); scores: what the row says that chosen and rejected are worth. `opening` is the text
-    up to the first answer: dialogues that go on from the same opening belong together when data is split.
-    num_turns_joined: turns of a transcript that go on with the one before them. inputs: what the chat template gets
-    beside the messages (`template_inputs.written_inputs`). A single response is a pair whose answers are both it.
+    `label` is P(chosen > rejected); scores: those that the row gives chosen and rejected. `opening` is the text up to
+    the first answer: dialogues that go on from the same opening belong together when data is split. num_turns_joined:
+    turns of a transcript that go on with the one before them. inputs: what the chat template gets in addition to the
+    messages (`template_inputs.written_inputs`). A single response is a pair whose answers are both it.
     """
 
     prompt: str | tuple[tuple[str, str], ...]  # messages are (role, content)

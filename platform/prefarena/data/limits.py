@@ -1,4 +1,4 @@
-"""What a task's limits would do, told from the first rows before the rest is tokenised: a sentence each, or a stop."""
+"""The effect of a task's limits, judged by the first rows before the rest is tokenised: notes, or an error."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Limit:
 
 
 def look_at_limits(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> list[str]:
-    """What the task's limits do to the first rows, a sentence each; none where they do nothing.
+    """Say what the task's limits do to the first rows, a sentence each; empty where they do nothing.
 
     Raises UserError where more of these rows are rejected than task.max_rejected_share allows, or where all of them
     have a form that the tokenizer does not take.
@@ -94,9 +94,9 @@ def lengths_of(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> tuple[
 
 
 def usable_pairs(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> tuple[pa.Table, float]:
-    """Those of the first rows that can be used, tokenised within the limits.
+    """The usable rows among the first, tokenised within the limits.
 
-    And the seconds that reading and tokenising the first rows took.
+    Also returns the seconds that reading and tokenising the first rows took.
     """
     started = time.perf_counter()
     rows = _prepared(_first_chunks(task, first), task, tokenizer)
@@ -104,7 +104,7 @@ def usable_pairs(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> tupl
 
 
 def usable_prompts(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> tuple[pa.Table, float]:
-    """`usable_pairs` of prompts without answers."""
+    """`usable_pairs` for prompts without answers."""
     started = time.perf_counter()
     chunks = _first_chunks(task, first, PROMPT_COLUMNS)
     rows = pa.concat_tables([prepare_prompts(chunk, task, tokenizer, shares=NONE_HELD_OUT) for chunk in chunks])
@@ -117,7 +117,7 @@ def _usable(rows: pa.Table, first: FirstRows) -> pa.Table:
 
 
 def look_at_prompt_limit(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> list[str]:
-    """`look_at_limits` of prompts without answers."""
+    """`look_at_limits` for prompts without answers."""
     chunks = _first_chunks(task, first, PROMPT_COLUMNS)
     rows = pa.concat_tables([prepare_prompts(chunk, task, tokenizer, shares=NONE_HELD_OUT) for chunk in chunks])
     rejections, num_cut = Rejections(), 0

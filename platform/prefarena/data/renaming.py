@@ -36,7 +36,7 @@ _KNOWN = [
 
 
 def renaming(present: Collection[str]) -> str:
-    """What to do with columns of a known data set, as the end of a sentence; empty for others."""
+    """Advice on the columns of a known data set, as the end of a sentence; empty for others."""
     return next((f"; these are {name}'s: {what}" for columns, name, what in _KNOWN if columns <= set(present)), "")
 
 

@@ -46,7 +46,7 @@ ALL_TEST = Shares(1.0, 0.0, 0)
 
 
 def shares_of(task: TextTask, parts: list[Part], learns_judge: bool) -> Shares:
-    """What the task holds out of its `parts`, whose rows are counted where a number is to be held out.
+    """The shares that the task holds out of its `parts`, whose rows are counted if a number is to be held out.
 
     Without a judge that is learned, the rows set aside for one train the methods; with rows to test on of their own,
     none are held out for that. Raises UserError where the numbers

@@ -163,7 +163,7 @@ class TokenTables:
         }
 
     def _test_summary(self) -> dict[str, Any]:
-        """The same counts for the test set, which are not included in the others."""
+        """The counts of the test set, which are not included in the others."""
         dropped = dict(self.test_rejections.reasons.most_common())
         return {
             "num_rows": self.num_test_rows,

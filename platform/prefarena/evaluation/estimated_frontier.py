@@ -52,7 +52,7 @@ class _Moments(NamedTuple):
 
 
 class EstimatedFrontier:
-    """From scores [N] of samples of the reference and their prompts' numbers [N]; nan marks an unknown score.
+    """The frontier from scores [N] of the reference's samples and their prompts' numbers [N]; nan: unknown score.
 
     `prompts` [P]: those that it was estimated on, which have two known scores or more.
     """

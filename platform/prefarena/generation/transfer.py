@@ -44,7 +44,7 @@ def free(members: Sequence[Generator], settings: Generation) -> None:
 
 
 class TransferClient:
-    """What vLLM's trainer side asks of the engines (its VLLMWeightSyncClient protocol), asked of all actors.
+    """The client through which vLLM's trainer side calls all actors (its VLLMWeightSyncClient protocol).
 
     Unlike vLLM's own client for Ray it has time limits, and gives every actor ranks of its own.
     """

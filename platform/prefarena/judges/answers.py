@@ -42,8 +42,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Form:
-    """What a score looks like. pattern: the user's regular expression, whose first group is the score; None: the
-    forms of docs/judges.md. low, high: the range, ends included."""
+    """The form of a score.
+
+    pattern: the user's regular expression, whose first group is the score; None means the forms of docs/judges.md.
+    low, high: the range, ends included.
+    """
 
     low: float
     high: float
@@ -58,7 +61,7 @@ def read_response(body: str, form: Form) -> Reading:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model answered, or None with the reason why there is no answer to be read.
+    """A model's answer, or None with the reason why there is no answer to be read.
 
     is_completion: whether the server sent a chat completion at all.
     """
@@ -87,7 +90,7 @@ def answer_in(body: str) -> Answer:
 
 
 def without_thoughts(answer: str) -> str | None:
-    """What an answer says after its thoughts, without a code block's fence; None where it ends within thoughts."""
+    """The part of an answer after its thoughts, without a code block's fence; None where it ends within thoughts."""
     text = _THOUGHT_END.sub("", _THOUGHT.sub("", answer), count=1)  # a template may have opened the thought itself
     if _THOUGHT_START.search(text):
         return None

@@ -37,7 +37,7 @@ def call_key(request: Mapping[str, Any]) -> str:
 
 
 class Calls:
-    """What endpoints have answered, in a folder that any number of processes use at once."""
+    """The answers of endpoints, in a folder that any number of processes use at once."""
 
     def __init__(self, folder: str | Path) -> None:
         """Reads what is there; `num_torn` counts the lines that were cut off."""

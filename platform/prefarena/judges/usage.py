@@ -1,4 +1,4 @@
-"""What a judge has been asked, and what of it was paid for."""
+"""Counts of the questions that a judge was asked, and of the calls that were paid for."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _QUESTION, _ANSWER = [{"role": "user", "content": "Qwz"}], "Zqxv"
 
 @dataclass(frozen=True)
 class AnswerForm:
-    """What a chat template writes around the answer that ends a conversation.
+    """The text that a chat template writes around the answer that ends a conversation.
 
     header: what it writes before an answer and not for generation, where it takes no notice of `add_generation_prompt`;
     the assistant's role, for one. opener: what it writes for generation and not before an answer, such as `<think>`.

@@ -29,7 +29,7 @@ def beyond(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig) -> froz
 
 
 def ids_without_row(path: str | Path, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> frozenset[int]:
-    """`beyond`, of the model beside a tokenizer; none where there is no model, as beside one that was just learnt."""
+    """`beyond` for the model next to a tokenizer; empty where there is none, as next to one that was just learnt."""
     if (adapter := adapter_at(path)) is not None:
         path, revision = adapter.base, adapter.revision
     folder = local_folder(path)
@@ -81,7 +81,7 @@ def check_tokens(
 def _roles(
     path: str, tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, revision: str | None
 ) -> Iterator[tuple[str, int]]:
-    """What a token is for, and its id."""
+    """The purposes of tokens, and their ids."""
     for role in ("bos", "eos", "pad"):
         number = getattr(tokenizer, f"{role}_token_id")
         if number is not None:
@@ -91,7 +91,7 @@ def _roles(
 
 
 def _generation_ends(path: str, tokenizer: PreTrainedTokenizerBase, revision: str | None) -> list[int]:
-    """Ids that end generation. Of a config that transformers derived from the model's, those that are tokens at all.
+    """Ids that end generation. If transformers derived the config from the model's, only those that are tokens.
 
     It may hold the architecture's default: GPT-2's 50256 in a model of 1,000 tokens, which then simply never comes.
     """

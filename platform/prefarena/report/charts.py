@@ -380,7 +380,7 @@ def _told(curve: TunedCurve, place: int) -> str:
 
 
 def thinned(points: np.ndarray) -> np.ndarray:
-    """At most 240 of the points [N, 2], evenly chosen, the first and the last among them."""
+    """Choose at most 240 of the points [N, 2] evenly, including the first and the last."""
     if len(points) <= _MOST_POINTS:
         return points
     return points[np.linspace(0, len(points) - 1, _MOST_POINTS).round().astype(int)]

@@ -112,7 +112,7 @@ def _draw(axes: Axes, seeds: list[np.ndarray], colour: str) -> None:
 
 
 def _share_limits(panels: list[Axes]) -> None:
-    """The same y range for all panels that hold a line; only the first keeps its numbers."""
+    """Give all panels that hold a line the same y range; only the first keeps its numbers."""
     drawn = [axes for axes in panels if axes.lines]
     limits = [axes.get_ylim() for axes in drawn]
     for axes in drawn:

@@ -1,4 +1,4 @@
-"""What the best of k trials can be expected to reach, from n trials that were made (Dodge et al., arXiv 1909.03004).
+"""The value that the best of k trials is expected to reach, from n made trials (Dodge et al., arXiv 1909.03004).
 
 Of n values, the best of k that are drawn without replacement is on average
 

@@ -35,7 +35,7 @@ class LabelCurve(NamedTuple):
         return [number for number, _ in self.entries]
 
     def means(self, key: str, seeds: Sequence[str]) -> list[float]:
-        """At each number of pairs, the mean over these seeds."""
+        """The mean over these seeds at each number of pairs."""
         return [math.fsum(entry.seeds[seed][key] for seed in seeds) / len(seeds) for _, entry in self.entries]
 
 

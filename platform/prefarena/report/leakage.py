@@ -1,4 +1,4 @@
-"""KL on prompts without preference pairs, at equal gain on prompts with pairs: who drifts where nothing was asked?
+"""KL on prompts without preference pairs, at equal gain on prompts with pairs: which method drifts where no pair is?
 
 A method's settings trace a curve: gain in reward on prompts with pairs against KL(pi || pi_ref) on prompts without.
 Methods are compared where their curves reach the same gain, seed by seed.

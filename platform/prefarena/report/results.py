@@ -102,7 +102,7 @@ class Ability(Part):
 
 
 class Cost(Part):
-    """What one stage took. `entry` None: shared by all entries; `seed` None: shared by all seeds."""
+    """The cost of one stage. `entry` None: shared by all entries; `seed` None: shared by all seeds."""
 
     stage: str
     entry: str | None = None
@@ -240,7 +240,7 @@ def paired_difference(first: EntryResult, second: EntryResult, key: str) -> Aggr
 
 
 def kl_key(results: Results) -> str:
-    """What the KL of policies is read from: on text the estimate of least variance that all of them have."""
+    """The key from which policies' KL is read: on text the estimate of least variance that all of them have."""
     rows = [row for entry in results.entries for row in entry.seeds.values() if "kl" in row]
     return "kl_vocabulary" if rows and all("kl_vocabulary" in row for row in rows) else "kl"
 

@@ -43,7 +43,7 @@ class Table:
         return "\n".join(lines) + (f"\n\n{self.caption}" if self.caption else "") + "\n"
 
     def rich(self) -> rich.table.Table:
-        """The same cells for the terminal."""
+        """The table for the terminal, with the same cells."""
         shown = rich.table.Table(title=self.title, caption=self.caption or None, caption_justify="left")
         for index, name in enumerate(self.header):
             is_label = index < self.num_labels

@@ -110,7 +110,7 @@ class PairDrawer:
         self._generated = NOTHING
 
     def draw(self, step: int, rows: pa.Table, first_place: int, learner: Learner) -> pa.Table:
-        """New pairs to the prompts of `rows`, as ONLINE_PAIRS, the same on every worker; every worker calls it.
+        """Draw new pairs to the prompts of `rows`, as ONLINE_PAIRS, the same on every worker; every worker calls it.
 
         rows: REFERENCED_PAIRS, which stay where the policy's responses, drawn again and again, are equal, or where the
         judge is silent or (deterministic labels) sees a tie. first_place: of the first row among all that are trained
@@ -275,7 +275,7 @@ class PairDrawer:
         return pa.Table.from_pylist(made, schema=ONLINE_PAIRS)
 
     def _reference_logps(self, pairs: list[dict[str, Any]]) -> np.ndarray:
-        """[N, 4] nats, float64, in the order of `_LOGP_NAMES`, on every worker."""
+        """The reference's log-probs [N, 4], nats, float64, in the order of `_LOGP_NAMES`, on every worker."""
         if not pairs:
             return np.zeros((0, 4))
         sizes = [len(one["prompt_ids"]) + len(one["chosen_ids"]) + len(one["rejected_ids"]) for one in pairs]

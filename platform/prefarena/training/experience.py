@@ -35,7 +35,7 @@ class Experience:
     judged, before clipping and penalties. finished: [B], not cut off at the limit. staleness: [B], how many updates
     older than the policy the weights are that generated it. values: of the critic that starts the iteration, where
     there is a critic. monitor_scores: [B] of a judge that is not learned from, nan where it gave none. silent: [B], 1
-    where a judge that may be silent gave no score, which is 0 then; none: it gave all.
+    where a judge that may be silent gave no score, which is 0 then; None means that it gave all.
     """
 
     sequences: Sequences
@@ -52,7 +52,7 @@ class Experience:
 
     @property
     def silent_rows(self) -> Tensor:
-        """[B], True where there is no score."""
+        """The rows without a score, [B] bool."""
         return torch.zeros_like(self.scores, dtype=torch.bool) if self.silent is None else self.silent > 0
 
     @property
@@ -69,7 +69,7 @@ class Experience:
 
 
 def by_length(sequences: Sequences, rows: Tensor, size: int) -> list[Tensor]:
-    """`rows`, on the host, in parts of at most `size` whose sequences are of similar length, for little padding."""
+    """Divide `rows` on the host into parts of at most `size` with sequences of similar length, for little padding."""
     lengths = torch.from_numpy(sequences.lengths)[rows]
     return list(rows[lengths.argsort(stable=True)].split(size))
 
@@ -82,7 +82,7 @@ def generator_logps(rollouts: list[Rollout], mask: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Scorers:
-    """What turns rollouts into experience.
+    """The models that turn rollouts into experience.
 
     policy, reference: called as a `LogProbs` is. critic: as a `ValueHead`; none where the method has no critic.
     """
@@ -140,7 +140,7 @@ class Scorers:
         return {"values": token_values(self.critic, part)} if self.critic else {}
 
     def _in_parts(self, sequences: Sequences, compute: Callable[[Sequences], dict[str, Tensor]]) -> dict[str, Tensor]:
-        """`compute` on parts of similar length, put together in the batch's order as [B, T-1]."""
+        """Run `compute` on parts of similar length, and put the results together in the batch's order as [B, T-1]."""
         shape = len(sequences.prompts), sequences.width
         whole: dict[str, Tensor] = {}
         for rows in by_length(sequences, torch.arange(shape[0]), self.batch_size):
@@ -172,7 +172,7 @@ def gather(local: Experience, num_rows: int, worker: Worker) -> Experience:
     rows = share(num_rows, worker.rank, worker.world_size)
 
     def everywhere(tensor: Tensor, columns: int) -> Tensor:
-        """[b] or [b, T'] to the whole batch's [B] or [B, columns]."""
+        """Gather [b] or [b, T'] to the whole batch's [B] or [B, columns]."""
         tensor = tensor[: rows.stop - rows.start]
         full = tensor.new_zeros((num_rows, columns)[: tensor.dim()])
         full[rows] = tensor if tensor.dim() == 1 else nn.functional.pad(tensor, (0, columns - tensor.shape[1]))
@@ -190,7 +190,7 @@ def gather(local: Experience, num_rows: int, worker: Worker) -> Experience:
 
 
 def _as_table(sequences: Sequences) -> Tensor:
-    """[b, 2 + T]: the lengths of prompt and response, their tokens, and zeros."""
+    """Make a table [b, 2 + T]: the lengths of prompt and response, their tokens, and zeros."""
     table = np.zeros((len(sequences.prompts), sequences.width + 3), np.int64)
     table[:, 0], table[:, 1] = sequences.prompt_lengths, sequences.response_lengths
     for row, prompt, response in zip(table, sequences.prompts, sequences.responses, strict=True):

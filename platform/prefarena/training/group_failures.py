@@ -62,7 +62,7 @@ def _reason(deaths: list[str], num_attempts: int) -> str:
 
 
 def _cause(failure: Exception) -> BaseException:
-    """What a worker raised, without Ray Train's wrapping."""
+    """Return the error that a worker raised, without Ray Train's wrapping."""
     from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 
     return failure._base_exc if isinstance(failure, UserExceptionWithTraceback) else failure

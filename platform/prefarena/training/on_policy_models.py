@@ -58,7 +58,7 @@ POLICY, CRITIC, REWARD, REFERENCE = "policy", "critic", "reward", "reference"
 
 @dataclass(frozen=True)
 class OnPolicyModels:
-    """On the CPU when they are made, whole or with weights awaited; the learners and `place_frozen` distribute them.
+    """The models, made on the CPU, whole or with weights awaited; the learners and `place_frozen` distribute them.
 
     policy, critic: what is trained, a module or a role. reward: the reward model, where it is a role on the policy's
     body; else the worker loads it as it loads any judge. moves: whether the reference follows the policy; its weights

@@ -27,7 +27,7 @@ def return_tensors(at_once: bool) -> None:
 
 
 def kept_share(at_once: bool) -> float:
-    """What glibc keeps of freed tensors, as a share of what comes and goes in a step: gradients and activations.
+    """The part of freed tensors that glibc keeps, as a share of the temporary ones: gradients and activations.
 
     Measured by tests/integration/test_memory.py and benchmarks/rlhf_memory.py: 0.2 to 0.8 where tensors stay in the
     process, 0.0 to 0.2 where they go back at once. Weights and moments are never freed.

@@ -77,7 +77,7 @@ class UnpairedTerm(Term):
         return self._numbers[name][rows].to(device, non_blocking=True)
 
     def _first_plan(self) -> BatchPlan:
-        """The same rows on the same workers, cut into micro-batches by what the first pass reads of them."""
+        """Plan the first pass: the same rows on the same workers, cut into micro-batches by what that pass reads."""
         if not self._mismatched:
             return self.plan
         return replace(self.plan, sizes=self.prompts.lengths + self._responses["mismatched"].lengths)

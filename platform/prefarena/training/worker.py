@@ -235,7 +235,7 @@ class Worker:
     # ------------------------------------------------------------------------------------------- costs
 
     def costs(self, *, num_beside: float = 0, **counts: Any) -> dict[str, Any]:
-        """What the job has cost so far: seconds, device-seconds, this worker's peak memory, and `counts`.
+        """The job's cost so far: seconds, device-seconds, this worker's peak memory, and `counts`.
 
         num_beside: devices that it held in addition to those of its workers.
         """

@@ -1,4 +1,4 @@
-"""What runs with the model in each of an engine's processes ("ranks"): receiving weights, and reading them back.
+"""Code that runs with the model in each of an engine's processes ("ranks"): receiving and reading back weights.
 
 vLLM imports this module by its name in every rank, and mixes `RankTools` into its worker, so that the engine can call
 these methods on all ranks.
