@@ -117,7 +117,7 @@ def _usable(rows: pa.Table, first: FirstRows) -> pa.Table:
 
 
 def look_at_prompt_limit(task: TextTask, first: FirstRows, tokenizer: Tokenizer) -> list[str]:
-    """`look_at_limits` for prompts without answers."""
+    """Look at the limit of prompts without answers as `look_at_limits` does."""
     chunks = _first_chunks(task, first, PROMPT_COLUMNS)
     rows = pa.concat_tables([prepare_prompts(chunk, task, tokenizer, shares=NONE_HELD_OUT) for chunk in chunks])
     rejections, num_cut = Rejections(), 0

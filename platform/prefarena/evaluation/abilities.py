@@ -36,7 +36,7 @@ _OF_NO_MEANING = {"top_p": 1.0, "top_k": 0, "num_beams": 1}
 
 
 class PolicyLM(TemplateLM):
-    """max_length: most tokens that the model reads; contexts that are longer lose their first ones."""
+    """A policy for lm-eval. max_length: most tokens that the model reads; longer contexts lose their first ones."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, max_length: int, score: Score, generate: Generate) -> None:
         super().__init__()

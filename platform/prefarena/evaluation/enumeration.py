@@ -147,7 +147,7 @@ def enumerate_scores(
 
 
 def _by_prompt(prompts: list[list[int]], chunk: int, walk: Callable[[torch.Tensor], np.ndarray]) -> np.ndarray:
-    """[P, N] from walks of [B, T] prompts of one length, at most `chunk` at a time."""
+    """Compute [P, N] from walks of [B, T] prompts of one length, at most `chunk` at a time."""
     if not all(prompts):
         raise UserError("an empty prompt cannot be enumerated: a language model needs a token to start from")
     rows_by_length: dict[int, list[int]] = {}

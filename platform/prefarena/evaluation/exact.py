@@ -189,7 +189,7 @@ def win_rates(policies: list[np.ndarray], rewards: np.ndarray) -> WinRates:
 
 
 def _win_rates(probabilities: np.ndarray, rewards: np.ndarray) -> np.ndarray:
-    """[K, K] for one prompt: probabilities [K, N], rewards [N]."""
+    """Win rates [K, K] for one prompt: probabilities [K, N], rewards [N]."""
     order = np.argsort(rewards, kind="stable")
     starts = np.flatnonzero(np.diff(rewards[order], prepend=-np.inf) > 0)  # first of each run of equal rewards
     mass = np.add.reduceat(probabilities[:, order], starts, axis=1)

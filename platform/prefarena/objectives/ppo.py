@@ -148,5 +148,5 @@ def with_kl_loss(
 
 
 def sequence_mean_weights(mask: Tensor) -> Tensor:
-    """[B, T]: 1 / the row's length inside the mask, so that a sum over tokens is one of token means."""
+    """Weights [B, T]: 1 / the row's length inside the mask, so that a sum over tokens is one of token means."""
     return mask / mask.sum(1, keepdim=True).clamp(min=1)

@@ -111,7 +111,7 @@ def shown_value(value: Any, digits: int = 3) -> str:
 
 
 def shown_settings(settings: Mapping[str, Value], digits: int = 3) -> str:
-    """`beta 0.1, training.learning_rate 0.001`."""
+    """Write settings like `beta 0.1, training.learning_rate 0.001`."""
     return ", ".join(f"{name} {shown_value(value, digits)}" for name, value in settings.items())
 
 

@@ -21,7 +21,7 @@ Points = dict[tuple[str, int], float]
 
 
 class MLflowTracker:
-    """uri: of a server, or a folder."""
+    """Shows runs in an MLflow store. uri: of a server, or a folder."""
 
     def __init__(self, uri: str, experiment: str) -> None:
         # A folder needs no database, and this is how MLflow, which has both, is told that it is wanted.

@@ -18,7 +18,7 @@ _WEAVE = "WANDB_DISABLE_WEAVE"
 
 
 class WandBTracker:
-    """folder: where the package keeps its files."""
+    """Shows runs in Weights & Biases. folder: where the package keeps its files."""
 
     def __init__(self, settings: WandB, folder: Path) -> None:
         self._settings, self._folder = settings, folder

@@ -39,7 +39,7 @@ _POLL_S = 0.5
 
 
 class RemoteCheckpointFolder(CheckpointFolder):
-    """publish_rows: sends what else the job has left in its stage so far; done before a checkpoint's manifest."""
+    """Checkpoints on a store. publish_rows: sends what else the stage holds, before a checkpoint's manifest."""
 
     def __init__(
         self,

@@ -46,7 +46,7 @@ class DeviceSender:
         address: str,
         sizes: Sequence[int],
     ) -> None:
-        """num_ranks: of all engines together. sizes: elements of each tensor that an update holds."""
+        """num_ranks: those of all engines together. sizes: elements of each tensor that an update holds."""
         self._source = StateDictSource(dtype)
         info = _trainer_init_info(backend, num_ranks, address, [size * dtype.itemsize for size in sizes])
         self._transfer = WeightTransferTrainerFactory.trainer_init(info, client=client, source=self._source)
