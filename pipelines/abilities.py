@@ -123,7 +123,7 @@ def _measure(config: Comparison, plan: SeedPlan, trained: Trained | None, stage:
     items = list(item_values(tasks, found["samples"]))
     if not items:
         raise UserError(
-            f"evaluation.abilities.tasks: {', '.join(settings.tasks)} have no metric that is a number for each item"
+            f"evaluation.abilities.tasks: {', '.join(settings.tasks)} have no metric that gives a number for each item"
         )
     table = pa.Table.from_pylist([item._asdict() for item in items], schema=ABILITIES)
     write_rows(table, folder / ITEMS, ABILITIES)

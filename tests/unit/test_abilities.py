@@ -144,13 +144,13 @@ def test_there_is_a_stage_for_every_policy_and_other_stages_keep_their_addresses
 
 
 def test_what_lm_eval_does_not_know_is_told_before_any_work(tmp_path: Path, folder: Path, monkeypatch: Any) -> None:
-    with pytest.raises(UserError, match=r"no_such/folder is no folder"):
+    with pytest.raises(UserError, match=r"no_such/folder is not a folder"):
         check_input(config(tmp_path, tasks=["our_choices"], folder="no_such/folder"))
     broken = write_tasks(tmp_path / "broken")
     (broken / "capitals.jsonl").unlink()
     with pytest.raises(UserError, match=r"abilities.tasks: our_choices: .*capitals"):
         load_tasks(Abilities(tasks=("our_choices",), folder=str(broken)))
-    with pytest.raises(ValueError, match="it is for text tasks"):
+    with pytest.raises(ValueError, match="is for text tasks"):
         Comparison.model_validate(
             {"entries": [{"name": "a", "method": {"kind": "dpo"}}], "evaluation": {"abilities": {"tasks": ["x"]}}}
         )

@@ -13,7 +13,7 @@ class Abilities(Section):
     tasks: tuple[str, ...] = Field(min_length=1, description="Names of tasks or groups of lm-eval, or of the folder.")
     folder: str | None = Field(
         None,
-        description="Folder of task files (YAML, as lm-eval has them), whose names come before lm-eval's own; paths "
-        "of data in them are taken from the working directory, as lm-eval does.",
+        description="Folder of task files (YAML, as in lm-eval), whose names take precedence over lm-eval's own; paths "
+        "of data in them are relative to the working directory, as in lm-eval.",
     )
-    limit: int | None = Field(None, ge=1, description="Number of items of each task, the first ones; none: all.")
+    limit: int | None = Field(None, ge=1, description="Use only the first items of each task, this many; none: all.")

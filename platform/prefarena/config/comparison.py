@@ -229,7 +229,7 @@ class Comparison(Section):
                 "none; set it to 0"
             )
         if self.evaluation.abilities is not None and self.task.kind == "language":
-            raise ValueError("evaluation.abilities: the enumerable language has letters alone; it is for text tasks")
+            raise ValueError("evaluation.abilities is for text tasks: the enumerable language has only letters")
         self._check_drawn_pairs()
         self._check_replays()
         self._check_demonstrations()

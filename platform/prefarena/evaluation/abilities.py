@@ -69,7 +69,7 @@ class PolicyLM(TemplateLM):
             if not continuation or len(continuation) > self._max_length:
                 raise UserError(
                     f"evaluation.abilities: a continuation of {len(continuation)} tokens cannot be scored; the model "
-                    f"reads {self._max_length}: {str(asked)[:200]!r}"
+                    f"reads at most {self._max_length}: {str(asked)[:200]!r}"
                 )
             whole = (context + continuation)[-(self._max_length + 1) :]
             contexts.append(whole[: -len(continuation)])
@@ -99,8 +99,8 @@ class PolicyLM(TemplateLM):
             most = int(settings["max_gen_toks"])
             if most >= self._max_length:
                 raise UserError(
-                    f"evaluation.abilities: a task asks for answers of {most} tokens, and the model reads "
-                    f"{self._max_length} with the question"
+                    f"evaluation.abilities: a task asks for answers of {most} tokens, but the model reads "
+                    f"at most {self._max_length} including the question"
                 )
             contexts.append(self.tok_encode(context)[-(self._max_length - most) :])
             stops.append(handle_stop_sequences(settings.get("until"), eos))
@@ -122,7 +122,7 @@ class PolicyLM(TemplateLM):
                 continue
             raise UserError(
                 f"evaluation.abilities: a task samples answers with {name}: {value}, which is not supported; have it "
-                "decode greedily, or sample at a temperature alone"
+                "decode greedily, or set only a temperature"
             )
 
 

@@ -35,7 +35,7 @@ def load_tasks(settings: Abilities) -> dict[str, Any]:
             "evaluation.abilities needs a package that is not installed; pip install 'prefarena[abilities]'"
         )
     if settings.folder is not None and not Path(settings.folder).is_dir():
-        raise UserError(f"evaluation.abilities.folder: {settings.folder} is no folder")
+        raise UserError(f"evaluation.abilities.folder: {settings.folder} is not a folder")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from lm_eval.tasks import TaskManager
 
@@ -45,7 +45,7 @@ def load_tasks(settings: Abilities) -> dict[str, Any]:
     unknown = [name for name in settings.tasks if name not in manager.all_tasks]
     if unknown:
         raise UserError(
-            f"evaluation.abilities.tasks: lm-eval knows no task {unknown[0]!r}; `lm-eval ls tasks` lists its own"
+            f"evaluation.abilities.tasks: lm-eval has no task {unknown[0]!r}; `lm-eval ls tasks` lists its tasks"
             + (f", and {settings.folder} holds the task files of yours" if settings.folder else "")
         )
     try:

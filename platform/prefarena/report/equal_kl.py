@@ -1,8 +1,8 @@
-"""Gold reward read off at equal KL, along what was measured of each entry on its way, beside its reward at the end.
+"""Gold reward at equal KL, read from the policies measured during training, next to the reward at the end.
 
-A table at the end of training compares policies that have gone unequally far. What a method is worth at a KL that
-others have, too, is read between the two neighbours on its way that have it between them, linearly in the root of the
-KL: near the reference the gain is about linear in that.
+A table at the end of training compares policies that have moved unequally far. What a method is worth at a KL that
+others reach, too, is interpolated between the two neighbouring policies, linearly in the square root of the KL: near
+the reference the gain is about linear in it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def reward_at(curve: Sequence[tuple[float, float]], kl: float) -> float | None:
 
 
 def equal_kl_table(results: Results) -> Table | None:
-    """One row for each entry that was measured on its way; None where fewer than two were."""
+    """One row for each entry that was measured during training; None if fewer than two were."""
     curves = _curves(results)
     if len(curves) < 2:
         return None
@@ -50,9 +50,9 @@ def equal_kl_table(results: Results) -> Table | None:
     header = ("policy", *(f"at KL {number(level, 2)}" for level in levels), "at the end", "KL at the end")
     where = "exact, on prompts with pairs" if results.exact else "from samples on held-out prompts"
     caption = (
-        f"Gold reward, {where}; means over seeds ± one standard error. Read where a training first has that KL, "
-        "between the policies measured before and behind it, linearly in the root of the KL. None where some seed "
-        "never goes so far. The greatest of these KLs is one that half of the entries reach."
+        f"Gold reward, {where}; means over seeds ± one standard error. It is read where a training run first reaches "
+        "that KL, interpolated linearly in the square root of the KL between the policies measured before and after. "
+        "A cell is empty if some seed never gets that far. Half of the entries reach the largest of these KLs."
     )
     return Table(f"{results.name}: at equal KL", header, tuple(rows), caption)
 

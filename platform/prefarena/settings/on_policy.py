@@ -100,7 +100,7 @@ class OnPolicyTraining(LearnerSettings):
     num_snapshots: int = Field(
         0,
         ge=0,
-        description="Number of intermediate policies that are kept, evenly spaced, and evaluated as the final one is.",
+        description="Number of intermediate policies that are kept, evenly spaced, and evaluated like the final one.",
     )
 
     @model_validator(mode="after")
