@@ -130,9 +130,9 @@ BAD_ROWS = [
     BadRow("one transcript", {"chosen": HH + " a", "rejected": "b"}, why.NOT_HH, "rejected"),
     BadRow("a human turn last", {"chosen": HH + " a\n\nHuman: b", "rejected": HH + " c"}, why.NOT_AN_ANSWER, "human"),
     # Conversations.
-    BadRow("the assistant first", chat(YES, USER), why.BAD_ROLES, "message 1 is of assistant, at the start"),
-    BadRow("two users in a row", chat(USER, USER), why.BAD_ROLES, "message 2 is of user, after one of user"),
-    BadRow("two assistants in a row", chat(USER, YES, NO, USER), why.BAD_ROLES, "message 3 is of assistant"),
+    BadRow("the assistant first", chat(YES, USER), why.BAD_ROLES, "message 1 is from assistant, at the start"),
+    BadRow("two users in a row", chat(USER, USER), why.BAD_ROLES, "message 2 is from user, after one of user"),
+    BadRow("two assistants in a row", chat(USER, YES, NO, USER), why.BAD_ROLES, "message 3 is from assistant"),
     BadRow("a system message in the middle", chat(USER, YES, message("system", "s"), USER), why.BAD_ROLES, "message 3"),
     BadRow("a tool before any call", chat(USER, message("tool", "4")), why.BAD_ROLES, "tool, after one of user"),
     BadRow("an unknown role", chat(message("human", "Blue?")), why.BAD_ROLES, "'human'"),
