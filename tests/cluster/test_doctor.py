@@ -173,7 +173,7 @@ def test_nodes_that_differ_or_whose_vllm_was_built_for_another_torch() -> None:
     assert "node c does not answer" in said and "node b has torch 2.12.0, a has 2.13.0" in said
     assert "node b: its vLLM is built for torch 2.13.0, it has 2.12.0" in said
     bare = replace(NODE, versions={"python": "3.12.1", "torch": "2.13.0"}, vllm_wants_torch=None)
-    assert "vLLM is not installed on a, and" in problems(judge_nodes([bare], [], generates=True))
+    assert "which the comparison needs, is not installed on a" in problems(judge_nodes([bare], [], generates=True))
     assert not problems(judge_nodes([bare], [], generates=False))
     assert vllm_wants_torch() == versions()["torch"]
 

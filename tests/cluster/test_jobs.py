@@ -141,7 +141,7 @@ def test_a_package_holds_the_code_and_no_more(tmp_path: Path) -> None:
     write_package(folder, Path(pipelines.__file__).parent, "name: mine\n", [tmp_path / "judge.py"])
     assert {path.name for path in folder.iterdir()} == {"pipelines", "prefarena", "comparison.yaml", "judge.py"}
     assert (folder / "prefarena" / "default.yaml").is_file() and not list(folder.rglob("__pycache__"))
-    for name, says in (("none.py", "no such file"), ("pipelines", "has a pipelines already")):
+    for name, says in (("none.py", "no such file"), ("pipelines", "the job already has a pipelines")):
         empty = tmp_path / f"for-{name}"
         empty.mkdir()
         with pytest.raises(UserError, match=says):

@@ -330,9 +330,9 @@ def test_a_policy_may_be_named_by_its_path() -> None:
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"reference": {"train": True}}, "prompts without answers, and reference.train: true learns from answers"),
+        ({"reference": {"train": True}}, "prompts without answers, but reference.train: true learns from answers"),
         ({"judge": {"kind": "learned"}}, "but judge.kind: learned learns from answers"),
-        ({"model": {"kind": "scratch"}, "reference": {"train": True}}, "and model.kind: scratch learns from answers"),
+        ({"model": {"kind": "scratch"}, "reference": {"train": True}}, "but model.kind: scratch learns from answers"),
     ],
 )
 def test_prompts_alone_cannot_teach(tmp_path: Path, tiny_policy: str, changed: dict[str, Any], message: str) -> None:

@@ -140,7 +140,8 @@ def test_an_engine_that_only_evaluation_needs_is_tried_before_training(
 ) -> None:
     asked = refuses(monkeypatch)
     config = text_task(tmp_path)
-    with pytest.raises(UserError, match=r"model: vLLM, which generates, .* no such architecture; every policy"):
+    says = r"model: vLLM, which generates the responses, .* no such architecture; this comparison measures every policy"
+    with pytest.raises(UserError, match=says):
         engine.try_engine(config, make_plan(config), Console(quiet=True))
     assert len(asked) == 1
 
