@@ -22,14 +22,14 @@ from pipelines.jobs import response_limit
 from pipelines.plan import SeedPlan, model_of
 from pipelines.progress import stage_line
 from pipelines.runner import run_once
-from pipelines.sampling import Sampler
+from pipelines.sampling import Sampler, generation_counts
 from pipelines.streaming import stream
 from prefarena.config import Comparison, LanguageTask, PretrainedModel, TextTask
 from prefarena.data.preparation import DEMONSTRATION_COLUMNS, prepare_demonstrations
-from prefarena.data.rejections import DUPLICATE, IN_TEST_DATA, Rejections
+from prefarena.data.rejections import Rejections
 from prefarena.data.sources import find_parts
 from prefarena.data.tables import read_rows, write_rows
-from prefarena.data.token_tables import ParquetRows, Seen
+from prefarena.data.token_tables import ParquetRows, Seen, usable
 from prefarena.errors import EntryError, UserError
 from prefarena.evaluation.enumeration import Responses
 from prefarena.generation.interface import Sampling
@@ -94,13 +94,12 @@ def _draw(config: Comparison, console: Console, waiting: list[tuple[Stage, SeedP
                 }
                 for one in rollouts
             ]
-            num_tokens = sum(len(one.response_ids) for one in rollouts)
             samples = pa.Table.from_pylist(table, schema=DEMONSTRATIONS)
-            _finish(folder, samples, started, num_tokens_generated=num_tokens)
+            _finish(folder, samples, started, **generation_counts(model_of(plan.reference), rollouts))
             sampler.forget(stage.key)
 
 
-def _finish(folder: Path, rows: pa.Table, started: float, **costs: int) -> None:
+def _finish(folder: Path, rows: pa.Table, started: float, **costs: float) -> None:
     write_rows(rows, folder / "demonstrations" / "part-0.parquet", DEMONSTRATIONS)
     wall = time.perf_counter() - started
     write_manifest(folder, {"data": {"num_demonstrations": rows.num_rows}, "costs": costs_of(wall, **costs)})
@@ -142,17 +141,8 @@ def write_demonstrations(
     try:
         parts = find_parts(source, task.split)
         for rows in stream(task, parts, DEMONSTRATION_COLUMNS, None, prepare_demonstrations, tokenizer, most):
-            kept = []
-            for i, row in enumerate(rows.select(["file", "row", "reason", "detail", "id", "prompt_id"]).to_pylist()):
-                reason = row["reason"] or (IN_TEST_DATA if row["prompt_id"] in tested else None)
-                if reason is None and seen.first("demonstration", row["id"]) is not None:
-                    reason = DUPLICATE
-                if reason is None:
-                    kept.append(i)
-                else:
-                    rejections.add(row["file"], row["row"], reason, row["detail"] or "")
             counts["rows"] += rows.num_rows
-            rows = rows.take(kept)
+            rows = usable(rows, "demonstration", tested, seen, rejections)
             counts["truncated"] += sum(rows["is_cut"].to_pylist())
             table.add({name: rows[name] for name in DEMONSTRATIONS.names})
     finally:

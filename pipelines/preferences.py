@@ -35,7 +35,7 @@ from prefarena.data.preparation import (
     prepare_pieces,
     prepare_responses,
 )
-from prefarena.data.rejections import DUPLICATE, IN_TEST_DATA, Rejections, Unusable
+from prefarena.data.rejections import Rejections, Unusable
 from prefarena.data.sources import (
     BrokenFile,
     Part,
@@ -44,7 +44,7 @@ from prefarena.data.sources import (
 )
 from prefarena.data.splits import ALL_TEST, Shares, ignored_judge, leakage_notes, shares_of
 from prefarena.data.tables import read_rows
-from prefarena.data.token_tables import ParquetRows, Seen, TokenTables
+from prefarena.data.token_tables import ParquetRows, Seen, TokenTables, usable
 from prefarena.data.tokenization import Tokenizer, train_tokenizer
 from prefarena.errors import UserError
 from prefarena.mirror import push
@@ -204,17 +204,8 @@ def _write_singles(
         for rows in stream(
             task, find_parts(source, task.split), SINGLE_COLUMNS, None, prepare_responses, tokenizer, most
         ):
-            kept = []
-            for i, row in enumerate(rows.select(["file", "row", "reason", "detail", "id", "prompt_id"]).to_pylist()):
-                reason = row["reason"] or (IN_TEST_DATA if row["prompt_id"] in tested else None)
-                if reason is None and seen.first("single", row["id"]) is not None:
-                    reason = DUPLICATE
-                if reason is None:
-                    kept.append(i)
-                else:
-                    rejections.add(row["file"], row["row"], reason, row["detail"] or "")
             counts["rows"] += rows.num_rows
-            rows = rows.take(kept)
+            rows = usable(rows, "single", tested, seen, rejections)
             counts["desirable"] += sum(label > EVEN for label in rows["label"].to_pylist())
             counts["undesirable"] += sum(label < EVEN for label in rows["label"].to_pylist())
             counts["truncated"] += sum(rows["is_cut"].to_pylist())

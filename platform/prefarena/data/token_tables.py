@@ -87,6 +87,23 @@ class Seen:
         self._path.unlink(missing_ok=True)
 
 
+def usable(rows: pa.Table, kind: str, tested: set[str], seen: Seen, rejections: Rejections) -> pa.Table:
+    """The prepared rows of single responses that can be trained on; the others are added to `rejections`.
+
+    Left out are rows that were rejected before, whose prompt's id is in `tested`, and that repeat one of their kind.
+    """
+    kept = []
+    for i, row in enumerate(rows.select(["file", "row", "reason", "detail", "id", "prompt_id"]).to_pylist()):
+        reason = row["reason"] or (IN_TEST_DATA if row["prompt_id"] in tested else None)
+        if reason is None and seen.first(kind, row["id"]) is not None:
+            reason = DUPLICATE
+        if reason is None:
+            kept.append(i)
+        else:
+            rejections.add(row["file"], row["row"], reason, row["detail"] or "")
+    return rows.take(kept)
+
+
 class TokenTables:
     """The tables of one task under `folder`. Use as a context manager; `add` takes prepared rows in order.
 

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, kl_key
+from prefarena.report.results import Aggregate, EntryResult, Results, aggregate, gained, kl_key
 from prefarena.report.tables import Table, number, plus_minus
 
 NOT_REACHED = "not reached"
@@ -97,16 +97,8 @@ def label_curves(results: Results) -> list[LabelCurve]:
 
 def measures(results: Results) -> list[Measure]:
     """The measures shown over the number of pairs, as far as they are known."""
-    if results.exact:
-        possible = [
-            Measure("reward", "reward/covered", True),
-            Measure("regret", "regret/covered", False),
-            Measure("KL", "kl/covered", None),
-        ]
-    else:
-        scored = any(aggregate(entry, "judge_score") for entry in results.trained())
-        best = Measure("judge score", "judge_score", True) if scored else Measure("win rate", "win_rate", True)
-        possible = [best, Measure("regret", "regret", False), Measure("KL", kl_key(results), None)]
+    regret, kl = ("regret/covered", "kl/covered") if results.exact else ("regret", kl_key(results))
+    possible = [Measure(*gained(results), True), Measure("regret", regret, False), Measure("KL", kl, None)]
     curves = label_curves(results)
     return [one for one in possible if any(aggregate(entry, one.key) for c in curves for _, entry in c.entries)]
 

@@ -162,6 +162,10 @@ class Results(Part):
     abilities: list[Ability] = Field([], description="what else policies can do, with `evaluation.abilities`.")
     tuning: TuningResults | None = Field(None, description="how the entries' settings were found; none: by hand.")
 
+    def own_costs(self, entry: EntryResult) -> list[Cost]:
+        """The costs of the entry's own stages, without those that measure the policy."""
+        return [cost for cost in self.costs if cost.entry == entry.name and not cost.is_evaluation]
+
     def entry(self, name: str) -> EntryResult:
         """The entry of this name. Raises KeyError."""
         for entry in self.entries:
@@ -243,6 +247,15 @@ def kl_key(results: Results) -> str:
     """The key from which policies' KL is read: on text the estimate of least variance that all of them have."""
     rows = [row for entry in results.entries for row in entry.seeds.values() if "kl" in row]
     return "kl_vocabulary" if rows and all("kl_vocabulary" in row for row in rows) else "kl"
+
+
+def gained(results: Results) -> tuple[str, str]:
+    """The measure of what policies are trained to gain: its name and key."""
+    if results.exact:
+        return "reward", "reward/covered"
+    if any(aggregate(entry, "judge_score") for entry in results.trained()):
+        return "judge score", "judge_score"
+    return "win rate", "win_rate"
 
 
 def with_gains(results: Results) -> Results:

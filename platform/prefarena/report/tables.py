@@ -89,7 +89,7 @@ class Column:
 
 def wall_seconds(results: Results, entry: EntryResult) -> Aggregate | None:
     """Seconds of the entry's own stages for one seed, evaluation left out; stages that seeds share count once."""
-    own = [cost for cost in results.costs if cost.entry == entry.name and not cost.is_evaluation]
+    own = results.own_costs(entry)
     if not own:
         return None
     shared = sum(cost.wall_seconds for cost in own if cost.seed is None)

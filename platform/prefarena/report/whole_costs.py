@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
-from prefarena.report.results import Cost, EntryResult, Results, aggregate
+from prefarena.report.results import EntryResult, Results, aggregate, gained
 from prefarena.report.tables import MISSING, Table, number
 
 #: What an entry spends per seed; None if that is not known or if it spends none.
@@ -22,15 +22,10 @@ class Expense:
     axis: str | None = None
 
 
-def own_costs(results: Results, entry: EntryResult) -> list[Cost]:
-    """The costs of the entry's own stages, without those that measure the policy."""
-    return [cost for cost in results.costs if cost.entry == entry.name and not cost.is_evaluation]
-
-
 def _total(field: str, results: Results, entry: EntryResult) -> float | None:
     """The total over the entry's own stages, each a mean over its seeds."""
     stages: dict[str, list[float]] = {}
-    for cost in own_costs(results, entry):
+    for cost in results.own_costs(entry):
         stages.setdefault(cost.stage, []).append(float(getattr(cost, field)))
     return sum(sum(found) / len(found) for found in stages.values()) or None
 
@@ -46,7 +41,7 @@ def _judged(results: Results, entry: EntryResult) -> float | None:
 
 
 def _peak(results: Results, entry: EntryResult) -> float | None:
-    peaks = [cost.peak_memory_mib for cost in own_costs(results, entry) if cost.peak_memory_mib is not None]
+    peaks = [cost.peak_memory_mib for cost in results.own_costs(entry) if cost.peak_memory_mib is not None]
     return max(peaks, default=None)
 
 
@@ -63,7 +58,7 @@ EXPENSES = (
 
 def whole_cost_table(results: Results) -> Table | None:
     """One row per trained entry; None if no stage has recorded its costs."""
-    told = [entry for entry in results.trained() if entry.seeds and own_costs(results, entry)]
+    told = [entry for entry in results.trained() if entry.seeds and results.own_costs(entry)]
     rows = tuple((entry.shown_name, *(_cell(one, results, entry) for one in EXPENSES)) for entry in told)
     caption = (
         "Cost per seed, averaged over seeds. It includes the entry's own stages and its reward model's, but not what "
@@ -105,7 +100,7 @@ def against_costs(results: Results) -> tuple[str, list[tuple[str, list[Priced]]]
 
     Expenses that are the same for all entries, or that fewer than two entries have, are left out.
     """
-    name, key = _measure(results)
+    name, key = gained(results)
     found = []
     for expense in EXPENSES:
         points = []
@@ -116,12 +111,3 @@ def against_costs(results: Results) -> tuple[str, list[tuple[str, list[Priced]]]
         if expense.axis is not None and len({point.cost for point in points}) > 1:
             found.append((expense.axis, points))
     return name, found
-
-
-def _measure(results: Results) -> tuple[str, str]:
-    """The measure that costs are set against: its name and key."""
-    if results.exact:
-        return "reward", "reward/covered"
-    if any(aggregate(entry, "judge_score") for entry in results.trained()):
-        return "judge score", "judge_score"
-    return "win rate", "win_rate"
