@@ -1,4 +1,4 @@
-"""The tasks for lm-eval that are in the repository: their items are what the script writes, and have one right choice."""
+"""The tasks for lm-eval that the repository has: items are what the script writes, and have one right choice."""
 
 from __future__ import annotations
 
