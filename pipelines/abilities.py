@@ -119,7 +119,10 @@ def _measure(config: Comparison, plan: SeedPlan, trained: Trained | None, stage:
     tasks = load_tasks(settings)
     answering = partial(engine.answers, policy, stage.key)
     model = PolicyLM(load_tokenizer(policy), length, partial(_scores, config, policy, kept, stage.label), answering)
-    found = evaluate(model, tasks, limit=settings.limit, log_samples=True, bootstrap_iters=0, verbosity="ERROR")
+    found = evaluate(
+        model, tasks, limit=settings.limit, log_samples=True, bootstrap_iters=0, verbosity="ERROR",
+        apply_chat_template=settings.chat_template,
+    )  # fmt: skip
     items = list(item_values(tasks, found["samples"]))
     if not items:
         raise UserError(

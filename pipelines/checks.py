@@ -8,6 +8,7 @@ from pipelines.prompts import check_rows
 from pipelines.tuning_record import tuning_of
 from prefarena.cluster.capacity import generates
 from prefarena.config import (
+    Abilities,
     BestOfN,
     Comparison,
     DrawnPairs,
@@ -23,7 +24,7 @@ from prefarena.errors import UserError
 from prefarena.evaluation.ability_tasks import load_tasks
 from prefarena.judges.spec import check_judge
 from prefarena.modeling.inspection import check_context, check_head_size, check_split, inspect_policy
-from prefarena.modeling.load import load_tokenizer, new_settings
+from prefarena.modeling.load import load_tokenizer, new_settings, read_tokenizer
 from prefarena.modeling.vocabulary import check_tokens
 from prefarena.settings.on_policy import CriticTraining
 from prefarena.tasks.language import Language
@@ -59,6 +60,7 @@ def check_input(config: Comparison) -> None:
     check_packages(config.tracking)
     if config.evaluation.abilities is not None:
         load_tasks(config.evaluation.abilities)
+        _check_chat(config, config.evaluation.abilities)
     workers = config.resources.num_workers
     for name, training in _optimisations(config):
         if training % workers:
@@ -80,6 +82,19 @@ def _check_pretrained(config: Comparison, model: PretrainedModel) -> None:
         check_split(model.path, settings, config.generation.tensor_parallel)
     if generates(config) and not config.resources.use_gpu:
         check_head_size(model.path, settings)
+
+
+def _check_chat(config: Comparison, abilities: Abilities) -> None:
+    """Raise UserError where abilities are asked for in a chat template that there is not."""
+    if not abilities.chat_template:
+        return
+    tokenizer = None
+    if isinstance(config.model, PretrainedModel):
+        tokenizer = read_tokenizer(config.model.path, config.model.revision)
+    if tokenizer is None or tokenizer.chat_template is None:
+        raise UserError(
+            "evaluation.abilities.chat_template: the model's tokenizer has no chat template; leave the setting out"
+        )
 
 
 def _learner_from_answers(config: Comparison) -> str | None:

@@ -29,6 +29,7 @@ from prefarena.stages import write_failure
 
 pytest.importorskip("lm_eval")
 
+TEMPLATE = "{% for m in messages %}{{ m.role }} a b {{ m.content }} c\n{% endfor %}{{ 'd e' if add_generation_prompt }}"
 NAMES = ("our_choices", "our_answers", "our_texts")
 
 
@@ -46,16 +47,23 @@ def measured(model: Any, settings: Abilities) -> dict[tuple[str, str, int], Item
     from lm_eval.evaluator import evaluate
 
     tasks = load_tasks(settings)
-    found = evaluate(model, tasks, limit=settings.limit, log_samples=True, bootstrap_iters=0)
+    chat = settings.chat_template
+    found = evaluate(model, tasks, limit=settings.limit, log_samples=True, bootstrap_iters=0, apply_chat_template=chat)
     assert found is not None
     return {item[:3]: item for item in item_values(tasks, found["samples"])}
 
 
-def ours(policy: str, max_length: int) -> Any:
+def tokenizer_of(policy: str, template: str | None = None) -> Any:
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def ours(policy: str, max_length: int, template: str | None = None) -> Any:
     """A policy whose answers are transformers' own, token by token, in place of an engine's."""
     from prefarena.evaluation.abilities import PolicyLM
 
-    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer = tokenizer_of(policy, template)
     model: Any = AutoModelForCausalLM.from_pretrained(policy)
 
     def score(prompts: list[list[int]], responses: list[list[int]]) -> np.ndarray:
@@ -76,15 +84,16 @@ def ours(policy: str, max_length: int) -> Any:
     return PolicyLM(tokenizer, max_length, score, generate)
 
 
-def test_numbers_are_those_of_lm_evals_own_model(policy: str, folder: Path) -> None:
+@pytest.mark.parametrize("template", [None, TEMPLATE])
+def test_numbers_are_those_of_lm_evals_own_model(policy: str, folder: Path, template: str | None) -> None:
     from lm_eval.models.huggingface import HFLM
 
-    settings = Abilities(tasks=NAMES, folder=str(folder), limit=5)
+    settings = Abilities(tasks=NAMES, folder=str(folder), limit=5, chat_template=template is not None)
     theirs = HFLM(
         pretrained=AutoModelForCausalLM.from_pretrained(policy),
-        tokenizer=AutoTokenizer.from_pretrained(policy), max_length=64, batch_size=1,
+        tokenizer=tokenizer_of(policy, template), max_length=64, batch_size=1,
     )  # fmt: skip
-    expected, found = measured(theirs, settings), measured(ours(policy, 64), settings)
+    expected, found = measured(theirs, settings), measured(ours(policy, 64, template), settings)
     assert found.keys() == expected.keys() and len(found) == 5 * 5  # acc, acc_norm, exact_match, nll by word and byte
     for key, item in expected.items():
         assert found[key].value == pytest.approx(item.value, abs=1e-4), key
@@ -141,6 +150,29 @@ def test_there_is_a_stage_for_every_policy_and_other_stages_keep_their_addresses
     fewer = config(tmp_path, tasks=["our_choices"], folder=str(folder), limit=3)
     both = [{stage for stage, _, _ in ability_work(one, make_plan(one))} for one in (asked, fewer)]
     assert not both[0] & both[1]
+
+
+def test_questions_are_put_in_the_chat_template_and_texts_are_not(policy: str, folder: Path) -> None:
+    asked: dict[bool, list[list[int]]] = {}
+
+    def score(contexts: list[list[int]], continuations: list[list[int]]) -> np.ndarray:
+        sizes = [len(one) + len(other) for one, other in zip(contexts, continuations, strict=True)]
+        asked.setdefault(chat, []).append(sizes)
+        return np.zeros((len(contexts), 2))
+
+    from prefarena.evaluation.abilities import PolicyLM
+
+    for chat in (False, True):
+        model = PolicyLM(tokenizer_of(policy, TEMPLATE), 64, score, lambda *_: [])
+        measured(model, Abilities(tasks=("our_choices", "our_texts"), folder=str(folder), limit=3, chat_template=chat))
+    (plain, texts), (in_template, texts_too) = asked.values()
+    assert texts == texts_too
+    assert len(plain) == 12 and all(chat > own for own, chat in zip(plain, in_template, strict=True))
+
+
+def test_a_chat_template_that_is_not_there_is_told_before_any_work(tmp_path: Path, folder: Path) -> None:
+    with pytest.raises(UserError, match=r"abilities.chat_template: the model's tokenizer has no chat template"):
+        check_input(config(tmp_path, tasks=["our_choices"], folder=str(folder), chat_template=True))
 
 
 def test_what_lm_eval_does_not_know_is_told_before_any_work(tmp_path: Path, folder: Path, monkeypatch: Any) -> None:

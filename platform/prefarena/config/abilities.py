@@ -17,3 +17,9 @@ class Abilities(Section):
         "of data in them are relative to the working directory, as in lm-eval.",
     )
     limit: int | None = Field(None, ge=1, description="Use only the first items of each task, this many; none: all.")
+    chat_template: bool = Field(
+        False,
+        exclude_if=lambda value: value is False,  # it came later, and is in no address where it is not set
+        description="Ask in the tokenizer's chat template, as `lm-eval --apply_chat_template` does, each question as a "
+        "message of the user; otherwise as plain text.",
+    )

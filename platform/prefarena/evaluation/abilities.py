@@ -48,6 +48,20 @@ class PolicyLM(TemplateLM):
         return int(self.tokenizer.eos_token_id)
 
     @property
+    def tokenizer_name(self) -> str:
+        return str(self.tokenizer.name_or_path).replace("/", "__")
+
+    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                chat_history,
+                tokenize=False,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=not add_generation_prompt,
+            )
+        )
+
+    @property
     def prefix_token_id(self) -> int:
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else int(bos)
