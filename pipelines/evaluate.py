@@ -132,9 +132,8 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
             job = sampled_job(config, plan, trained, stage.begin())
             job = replace(job, kept=sampler.folder_of(stage.key))
             if trained is not None and (snapshot := measured_on_the_way(trained, stage)) is not None:
-                job = replace(job, policy=str(snapshot[1]))
-            prompts, sampling = sampled_on(plan, settings), sampling_of(plan, settings)
-            prompts = [prompt for prompt in prompts for _ in range(job.best_of)]
+                job = as_snapshot(job, snapshot[1])
+            prompts, sampling = prompts_of(job, plan, settings), sampling_of(plan, settings)
             if stage == plan.frontier:
                 prompts = held_out_prompts(plan, settings) * settings.frontier_samples
                 sampling = replace(sampling, first_index=_FRONTIER_INDEX)
@@ -142,7 +141,7 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
             try:
                 rollouts = sampler.sample(job.policy, stage.key, prompts, sampling)
                 spent = time.perf_counter() - started
-                if trained is not None and job.reward is None:
+                if trained is not None and job.reward is None and not job.is_snapshot:
                     job = replace(job, of_reference=references.of(plan))
             except (EntryError, WaitTimeoutError) as error:
                 outcomes[stage] = Failed(str(error))
@@ -151,13 +150,14 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
             there = ray.put(rollouts)
             ahead = start_filling(there, job, settings, kinds, options, num_scorers)
             running[stage] = [*ahead, scorer.remote(there, job, settings, spent, *ahead)]
-        outcomes |= _ended(running, config.resources.task_timeout_s)
-        fail_entries(waiting, [outcomes[stage] for stage, _, _ in waiting], console)
-        for stage, outcome in outcomes.items():
-            if not isinstance(outcome, Failed):  # else they are there when it is tried again
-                sampler.forget(stage.key)
-        if not any(isinstance(outcome, Failed) for outcome in outcomes.values()):
-            references.forget()
+    # The engines have left with all samples drawn: scoring takes longer than that, and has their devices now.
+    outcomes |= _ended(running, config.resources.task_timeout_s)
+    fail_entries(waiting, [outcomes[stage] for stage, _, _ in waiting], console)
+    for stage, outcome in outcomes.items():
+        if not isinstance(outcome, Failed):  # else they are there when it is tried again
+            sampler.forget(stage.key)
+    if not any(isinstance(outcome, Failed) for outcome in outcomes.values()):
+        references.forget()
 
 
 def _ended(running: dict[Stage, list[Any]], limit_s: float) -> dict[Stage, Any]:
@@ -206,6 +206,13 @@ def sampled_on(plan: SeedPlan, settings: Evaluation) -> list[list[int]]:
     return [prompt for group in groups for prompt in group * settings.samples_per_prompt]
 
 
+def prompts_of(job: SampledJob, plan: SeedPlan, settings: Evaluation) -> list[list[int]]:
+    """The prompt of every sample that an evaluation draws: a snapshot's are the held-out ones of `sampled_on`."""
+    if job.is_snapshot:
+        return held_out_prompts(plan, settings) * settings.samples_per_prompt
+    return [prompt for prompt in sampled_on(plan, settings) for _ in range(job.best_of)]
+
+
 def sampling_of(plan: SeedPlan, settings: Evaluation) -> Sampling:
     return Sampling(response_limit(plan.task), settings.temperature, settings.seed)
 
@@ -251,6 +258,11 @@ def sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, fol
     method = trained.entry.method
     reward = judge_spec(plan, method.reward, trained.reward_model, may_be_silent=True)
     return replace(job, best_of=method.n, reward=reward)
+
+
+def as_snapshot(job: SampledJob, policy: Path) -> SampledJob:
+    """The evaluation of an entry's policy on the way: on held-out prompts, and no more than trajectories read."""
+    return replace(job, policy=str(policy), groups=(), is_snapshot=True)
 
 
 # ------------------------------------------------------------------------------------------- win rates

@@ -105,26 +105,34 @@ def _policy_row(
     rollouts: list[Rollout], held_out: slice, job: SampledJob, settings: Evaluation
 ) -> tuple[dict[str, float], _Kls]:
     """The measures that need the policy's log-probs of its samples or of held-out pairs, and all KLs."""
-    samples, kept, test = rollouts[held_out], KeptValues(job.kept), held_out_pairs(job)
+    samples, kept = rollouts[held_out], KeptValues(job.kept)
     with Policies(job, settings) as policies:
         values = {name: kept.complete(one) for name, one in policies.wanted(rollouts, held_out.stop).items()}
     if job.policy == job.reference:
         compared = np.zeros((len(rollouts) + len(job.of_reference), 2))
         own = ref = values["own"]
-        # Its log-ratios are zero. The pairs' own columns come from other batches, and so differ by their rounding.
-        ref_chosen, ref_rejected = values["chosen"], values["rejected"]
     else:
         compared = values["along"].reshape(-1, 4)
         own, ref = compared[held_out, 2], compared[held_out, 3]
-        ref_chosen, ref_rejected = (
-            values.get(f"ref_{side}", float_column(test, f"ref_{side}_logp")) for side in ("chosen", "rejected")
-        )
     row = k1_and_k3(own, ref, prompt_clusters(samples))
-    row |= preference_accuracy(values["chosen"], values["rejected"], ref_chosen, ref_rejected)
-    row |= demonstration_metrics(values["chosen"], ref_chosen, clusters_of(test["prompt_ids"].to_pylist()))
+    row |= {} if job.is_snapshot else _pairs_row(values, job)
     gap = [sum(rollout.token_logps) for rollout in samples] - own
     row["logp_gap/max"] = float(np.abs(gap).max())
     return row, _Kls(compared[: len(rollouts), 0], compared[len(rollouts) :, 1])
+
+
+def _pairs_row(values: dict[str, np.ndarray], job: SampledJob) -> dict[str, float]:
+    """The measures of held-out pairs, from the policies' log-probs of them."""
+    test = held_out_pairs(job)
+    if job.policy == job.reference:
+        # Its log-ratios are zero. The pairs' own columns come from other batches, and so differ by their rounding.
+        ref_chosen, ref_rejected = values["chosen"], values["rejected"]
+    else:
+        ref_chosen, ref_rejected = (
+            values.get(f"ref_{side}", float_column(test, f"ref_{side}_logp")) for side in ("chosen", "rejected")
+        )
+    row = preference_accuracy(values["chosen"], values["rejected"], ref_chosen, ref_rejected)
+    return row | demonstration_metrics(values["chosen"], ref_chosen, clusters_of(test["prompt_ids"].to_pylist()))
 
 
 def _group_row(

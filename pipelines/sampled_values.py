@@ -40,7 +40,8 @@ class SampledJob:
     them all. device: of the models that score. arithmetic: of the policies; judges name theirs. kept: where log-probs
     and scores are kept until it has ended. of_reference: what the reference answers to the same prompts, for the
     forward KL; without it there is none. groups: behind the held-out prompts, names of groups of other prompts and the
-    number of prompts in each, all with as many samples; they are measured apart.
+    number of prompts in each, all with as many samples; they are measured apart. is_snapshot: of a policy on the way,
+    of which a trajectory needs scores and the KL alone: no held-out pairs are scored, and it has no `of_reference`.
     """
 
     policy: str
@@ -55,6 +56,7 @@ class SampledJob:
     kept: Path | None = None
     of_reference: Sequence[Rollout] = ()
     groups: tuple[tuple[str, int], ...] = ()
+    is_snapshot: bool = False
 
     def parts(self, num_samples: int, settings: Evaluation) -> dict[str, slice]:
         """Where the samples of each group lie among `num_samples` of them; those on held-out prompts are named ""."""
@@ -135,13 +137,15 @@ class Policies:
     def wanted(self, rollouts: list[Rollout], num_held_out: int) -> dict[str, Wanted]:
         """Of held-out pairs log-probs by both policies, `chosen` … `ref_rejected`; `along` all samples what
         `along_samples` has. Where the policy is the reference, in place of `along` its `own` log-probs of the first
-        `num_held_out` samples, which takes no reference beside it.
+        `num_held_out` samples, which takes no reference beside it. Of a snapshot `along` alone.
 
         The reference scores pairs where passes of other shapes, as those of the table, are rounded far apart.
         """
-        job, temperature, test = self._job, self._temperature, held_out_pairs(self._job)
+        job, temperature = self._job, self._temperature
+        if job.is_snapshot:
+            return {"along": along(self._policy, self._reference, *prompts_and_responses(rollouts), temperature)}
+        test, found = held_out_pairs(job), dict[str, Wanted]()
         pairs = {side: (test["prompt_ids"].to_pylist(), test[f"{side}_ids"].to_pylist()) for side in _SIDES}
-        found: dict[str, Wanted] = {}
         if job.policy == job.reference:
             found["own"] = self._policy.logps(*prompts_and_responses(rollouts[:num_held_out]), temperature)
         found |= {side: self._policy.logps(*pairs[side], 1.0) for side in _SIDES}

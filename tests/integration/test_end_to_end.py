@@ -6,6 +6,7 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,13 +15,15 @@ import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prefarena
+from pipelines import evaluate
 from pipelines.cli import main
 from prefarena.data.tables import read_rows
+from prefarena.generation.fleet import Generators
 from prefarena.report.html import embedded
 from prefarena.report.results import Results, load_results
 from prefarena.report.samples import load_samples
 from prefarena.stage_files import METRICS, read_log
-from prefarena.stages import read_manifest
+from prefarena.stages import Stage, read_manifest
 from prefarena.tasks.gold import GoldReward
 
 QUICK = {"num_steps": 12, "batch_size": 16, "log_every": 4}
@@ -269,7 +272,32 @@ def singles(path: Path, number: int) -> None:
             file.write(json.dumps({"prompt": prompt, "completion": answer, "label": bool(i % 2)}) + "\n")
 
 
-def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
+def engines_beside_scorers(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Gets the number of engines that run, each time evaluations begin to wait for scores."""
+    found, running = list[int](), set[Generators]()
+    start, stop, ended = Generators.start, Generators.stop, evaluate._ended
+
+    def started(*arguments: Any, **settings: Any) -> Generators:
+        generators = start(*arguments, **settings)
+        running.add(generators)
+        return generators
+
+    def stopped(self: Generators) -> None:
+        stop(self)
+        running.discard(self)
+
+    def waited(tasks: dict[Stage, list[Any]], limit_s: float) -> dict[Stage, Any]:
+        found.append(len(running))
+        return ended(tasks, limit_s)
+
+    monkeypatch.setattr(Generators, "start", started)
+    monkeypatch.setattr(Generators, "stop", stopped)
+    monkeypatch.setattr(evaluate, "_ended", waited)
+    return found
+
+
+def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with_engines = engines_beside_scorers(monkeypatch)
     transcripts(tmp_path / "data.jsonl", 160)
     singles(tmp_path / "singles.jsonl", 120)
     tree = {
@@ -293,6 +321,7 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path) -> None:
         "resources": {"scoring": {"num_actors": 2}},  # each evaluation is scored by two tasks
     }  # fmt: skip
     results = run(tree, tmp_path)
+    assert with_engines == [0]  # they were waited for once, when the engines had left
     assert not results.exact and results.data["num_train_pairs"] > 60
     dpo = results.entry("dpo").seeds["0"]
     assert dpo["preference_accuracy"] - 2 * dpo["preference_accuracy_stderr"] > 0.5

@@ -278,6 +278,28 @@ def test_passes_are_timed_beside_as_many_trainings_as_run_at_once(monkeypatch: p
     assert processes(num_workers=2) == [2, 2, 2, 2]
 
 
+def test_a_policy_on_the_way_costs_a_part_of_what_the_final_one_costs(tmp_path: Path) -> None:
+    """Samples on held-out prompts alone, no pairs, and half as many divergences."""
+    training = {"num_snapshots": 3}
+    tree = {
+        "task": {"kind": "text", "data": "pairs.jsonl", "covered_share": 0.5},
+        "model": {"kind": "scratch"},
+        "judge": {"kind": "function", "function": "rewards_that_fail:short"},
+        "entries": [{"name": "dpo", "method": {"kind": "dpo", "training": training}}],
+    }
+    config = parse_config(tree)
+    rows = Rows(64, np.full(64, 8), np.full((64, 2), 4))
+    data, settings = Data(rows, rows, rows.single(), rows.taking(0), rows.single()), model_settings(config)
+    assert settings is not None
+    found = {one.stage: one for one in planned(Workload(config, settings, data, {}, 4))}
+    snapshots, final = found["evaluation (snapshots)"], found["evaluation"]
+    assert snapshots.times == 3 and snapshots.work.generated == final.work.generated / 3
+    parts, whole = dict(snapshots.work.parts), dict(final.work.parts)
+    assert parts.keys() == whole.keys() - {"log-probs"}
+    few, many = parts["divergences"], whole["divergences"]
+    assert isinstance(few, Passes) and isinstance(many, Passes) and few.flops == pytest.approx(many.flops / 6)
+
+
 def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = tmp_path / "small.yaml"
     path.write_text(

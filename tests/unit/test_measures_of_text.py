@@ -19,8 +19,10 @@ from transformers import PreTrainedModel
 from pipelines.equal_length import equal_length_row
 from pipelines.evaluate import (
     _ReferenceSamples,
+    as_snapshot,
     coverage_prompts,
     held_out_prompts,
+    prompts_of,
     sampled_job,
     sampled_on,
     sampling_of,
@@ -29,7 +31,7 @@ from pipelines.frontier import frontier_points, regret_row
 from pipelines.plan import SeedPlan, make_plan
 from pipelines.report import _entry_row
 from pipelines.sampled import score_frontier, score_samples
-from pipelines.sampled_values import SampledJob
+from pipelines.sampled_values import Policies, SampledJob
 from prefarena.config import Comparison, Evaluation, FunctionJudge, parse_config
 from prefarena.data.tables import write_rows
 from prefarena.errors import UserError
@@ -218,6 +220,29 @@ def test_prompts_with_pairs_and_without_are_measured_apart(tmp_path: Path) -> No
         assert {len(arrays[name]) for name in ("scores", "clusters", "kl")} == {8}
         assert row["judge_score"] == pytest.approx(arrays["scores"].mean())
     assert len(pq.read_table(done.trained.evaluation.folder / "samples.parquet")) == 8
+
+
+def test_a_snapshot_has_what_trajectories_read_and_nothing_else(tmp_path: Path) -> None:
+    """The final policy's numbers on held-out prompts, without a pass over other prompts, pairs or others' samples."""
+    done = Evaluated(tmp_path, num_prompts=4, covered_share=0.5)
+    settings, folder = done.config.evaluation, tmp_path / "snapshot"
+    folder.mkdir()
+    job = as_snapshot(sampled_job(done.config, done.plan, done.trained, folder), tmp_path / "new" / "model")
+    judge = JudgeSpec(FUNCTION, None, job.policy)
+    job = replace(job, reference=str(tmp_path / "ref" / "model"), judge=judge, logps=tmp_path / "nowhere")
+    prompts = prompts_of(job, done.plan, settings)
+    assert prompts == sampled_on(done.plan, settings)[:8]
+    rollouts = rollouts_of(sampled_on(done.plan, settings), 1)[:8]
+    with Policies(job, settings) as policies:
+        assert [len(one.prompts) for one in policies.wanted(rollouts, 8).values()] == [8]
+    score_samples(rollouts, job, settings, 0.0)
+    row, whole = row_of(folder), row_of(done.trained.evaluation.folder)
+    assert row == pytest.approx({name: whole[name] for name in row}, abs=1e-6)
+    left_out = {name for name in whole.keys() - row.keys() if "/" not in name}
+    assert {"forward_kl", "preference_accuracy", "demonstration_gain"} <= left_out
+    assert not {name for name in row if "/covered" in name} and {"kl_vocabulary", "kl", "judge_score"} <= row.keys()
+    with np.load(folder / "scores.npz") as arrays:
+        assert {len(arrays[name]) for name in ("scores", "clusters", "kl")} == {8}
 
 
 @pytest.mark.parametrize(("number", "found"), [(0, {}), (2, {"covered": 2, "uncovered": 2})])

@@ -187,7 +187,7 @@ def _of_entry(workload: Workload, entry: Entry) -> Iterator[Planned]:
     yield Planned("evaluation", entry.name, _evaluation(workload, entry), seeds)
     num_snapshots = getattr(getattr(method, "training", None), "num_snapshots", 0)
     if num_snapshots and not language and not isinstance(config.judge, PairwiseJudge):
-        yield Planned("evaluation (snapshots)", entry.name, _evaluation(workload, entry), seeds * num_snapshots)
+        yield Planned("evaluation (snapshots)", entry.name, _snapshot(workload), seeds * num_snapshots)
     if not language and isinstance(config.judge, PairwiseJudge):
         yield Planned("evaluation (pairs)", entry.name, StageWork(()), seeds)
 
@@ -225,6 +225,17 @@ def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
     if entry is not None:
         parts.append(("divergences", workload.scored(samples.times(4))))
     return StageWork(tuple(parts), generated=generated)
+
+
+def _snapshot(workload: Workload) -> StageWork:
+    """The evaluation of a text policy on the way: its samples on held-out prompts, and divergences along them."""
+    settings, prompts = workload.config.evaluation, workload.data.prompts
+    sequences = settings.num_prompts * settings.samples_per_prompt
+    samples = prompts.single().taking(sequences).passed()
+    files = Files(2, 0, workload.plain.parameters)
+    along = workload.scored(samples.times(2))
+    parts = [("sync", _loading(workload)), *_samples(workload, sequences), ("files", files), ("divergences", along)]
+    return StageWork(tuple(parts), generated=sequences * prompts.mean_response)
 
 
 def _samples(workload: Workload, sequences: int, *, judged: int | None = None) -> list[Named]:

@@ -100,7 +100,8 @@ class OnPolicyTraining(LearnerSettings):
     num_snapshots: int = Field(
         0,
         ge=0,
-        description="Number of intermediate policies that are kept, evenly spaced, and evaluated like the final one.",
+        description="Number of intermediate policies that are kept, evenly spaced, and evaluated as the final one is; "
+        "on text for their trajectory alone.",
     )
 
     @model_validator(mode="after")

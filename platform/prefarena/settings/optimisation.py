@@ -83,8 +83,8 @@ class Optimisation(LearnerSettings):
         0,
         ge=0,
         exclude_if=lambda number: number == 0,
-        description="Number of an entry's intermediate policies that are kept, evenly spaced, and evaluated the same "
-        "way as the final one.",
+        description="Number of an entry's intermediate policies that are kept, evenly spaced, and evaluated as "
+        "the final one is; on text for their trajectory alone.",
     )
 
     def check_no_snapshots(self, what: str) -> None:
