@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,11 +16,13 @@ from ray.util.placement_group import placement_group_table
 from test_end_to_end import LANGUAGE, run
 from test_generation import PROMPTS, inside, logp_gap, perturbed
 from tiny import save_tiny_policy
+from transformers import PreTrainedModel
 
-from prefarena.config import Generation
+from prefarena.config import Generation, LoRA
 from prefarena.generation.fleet import Generators
 from prefarena.generation.interface import Sampling, StaleWeightsError, WeightMismatchError, WeightUpdateError
 from prefarena.modeling.load import load_policy
+from prefarena.modeling.lora import adapted_weights, add_adapters, merged_weights
 from tests.helpers.families import LARGEST_GAP, compare, make, process_for_engine, serve
 from tests.helpers.real_model import smollm2
 
@@ -127,6 +130,63 @@ def test_what_one_rank_holds_wrongly_is_noticed(two_ranks: Generators, tiny_poli
         inside(two_ranks, finish_with_a_fault, "")
     two_ranks.sync(weights.items(), "right")
     assert two_ranks.versions() == {"two-ranks": "right"}
+
+
+def test_layers_that_adapters_change_reach_every_rank(two_ranks: Generators, tiny_policy: str) -> None:
+    """Sent merged, alone, on top of the version of which each rank holds a part."""
+    policy = load_policy(tiny_policy)
+    add_adapters(policy, LoRA(rank=4, targets=("q_proj", "down_proj")), seed=0)
+    two_ranks.sync(merged_weights(policy), "adapted@0")
+    for update in (1, 2):
+        perturb_adapters(policy, 0.2 * update)
+        names = two_ranks.layers_of(adapted_weights(policy), f"adapted@{update - 1}")
+        assert names is not None
+        assert {name.split(".")[-2] for name in names} == {"q_proj", "k_proj", "v_proj", "down_proj"}
+        two_ranks.sync(merged_weights(policy, names=names), f"adapted@{update}", since=f"adapted@{update - 1}")
+        assert two_ranks.verified is not None and not two_ranks.verified.skipped
+        rollouts = two_ranks.generate(PROMPTS, Sampling(4, 0.7, seed=update), f"adapted@{update}")
+        merged = load_policy(tiny_policy)
+        merged.load_state_dict(dict(merged_weights(policy)))
+        assert logp_gap(merged, rollouts, 0.7) < 1e-4 and logp_gap(load_policy(tiny_policy), rollouts, 0.7) > 1e-2
+
+
+def perturb_adapters(policy: PreTrainedModel, size: float) -> None:
+    with torch.no_grad():
+        for name, weight in policy.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(weight, std=size)
+
+
+def receive_wrongly(actor: Any, name: str) -> None:
+    """Have the engine take one tensor with a last column of its own, which the last rank has; nothing: as it is."""
+    engine = actor._engine
+    if not name:
+        del engine.receive
+        return
+
+    def receive(update_info: dict[str, Any]) -> None:
+        tensors = dict(update_info["tensors"])
+        wrong = tensors[name].clone()
+        wrong[:, -1] += 1
+        type(engine).receive(engine, {"tensors": tensors | {name: wrong}})
+
+    engine.receive = receive
+
+
+def test_what_one_rank_holds_wrongly_of_an_adapted_layer_is_noticed(two_ranks: Generators, tiny_policy: str) -> None:
+    policy = load_policy(tiny_policy)
+    add_adapters(policy, LoRA(rank=4, targets=("down_proj",)), seed=0)
+    two_ranks.sync(merged_weights(policy), "whole")
+    perturb_adapters(policy, 0.2)
+    names = two_ranks.layers_of(adapted_weights(policy), "whole")
+    changed = "model.layers.1.mlp.down_proj.weight"
+    inside(two_ranks, receive_wrongly, changed)
+    try:
+        with pytest.raises(WeightMismatchError, match=f"were sent: {re.escape(changed)} differ"):
+            two_ranks.sync(merged_weights(policy, names=names), "wrong", since="whole")
+        assert two_ranks.versions() == {"two-ranks": None}
+    finally:
+        inside(two_ranks, receive_wrongly, "")
 
 
 def test_a_partial_update_is_refused(two_ranks: Generators, tiny_policy: str) -> None:
