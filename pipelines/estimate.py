@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from pipelines.ability_counts import count_asked
 from pipelines.addresses import learns_judge
 from pipelines.calibrate import Calibrated, calibrate, tokenizer_of
 from pipelines.checks import check_input
@@ -100,6 +101,10 @@ class Estimator:
         assert settings is not None  # `check_input` has told
         if trained_tokenizer is not None:
             settings.vocab_size = len(tokenizer_of(config, self._folder, trained_tokenizer))
+        if config.evaluation.abilities is not None:
+            length = int(settings.get_text_config(decoder=True).max_position_embeddings)
+            tokenizer = tokenizer_of(config, self._folder, trained_tokenizer)
+            data = replace(data, abilities=count_asked(config.evaluation.abilities, tokenizer, length))
         return Workload(config, settings, data, {}, response_limit(config.task))
 
     def _calibrated(self, workload: Workload) -> Calibrated | None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,15 @@ from tiny import save_tiny_policy
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from pipelines.abilities import _differences, abilities, ability_work, needed_abilities, score_continuations
+from pipelines.ability_counts import count_asked
 from pipelines.checks import check_input
+from pipelines.estimate import Estimator
 from pipelines.plan import make_plan
 from pipelines.policy_scores import ScoredWith
 from prefarena.config import Abilities, Comparison
 from prefarena.data.tables import write_rows
 from prefarena.errors import UserError
+from prefarena.estimate.stages import planned
 from prefarena.evaluation.ability_tasks import Item, item_values, load_tasks
 from prefarena.records import ABILITIES
 from prefarena.report.abilities import abilities_table
@@ -125,7 +130,8 @@ def test_log_likelihoods_are_those_of_lm_evals_own_model(policy: str) -> None:
 
 def config(tmp_path: Path, **abilities: Any) -> Comparison:
     data = tmp_path / "pairs.jsonl"
-    data.write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n', encoding="utf-8")
+    rows = [{"prompt": f"question {place}", "chosen": "b", "rejected": "c"} for place in range(40)]
+    data.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     given = {"abilities": abilities} if abilities else {}
     entries = [
         {"name": "dpo", "method": {"kind": "dpo"}},
@@ -168,6 +174,39 @@ def test_questions_are_put_in_the_chat_template_and_texts_are_not(policy: str, f
     (plain, texts), (in_template, texts_too) = asked.values()
     assert texts == texts_too
     assert len(plain) == 12 and all(chat > own for own, chat in zip(plain, in_template, strict=True))
+
+
+def test_an_estimate_counts_the_tokens_that_an_evaluation_asks_for(policy: str, folder: Path) -> None:
+    settings, number = (
+        Abilities(tasks=NAMES, folder=str(folder), limit=5),
+        defaultdict[str, list[tuple[int, int]]](list),
+    )
+    model = ours(policy, 64)
+    score, generate = model._score, model._generate
+
+    def scored(contexts: list[list[int]], continuations: list[list[int]]) -> np.ndarray:
+        number["scored"] += [(len(one), len(other)) for one, other in zip(contexts, continuations, strict=True)]
+        return np.asarray(score(contexts, continuations))
+
+    def answered(contexts: list[list[int]], most: int, temperature: float) -> list[list[int]]:
+        number["answered"] += [(len(one), most) for one in contexts]
+        return list(generate(contexts, most, temperature))
+
+    model._score, model._generate = scored, answered
+    measured(model, settings)
+    asked = count_asked(settings, tokenizer_of(policy), 64)
+    for name, rows in (("scored", asked.scored), ("answered", asked.answered)):
+        assert list(zip(rows.prompts.tolist(), rows.responses[:, 0].tolist(), strict=True)) == number[name] != []
+
+
+def test_an_estimate_has_a_stage_of_abilities_for_every_policy_but_best_of_n(tmp_path: Path, folder: Path) -> None:
+    given = config(tmp_path, tasks=list(NAMES), folder=str(folder), limit=5)
+    with_them = Estimator(None, tmp_path, lambda _: None)._workload(given)
+    stages = [one for one in planned(with_them) if one.stage == "evaluation (abilities)"]
+    assert [(one.entry, one.times) for one in stages] == [(None, 1), ("dpo", 2)]  # two seeds
+    assert all(one.work.generated == 5 * 6 and one.work.flops > 0 for one in stages)  # answers of at most six tokens
+    without = Estimator(None, tmp_path, lambda _: None)._workload(config(tmp_path))
+    assert not any("abilities" in one.stage for one in planned(without))
 
 
 def test_a_chat_template_that_is_not_there_is_told_before_any_work(tmp_path: Path, folder: Path) -> None:

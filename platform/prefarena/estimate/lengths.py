@@ -52,6 +52,12 @@ class Rows:
         width = self.responses.shape[1]
         return Rows(self.number * width, np.repeat(self.prompts, width), self.responses.reshape(-1, 1))
 
+    @classmethod
+    def of(cls, sizes: Sequence[tuple[int, int]]) -> Rows:
+        """All rows, each with one response: tokens of the prompt and of the response."""
+        both = np.array(sizes, np.int64).reshape(-1, 2)
+        return cls(len(both), both[:, 0], both[:, 1:])
+
     @property
     def mean_prompt(self) -> float:
         return float(self.prompts.mean())
@@ -71,12 +77,24 @@ class Rows:
 
 
 @dataclass(frozen=True)
+class Asked:
+    """What an evaluation of abilities asks of a policy.
+
+    scored: contexts with the continuation whose log-likelihood is asked for. answered: questions with answers of as
+    many tokens as each may have, which is more than most will have.
+    """
+
+    scored: Rows
+    answered: Rows
+
+
+@dataclass(frozen=True)
 class Data:
     """The data of a comparison. judge: rows set aside for a learned judge. prompts: to sample on, by training.
 
     row_seconds: what making a row of the language took, or reading and tokenising one. some_prompts: a few as tokens.
     drawn: where pairs are drawn, every response that is, of which judges order `num_labelled`; the other tables are
-    made of these, demonstrations too unless the rows have `answers`.
+    made of these, demonstrations too unless the rows have `answers`. abilities: where they are measured.
     """
 
     pairs: Rows
@@ -90,6 +108,7 @@ class Data:
     drawn: Rows | None = None
     num_labelled: int = 0
     answers: bool = True
+    abilities: Asked | None = None
 
     def answered(self, lengths: Sequence[int]) -> Data:
         """The data if the model's own responses have these lengths."""

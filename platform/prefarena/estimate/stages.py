@@ -20,6 +20,7 @@ from prefarena.config import (
     TextTask,
     reward_of,
 )
+from prefarena.estimate.lengths import Asked
 from prefarena.estimate.trainings import Named, Workload
 from prefarena.estimate.work import Files, Listing, Raw, Sending, StageWork, Start, Writing
 from prefarena.modeling.passes import Pass
@@ -121,6 +122,8 @@ def _shared(workload: Workload) -> Iterator[Planned]:
     if not language:
         yield from _text_shared(workload)
     yield Planned("evaluation (reference)", None, _evaluation(workload, None), seeds)
+    if data.abilities is not None:
+        yield Planned("evaluation (abilities)", None, _abilities(workload, data.abilities), seeds)
 
 
 def _pairs(workload: Workload, task: TextTask) -> Iterator[Planned]:
@@ -185,6 +188,8 @@ def _of_entry(workload: Workload, entry: Entry) -> Iterator[Planned]:
         work = StageWork((("listing", Listing("scores", config.task.num_prompts)),))
         yield Planned("evaluation (scores of all responses)", entry.name, work, seeds)
     yield Planned("evaluation", entry.name, _evaluation(workload, entry), seeds)
+    if workload.data.abilities is not None and not isinstance(method, BestOfN):  # that one has no policy of its own
+        yield Planned("evaluation (abilities)", entry.name, _abilities(workload, workload.data.abilities), seeds)
     num_snapshots = getattr(getattr(method, "training", None), "num_snapshots", 0)
     if num_snapshots and not language and not isinstance(config.judge, PairwiseJudge):
         yield Planned("evaluation (snapshots)", entry.name, _snapshot(workload), seeds * num_snapshots)
@@ -236,6 +241,20 @@ def _snapshot(workload: Workload) -> StageWork:
     along = workload.scored(samples.times(2))
     parts = [("sync", _loading(workload)), *_samples(workload, sequences), ("files", files), ("divergences", along)]
     return StageWork(tuple(parts), generated=sequences * prompts.mean_response)
+
+
+def _abilities(workload: Workload, asked: Asked) -> StageWork:
+    """lm-eval's tasks on one policy, or on the reference."""
+    parts: list[Named] = [("files", Files(1, 0, workload.plain.parameters))]
+    generated, scored = 0.0, asked.scored
+    if scored.number:
+        size = workload.config.evaluation.batch_size * (scored.mean_prompt + scored.mean_response)
+        parts.append(("log-probs", workload.scored(scored.passed(), size=size)))
+    if asked.answered.number:
+        number, limit = asked.answered.number, asked.answered.longest[1]
+        parts += [("sync", _loading(workload)), ("generate", workload.answering(asked.answered, limit, 1, number))]
+        generated = asked.answered.passed().scored
+    return StageWork(tuple(parts), generated=generated)
 
 
 def _samples(workload: Workload, sequences: int, *, judged: int | None = None) -> list[Named]:

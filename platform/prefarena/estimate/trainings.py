@@ -310,14 +310,16 @@ class Workload:
 
     def sampling(self, calls: float, sequences: float) -> Sampling:
         """Sampling on prompts as long as in training, with responses as long as the data's."""
-        prompts = self.data.prompts
+        return self.answering(self.data.prompts, self.response_limit, calls, sequences)
+
+    def answering(self, prompts: Rows, limit: int, calls: float, sequences: float) -> Sampling:
+        """Sampling on prompts and with responses as long as these, up to a limit."""
         one = prompts.single().taking(1).passed()
         flops = calls * sequences * self.plain.forward(one)
-        response = min(prompts.mean_response, self.response_limit)
+        response = min(prompts.mean_response, limit)
         return Sampling(
-            calls, sequences, prompts.mean_prompt, response, self.response_limit, flops, self.plain.parameters,
-            self.plain.cached,
-        )  # fmt: skip
+            calls, sequences, prompts.mean_prompt, response, limit, flops, self.plain.parameters, self.plain.cached
+        )
 
     def _monitor(self, reward: JudgeSettings) -> EvaluationJudge | None:
         """The judge that is logged besides the reward; the gold reward is a table, and costs nothing."""

@@ -140,6 +140,24 @@ class PolicyLM(TemplateLM):
             )
 
 
+class Counted:
+    """In place of a policy's scores and answers: the lengths of what tasks ask for.
+
+    scored: tokens of contexts and of their continuations. answered: tokens of questions, and the most of an answer.
+    """
+
+    def __init__(self) -> None:
+        self.scored, self.answered = list[tuple[int, int]](), list[tuple[int, int]]()
+
+    def score(self, contexts: list[list[int]], continuations: list[list[int]]) -> np.ndarray:
+        self.scored += [(len(one), len(other)) for one, other in zip(contexts, continuations, strict=True)]
+        return np.zeros((len(contexts), 2))
+
+    def generate(self, contexts: list[list[int]], max_tokens: int, _: float) -> list[list[int]]:
+        self.answered += [(len(one), max_tokens) for one in contexts]
+        return [[] for _ in contexts]
+
+
 def _temperature(settings: dict[str, Any]) -> float:
     """0 where answers are decoded greedily."""
     return float(settings.get("temperature", 1.0 if settings.get("do_sample") else 0.0))
