@@ -23,12 +23,12 @@ from rich.markup import escape
 
 from pipelines.claims import settle
 from pipelines.jobs import judge_spec, response_limit
-from pipelines.labelling import Questions, ask
+from pipelines.labelling import Questions, ask, scoring_flops
 from pipelines.plan import SeedPlan, model_of
 from pipelines.progress import stage_line
 from pipelines.runner import run_once
 from pipelines.sampling import Sampler, generation_counts
-from prefarena.config import Comparison, DrawnPairs, PairwiseJudge, TextTask
+from prefarena.config import Comparison, DrawnPairs, PairwiseJudge, RewardModel, TextTask
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import EntryError, UserError
 from prefarena.generation.interface import Sampling
@@ -152,7 +152,7 @@ def _label(config: Comparison, plan: SeedPlan, task: TextTask, pairs: DrawnPairs
 def _judge_all(
     config: Comparison, plan: SeedPlan, pairs: DrawnPairs, prompts: list[Answered], kept: Path
 ) -> tuple[list[list[Contest]], Counter[str]]:
-    """The contests of each prompt, by its annotator, and the paid calls. Raises UserError as `_check_silence`."""
+    """The contests of each prompt, by its annotator, and what they cost. Raises UserError as `_check_silence`."""
     contests: list[list[Contest]] = [[] for _ in prompts]
     costs: Counter[str] = Counter()
     for number, judge in enumerate(pairs.judges(config.judge)):
@@ -163,6 +163,8 @@ def _judge_all(
         values, paid = ask(questions, spec, config.resources, config.evaluation.batch_size, kept)
         costs += paid
         costs["num_labels"] += len(values)
+        if isinstance(judge, RewardModel) and spec.path is not None:
+            costs["num_flops"] += scoring_flops(questions, spec.path)
         costs["num_silent"] += _check_silence(values, pairs, judge.kind)
         start = 0
         for i in own:

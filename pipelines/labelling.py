@@ -27,6 +27,9 @@ from prefarena.judges.pairwise import PairwiseComparer
 from prefarena.judges.spec import Judge, JudgeSpec, load_comparer, load_judge, usage_of
 from prefarena.judges.usage import total_costs
 from prefarena.modeling.arithmetic import named
+from prefarena.modeling.flops import count_model
+from prefarena.modeling.load import load_settings
+from prefarena.modeling.passes import passed
 
 _ANSWER = pa.schema([("part", pa.int64()), ("values", pa.list_(pa.float64())), ("failure", pa.string()),
                      ("costs", pa.list_(pa.struct([("name", pa.string()), ("number", pa.int64())])))])  # fmt: skip
@@ -86,6 +89,13 @@ def ask(
         answers[answer["part"]] = answer["values"]
         costs.update({cost["name"]: cost["number"] for cost in answer["costs"]})
     return np.array([value for part in parts for value in answers[part["part"]]], np.float64), costs
+
+
+def scoring_flops(questions: Questions, reward_model: str) -> int:
+    """FLOPs of scoring the questions with a reward model, each response behind a prompt of its own."""
+    prompts, responses = (np.array([*map(len, side)], float) for side in (questions.prompts, questions.responses))
+    counts = count_model(load_settings(reward_model))
+    return round(counts.forward(passed(prompts, responses[:, None]), head=False))
 
 
 def _num_actors(spec: JudgeSpec, resources: Resources) -> int:

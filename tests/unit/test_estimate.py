@@ -22,6 +22,7 @@ from pipelines.cli import main
 from pipelines.estimate import Estimator, on_cards
 from pipelines.estimate_tune import num_trainings
 from pipelines.memory import model_settings
+from prefarena.cluster.needs import Lengths as MostTokens
 from prefarena.cluster.needs import trainings
 from prefarena.config import DPO, Comparison, LanguageTask, LoRA, Optimisation, RewardModel, TextTask, parse_config
 from prefarena.data.first_rows import look_at_prompts
@@ -41,6 +42,7 @@ from prefarena.estimate.trainings import Workload
 from prefarena.estimate.work import Judging, Manner, Passes, Sampling, StageWork, Writing
 from prefarena.modeling.flops import count_model
 from prefarena.modeling.load import load_policy
+from prefarena.modeling.memory import MemoryNeed
 from prefarena.modeling.passes import Pass, passed
 from prefarena.training.run_job import run_job
 from prefarena.training.worker import Worker
@@ -128,6 +130,23 @@ def test_memory_is_that_of_passes_that_are_made() -> None:
     sizes = {one.where: workload.in_one_pass(one, 32) for one in trainings(config)}
     assert sizes["entries.x.method.training"] == 8  # of a minibatch, however many a pass may hold
     assert sizes["reference.training"] == 32
+
+
+@pytest.mark.parametrize(
+    "several", [{"demonstration_weight": 0.1}, {"training": {"batch_size": 8, "micro_batch_tokens": 16 * 4}}]
+)
+def test_a_step_of_one_pass_has_no_gradients_while_it_runs(several: dict[str, Any]) -> None:
+    def need(**settings: Any) -> MemoryNeed:
+        method = {"kind": "dpo", "training": {"batch_size": 4}} | settings
+        config = parse_config({"entries": [{"name": "x", "method": method}]})
+        [training] = [one for one in trainings(config) if one.where == "entries.x.method.training"]
+        found = training.need(LLAMA, MostTokens(8, 4), training.sizes[0])
+        assert found is not None
+        return found
+
+    one_pass, more = need(), need(**several)  # passes of four pairs, all of them
+    assert (one_pass.weights, one_pass.optimizer) == (more.weights, more.optimizer)
+    assert one_pass.total < more.total
 
 
 # ---------------------------------------------------------------------------------------------- hardware
@@ -469,3 +488,41 @@ def test_a_learned_annotator_scores_by_passes_and_a_function_by_its_own_time(tmp
     parts = dict(stage_of(config, data, "pairs").parts)
     assert isinstance(parts["writing"], Writing)
     assert parts["writing"].rows == data.pairs.number + data.test_pairs.number
+
+
+# --------------------------------------------------------------------------------- the reference's log-probs
+
+
+def scoring_passes(work: StageWork) -> dict[str, float]:
+    """Tokens that are scored, by the arithmetic."""
+    return {part.manner.precision: part.tokens for _, part in work.parts if isinstance(part, Passes)}
+
+
+def test_training_pairs_are_scored_in_the_arithmetic_of_the_training_that_reads_them() -> None:
+    rows = Rows(64, np.full(64, 10), np.full((64, 2), 4))
+    data = Data(rows, rows.taking(16), rows.single(), rows.taking(0), rows.single())
+    halves = {"batch_size": 8, "precision": "bfloat16"}
+    entries = [
+        {"name": "dpo", "method": {"kind": "dpo", "training": halves}},
+        {"name": "kto", "method": {"kind": "kto", "training": halves}},
+    ]
+    config = parse_config({**drawn().model_dump(), "entries": entries})
+    logps = stage_of(config, data, "logps")
+    assert config.scored_in == "float32"
+    assert scoring_passes(logps) == {"bfloat16": 64 * 18, "float32": 16 * 18}
+    assert [name for name, _ in logps.parts].count("start") == 2  # a pool for each
+    # Of both responses to a prompt, each beside another response: the prompt is passed once with each.
+    assert scoring_passes(stage_of(config, data, "responses")) == {"bfloat16": 2 * 64 * 18}
+
+
+def test_pairs_are_scored_by_one_pool_where_evaluations_compute_as_training_does() -> None:
+    rows = Rows(64, np.full(64, 10), np.full((64, 2), 4))
+    data = Data(rows, rows.taking(16), rows.single(), rows.taking(0), rows.single())
+    logps = stage_of(drawn(), data, "logps")
+    assert scoring_passes(logps) == {"float32": 80 * 18}
+    assert [name for name, _ in logps.parts].count("start") == 1
+
+
+def test_shared_tokens_are_as_many_as_the_shorter_response_has() -> None:
+    rows = Rows(2, np.array([10, 10]), np.array([[4, 6], [5, 3]]))
+    assert rows.cut_to_shorter().responses.tolist() == [[4, 4], [3, 3]]

@@ -9,13 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 from models import random_model
+from tiny import save_tiny_policy
 from torch import Tensor, nn
 
 from prefarena.config import LoRA
-from prefarena.modeling.arithmetic import in_weights
+from prefarena.modeling.arithmetic import halve_products, in_weights
 from prefarena.modeling.halves import compute_in_halves
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.layers import recompute_layers, take_off_wrappers
+from prefarena.modeling.load import load_policy
 from prefarena.modeling.logprobs import LogProbs, PackedModel
 from prefarena.modeling.lora import add_adapters
 from prefarena.modeling.packing import pack
@@ -142,3 +144,15 @@ def test_a_trained_model_computes_in_float32_again() -> None:
     assert not torch.equal(module(pack(*ROWS))[0], expected)
     take_off_wrappers(module.model)
     assert torch.equal(LogProbs(module.model)(pack(*ROWS))[0], expected)
+
+
+def test_a_model_whose_products_are_halved_leaves_its_file(tmp_path: Path) -> None:
+    """One weight in a mapped file would keep all of the file in the process."""
+    path = save_tiny_policy(tmp_path / "model", tied=True)
+    model = load_policy(path)
+    before = {name: one.detach().clone() for name, one in model.named_parameters()}
+    assert "model.safetensors" in Path("/proc/self/maps").read_text(encoding="utf-8")
+    halve_products(model.requires_grad_(False))
+    assert "model.safetensors" not in Path("/proc/self/maps").read_text(encoding="utf-8")
+    assert model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    assert all(torch.equal(one, before[name].to(one.dtype)) for name, one in model.named_parameters())

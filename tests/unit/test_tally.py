@@ -12,8 +12,10 @@ from on_policy import LocalGenerator, make_job
 from tiny import save_tiny_policy
 from torch.utils.flop_counter import FlopCounterMode
 
+from pipelines.labelling import Questions, scoring_flops
 from prefarena.config import DPO, PPOTraining
-from prefarena.modeling.flops import count_model, generated
+from prefarena.judges.models import RewardModelJudge
+from prefarena.modeling.flops import count_model, flops_of, generated
 from prefarena.modeling.heads import ScalarHead
 from prefarena.modeling.load import load_policy, load_settings, new_reward_model
 from prefarena.modeling.logprobs import LogProbs
@@ -95,3 +97,12 @@ def test_on_policy_training_counts_generation_scoring_and_every_epoch(policy: st
     least = counts.per_token * tokens * (1 + 2 + 1 + epochs * 6)
     assert least < found["num_flops"] < 2.5 * least
     assert np.isfinite(found["num_flops"])
+
+
+def test_labels_of_a_learned_judge_cost_what_it_computes_for_them(policy: str) -> None:
+    judge = RewardModelJudge.of(new_reward_model(policy, seed=0), batch_size=3)
+    questions = Questions([prompt for prompt in PROMPTS for _ in range(2)], [one for own in RESPONSES for one in own])
+    judge.score(questions.prompts, questions.responses)
+    assert isinstance(judge.head, ScalarHead)
+    counted = flops_of(judge.head.worked, count_model(load_settings(policy)), head=False)
+    assert scoring_flops(questions, policy) == counted > 0

@@ -178,7 +178,8 @@ def trainings(config: Comparison) -> list[Training]:
             found.append(off_policy(keyed[1].training, f"{where}.{keyed[0]}.training", scores=True))
         if isinstance(method, OffPolicyMethod):
             beside = 0 if keyed is None else 1 + is_model(keyed[1])
-            found.append(off_policy(method.training, f"{where}.training", beside=beside))
+            terms = 1 + (method.demonstration_weight > 0) + (method.pretraining_weight > 0)
+            found.append(off_policy(method.training, f"{where}.training", beside=beside, terms=terms))
         elif isinstance(method, OnPolicyMethod):
             chosen = method.training.micro_batch_size
             found.append(
@@ -201,16 +202,28 @@ def spread_of(config: Comparison) -> Spread:
 
 
 def _off_policy(
-    config: Comparison, training: Optimisation, where: str, *, responses: int = 2, scores: bool = False, beside: int = 0
+    config: Comparison,
+    training: Optimisation,
+    where: str,
+    *,
+    responses: int = 2,
+    scores: bool = False,
+    beside: int = 0,
+    terms: int = 1,
 ) -> Training:
-    """The need of off-policy training. beside: frozen models that a worker holds if the policy responds on the way."""
+    """The need of off-policy training. beside: frozen models that a worker holds if the policy responds on the way.
+
+    terms: of the loss, each of which makes its own passes in a step.
+    """
     tokens = training.micro_batch_tokens
     return Training(
         where,
         "micro_batch_tokens",
         training,
         _halves(LARGEST_PASS, SMALLEST_PASS) if tokens == "auto" else (tokens,),
-        _OffPolicy(_of_memory(training), responses, scores, config.resources.num_workers, spread_of(config), beside),
+        _OffPolicy(
+            _of_memory(training), responses, scores, config.resources.num_workers, spread_of(config), beside, terms
+        ),
         on_policy=beside > 0,
     )
 
@@ -232,7 +245,8 @@ def _halves(largest: int, smallest: int) -> tuple[int, ...]:
 class _OffPolicy:
     """The memory that a training on a table needs; trainings with equal needs are examined once.
 
-    responses: to each prompt, one or a pair. scores: of a reward model. beside: frozen models of about its size.
+    responses: to each prompt, one or a pair. scores: of a reward model. beside: frozen models of about its size. terms:
+    of the loss; with several, or with several passes over one, gradients exist while a pass runs.
     """
 
     training: Optimisation
@@ -241,6 +255,7 @@ class _OffPolicy:
     num_workers: int
     spread: Spread
     beside: int = 0
+    terms: int = 1
 
     def __call__(self, settings: PretrainedConfig, lengths: Lengths, tokens: int) -> MemoryNeed | None:
         """The need in passes of so many tokens; a longer sequence gets a pass of its own."""
@@ -252,7 +267,8 @@ class _OffPolicy:
         sizes = [lengths.response] * self.responses
         loss = partial(sum_of_pass, prompt=lengths.prompt, responses=sizes, number=number)
         halved = self.training.precision == "bfloat16"
-        need = training_memory(module, [loss], bfloat16=halved, spread=self.spread)
+        accumulates = self.terms > 1 or number < share
+        need = training_memory(module, [loss], bfloat16=halved, accumulates=accumulates, spread=self.spread)
         return None if need is None else with_models(need, module, self.beside, self.spread)
 
     def _module(self, settings: PretrainedConfig, lengths: Lengths) -> nn.Module:

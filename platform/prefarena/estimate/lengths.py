@@ -58,6 +58,11 @@ class Rows:
         both = np.array(sizes, np.int64).reshape(-1, 2)
         return cls(len(both), both[:, 0], both[:, 1:])
 
+    def cut_to_shorter(self) -> Rows:
+        """All responses to a prompt as long as the shortest of them."""
+        shortest = self.responses.min(1, keepdims=True)
+        return Rows(self.number, self.prompts, np.broadcast_to(shortest, self.responses.shape))
+
     @property
     def mean_prompt(self) -> float:
         return float(self.prompts.mean())

@@ -18,6 +18,8 @@ from prefarena.training.prediction import required_mib
 _MIB = 2**20
 #: Of a training worker's process on a CPU before its job: 550 to 600 MiB on Linux, with torch's build for CPUs.
 _PROCESS_MIB = 590.0
+#: Of kernels that such a worker keeps in the end (`training/process_memory.py`), where products are in bfloat16.
+_KERNELS_MIB = 80.0
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def held_by_trainings(
             if on_cpu:  # a process as it is, in place of what stands for one where room must not run out
                 nothing = required_mib(MemoryNeed(0, 0, 0, 0), on_cpu=True, spares=spares)
                 mib = required_mib(held, on_cpu=True, spares=spares) - nothing + _PROCESS_MIB
+                mib += _KERNELS_MIB if training.settings.precision == "bfloat16" else 0.0
         found[training.where] = Held(mib, room, size)
     return found
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from prefarena.config import (
@@ -23,11 +23,14 @@ from prefarena.config import (
 from prefarena.estimate.lengths import Asked
 from prefarena.estimate.trainings import Named, Workload
 from prefarena.estimate.work import Files, Listing, Raw, Sending, StageWork, Start, Writing
-from prefarena.modeling.passes import Pass
+from prefarena.modeling.arithmetic import Arithmetic
+from prefarena.modeling.passes import NOTHING, Pass
 from prefarena.settings.unpaired import Unpaired
 
 #: The samples that an evaluation draws in one call.
 _PART_ROLLOUTS = 256
+#: In which training pairs are scored where no entry learns from them.
+_LEAST_PRECISION: Arithmetic = "float32"
 
 
 @dataclass(frozen=True)
@@ -101,29 +104,42 @@ def _shared(workload: Workload) -> Iterator[Planned]:
         yield Planned("pairs", None, StageWork((("listing", Listing("reference", task.num_prompts)),)), seeds)
     else:
         yield from _pairs(workload, task)
-    for kind, method_kind in (("logps", False), ("responses", True)):
-        found = {
-            entry.method.training.precision
-            for entry in config.entries
-            if isinstance(entry.method, OffPolicyMethod) and isinstance(entry.method, Unpaired) == method_kind
-        }
-        for _ in found or ([None] if kind == "logps" else []):
-            scored = data.pairs.passed().plus(data.test_pairs.passed())
-            if method_kind:
-                scored = data.pairs.apart().passed().times(2)
-            yield Planned(kind, None, StageWork((("start", Start()), ("passes", workload.scored(scored)))), seeds)
-    for _ in {
-        entry.method.training.precision
-        for entry in config.entries
-        if isinstance(entry.method, Pairwise) and entry.method.needs_shared
-    }:  # responses are cut to the shorter one's length, which is not known of each pair
-        cut = ("passes", workload.scored(data.pairs.passed()))
-        yield Planned("shared_logps", None, StageWork((("start", Start()), cut)), seeds)
+    yield from _reference_scores(workload)
     if not language:
         yield from _text_shared(workload)
     yield Planned("evaluation (reference)", None, _evaluation(workload, None), seeds)
     if data.abilities is not None:
         yield Planned("evaluation (abilities)", None, _abilities(workload, data.abilities), seeds)
+
+
+def _reference_scores(workload: Workload) -> Iterator[Planned]:
+    """The stages of the reference's log-probs: one for each arithmetic that entries train in.
+
+    Training pairs are scored in that arithmetic, test pairs in that of evaluations, each kind by a pool of its own.
+    """
+    config, data = workload.config, workload.data
+    methods = [one.method for one in config.entries if isinstance(one.method, OffPolicyMethod)]
+    pairwise = {one.training.precision for one in methods if not isinstance(one, Unpaired)}
+    for precision in sorted(pairwise) or [_LEAST_PRECISION]:
+        both = [(data.pairs.passed(), precision), (data.test_pairs.passed(), config.scored_in)]
+        yield Planned("logps", None, _scoring(workload, both))
+    for precision in sorted({one.training.precision for one in methods if isinstance(one, Unpaired)}):
+        # Each of the two responses is scored beside one to another prompt, which is about as long as its own.
+        yield Planned("responses", None, _scoring(workload, [(data.pairs.passed().times(2), precision)]))
+    shared = {one.training.precision for one in methods if isinstance(one, Pairwise) and one.needs_shared}
+    for precision in sorted(shared):
+        yield Planned("shared_logps", None, _scoring(workload, [(data.pairs.cut_to_shorter().passed(), precision)]))
+
+
+def _scoring(workload: Workload, tables: Iterable[tuple[Pass, Arithmetic]]) -> StageWork:
+    """Tables of pairs that are scored by Ray Data's actors, a pool for each arithmetic."""
+    by_arithmetic: dict[Arithmetic, Pass] = {}
+    for through, arithmetic in tables:
+        by_arithmetic[arithmetic] = by_arithmetic.get(arithmetic, NOTHING).plus(through)
+    parts: list[Named] = []
+    for arithmetic, through in by_arithmetic.items():
+        parts += [("start", Start()), ("passes", workload.scored(through, arithmetic=arithmetic))]
+    return StageWork(tuple(parts))
 
 
 def _pairs(workload: Workload, task: TextTask) -> Iterator[Planned]:
@@ -208,7 +224,7 @@ def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
         return StageWork((("listing", Listing("policy", policies * config.task.num_prompts)),))
     starts: list[Named] = [("start", Start("engine"))] if entry is None else []  # it is sampled first
     best_of = method.n if isinstance(method, BestOfN) else 1
-    sequences = settings.num_prompts * settings.samples_per_prompt
+    held_out = sequences = settings.num_prompts * settings.samples_per_prompt
     if config.task.kind == "text" and config.task.covered_share < 1:
         others = settings.num_prompts if settings.num_coverage_prompts is None else settings.num_coverage_prompts
         sequences += 2 * others * settings.samples_per_prompt
@@ -222,9 +238,10 @@ def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
     samples = workload.data.prompts.single().taking(sequences).passed()
     pairs = workload.data.test_pairs.apart().passed()
     size = settings.batch_size * (samples.tokens / sequences)
-    twice = 2 if config.scored_in != "float32" else 1
+    # An entry's pairs are scored by the reference, too, unless those of the table are as exact.
+    twice = 2 if config.scored_in != "float32" and entry is not None else 1
     # Along samples of both, an entry's log-probs come with its divergences.
-    own = samples if entry is None else Pass(0.0, 0.0, 0.0)
+    own = samples.times(held_out / sequences) if entry is None else NOTHING
     parts.append(("log-probs", workload.scored(own.plus(pairs.times(twice)), size=size)))
     parts.append(("files", Files(2, 0, workload.plain.parameters)))
     if entry is not None:

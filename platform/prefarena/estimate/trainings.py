@@ -27,6 +27,7 @@ from prefarena.config import (
 from prefarena.data.plan import LARGEST_PASS, BatchPlan
 from prefarena.estimate.lengths import Data, Rows
 from prefarena.estimate.work import Files, Judging, Manner, Part, Passes, Sampling, Sending, StageWork, Steps
+from prefarena.modeling.arithmetic import Arithmetic
 from prefarena.modeling.flops import Counts, count_model
 from prefarena.modeling.passes import Pass, passed
 from prefarena.modeling.room import LARGEST_MICRO_BATCH
@@ -237,9 +238,11 @@ class Workload:
         measured = self.scored(test.plus(samples), head=False)
         return StageWork((*work.parts, ("measuring", measured)), self.workers, memory=where, trained=work.trained)
 
-    def scored(self, passed: Pass, *, head: bool = True, size: float = LARGEST_PASS) -> Passes:
-        """Passes without gradients, in the arithmetic of evaluations, by one process."""
-        manner = Manner(self.config.scored_in)
+    def scored(
+        self, passed: Pass, *, head: bool = True, size: float = LARGEST_PASS, arithmetic: Arithmetic | None = None
+    ) -> Passes:
+        """Passes without gradients by one process. arithmetic: None means that of evaluations."""
+        manner = Manner(arithmetic or self.config.scored_in)
         number = max(1.0, passed.tokens / size)
         flops = self.plain.forward(passed, head=head)
         return Passes(number, flops, passed.tokens, manner, False, self.plain.layers)

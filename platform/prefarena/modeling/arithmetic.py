@@ -70,7 +70,8 @@ def halve_products(module: nn.Module) -> None:
     """Hold the frozen weights of products within decoder layers in bfloat16, where the module computes in halves.
 
     What it computes stays, bit for bit: the copies that are made of float32 weights are these very numbers.
-    Embedding, norms and head stay in float32, and so do adapters.
+    Embedding, norms and head stay in float32, and so do adapters. What stays is copied out of the file that it may have
+    been read from: as long as any tensor lies in a mapped file, all pages of the file count as the process's memory.
     """
     for layer in decoder_layers(module):
         for name, part in layer.named_modules():
@@ -78,6 +79,9 @@ def halve_products(module: nn.Module) -> None:
             if is_linear(part) and "lora_" not in name and not any(one.requires_grad for one in own):
                 for parameter in own:
                     parameter.data = parameter.data.to(torch.bfloat16)
+    for parameter in module.parameters():
+        if parameter.dtype != torch.bfloat16 and not parameter.requires_grad:
+            parameter.data = parameter.data.clone()
 
 
 def _widened(_module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import os
 import resource
 from pathlib import Path
 
@@ -10,6 +11,9 @@ from pathlib import Path
 _MMAP_THRESHOLD, _TRIM_THRESHOLD = -3, -1
 _LARGEST, _TRIMMED = 2**25, 2**26
 _APART, _TRIMMED_APART = 2**20, 2**17
+#: What oneDNN and torch's wrapper of it read when the process first needs them, and the kernels that each is to keep. A
+#: pass of one length needs some forty, with all layers and gradients.
+_KERNEL_CACHES, _KERNELS = ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), 128
 
 
 def return_tensors(at_once: bool) -> None:
@@ -24,6 +28,16 @@ def return_tensors(at_once: bool) -> None:
     if hasattr(libc, "mallopt"):
         libc.mallopt(_MMAP_THRESHOLD, _APART if at_once else _LARGEST)
         libc.mallopt(_TRIM_THRESHOLD, _TRIMMED_APART if at_once else _TRIMMED)
+
+
+def keep_few_kernels() -> None:
+    """Bound the kernels that oneDNN keeps, which computes products in bfloat16 on a CPU; before the first of them.
+
+    It compiles one for each shape, and keeps 1,024 twice over. Packed passes have ever new numbers of tokens, so a job
+    of 45 steps left half a GiB of kernels that nobody asks for again. What the user has set stays.
+    """
+    for name in _KERNEL_CACHES:
+        os.environ.setdefault(name, str(_KERNELS))
 
 
 def kept_share(at_once: bool) -> float:

@@ -247,6 +247,7 @@ class Worker:
         if self.device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self.device)
             return
+        process_memory.keep_few_kernels()
         process_memory.return_tensors(at_once=False)
         process_memory.give_back_freed()
         process_memory.forget_peak()
