@@ -66,7 +66,8 @@ class RandomRollouts:
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         # Ray puts copies into its object store, which stay mapped into the worker.
-        self.sent = deque(buckets(named_tensors, torch.float32, BUCKET_BYTES), maxlen=MOST_BUCKETS)
+        filled = buckets(named_tensors, torch.float32, BUCKET_BYTES)
+        self.sent = deque((bucket.data.copy() for bucket in filled), maxlen=MOST_BUCKETS)
 
     def submit(self, prompts: list[list[int]], sampling: Sampling, version: str) -> RandomRollouts:
         self.prompts, self.version = prompts, version

@@ -188,12 +188,20 @@ def test_trainers_send_what_a_checkpoint_holds(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(transfer_module, "join_transfer", lambda *_: sender)
     settings: Any = SimpleNamespace(weight_sync="nccl", tensor_parallel=1)
     transfer = DeviceTransfer([member], settings, torch.float32)
-    transfer.send(state, None, "new")
+    transfer.send(state.items(), None, "new")
     expected = {name: tensor for name, tensor in layout.as_checkpoint(state).items() if name not in merged}
     assert sent.keys() == expected.keys() and all(sent[name].equal(expected[name]) for name in sent)
     assert bool(merged) == ("lm_head.weight" in state.keys() - sent.keys())
-    with pytest.raises(WeightUpdateError, match="missing"):
-        transfer.send(dict(list(state.items())[1:]), None, "half")
+    shapes = [(name, tuple(tensor.shape)) for name, tensor in sent.items()]
+    assert shapes == [*layout.sent_shapes(merged).items()]  # what vLLM is told beforehand
+    first, *others = state
+    for names, wrong in (
+        (others, f"missing: {first}$"),
+        ([first, *others[:-1]], f"missing: {others[-1]}$"),
+        ([*state, first], f"sent twice: {first}$"),
+    ):
+        with pytest.raises(WeightUpdateError, match=wrong):
+            transfer.send(((name, state[name]) for name in names), None, "wrong")
 
 
 # ---------------------------------------------------------------------------------------------------- a whole command

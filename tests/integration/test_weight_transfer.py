@@ -134,8 +134,8 @@ def transfer(
         with carried_by(backend):
             llm.collective_rpc(exchange_transfer_engine, args=(backend,))
             client = Loopback(actor, None, "")
-            sizes = [tensor.numel() for tensor in weights[0].values()]
-            sender = DeviceSender(backend, client, 3, torch.float32, "10.0.0.1", sizes)
+            shapes = {name: tuple(tensor.shape) for name, tensor in weights[0].items()}
+            sender = DeviceSender(backend, client, 3, torch.float32, "10.0.0.1", shapes)
             for update, tensors in enumerate(weights):
                 client.sums, client.version = sums[update], f"{backend}@{update}"
                 sender.send(tensors.items())
@@ -279,7 +279,8 @@ def chunks_of(actor: Any, config: Any, dtype: torch.dtype, folder: str) -> tuple
         patch(f"{module}.packed_tensor.reduce_tensor", lambda tensor: (None, ())),
     ):
         assert packed_tensor.DEFAULT_PACKED_BUFFER_SIZE_BYTES == 2**30
-        DeviceSender("ipc", client, 1, dtype, "", layout.sent_sizes(())).send(layout.to_send(weights, ()).items())
+        sender = DeviceSender("ipc", client, 1, dtype, "", layout.sent_shapes(()))
+        sender.send(layout.one_by_one(weights.items(), ()))
     [size] = buffers
     total = sum(tensor.numel() for tensor in weights.values()) * dtype.itemsize
     return size, total, [(sum(info["tensor_sizes"]), info["names"]) for info in told]
@@ -419,8 +420,8 @@ def broken_off(actor: Any, weights: dict[str, torch.Tensor]) -> tuple[bool, bool
         patch(f"{module}.packed_nccl_broadcast_producer", broadcast),
         patch(f"{module}.open_trainer_endpoint", lambda info: SimpleNamespace(destroy=aborted.set)),
     ):
-        sizes = [tensor.numel() for tensor in weights.values()]
-        sender = DeviceSender("nccl", client, 1, torch.float32, "10.0.0.1", sizes)
+        shapes = {name: tuple(tensor.shape) for name, tensor in weights.items()}
+        sender = DeviceSender("nccl", client, 1, torch.float32, "10.0.0.1", shapes)
 
         def send() -> None:
             try:

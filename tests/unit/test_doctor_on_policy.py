@@ -127,9 +127,9 @@ def test_what_no_card_can_hold_is_refused_with_the_settings_to_change() -> None:
     assert not refused(of_gpus({"lora": {"rank": 4}}))  # on the largest card, whatever the smallest has
     halved = {"lora": {"rank": 4}, "precision": "bfloat16"}
     shared = {"resources": {"gpus_per_worker": 0.5}}
-    engine = {"gpus": 0.5, "weight_sync": "ipc", "gpu_memory_utilization": 0.6}
+    engine = {"gpus": 0.5, "weight_sync": "ipc", "gpu_memory_utilization": 0.8}
     told = refused(of_gpus(halved, **shared, generation=engine))
-    assert "offers 32.0 GiB" in told and "lower generation.gpu_memory_utilization" in told
+    assert "offers 16.0 GiB" in told and "lower generation.gpu_memory_utilization" in told
     assert not refused(of_gpus(halved, **shared, generation=engine | {"gpu_memory_utilization": 0.3}))
 
 
@@ -152,10 +152,10 @@ def test_weights_on_their_way_take_what_gradients_and_passes_left_on_a_gpu() -> 
     by_host = training.need(SHALLOW, Lengths(1, 1), 1)
     [training] = trainings(of_gpus(adapters, generation={"weight_sync": "nccl"}))
     need = training.need(SHALLOW, Lengths(1, 1), 1)
-    weights = 4 * num_parameters(SHALLOW)
+    weights, largest = 4 * num_parameters(SHALLOW), 4 * 16384 * 50_000
     assert need is not None and weights / 2 < need.weights < 0.6 * weights
-    assert need.activations == pytest.approx(weights, rel=0.01)  # merged in float32, on rank 0
-    assert by_host is not None and by_host.weights == need.weights and by_host.activations < weights / 2
+    assert need.activations == 2 * largest + 3 * GIB < weights / 2  # merged one by one in float32, packed on rank 0
+    assert by_host is not None and by_host.weights == need.weights and by_host.activations < need.activations
     whole = trainings(of_gpus({"micro_batch_size": 1}))[0].need(SHALLOW, Lengths(1, 1), 1)
     assert whole is not None and whole.weights < 3.05 * weights  # policy, critic, reference; none is copied
     assert whole.gradients < 2.01 * weights

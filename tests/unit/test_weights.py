@@ -7,6 +7,7 @@ import itertools
 import pickle
 import weakref
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 import torch
@@ -19,12 +20,12 @@ from prefarena.generation.checksums import (
     checksums,
     columns_of,
     piece_of,
+    summed,
     taken,
     whole_checksums,
     within,
 )
 from prefarena.generation.fleet import balance
-from prefarena.generation.host_transfer import HostUpdate
 from prefarena.generation.interface import WeightMismatchError, WeightUpdateError
 from prefarena.generation.shared import Bucket, buckets, shared
 from prefarena.generation.weights import Verified, check_complete, check_held, check_known
@@ -191,15 +192,26 @@ def of_sizes(**sizes: int) -> dict[str, torch.Tensor]:
     return {name: torch.full((size,), float(size)) for name, size in sizes.items()}
 
 
+def put_away(filled: Iterator[Bucket]) -> list[Bucket]:
+    """Copies, as the object store has them."""
+    return [replace(bucket, data=bucket.data.copy()) for bucket in filled]
+
+
 def test_buckets_hold_what_fits_in_order_and_what_is_larger_alone() -> None:
     """In bytes of bfloat16, each tensor beginning at a multiple of 64."""
     tensors = of_sizes(a=32, b=16, c=64, d=500, e=3, f=96)
-    found = list(buckets(tensors.items(), torch.bfloat16, 256))
+    found = put_away(buckets(tensors.items(), torch.bfloat16, 256))
     assert [list(bucket.entries) for bucket in found] == [["a", "b", "c"], ["d"], ["e", "f"]]
     assert [len(bucket.data) for bucket in found] == [256, 1024, 256]
     read = {name: tensor for bucket in found for name, tensor in bucket.tensors().items()}
     assert all(torch.equal(read[name], tensors[name].bfloat16()) for name in tensors)
     assert list(buckets([], torch.float32, 256)) == []
+
+
+def test_buckets_are_filled_in_the_same_memory() -> None:
+    """New memory costs ten times as much as the copying."""
+    places = [bucket.data.ctypes.data for bucket in buckets(of_sizes(a=32, b=32, c=32).items(), torch.bfloat16, 64)]
+    assert len(places) == 3 and len(set(places)) == 1
 
 
 def test_a_bucket_holds_copies_in_the_engines_dtype() -> None:
@@ -302,10 +314,10 @@ def test_weights_go_to_the_host_one_by_one() -> None:
             alive.append(weakref.ref(new))
             yield name, new
 
-    update = HostUpdate([], "run@1", torch.bfloat16)
-    sent = list(buckets(update.summed(made(), frozenset(), None), torch.bfloat16, 128))
+    sums: dict[str, int] = {}
+    sent = list(buckets(summed(made(), sums, torch.bfloat16), torch.bfloat16, 128))
     assert [list(bucket.entries) for bucket in sent] == [["a", "b"], ["c", "d"], ["e", "f"]]
-    assert update.sums == checksums({name: torch.full((3,), 1.5) for name in "abcdef"}, torch.bfloat16)
+    assert sums == checksums({name: torch.full((3,), 1.5) for name in "abcdef"}, torch.bfloat16)
 
 
 def test_tensors_that_an_engine_holds_the_other_way_round_are_summed_so() -> None:

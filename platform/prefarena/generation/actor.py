@@ -8,6 +8,7 @@ stale weights. `client.Generator` asks it; `fleet.Generators` is what the rest o
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -109,8 +110,8 @@ class GenerationActor:
         return self._version
 
     def model(self) -> ServedModel:
-        sizes = self._layout.sent_sizes(self._merged_heads)
-        num_bytes = sum(sizes) * self._engine.dtype.itemsize
+        shapes = self._layout.sent_shapes(self._merged_heads).values()
+        num_bytes = sum(map(math.prod, shapes)) * self._engine.dtype.itemsize
         return ServedModel(self._path, self._merged_heads, self._layout.transposed, num_bytes, self._layers)
 
     def sleep(self) -> None:

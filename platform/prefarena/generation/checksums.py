@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,6 +92,20 @@ def checksums(
         name: checksum((tensor.T if name in transposed else tensor).detach().to(dtype), sample)
         for name, tensor in tensors.items()
     }
+
+
+def summed(
+    named_tensors: Iterable[tuple[str, Tensor]],
+    sums: dict[str, int],
+    dtype: torch.dtype,
+    transposed: Collection[str] = (),
+    sample: ColumnSample | None = None,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors one at a time, each after its checksum (as in `checksums`) was put into `sums`."""
+    for name, tensor in named_tensors:
+        sums |= checksums({name: tensor}, dtype, transposed, sample)
+        yield name, tensor
+        del tensor
 
 
 class Piece(NamedTuple):

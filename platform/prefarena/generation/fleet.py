@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import heapq
 import logging
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -15,11 +15,11 @@ from torch import Tensor
 
 from prefarena.config import Generation
 from prefarena.failures import in_one_line
-from prefarena.generation.checksums import ColumnSample, checksums
+from prefarena.generation.checksums import ColumnSample, summed
 from prefarena.generation.client import Call, Generator, deadline_after
 from prefarena.generation.host_transfer import HostUpdate
 from prefarena.generation.interface import EngineError, GeneratorLostError, Sampling, TransferLostError
-from prefarena.generation.transfer import DeviceTransfer, free
+from prefarena.generation.transfer import DeviceTransfer, Feed, free
 from prefarena.generation.weights import Sums, Verified
 from prefarena.records import Rollout
 
@@ -125,37 +125,46 @@ class Generators:
         With `since` it is a part of one, as `layers_of` that version tells, and the rest stays.
 
         Raises WeightUpdateError where names or shapes are not the model's, WeightMismatchError where an engine then
-        holds something else (`generation.verify_weights`); the actor it is about holds no version afterwards.
+        holds something else (`generation.verify_weights`); the actor it is about holds no version afterwards. Between
+        devices also TransferLostError, as in `RolloutSource.sync`.
         """
         self._turn += 1
         if self._settings.weight_sync != "host":
-            self._note(self._send(dict(named_tensors), version))
+            self._note(self._send(Feed(named_tensors), version))
             return
         update = HostUpdate(list(self._members), version, self.dtype, since)
         self._note(update.send(named_tensors, verify=self._settings.verify_weights, turn=self._turn))
 
-    def _sums(self, tensors: Mapping[str, Tensor]) -> Sums | None:
-        """Checksums of what is sent from device to device: of samples, once every actor has compared a whole update."""
-        if not self._settings.verify_weights:
-            return None
+    def _sums(self) -> Sums:
+        """Checksums yet to be taken of what is sent between devices: of samples, once every actor has compared all."""
         calls = [
             member.call("checked_whole", "to report what it has checked", "sync_timeout_s") for member in self._members
         ]
         sample = ColumnSample(self._turn) if all(self._wait(calls, self._settings.sync_timeout_s)) else None
-        return Sums(checksums(tensors, self.dtype, self._members[0].served.transposed, sample), sample)
+        return Sums({}, sample)
 
-    def _send(self, tensors: Mapping[str, Tensor], version: str) -> list[Verified | None]:
-        """Send over a transfer between devices, and over a new one if an actor is lost before the update ends."""
+    def _send(self, feed: Feed, version: str) -> list[Verified | None]:
+        """Send over a transfer between devices, and over a new one if an actor is lost before any tensor was made.
+
+        Raises TransferLostError where one is lost later.
+        """
         for _ in range(_MAX_TRANSFERS):
             try:
                 if self._transfer is None:
                     free(self._members, self._settings)
                     self._transfer = DeviceTransfer(self._members, self._settings, self.dtype)
-                return self._transfer.send(tensors, self._sums(tensors), version)
+                named_tensors, sums = iter(feed), None
+                if self._settings.verify_weights:
+                    sums, transposed = self._sums(), self._members[0].served.transposed
+                    named_tensors = summed(named_tensors, sums.of, self.dtype, transposed, sums.sample)
+                return self._transfer.send(named_tensors, sums, version)
             except TransferLostError as error:
                 lost = error
-                _logger.warning("weights %r are sent again: %s", version, error)
+                _logger.warning("weights %r are to be sent again: %s", version, error)
                 self.leave()
+                if feed.begun:
+                    feed.give_up()
+                    raise
             except BaseException:  # whatever became of the update, the next one begins with a new connection
                 self.leave()
                 raise

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import uuid
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ import ray
 import torch
 from torch import Tensor
 
-from prefarena.generation.checksums import ColumnSample, checksums
+from prefarena.generation.checksums import ColumnSample, summed
 from prefarena.generation.client import Call, Generator
 from prefarena.generation.interface import TransferLostError
 from prefarena.generation.shared import BUCKET_BYTES, MOST_BUCKETS, Bucket, buckets
@@ -55,7 +55,7 @@ class HostUpdate:
         begun = [(member, member.call_update("begin_host_update", *arguments)) for member in self.living]
         sample = ColumnSample(turn) if all(self._wait(begun)) else None
         if verify:
-            named_tensors = self.summed(named_tensors, transposed, sample)
+            named_tensors = summed(named_tensors, self.sums, self.dtype, transposed, sample)
         under_way = deque[list[tuple[Generator, Call]]]()
         for bucket in buckets(named_tensors, self.dtype, BUCKET_BYTES):
             if len(under_way) == _UNDER_WAY:
@@ -70,15 +70,6 @@ class HostUpdate:
     @property
     def _what(self) -> str:
         return f"to take weights {self.version!r}"
-
-    def summed(
-        self, named_tensors: Iterable[tuple[str, Tensor]], transposed: frozenset[str], sample: ColumnSample | None
-    ) -> Iterator[tuple[str, Tensor]]:
-        """Yield the tensors one at a time, each after its checksum was taken."""
-        for name, tensor in named_tensors:
-            self.sums |= checksums({name: tensor}, self.dtype, transposed, sample)
-            yield name, tensor
-            del tensor
 
     def _ask(self, method: str, *args: Any) -> list[tuple[Generator, Call]]:
         return [(member, member.call_update(method, self._what, self.name, *args, step=True)) for member in self.living]
@@ -97,5 +88,5 @@ class HostUpdate:
 
 
 def _stored(bucket: Bucket) -> ray.ObjectRef:
-    """Put it in the object store, for as long as somebody has the reference."""
+    """Put a copy in the object store, for as long as somebody has the reference."""
     return ray.put(bucket)

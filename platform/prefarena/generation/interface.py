@@ -48,7 +48,7 @@ class GeneratorLostError(EntryError):
 
 
 class TransferLostError(RuntimeError):
-    """An engine is no longer connected to the trainer's weight transfer; a restarted one is not. Connect again."""
+    """An engine is no longer connected to the trainer's weight transfer; a restarted one is not. Send again."""
 
 
 class WeightUpdateError(EntryError):
@@ -75,7 +75,11 @@ class RolloutSource(Protocol):
     """A generator with versioned weights, as training loops use it."""
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
-        """Replace all weights; from then on the source holds `version`."""
+        """Replace all weights; from then on the source holds `version`.
+
+        Raises TransferLostError where an engine was lost on the way: all are to be sent once more. Every tensor has
+        been asked for by then, as gathering one may take several processes.
+        """
         ...
 
     def submit(self, prompts: list[list[int]], sampling: Sampling, version: str) -> Pending:

@@ -6,7 +6,7 @@ fuses when it loads them), tensors are taken apart first. No Ray, no vLLM.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.pytorch_utils import Conv1D
 
-from prefarena.generation.weights import check_complete
+from prefarena.generation.interface import WeightUpdateError
+from prefarena.generation.weights import check_complete, check_known
 from prefarena.mirror import bring
 
 
@@ -89,9 +90,31 @@ class ModelLayout:
         """Convert a part of a state dict to what an engine is sent."""
         return {name: tensor for name, tensor in self.as_checkpoint(tensors).items() if name not in merged_heads}
 
-    def sent_sizes(self, merged_heads: Collection[str]) -> list[int]:
-        """Elements of each tensor that `to_send` gives."""
-        return [tensor.numel() for tensor in self.to_send(self._model.state_dict(), merged_heads).values()]
+    def one_by_one(
+        self, named_tensors: Iterable[tuple[str, Tensor]], merged_heads: Collection[str]
+    ) -> Iterator[tuple[str, Tensor]]:
+        """Convert a whole state dict, in its own order, to what an engine is sent; none of its tensors is kept.
+
+        Raises WeightUpdateError as soon as a tensor of the model is left out, or is another than the model's.
+        """
+        expected = iter(self.tensors)
+        for name, tensor in named_tensors:
+            check_known({name: tuple(tensor.shape)}, self.shapes)
+            self._check_next(name, next(expected, None))
+            yield from self.as_sent({name: tensor}, merged_heads).items()
+            del tensor
+        self._check_next(None, next(expected, None))
+
+    @staticmethod
+    def _check_next(name: str | None, expected: str | None) -> None:
+        if name != expected:
+            wrong = f"missing: {expected}" if expected else f"sent twice: {name}"
+            raise WeightUpdateError(f"a weight update must hold every tensor of the model in its order; {wrong}")
+
+    def sent_shapes(self, merged_heads: Collection[str]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of what `one_by_one` gives, in its order."""
+        sent = self.one_by_one(self._model.state_dict().items(), merged_heads)
+        return {name: tuple(tensor.shape) for name, tensor in sent}
 
     @property
     def tied(self) -> frozenset[str]:

@@ -24,6 +24,9 @@ from torch import Tensor
 BUCKET_BYTES = 128 * 2**20
 #: Of an update under way: one is filled while the others are taken. Little beside any model that has as many.
 MOST_BUCKETS = 3
+#: Between devices: of what is packed together and sent at once, by vLLM's sender, which has up to three of these at a
+#: time. Also vLLM's own number.
+DEVICE_BUCKET_BYTES = 2**30
 _ALIGNED = 64  # bytes; every tensor begins at a multiple
 
 
@@ -65,7 +68,9 @@ class Bucket:
 def buckets(named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, limit: int) -> Iterator[Bucket]:
     """Pack tensors that come one by one into buckets of at most `limit` bytes; a larger one gets a bucket to itself.
 
-    They are copied, in this dtype, and not kept: a device holds only one gathered or merged tensor at a time.
+    They are copied, in this dtype, and not kept: a device holds only one gathered or merged tensor at a time. All
+    buckets are filled in the same memory, as new memory costs ten times as much as the copying, so each must have been
+    put elsewhere before the next is asked for.
     """
     entries, size = dict[str, Entry](), 0
     data = np.empty(limit, dtype=np.uint8)
@@ -74,7 +79,6 @@ def buckets(named_tensors: Iterable[tuple[str, Tensor]], dtype: torch.dtype, lim
         if entries and size + room > limit:
             yield Bucket(entries, data[:size])
             entries, size = {}, 0
-            data = np.empty(limit, dtype=np.uint8)
         if room > len(data):
             data = np.empty(room, dtype=np.uint8)
         entries[name] = Entry(dtype, tuple(tensor.shape), size)

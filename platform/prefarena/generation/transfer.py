@@ -7,7 +7,8 @@ any more; one that lives cannot be talked out of an update that has begun, so it
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
@@ -99,13 +100,50 @@ class TransferClient:
             raise
 
 
+class Feed:
+    """The tensors of an update, each made when it is asked for, by the thread that sends them.
+
+    Where a model is spread over several processes, making one takes all of these, so whoever gives an update up asks
+    for the rest of them.
+    """
+
+    def __init__(self, named_tensors: Iterable[tuple[str, Tensor]]) -> None:
+        self._tensors = iter(named_tensors)
+        self._turn = threading.Lock()
+        self._given_up = False
+        #: Whether a tensor has been asked for, after which the update cannot be sent from its beginning again.
+        self.begun = False
+
+    def __iter__(self) -> Iterator[tuple[str, Tensor]]:
+        while True:
+            with self._turn:
+                if self._given_up:
+                    raise TransferLostError("the update was given up")
+                self.begun = True
+                item = next(self._tensors, None)
+            if item is None:
+                return
+            yield item
+            del item  # before the next is made
+
+    def give_up(self) -> None:
+        """Ask for the rest of the tensors and drop them; the thread that sends them gets no more."""
+        self._given_up = True
+        with self._turn:
+            deque(self._tensors, maxlen=0)
+
+
 def join_transfer(
-    backend: str, client: TransferClient, num_ranks: int, dtype: torch.dtype, sizes: Sequence[int]
+    backend: str,
+    client: TransferClient,
+    num_ranks: int,
+    dtype: torch.dtype,
+    shapes: Mapping[str, tuple[int, ...]],
 ) -> Any:
     """Make this process's side of a transfer, an engine.sender.DeviceSender; returns when all actors have joined."""
     from prefarena.generation.engine.sender import DeviceSender
 
-    return DeviceSender(backend, client, num_ranks, dtype, ray.util.get_node_ip_address(), sizes)
+    return DeviceSender(backend, client, num_ranks, dtype, ray.util.get_node_ip_address(), shapes)
 
 
 class DeviceTransfer:
@@ -122,23 +160,26 @@ class DeviceTransfer:
         self._settings = settings
         self._client = TransferClient(members, self._limit_s, settings.tensor_parallel)
         self._layout, self._without = ModelLayout(model.path), model.merged_heads
-        sizes = self._layout.sent_sizes(self._without)
+        shapes = self._layout.sent_shapes(self._without)
         self._sender = self._within(
             "generators to join the weight transfer",
-            lambda: join_transfer(settings.weight_sync, self._client, num_ranks, dtype, sizes),
+            lambda: join_transfer(settings.weight_sync, self._client, num_ranks, dtype, shapes),
         )
 
-    def send(self, tensors: Mapping[str, Tensor], sums: Sums | None, version: str) -> list[Verified | None]:
+    def send(
+        self, named_tensors: Iterable[tuple[str, Tensor]], sums: Sums | None, version: str
+    ) -> list[Verified | None]:
         """Send one update to all actors, and return what they verified.
 
-        `tensors` is a whole state dict; the engines get what a checkpoint would hold. Errors are those of
-        `Generators.sync`, and TransferLostError where an actor was lost since the last update, or is in this one. After
-        an error the transfer can only be closed.
+        `named_tensors` is a whole state dict in its own order, of which each tensor is made when it is packed; the
+        engines get what a checkpoint would hold. sums: complete when the last tensor has been asked for. Errors are
+        those of `Generators.sync`, and TransferLostError where an actor was lost since the last update, or is in this
+        one. After an error the transfer can only be closed.
         """
         self._client.begin(sums, version)
-        sent = self._layout.to_send(tensors, self._without)
+        sent = self._layout.one_by_one(named_tensors, self._without)
         what = f"generators to take weights {version!r} over {self._settings.weight_sync}"
-        self._within(what, lambda: self._sender.send(sent.items()))
+        self._within(what, lambda: self._sender.send(sent))
         return self._client.verified
 
     def close(self) -> None:
@@ -155,6 +196,8 @@ def within(seconds: float, what: str, call: Callable[[], Any], failed: Future[No
     `call` is not ended then, nor when it takes longer: that raises WaitTimeoutError.
     """
     device = torch.cuda.current_device() if torch.cuda.is_available() else None
+    if device is not None:  # vLLM gathers and packs on streams of its own, which wait for nothing computed here
+        torch.cuda.synchronize()
     outcome: Future[Any] = Future()
 
     def run() -> None:

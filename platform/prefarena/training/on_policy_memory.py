@@ -7,7 +7,7 @@ from functools import partial
 from torch import nn
 
 from prefarena.config import RewardModel
-from prefarena.generation.shared import BUCKET_BYTES, MOST_BUCKETS
+from prefarena.generation.shared import BUCKET_BYTES, DEVICE_BUCKET_BYTES, MOST_BUCKETS
 from prefarena.judges.spec import JudgeSpec
 from prefarena.modeling.lora import use_adapter
 from prefarena.modeling.memory import MemoryNeed, Spread, size_of, sum_of_pass, training_memory
@@ -99,15 +99,20 @@ def _frozen(job: OnPolicyJob, models: OnPolicyModels, num_parts: int) -> tuple[i
 
 
 def _under_way(job: OnPolicyJob, models: OnPolicyModels, spread: Spread, on_gpu: bool) -> int:
-    """Bytes of the copies of the policy that are on their way to the generation actors.
+    """Bytes of the copies of the policy's weights that are on their way to the generation actors.
 
-    Through host memory tensors leave a GPU one by one, and are in that memory in buckets. From GPU to GPU they are sent
-    together, which takes a copy of what is gathered or merged.
+    Tensors are gathered or merged one by one. Through host memory they are there in buckets; from GPU to GPU they are
+    packed on the device, where a bucket exists twice while it is filled, the last one may still be on its way, and each
+    may be exceeded by a tensor.
     """
-    copied = bool(spread) or models.body is not None
-    if on_gpu and (job.generation.weight_sync == "host" or not copied):
-        return max(_FLOAT * one.numel() for one in models.policy.model.parameters()) if copied else 0
-    return _policy_size(models) if on_gpu else min(_policy_size(models), MOST_BUCKETS * BUCKET_BYTES)
+    policy = _policy_size(models)
+    if not on_gpu:
+        return min(policy, MOST_BUCKETS * BUCKET_BYTES)
+    largest = max(_FLOAT * one.numel() for one in models.policy.model.parameters())
+    made = largest if spread or models.body is not None else 0
+    if job.generation.weight_sync == "host":
+        return made
+    return made + largest + min(2 * policy, MOST_BUCKETS * DEVICE_BUCKET_BYTES)
 
 
 def _policy_size(models: OnPolicyModels) -> int:

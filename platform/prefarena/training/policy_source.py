@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Collection, Iterable
 from typing import Protocol
 
@@ -9,7 +10,15 @@ import torch
 from torch import Tensor
 
 from prefarena.config import Generation
-from prefarena.generation.interface import Pending, RolloutSource, Sleeps, StaleWeightsError, TakesLayers
+from prefarena.generation.interface import (
+    GeneratorLostError,
+    Pending,
+    RolloutSource,
+    Sleeps,
+    StaleWeightsError,
+    TakesLayers,
+    TransferLostError,
+)
 from prefarena.records import Rollout
 from prefarena.training.worker import Worker
 
@@ -47,19 +56,33 @@ class PolicySource:
         return f"{self._name}@{number}"
 
     def push(self, number: int) -> None:
-        """Send the generators the current policy; no worker continues before they have it."""
+        """Send the generators the current policy; no worker continues before they have it.
+
+        Where one is lost on the way all of it is sent again: every worker takes part, as the tensors are gathered anew.
+        """
         self._barrier()  # a slower worker may still wait for rollouts of the weights that the source holds
+        for _ in range(_MAX_RESTARTS + 1):
+            if not self._worker.on_any(not self._send(number)):
+                self._sent = self.version(number)
+                return
+        told = f"weights {self.version(number)!r} were sent {_MAX_RESTARTS + 1} times"
+        raise GeneratorLostError(f"{told}, and each time a generator was lost on the way")
+
+    def _send(self, number: int) -> bool:
+        """Send once; whether no generator was lost on the way, as far as this worker knows."""
         names = self._changed()
         weights, version = self._policy.weights(names=names), self.version(number)
         if self._worker.rank != 0:
-            for _ in weights:  # a sharded model's are gathered tensor by tensor, which takes every worker
-                pass
-        elif names is not None and isinstance(self.source, TakesLayers):
-            self.source.sync(weights, version, since=self._sent)
-        else:
-            self.source.sync(weights, version)
-        self._sent = version
-        self._barrier()
+            deque(weights, maxlen=0)  # a sharded model's are gathered tensor by tensor, which takes every worker
+            return True
+        try:
+            if names is not None and isinstance(self.source, TakesLayers):
+                self.source.sync(weights, version, since=self._sent)
+            else:
+                self.source.sync(weights, version)
+        except TransferLostError:  # of which the source has told
+            return False
+        return True
 
     def _changed(self) -> frozenset[str] | None:
         """The weights to be sent; None means all. Every worker decides the same, and takes part in gathering them."""
