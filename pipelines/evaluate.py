@@ -43,7 +43,7 @@ from prefarena.stages import Stage
 #: Where the frontier's samples begin in the numbering of requests: they are others than those of any evaluation.
 _FRONTIER_INDEX = 1 << 40
 #: What models are asked in an evaluation, and for the frontier.
-_OF_FEW: tuple[Kind, ...] = ("reward", "judge", "policy")
+_OF_FEW: tuple[Kind, ...] = ("reward", "judge", "proxy", "policy")
 _OF_MANY: tuple[Kind, ...] = ("judge",)
 #: An evaluation, and the entry that it is of; none: the reference's own, or the scores behind the frontier.
 Work = list[tuple[Stage, SeedPlan, Trained | None]]
@@ -253,9 +253,13 @@ def sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, fol
         arithmetic=plan.scored_in,
         groups=tuple((name, len(group)) for name, group in coverage_prompts(plan, config.evaluation).items()),
     )
-    if trained is None or not isinstance(trained.entry.method, BestOfN):
+    if trained is None:
         return job
-    method = trained.entry.method
+    method, proxy = trained.entry.method, config.proxy_of(trained.entry.method)
+    if proxy is not None:
+        job = replace(job, proxy=judge_spec(plan, proxy, trained.reward_model, may_be_silent=True))
+    if not isinstance(method, BestOfN):
+        return job
     reward = judge_spec(plan, method.reward, trained.reward_model, may_be_silent=True)
     return replace(job, best_of=method.n, reward=reward)
 

@@ -15,7 +15,7 @@ def load_frontier(plan: SeedPlan) -> EstimatedFrontier | None:
     """Load the frontier; None where it is not estimated, or its scores could not be obtained."""
     if plan.frontier is None or not plan.frontier.finished:
         return None
-    arrays = _scores(plan.frontier)
+    arrays = kept_scores(plan.frontier)
     return EstimatedFrontier(arrays["scores"], arrays["clusters"])
 
 
@@ -31,7 +31,7 @@ def regret_row(plan: SeedPlan, evaluation: Stage) -> dict[str, float]:
     Empty where there is no frontier, where it is not trusted as far as the entry is from the reference, and for
     policies whose KL is not known.
     """
-    frontier, arrays = load_frontier(plan), _scores(evaluation)
+    frontier, arrays = load_frontier(plan), kept_scores(evaluation)
     if frontier is None or "kl" not in arrays:
         return {}
     known = ~np.isnan(arrays["scores"])
@@ -49,7 +49,8 @@ def regret_row(plan: SeedPlan, evaluation: Stage) -> dict[str, float]:
     return row | {"regret": regret.mean, "regret_stderr": regret.stderr}
 
 
-def _scores(stage: Stage) -> dict[str, np.ndarray]:
+def kept_scores(stage: Stage) -> dict[str, np.ndarray]:
+    """What an evaluation from samples kept of each: scores, prompts and KLs; empty where a judge gives no scores."""
     path = stage.folder / SAMPLE_SCORES
     bring(path)
     if not path.is_file():

@@ -338,6 +338,7 @@ def _trained(
                 scored_by = reward_model.key if reward_model else judge_inputs(reward)
                 scores = Stage.at(root, "scores", f"{reward.kind}-s{seed}", [logps.key, scored_by])
     training = None if isinstance(method, BestOfN) else Stage.at(root, method.kind, label, inputs)
+    evaluate = evaluate if config.proxy_of(method) is None else [*evaluate, "proxy_reward"]
     measured = [training.key if training else inputs, scores.key if scores else None, evaluate]
     evaluation, on_the_way = Stage.at(root, "evaluation", label, measured), tuple[Stage, ...]()
     if isinstance(config.task, TextTask) and not is_pairwise(config) and training is not None:

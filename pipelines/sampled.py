@@ -14,7 +14,16 @@ import numpy as np
 
 from pipelines.exact import finish_evaluation, float_column
 from pipelines.kept_rollouts import KeptValues
-from pipelines.sampled_values import Filled, Policies, SampledJob, best_of, held_out_pairs, judged, seconds_of
+from pipelines.sampled_values import (
+    Filled,
+    Policies,
+    SampledJob,
+    best_of,
+    held_out_pairs,
+    judged,
+    scored_by_proxy,
+    seconds_of,
+)
 from pipelines.samples import write_samples
 from pipelines.wins import write_responses
 from prefarena.config import Evaluation
@@ -27,7 +36,9 @@ from prefarena.evaluation.sampled import (
     k1_and_k3,
     prompt_clusters,
     sampled_metrics,
+    score_metrics,
 )
+from prefarena.judges.spec import JudgeSpec
 from prefarena.judges.usage import Usage, total_costs
 from prefarena.mirror import workspace
 from prefarena.modeling.load import load_tokenizer
@@ -61,6 +72,9 @@ def score_samples(
         row, kls = _policy_row(rollouts, held_out, job, settings)
     for name, part in parts.items():
         row |= {_in_group(key, name): value for key, value in _group_row(rollouts, scores, kls, job, part).items()}
+    if job.proxy is not None:
+        found, used = _proxy_row(job.proxy, rollouts, parts, job, settings)
+        row, usages = row | found, [*usages, used]
     rollouts = rollouts[held_out]
     if scores is not None:
         scores = scores[held_out]
@@ -144,6 +158,24 @@ def _group_row(
     if kls is not None:
         row |= divergence_metrics(kls.along[part], prompt_clusters(own), kls.beside[part], prompt_clusters(others))
     return row
+
+
+def _proxy_row(
+    proxy: JudgeSpec, rollouts: list[Rollout], parts: dict[str, slice], job: SampledJob, settings: Evaluation
+) -> tuple[dict[str, float], Usage | None]:
+    """What the reward that a policy learned from says of it, and of the reference on held-out prompts; what was asked.
+
+    The standard deviation over the reference's samples is the unit in which gains by different rewards are compared.
+    """
+    scores, usage = judged(proxy, scored_by_proxy(rollouts, job, settings), settings, job)
+    row: dict[str, float] = {}
+    for name, part in parts.items():
+        found = score_metrics("proxy_reward", scores[part], prompt_clusters(rollouts[part]))
+        row |= {_in_group(key, name): value for key, value in found.items()}
+    others, beside = list(job.of_reference)[parts[""]], scores[len(rollouts) :]
+    if of_reference := score_metrics("reference_proxy_reward", beside, prompt_clusters(others)):
+        row |= of_reference | {"reference_proxy_reward_sd": float(np.nanstd(beside))}
+    return row, usage
 
 
 def _in_group(key: str, group: str) -> str:

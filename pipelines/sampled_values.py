@@ -27,8 +27,8 @@ from prefarena.modeling.arithmetic import Arithmetic, named
 from prefarena.records import Rollout
 from prefarena.settings.judges import is_model
 
-#: The reward that best-of-n picks by, the judge, and policy and reference themselves.
-Kind = Literal["reward", "judge", "policy"]
+#: The reward that best-of-n picks by, the judge, the reward that was learned from, and policy and reference themselves.
+Kind = Literal["reward", "judge", "proxy", "policy"]
 
 
 @dataclass(frozen=True)
@@ -42,6 +42,7 @@ class SampledJob:
     forward KL; without it there is none. groups: behind the held-out prompts, names of groups of other prompts and the
     number of prompts in each, all with as many samples; they are measured apart. is_snapshot: of a policy on the way,
     of which a trajectory needs scores and the KL alone: no held-out pairs are scored, and it has no `of_reference`.
+    proxy: the reward that the policy learned from, which is not the judge.
     """
 
     policy: str
@@ -57,6 +58,7 @@ class SampledJob:
     of_reference: Sequence[Rollout] = ()
     groups: tuple[tuple[str, int], ...] = ()
     is_snapshot: bool = False
+    proxy: JudgeSpec | None = None
 
     def parts(self, num_samples: int, settings: Evaluation) -> dict[str, slice]:
         """Where the samples of each group lie among `num_samples` of them; those on held-out prompts are named ""."""
@@ -65,6 +67,12 @@ class SampledJob:
         for name, size in sizes.items():
             found[name], start = slice(start, start + size), start + size
         return found
+
+
+def scored_by_proxy(rollouts: list[Rollout], job: SampledJob, settings: Evaluation) -> list[Rollout]:
+    """What the reward that a policy learned from scores: its samples, and the reference's on held-out prompts."""
+    held_out = job.parts(len(rollouts), settings)[""]
+    return [*rollouts, *list(job.of_reference)[held_out]]
 
 
 def prompts_and_responses(rollouts: Sequence[Rollout]) -> tuple[list[list[int]], list[list[int]]]:
@@ -210,7 +218,7 @@ def start_filling(
 def _computed_by_a_model(kind: Kind, job: SampledJob) -> bool:
     if kind == "policy":
         return job.reward is None  # nobody knows the log-probs of best-of-n
-    spec = job.reward if kind == "reward" else job.judge
+    spec = {"reward": job.reward, "judge": job.judge, "proxy": job.proxy}[kind]
     return spec is not None and is_model(spec.settings)
 
 
@@ -231,6 +239,9 @@ def fill_share(
         rollouts = best_of(rollouts, judged(job.reward, rollouts, settings, job)[0], job)
     if "judge" in kinds and job.judge is not None:
         share = kept.fill([_Scores(job.judge, settings, job.device).wanted(rollouts)], share)
+    if "proxy" in kinds and job.proxy is not None:
+        scored = scored_by_proxy(rollouts, job, settings)
+        share = kept.fill([_Scores(job.proxy, settings, job.device).wanted(scored)], share)
     if "policy" in kinds:
         with Policies(job, settings) as policies:
             num_held_out = job.parts(len(rollouts), settings)[""].stop

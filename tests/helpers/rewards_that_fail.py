@@ -31,3 +31,8 @@ def hungry(rows: list[dict[str, Any]]) -> list[float]:
 def short(rows: list[dict[str, Any]]) -> list[float]:
     """One that works: the fewer characters, the better."""
     return [-float(len(row["response"])) for row in rows]
+
+
+def long(rows: list[dict[str, Any]]) -> list[float]:
+    """The opposite, on another scale."""
+    return [2.0 * len(row["response"]) for row in rows]

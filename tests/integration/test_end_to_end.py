@@ -333,6 +333,11 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path, monkeypatc
     start, snapshot, end = results.trajectories["dpo"]["0"]
     assert start["kl"] == 0 < snapshot["kl"] and (snapshot["step"], end["step"]) == (15, 30)
     assert end["reward"] == dpo["judge_score"] != snapshot["reward"] and end["kl"] == dpo["kl_vocabulary"]
+    start, _, end = results.trajectories["rlhf"]["0"]  # which learned from a reward that is not the judge
+    rlhf = results.entry("rlhf").seeds["0"]
+    assert (start["proxy_reward"], end["proxy_reward"]) == (rlhf["reference_proxy_reward"], rlhf["proxy_reward"])
+    gained = (end["proxy_reward"] - start["proxy_reward"]) / rlhf["reference_proxy_reward_sd"]
+    assert end["standard_proxy_gain"] == pytest.approx(gained) and "proxy_reward" not in dpo
     assert len(results.estimated_frontier["0"]) == 33 and any(c.stage == "evaluation (frontier)" for c in results.costs)
     assert any("reward model trained on pairs that no entry was trained on" in note for note in results.notes)
     assert any("gave any token of 1 on-policy run differ by" in note for note in results.notes)

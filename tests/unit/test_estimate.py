@@ -304,19 +304,27 @@ def test_a_policy_on_the_way_costs_a_part_of_what_the_final_one_costs(tmp_path: 
         "task": {"kind": "text", "data": "pairs.jsonl", "covered_share": 0.5},
         "model": {"kind": "scratch"},
         "judge": {"kind": "function", "function": "rewards_that_fail:short"},
-        "entries": [{"name": "dpo", "method": {"kind": "dpo", "training": training}}],
+        "entries": [
+            {"name": "dpo", "method": {"kind": "dpo", "training": training}},
+            {"name": "rlhf", "method": {"kind": "rlhf", "training": training}},
+        ],
     }
     config = parse_config(tree)
     rows = Rows(64, np.full(64, 8), np.full((64, 2), 4))
     data, settings = Data(rows, rows, rows.single(), rows.taking(0), rows.single()), model_settings(config)
     assert settings is not None
-    found = {one.stage: one for one in planned(Workload(config, settings, data, {}, 4))}
-    snapshots, final = found["evaluation (snapshots)"], found["evaluation"]
+    found = {(one.stage, one.entry): one for one in planned(Workload(config, settings, data, {}, 4))}
+    snapshots, final = found["evaluation (snapshots)", "dpo"], found["evaluation", "dpo"]
     assert snapshots.times == 3 and snapshots.work.generated == final.work.generated / 3
     parts, whole = dict(snapshots.work.parts), dict(final.work.parts)
     assert parts.keys() == whole.keys() - {"log-probs"}
     few, many = parts["divergences"], whole["divergences"]
     assert isinstance(few, Passes) and isinstance(many, Passes) and few.flops == pytest.approx(many.flops / 6)
+    # The reward that it learned from scores a snapshot's samples; of the final policy those on both groups of other
+    # prompts as well, and the reference's on held-out ones.
+    parts, whole = (dict(found[stage, "rlhf"].work.parts) for stage in ("evaluation (snapshots)", "evaluation"))
+    few, many = parts["proxy"], whole["proxy"]
+    assert isinstance(few, Passes) and isinstance(many, Passes) and few.flops == pytest.approx(many.flops / 4)
 
 
 def test_the_command_prints_both_tables(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -147,10 +147,7 @@ class Scored:
         }
         for name in self.models:
             write_manifest(tmp_path / name, {"name": name})
-        judge = new_reward_model(self.models["old"], 0)
-        save_policy(judge, load_tokenizer(self.models["old"]), tmp_path / "judge" / "model")
-        write_manifest(tmp_path / "judge", {"name": "judge"})
-        self.judge = JudgeSpec(RewardModel(), str(tmp_path / "judge" / "model"), self.models["old"])
+        self.judge, self.proxy = (self._judge(name, seed) for seed, name in enumerate(("judge", "proxy")))
         columns: dict[str, Any] = {"id": ["a"], "prompt_ids": [[1, 3]]}
         columns |= {"chosen_ids": [[4, EOS]], "rejected_ids": [[5, EOS]]}
         table = pa.table(columns | {"ref_chosen_logp": [-1.0], "ref_rejected_logp": [-2.0]})
@@ -166,6 +163,12 @@ class Scored:
             (RewardModelJudge, "score"),
         ):
             monkeypatch.setattr(where, name, self._watched(name, getattr(where, name)))
+
+    def _judge(self, name: str, seed: int) -> JudgeSpec:
+        model = new_reward_model(self.models["old"], seed)
+        save_policy(model, load_tokenizer(self.models["old"]), self.folder / name / "model")
+        write_manifest(self.folder / name, {"name": name})
+        return JudgeSpec(RewardModel(), str(self.folder / name / "model"), self.models["old"])
 
     def _watched(self, name: str, plain: Any) -> Any:
         def compute(*arguments: Any, **keywords: Any) -> np.ndarray:
@@ -218,14 +221,17 @@ def test_an_evaluation_that_dies_while_it_scores_computes_no_part_twice(scored: 
 
 
 @pytest.mark.parametrize("number", [2, 3])
-@pytest.mark.parametrize("best_of", [1, 2])
-def test_what_several_tasks_computed_ahead_is_what_one_computes(scored: Scored, number: int, best_of: int) -> None:
+@pytest.mark.parametrize(("best_of", "proxy"), [(1, False), (1, True), (2, False)])
+def test_what_several_tasks_computed_ahead_is_what_one_computes(
+    scored: Scored, number: int, best_of: int, proxy: bool
+) -> None:
     """To the last bit, and nothing twice; of best-of-n the reward first, then the judge of what it picks."""
-    changed = {"best_of": best_of, "reward": scored.judge if best_of > 1 else None}
+    changed: dict[str, Any] = {"best_of": best_of, "reward": scored.judge if best_of > 1 else None}
+    changed |= {"proxy": scored.proxy, "of_reference": tuple(ROLLOUTS[::-1])} if proxy else {}
     expected = scored.row(scored.job(None, **changed))
     once, job, filled = sorted(scored.computed), scored.job(scored.folder / "kept", **changed), list[Filled]()
     scored.computed.clear()
-    phases: list[tuple[Kind, ...]] = [("judge", "policy")] if best_of == 1 else [("reward",), ("judge",)]
+    phases: list[tuple[Kind, ...]] = [("judge", "proxy", "policy")] if best_of == 1 else [("reward",), ("judge",)]
     for phase, kinds in enumerate(phases):
         for place in range(number):
             filled.append(fill_share(ROLLOUTS, job, Evaluation(), kinds, phase, Share(place, number), *filled))

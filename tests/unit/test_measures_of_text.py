@@ -28,17 +28,17 @@ from pipelines.evaluate import (
     sampling_of,
 )
 from pipelines.frontier import frontier_points, regret_row
-from pipelines.plan import SeedPlan, make_plan
+from pipelines.plan import SeedPlan, make_plan, model_of
 from pipelines.report import _entry_row
 from pipelines.sampled import score_frontier, score_samples
-from pipelines.sampled_values import Policies, SampledJob
+from pipelines.sampled_values import Policies, SampledJob, prompts_and_responses
 from prefarena.config import Comparison, Evaluation, FunctionJudge, parse_config
 from prefarena.data.tables import write_rows
 from prefarena.errors import UserError
 from prefarena.evaluation.estimated_frontier import EstimatedFrontier
 from prefarena.evaluation.sampled import prompt_clusters, response_logps
 from prefarena.generation.interface import Sampling
-from prefarena.judges.spec import JudgeSpec
+from prefarena.judges.spec import JudgeSpec, load_judge
 from prefarena.modeling.load import load_policy
 from prefarena.records import PROMPTS, Rollout, content_id
 
@@ -270,6 +270,88 @@ def test_best_of_n_is_measured_on_each_group_by_what_it_picks(tmp_path: Path) ->
     assert (
         row["response_length/uncovered"] == pytest.approx(shortest[20:].mean()) and "kl_vocabulary/covered" not in row
     )
+
+
+# ---------------------------------------------------------------------------------- the reward that was learned from
+
+
+@pytest.mark.parametrize("is_snapshot", [False, True])
+def test_a_policy_is_scored_by_the_reward_that_it_learned_from(tmp_path: Path, is_snapshot: bool) -> None:
+    """In its own units on each group of prompts, with the reference on held-out ones; of a snapshot its own alone."""
+    done = Evaluated(tmp_path, num_prompts=4, covered_share=0.5)
+    settings, folder = done.config.evaluation, tmp_path / "again"
+    folder.mkdir()
+    proxy = JudgeSpec(FunctionJudge(function="rewards_that_fail:long"), None, str(tmp_path / "ref" / "model"))
+    prompts = sampled_on(done.plan, settings)
+    rollouts, of_reference = rollouts_of(prompts, 1), rollouts_of(prompts, 0)
+    job = replace(sampled_job(done.config, done.plan, done.trained, folder), proxy=proxy, of_reference=of_reference)
+    if is_snapshot:
+        job, rollouts = replace(as_snapshot(job, tmp_path / "new" / "model"), of_reference=()), rollouts[:8]
+    judge = JudgeSpec(FUNCTION, None, proxy.tokenizer)
+    job = replace(job, policy=str(tmp_path / "new" / "model"), reference=proxy.tokenizer, judge=judge)
+    score_samples(rollouts, job, settings, 0.0)
+    row, before = row_of(folder), row_of(done.trained.evaluation.folder)
+    assert not {name for name in before if "proxy" in name}
+    assert {name: value for name, value in row.items() if "proxy" not in name}.items() <= before.items()
+    scores = load_judge(proxy).score(*prompts_and_responses(rollouts))
+    assert row["proxy_reward"] == pytest.approx(scores[:8].mean()) == pytest.approx(-2 * row["judge_score"])
+    by_prompt = scores[:8].reshape(2, 4).mean(axis=0)
+    assert row["proxy_reward_stderr"] == pytest.approx(by_prompt.std(ddof=1) / 2)
+    if is_snapshot:
+        assert {name for name in row if "proxy" in name} == {"proxy_reward", "proxy_reward_stderr"}
+        return
+    assert row["proxy_reward/uncovered"] == pytest.approx(scores[20:].mean()) and "proxy_reward/covered" in row
+    beside = load_judge(proxy).score(*prompts_and_responses(of_reference[:8]))
+    assert row["reference_proxy_reward"] == pytest.approx(beside.mean())
+    assert row["reference_proxy_reward_sd"] == pytest.approx(beside.std())
+
+
+OTHER = {"kind": "function", "function": "rewards_that_fail:long"}
+ENDPOINT = {"kind": "endpoint", "base_url": "http://localhost:1/v1", "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("method", "more", "scored"),
+    [
+        ({"kind": "rlhf"}, {}, True),
+        ({"kind": "rlhf"}, {"judge": {"kind": "learned"}}, True),  # another model, of other pairs
+        ({"kind": "grpo", "reward": OTHER}, {}, True),
+        ({"kind": "grpo", "reward": FUNCTION.model_dump() | {"max_silent_share": 0.5}}, {}, False),
+        ({"kind": "dpo", "online": {"every": 4}}, {}, True),
+        ({"kind": "dpo", "online": {"every": 4, "reward": FUNCTION.model_dump()}}, {}, False),
+        ({"kind": "rloo", "reward": ENDPOINT}, {}, False),
+        ({"kind": "best_of_n"}, {}, False),
+        ({"kind": "dpo"}, {}, False),
+        ({"kind": "rlhf"}, {"judge": ENDPOINT | {"kind": "pairwise"}}, False),
+        ({"kind": "rlhf"}, {"task": {"kind": "language"}}, False),
+    ],
+)
+def test_evaluations_of_policies_that_learned_from_another_reward_have_an_address_of_their_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, method: dict[str, Any], more: dict[str, Any], scored: bool
+) -> None:
+    """And nothing else has: beside the addresses of a comparison in which no policy is scored by its own reward."""
+    tree = comparison(tmp_path).model_dump(mode="json") | more
+    training = {} if method["kind"] == "best_of_n" else {"training": {"num_snapshots": 2}}
+    config = parse_config(tree | {"entries": [{"name": "one", "method": method | training}]})
+    (plan,) = make_plan(config)
+    (one,) = plan.trained
+    assert (config.proxy_of(config.entries[0].method) is not None) == scored
+    monkeypatch.setattr(Comparison, "proxy_of", lambda *_: None)
+    (before,) = make_plan(config)
+    changed = [now.key != then.key for now, then in zip(one.stages(), before.trained[0].stages(), strict=True)]
+    evaluations = [scored and stage in (one.evaluation, *one.on_the_way) for stage in one.stages()]
+    assert changed == evaluations and plan.shared() == before.shared() and plan.evaluation == before.evaluation
+
+
+def test_the_learned_reward_that_scores_is_the_one_that_was_trained(tmp_path: Path) -> None:
+    tree = comparison(tmp_path).model_dump(mode="json")
+    config = parse_config(tree | {"entries": [{"name": "rlhf", "method": {"kind": "rlhf"}}]})
+    (plan,) = make_plan(config)
+    (trained,) = plan.trained
+    job = sampled_job(config, plan, trained, tmp_path)
+    assert trained.reward_model is not None and job.proxy is not None and job.reward is None
+    assert job.proxy.path == model_of(trained.reward_model) and job.proxy.arithmetic == plan.scored_in
+    assert sampled_job(config, plan, None, tmp_path).proxy is None
 
 
 # --------------------------------------------------------------------------------------------- frontier

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from off_policy import off_policy_job, weights, write_inputs
@@ -18,8 +19,10 @@ from prefarena.config import DPO, Comparison, LoRA, Optimisation, parse_config
 from prefarena.errors import UserError
 from prefarena.modeling.load import load_policy
 from prefarena.report.html import write_page
-from prefarena.report.overoptimisation import fits
+from prefarena.report.overoptimisation import fit_law, fits
 from prefarena.report.page import write_report
+from prefarena.report.proxies import TITLE, proxy_figure, proxy_table
+from prefarena.report.proxy_charts import proxy_charts
 from prefarena.report.results import EntryResult, Results
 from prefarena.report.trajectories import prompts_of
 from prefarena.stages import Stage, write_json, write_manifest
@@ -169,6 +172,28 @@ def test_from_samples_each_has_an_evaluation_and_the_trajectory_has_all_in_order
     assert measured_on_the_way(one, one.evaluation) is None
 
 
+def test_gains_by_judge_and_proxy_are_in_standard_deviations_of_the_reference(tmp_path: Path) -> None:
+    _, plan = planned(tmp_path, TEXT, 1)
+    one = plan.trained[0]
+    assert one.training is not None
+    (one.training.begin() / "snapshots/00002").mkdir(parents=True)
+    write_manifest(one.training.folder, {"costs": {"num_steps": 4}})
+    finished(plan.evaluation, {"judge_score": 3.0, "kl": 0.0})
+    np.savez(plan.evaluation.folder / "scores.npz", scores=[1.0, 5.0, np.nan], clusters=[0, 1, 2])  # sd 2
+    row = {"judge_score": 4.0, "kl_vocabulary": 1.0, "proxy_reward": 0.6, "proxy_reward_stderr": 0.1}
+    finished(one.on_the_way[0], row)
+    reference = {"reference_proxy_reward": 0.1, "reference_proxy_reward_sd": 0.5, "reference_proxy_reward_stderr": 0.2}
+    finished(one.evaluation, {"judge_score": 2.0, "kl_vocabulary": 4.0, "proxy_reward": 2.1} | reference)
+    start, snapshot, end = sampled_trajectory(plan, one)
+    assert (start["proxy_reward"], start["proxy_reward_stderr"]) == (0.1, 0.2)
+    assert (start["standard_gain"], start["standard_proxy_gain"]) == (0.0, 0.0)
+    assert (snapshot["proxy_reward"], snapshot["proxy_reward_stderr"], end["proxy_reward"]) == (0.6, 0.1, 2.1)
+    assert (snapshot["standard_gain"], snapshot["standard_proxy_gain"]) == pytest.approx((0.5, 1.0))
+    assert (end["standard_gain"], end["standard_proxy_gain"]) == pytest.approx((-0.5, 4.0))
+    write_json(one.evaluation.folder / "row.json", one.evaluation.row() | {"reference_proxy_reward_sd": 0.0})
+    assert not any("standard_gain" in row for row in sampled_trajectory(plan, one))  # a proxy of one value has no unit
+
+
 # ----------------------------------------------------------------------------------------------- the report
 
 
@@ -203,6 +228,47 @@ def test_the_report_of_text_has_curve_law_and_table_of_an_off_policy_method(tmp_
     assert "## Policies on the way" in text and (tmp_path / "figures/on_the_way.png").is_file()
     assert "dpo, seed 0: gold reward" in page and "dpo: the law fitted to it" in page
     assert json.dumps("reward learned from")[1:-1] not in page
+
+
+def test_the_report_shows_gold_and_proxy_over_the_root_of_the_kl(tmp_path: Path) -> None:
+    """Two seeds of an entry with a proxy: peak of gold, both there and at the end, the law, and what is too much."""
+    results = of_text()
+    steps = [(0, 0.0, 0.0), (2, 0.4, 0.5), (4, 0.6, 1.0), (6, 0.5, 1.6), (8, 0.2, 2.0)]
+
+    def rows(more: float) -> list[dict[str, float]]:
+        gains = [(step, step**2 / 16, gold + more * (step > 0), proxy) for step, gold, proxy in steps]
+        return [
+            {"step": step, "kl": kl, "reward": 7 * gold, "proxy_reward": 9 * proxy, "standard_gain": gold}
+            | {"standard_proxy_gain": proxy}
+            for step, kl, gold, proxy in gains
+        ]
+
+    entry = EntryResult(
+        name="rlhf", kind="rlhf", settings={"reward": {"kind": "learned"}}, seeds=results.entries[1].seeds
+    )
+    results.entries.append(entry)
+    assert proxy_table(results) is None and proxy_figure(results) is None and proxy_charts(results) == []
+    results.trajectories["rlhf"] = {"0": rows(0.0), "1": rows(0.1)}
+    table = proxy_table(results)
+    assert table is not None and [row[0] for row in table.rows] == ["rlhf"]
+    assert table.rows[0][1:] == (
+        *("learned", "0.650 ± 0.050", "1.000 ± 0.000", "4 / 4", "1.000 ± 0.000"),
+        *("0.250 ± 0.050", "2.000 ± 0.000", "4.000 ± 0.000", "1.750 ± 0.050"),
+    )
+    (chart,) = proxy_charts(results)
+    assert [line["role"] for line in chart["lines"]] == ["steps", "dashed"] * 2 + ["law"]
+    assert all(line["x"] == [0, 0.5, 1, 1.5, 2] for line in chart["lines"][:4])
+    assert chart["lines"][1]["y"] == [proxy for _, _, proxy in steps]
+    law = chart["lines"][-1]
+    fit = fit_law("learning", [[{"kl": r["kl"], "reward": r["standard_gain"]} for r in rows(m)] for m in (0.0, 0.1)])
+    assert fit is not None and law["x"][-1] == 2 and law["y"][-1] == pytest.approx(fit.at(4.0), rel=1e-5)
+    write_report(results, tmp_path)
+    write_page(results, tmp_path)
+    text, page = ((tmp_path / name).read_text() for name in ("report.md", "report.html"))
+    assert f"## {TITLE}" in text and (tmp_path / "figures/proxies.png").is_file()
+    for shown in (text, page):
+        assert "proxy − gold at the end" in shown and "Gains over the reference" in shown
+    assert "rlhf, seed 1: reward learned from" in page and '"id": "proxies"' in page.replace('"id":"', '"id": "')
 
 
 def test_off_policy_methods_are_measured_where_they_have_pairs() -> None:

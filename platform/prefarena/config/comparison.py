@@ -17,7 +17,14 @@ from prefarena.config.tasks import LanguageTask, Task, TextTask
 from prefarena.config.tracking import Tracking
 from prefarena.config.tuning import Tuning
 from prefarena.methods import on_policy
-from prefarena.settings.judges import EvaluationJudge, JudgeSettings, PairwiseJudge, RewardModel
+from prefarena.settings.judges import (
+    ClassifierJudge,
+    EvaluationJudge,
+    FunctionJudge,
+    JudgeSettings,
+    PairwiseJudge,
+    RewardModel,
+)
 from prefarena.settings.off_policy import OffPolicy, Pairwise
 from prefarena.settings.on_policy import OnPolicy
 from prefarena.settings.optimisation import Optimisation
@@ -189,6 +196,24 @@ class Comparison(Section):
     def trained_judge(self) -> RewardModel | None:
         """The judge of a text task, if it is one that is trained, on pairs that are set aside for it."""
         return self.judge if self.task.kind == "text" and isinstance(self.judge, RewardModel) else None
+
+    def proxy_of(self, method: Section) -> JudgeSettings | None:
+        """The reward that a policy of a text task learned from, where evaluations score the policy by that as well.
+
+        None where the comparison's judge is that very reward, or gives no scores. An endpoint, which is paid for, is
+        not asked again, and best-of-n picks by its reward without learning.
+        """
+        keyed, judge = reward_of(method), self.judge
+        if keyed is None or isinstance(method, BestOfN) or isinstance(judge, PairwiseJudge):
+            return None
+        reward = keyed[1]
+        if self.task.kind != "text" or not isinstance(reward, RewardModel | FunctionJudge | ClassifierJudge):
+            return None
+        if isinstance(reward, RewardModel):  # a learned judge is another model, of pairs of its own
+            return reward
+        if isinstance(reward, FunctionJudge) and isinstance(judge, FunctionJudge):
+            return None if reward.function == judge.function else reward
+        return None if reward == judge else reward
 
     @field_validator("label_budgets")
     @classmethod

@@ -208,7 +208,7 @@ def _of_entry(workload: Workload, entry: Entry) -> Iterator[Planned]:
         yield Planned("evaluation (abilities)", entry.name, _abilities(workload, workload.data.abilities), seeds)
     num_snapshots = getattr(getattr(method, "training", None), "num_snapshots", 0)
     if num_snapshots and not language and not isinstance(config.judge, PairwiseJudge):
-        yield Planned("evaluation (snapshots)", entry.name, _snapshot(workload), seeds * num_snapshots)
+        yield Planned("evaluation (snapshots)", entry.name, _snapshot(workload, entry), seeds * num_snapshots)
     if not language and isinstance(config.judge, PairwiseJudge):
         yield Planned("evaluation (pairs)", entry.name, StageWork(()), seeds)
 
@@ -245,18 +245,30 @@ def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
     parts.append(("log-probs", workload.scored(own.plus(pairs.times(twice)), size=size)))
     parts.append(("files", Files(2, 0, workload.plain.parameters)))
     if entry is not None:
+        held_out = settings.num_prompts * settings.samples_per_prompt  # those of the reference are scored, too
+        parts += _by_proxy(workload, entry, sequences + held_out)
         parts.append(("divergences", workload.scored(samples.times(4))))
     return StageWork(tuple(parts), generated=generated)
 
 
-def _snapshot(workload: Workload) -> StageWork:
+def _by_proxy(workload: Workload, entry: Entry, number: int) -> list[Named]:
+    """So many samples scored by the reward that an entry learned from, where evaluations do so."""
+    proxy = workload.config.proxy_of(entry.method)
+    if proxy is None:
+        return []
+    scored = workload.data.prompts.single().taking(number).passed()
+    return [("proxy", part) for part in workload.judging(proxy, scored, number)]
+
+
+def _snapshot(workload: Workload, entry: Entry) -> StageWork:
     """The evaluation of a text policy on the way: its samples on held-out prompts, and divergences along them."""
     settings, prompts = workload.config.evaluation, workload.data.prompts
     sequences = settings.num_prompts * settings.samples_per_prompt
     samples = prompts.single().taking(sequences).passed()
     files = Files(2, 0, workload.plain.parameters)
     along = workload.scored(samples.times(2))
-    parts = [("sync", _loading(workload)), *_samples(workload, sequences), ("files", files), ("divergences", along)]
+    parts = [("sync", _loading(workload)), *_samples(workload, sequences), *_by_proxy(workload, entry, sequences)]
+    parts += [("files", files), ("divergences", along)]
     return StageWork(tuple(parts), generated=sequences * prompts.mean_response)
 
 

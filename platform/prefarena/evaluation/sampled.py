@@ -137,6 +137,12 @@ def sampled_metrics(
     return row
 
 
+def score_metrics(name: str, scores: np.ndarray, clusters: np.ndarray) -> dict[str, float]:
+    """The mean of scores [N] as `name`, with its `_stderr`. Silence (nan) is left out; empty without any score."""
+    known = ~np.isnan(scores)
+    return _named(name, clustered(scores[known], clusters[known])) if known.any() else {}
+
+
 def win_rate(
     scores: np.ndarray, clusters: np.ndarray, other_scores: np.ndarray, other_clusters: np.ndarray
 ) -> Estimate:

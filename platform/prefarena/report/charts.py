@@ -25,10 +25,10 @@ from prefarena.report.trajectories import (
     estimated_points,
     frontiers_of,
     how_measured,
-    is_gold,
     measured_on_the_way,
     prompts_of,
     rollout_rows,
+    shows_proxy,
 )
 from prefarena.report.tuning import TunedCurve, expected_best_text, shown_settings, tuned_curves
 
@@ -230,7 +230,7 @@ def _trajectories(results: Results) -> list[Chart]:
         key = key_of(results, entry)
         for seed, rows in results.trajectories[entry.name].items():
             lines.append(_trajectory(key, f"{entry.name}, seed {seed}: gold reward", "steps", rows, "reward"))
-            if not is_gold(entry) and any("proxy_reward" in row for row in rows):
+            if shows_proxy(results, entry) and any("proxy_reward" in row for row in rows):
                 name = f"{entry.name}, seed {seed}: reward learned from"
                 lines.append(_trajectory(key, name, "dashed", rows, "proxy_reward"))
             law = law_line(results, entry) if seed == next(iter(results.trajectories[entry.name])) else None
@@ -262,7 +262,11 @@ def _trajectories(results: Results) -> list[Chart]:
 
 def _trajectory(key: str, name: str, role: str, rows: list[dict[str, float]], measure: str) -> Line:
     kept = [row for row in rows if measure in row]
-    text = [f"<b>{html.escape(name)}</b><br>after {row['step']:.0f} updates" for row in kept]
+    text = [
+        f"<b>{html.escape(name)}</b><br>after {row['step']:.0f} updates<br>reward {row[measure]:.3f}<br>"
+        f"KL {row['kl']:.3f}"
+        for row in kept
+    ]
     return _line(key, name, role, [row["kl"] for row in kept], [row[measure] for row in kept], text=text)
 
 

@@ -17,6 +17,7 @@ from prefarena.report.curves import curve_figures
 from prefarena.report.findings import findings
 from prefarena.report.html import PAGE_FILE, listing_html, table_html
 from prefarena.report.plots import drift_figure, expected_best_figure, reward_kl_figure
+from prefarena.report.proxies import proxy_figure
 from prefarena.report.results import Results
 from prefarena.report.results import load_results as read_results
 from prefarena.report.samples import SAMPLES_FILE
@@ -130,6 +131,7 @@ class ComparisonResult:
         else:
             found["through_training"] = estimated_figure(self.results, rollout_rows(self.results, self.folder))
             found["on_the_way"] = trajectory_figure(self.results)
+            found["proxies"] = proxy_figure(self.results)
         found |= {"expected_best": expected_best_figure(self.results), **curve_figures(self.results, self.folder)}
         return {name: figure for name, figure in found.items() if figure is not None}
 

@@ -37,6 +37,8 @@ from prefarena.report.leakage import leakage, leakage_tables
 from prefarena.report.measures import coverage_table, divergence_table
 from prefarena.report.online import online_table
 from prefarena.report.overoptimisation import law_table
+from prefarena.report.proxies import proxy_table
+from prefarena.report.proxy_charts import proxy_charts
 from prefarena.report.results import Results
 from prefarena.report.samples import SAMPLES_FILE, Samples, load_samples
 from prefarena.report.sensitivity import sensitivity_table
@@ -140,7 +142,7 @@ def _data(results: Results, folder: Path, samples: Samples | None) -> dict[str, 
         "legend": legend(results),
         "charts": {
             "reward": reward_kl_charts(results),
-            "through": through_training_charts(results, folder),
+            "through": _through_training_charts(results, folder),
             "training": training_charts(results, folder),
             "costs": _cost_charts(results),
             "tuning": tuning_charts(results),
@@ -259,14 +261,19 @@ def _labels(results: Results) -> str:
     )
 
 
+def _through_training_charts(results: Results, folder: Path) -> list[Chart]:
+    return [*through_training_charts(results, folder), *proxy_charts(results)]
+
+
 def _through_training(results: Results, folder: Path) -> str:
-    charts = _charts("through", through_training_charts(results, folder))
+    charts = _charts("through", _through_training_charts(results, folder))
     if not charts:
         return ""
     parts = [charts]
     entries = measured_on_the_way(results)
     if entries:
-        parts += [table_html(table, heading=True) for table in (summary_table(results), equal_kl_table(results))]
+        tables = (summary_table(results), equal_kl_table(results), proxy_table(results))
+        parts += [table_html(table, heading=True) for table in tables]
         steps = [table_html(trajectory_table(results, entry), heading=True) for entry in entries]
         parts.append(_details("Every policy measured during training", "\n".join(steps)))
         agreement = [table for entry in entries if (table := table_html(agreement_table(results, entry), heading=True))]

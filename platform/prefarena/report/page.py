@@ -17,6 +17,8 @@ from prefarena.report.measures import coverage_table, divergence_table
 from prefarena.report.online import online_table
 from prefarena.report.overoptimisation import law_table
 from prefarena.report.plots import FRONTIER_NOTE, drift_figure, expected_best_figure, reward_kl_figure
+from prefarena.report.proxies import NOTE, proxy_figure, proxy_table
+from prefarena.report.proxies import TITLE as PROXIES
 from prefarena.report.results import EntryResult, Results
 from prefarena.report.sensitivity import sensitivity_table
 from prefarena.report.style import write_figure
@@ -145,6 +147,9 @@ def _through_training(results: Results, folder: Path) -> list[str]:
     sections.append(_figure(title, text, folder, trajectory_figure(results), name))
     sections.append(_section("Through training: peak and end", summary_table(results)))
     sections.append(_section("Through training: at equal KL", equal_kl_table(results)))
+    if (proxies := proxy_table(results)) is not None:
+        sections.append(_figure(PROXIES, NOTE, folder, proxy_figure(results), "proxies"))
+        sections.append(proxies.markdown())
     for entry in entries[:MOST_PANELS]:
         sections.append(f"### {entry.name}\n\n{trajectory_table(results, entry).markdown()}")
     if len(entries) > MOST_PANELS:

@@ -52,6 +52,11 @@ def is_gold(entry: EntryResult) -> bool:
     return bool(entry.settings.get("reward", {}).get("kind") == "gold")
 
 
+def shows_proxy(results: Results, entry: EntryResult) -> bool:
+    """Whether an entry's proxy is shown beside the gold reward: on text they have other units (proxies.py)."""
+    return results.exact and not is_gold(entry)
+
+
 # ------------------------------------------------------------------------------------------------ tables
 
 
@@ -65,7 +70,7 @@ def summary_table(results: Results) -> Table | None:
         seeds = list(results.trajectories[entry.name].values())
         peaks = [max(rows, key=_reward) for rows in seeds]
         ends = [rows[-1] for rows in seeds]
-        gaps = [end["proxy_reward"] - end["reward"] for end in ends if "proxy_reward" in end and not is_gold(entry)]
+        gaps = [_gap(end) for end in ends if "proxy_reward" in end and shows_proxy(results, entry)]
         rows.append(
             (
                 entry.name,
@@ -91,9 +96,13 @@ def summary_table(results: Results) -> Table | None:
     caption = (
         f"{how_measured(results)}; means over seeds ± one standard error, and steps for each seed. The peak is the "
         "highest among the policies measured (start, snapshots, end). "
-        f"{proxy if results.exact else 'Gold: the score of that judge.'}"
+        f"{proxy if results.exact else 'Gold: the score of that judge. Proxy: the reward that the entry learned from.'}"
     )
     return Table(f"{results.name}: through training", header, tuple(rows), caption)
+
+
+def _gap(row: dict[str, float]) -> float:
+    return row["proxy_reward"] - row["reward"]
 
 
 def trajectory_table(results: Results, entry: EntryResult) -> Table:
@@ -180,8 +189,8 @@ def trajectory_figure(results: Results) -> Figure | None:
     if not entries:
         return None
     with house_style():
-        figure, panels = _panels(len(entries))
-        colours = _colours(results)
+        figure, panels = panels_for(len(entries))
+        colours = colours_of(results)
         for axes, entry in zip(panels, entries, strict=False):
             _draw_exact(axes, results, entry, colours[entry.name])
             axes.set_title(entry.name, color=colours[entry.name])
@@ -196,7 +205,7 @@ def _draw_exact(axes: Axes, results: Results, entry: EntryResult, colour: str) -
     furthest = 0.0
     for rows in results.trajectories[entry.name].values():
         axes.plot(*_line(rows, "reward"), color=colour, marker="o", markersize=3.5, linewidth=1.3, zorder=4)
-        if not is_gold(entry) and any("proxy_reward" in row for row in rows):
+        if shows_proxy(results, entry) and any("proxy_reward" in row for row in rows):
             style: dict[str, Any] = {
                 "linestyle": (0, (4, 2)),
                 "marker": "s",
@@ -219,7 +228,7 @@ def _label(axes: Axes, results: Results, entry: EntryResult, colour: str) -> Non
     end = seeds[0][-1]
     labels = [Label(end["kl"], end["reward"], "gold reward", colour)]
     obstacles = [along(np.stack(_line(rows, "reward"), axis=1)) for rows in seeds]
-    if not is_gold(entry) and "proxy_reward" in end:
+    if shows_proxy(results, entry) and "proxy_reward" in end:
         labels.append(Label(end["kl"], end["proxy_reward"], "reward learned from", colour))
         obstacles += [along(np.stack(_line(rows, "proxy_reward"), axis=1)) for rows in seeds]
     for index, line in enumerate(frontiers_of(results, entry, 1.1 * end["kl"])):
@@ -256,7 +265,7 @@ def estimated_figure(results: Results, logged: Logged) -> Figure | None:
     with house_style():
         figure = Figure(figsize=(max(4.2, 1.0 + 3.2 * len(names)), 0.7 + 2.6 * len(shown)), layout="constrained")
         grid = figure.subplots(len(shown), len(names), squeeze=False, sharex="col", sharey="row")
-        colours = _colours(results)
+        colours = colours_of(results)
         for column, name in enumerate(names):
             grid[0, column].set_title(name, color=colours[name])
             grid[-1, column].set_xlabel("KL(π ‖ reference), k1, nats")
@@ -310,7 +319,8 @@ def _draw_estimates(axes: Axes, rows: Rows, key: str, colour: str) -> None:
     axes.margins(0.08)
 
 
-def _panels(number_of: int) -> tuple[Figure, list[Axes]]:
+def panels_for(number_of: int) -> tuple[Figure, list[Axes]]:
+    """A figure with so many panels, three in a row."""
     columns = min(_COLUMNS, number_of)
     rows = -(-number_of // columns)
     figure = Figure(figsize=(max(5.6, 4.3 * columns), 0.4 + 3.6 * rows), layout="constrained")
@@ -320,6 +330,7 @@ def _panels(number_of: int) -> tuple[Figure, list[Axes]]:
     return figure, panels
 
 
-def _colours(results: Results) -> dict[str, str]:
+def colours_of(results: Results) -> dict[str, str]:
+    """The colour of each entry."""
     styles = looks([entry.name for entry in results.entries], [entry.kind for entry in results.entries])
     return {name: look.colour for name, look in styles.items()}

@@ -50,12 +50,10 @@ function traceOf(line) {
       return { ...trace, mode: "lines+markers", marker: { ...trace.marker, size: sizeOf(line.key, 8) }, line: { color: colour, width: 1.4 },
         error_x: errorBars(line.ex, colour), error_y: errorBars(line.ey, colour) };
     case "steps":
-      return { ...trace, mode: "lines+markers", marker: { ...trace.marker, size: sizeOf(line.key, 8) },
-        hovertemplate: "%{hovertext}<br>reward %{y:.3f}<br>KL %{x:.3f}<extra></extra>" };
+      return { ...trace, mode: "lines+markers", marker: { ...trace.marker, size: sizeOf(line.key, 8) } };
     case "dashed":
       return { ...trace, mode: "lines+markers", line: { color: colour, width: 1.4, dash: "dash" },
-        marker: { color: cssValue("--card"), symbol: symbolOf(line.key), size: sizeOf(line.key, 7), line: { color: colour, width: 1.4 } },
-        hovertemplate: "%{hovertext}<br>reward %{y:.3f}<br>KL %{x:.3f}<extra></extra>" };
+        marker: { color: cssValue("--card"), symbol: symbolOf(line.key), size: sizeOf(line.key, 7), line: { color: colour, width: 1.4 } } };
     case "dots":
       return { ...trace, mode: "markers", opacity: 0.5, marker: { color: colour, size: 6 } };
     case "mean line": // with a mark at its end, which is all that there is of a short one
@@ -70,8 +68,7 @@ function traceOf(line) {
       return { ...trace, mode: "lines", line: { color: cssValue("--soft"), width: 1.6 },
         hovertemplate: `${plain(line.name)}<br>%{y:.3f} at KL %{x:.3f}<extra></extra>` };
     case "law":
-      return { ...trace, mode: "lines", line: { color: colour, width: 1.4, dash: "dot" },
-        hovertemplate: `${plain(line.name)}<br>%{y:.3f} at KL %{x:.3f}<extra></extra>` };
+      return { ...trace, mode: "lines", line: { color: colour, width: 1.4, dash: "dot" } };
     case "curve":
       return { ...trace, mode: "lines", line: { color: colour, width: 1.5 },
         hovertemplate: `<b>${plain(line.name)}</b><br>step %{x}<br>%{y:.4~g}<extra></extra>` };
