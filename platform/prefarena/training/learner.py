@@ -89,6 +89,7 @@ class Learner:
         outputs: list[ObjectiveOutput] = []
         work = list(passes)
         for position, one in enumerate(work):
+            self._worker.give_back_freed(self._settings)
             with self._worker.no_sync(self._root, enabled=position < len(work) - 1):
                 output = one.compute(self._called)
                 # DDP and FSDP average gradients over workers; the step's loss is their sum.

@@ -295,7 +295,8 @@ class OnPolicyTrainer:
         return gather(self.scorers.experience(rollouts, staleness, phases), num_rows, self.worker)
 
     def _make_room(self) -> None:
-        """Free the temporary memory of an update, for engines that are about to wake on the workers' devices."""
+        """Free the temporary memory of an update, for weights under way and engines on the workers' devices."""
+        self.worker.give_back_freed(self.settings)
         if self.job.generation.sleep_mode != "none":
             for learner in self.learners.values():
                 learner.drop_gradients()

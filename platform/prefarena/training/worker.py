@@ -261,6 +261,15 @@ class Worker:
         if self.device.type == "cpu":
             process_memory.return_tensors(at_once=True)
 
+    def give_back_freed(self, settings: LearnerSettings) -> None:
+        """Return the freed memory that the process keeps, in a training where memory counts for more than speed.
+
+        Tensors below the limit of `process_memory.return_tensors`, such as the activations of a short pass in bfloat16,
+        stay in pieces that passes of other lengths fit badly: 400 to 550 MiB with SmolLM2-135M's adapters.
+        """
+        if self.device.type == "cpu" and self.spares(settings):
+            process_memory.give_back_freed()
+
     def drop_garbage(self) -> None:
         """Free what a job held and no longer needs: the next one of the group needs the room.
 
