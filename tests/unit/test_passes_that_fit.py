@@ -12,12 +12,14 @@ import torch
 from tiny import save_tiny_policy
 from torch import nn
 
-from prefarena.config import Optimisation
+from prefarena.config import LoRA, Optimisation
 from prefarena.data.plan import LARGEST_PASS, BatchPlan
 from prefarena.modeling.memory import MemoryNeed
 from prefarena.modeling.room import total_mib
+from prefarena.objectives.output import Mean, ObjectiveOutput
 from prefarena.stage_files import MEMORY
-from prefarena.training import prediction
+from prefarena.training import prediction, process_memory
+from prefarena.training.learner import Learner, Pass
 from prefarena.training.terms import Shares
 from prefarena.training.worker import Worker
 
@@ -161,3 +163,19 @@ def test_a_ppo_worker_holds_two_learned_models_two_frozen_ones_and_the_weights_i
     assert 4 * policy < there["weights_mib"] < 5 * policy + 0.1
     assert there["gradients_mib"] == pytest.approx(there["optimizer_mib"] / 2, abs=0.1)
     assert there["gradients_mib"] < 2 * policy
+
+
+@pytest.mark.parametrize(("training", "number"), [(Optimisation(lora=LoRA(rank=2)), 2), (Optimisation(), 0)])
+def test_freed_memory_goes_back_before_every_pass_where_memory_counts_for_more_than_speed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, training: Optimisation, number: int
+) -> None:
+    module = nn.Linear(2, 1)
+    learner = Learner("model", module, training, Worker(str(tmp_path)))
+    given_back: list[None] = []
+    monkeypatch.setattr(process_memory, "give_back_freed", lambda: given_back.append(None))
+
+    def loss(called: nn.Module) -> ObjectiveOutput:
+        return ObjectiveOutput(Mean(called(torch.ones(1, 2)).sum(), torch.ones(())), {})
+
+    learner.accumulate([Pass(loss, 1.0), Pass(loss, 1.0)])
+    assert len(given_back) == number
