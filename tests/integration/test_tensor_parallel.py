@@ -296,7 +296,10 @@ def test_a_real_model_over_three_devices_generates_what_it_does_on_one(ray_sessi
 @pytest.mark.long
 def test_a_comparison_runs_to_its_report_with_engines_over_two_devices(ray_session: None, tmp_path: Path) -> None:
     entries = [entry for entry in LANGUAGE["entries"] if entry["name"] in ("dpo", "rlhf")]  # type: ignore[index]
+    method = entries[1]["method"]
+    entries.append({"name": "adapters", "method": {**method, "training": {**method["training"], "lora": {"rank": 4}}}})
     results = run({**LANGUAGE, "entries": entries, "generation": {"tensor_parallel": 2}}, tmp_path)
-    assert {"dpo", "rlhf"} <= {entry.name for entry in results.entries}
-    assert results.entry("rlhf").seeds["0"]["kl/all"] > 0
+    assert {"dpo", "rlhf", "adapters"} <= {entry.name for entry in results.entries}
+    for name in ("rlhf", "adapters"):
+        assert results.entry(name).seeds["0"]["kl/all"] > 0
     assert (next((tmp_path / "runs").glob("*/report.html"))).is_file()
