@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 import torch
 from tiny import BOS, FIRST_LETTER
 from torch import Tensor
@@ -22,6 +23,7 @@ from prefarena.modeling.load import load_policy, load_tokenizer, new_reward_mode
 from prefarena.records import PROMPTS, Rollout
 from prefarena.stage_files import METRICS, read_log
 from prefarena.training.jobs import OnPolicyJob
+from prefarena.training.on_policy import train_on_policy
 from prefarena.training.worker import Worker
 
 LIKED = 5
@@ -150,3 +152,14 @@ def timeless(job: OnPolicyJob) -> list[dict[str, Any]]:
         {name: value for name, value in row.items() if not name.startswith("time/") and name != "tokens_per_second"}
         for row in metric_rows(job)
     ]
+
+
+def train_until_killed(job: OnPolicyJob, source: Any, **how: Any) -> None:
+    """Train with a source that ends the training by a ConnectionError, all checkpoints up to there written.
+
+    A checkpoint is written in the background; what is resumed from would otherwise depend on how fast the disk is.
+    """
+    worker = Worker(job.stage_dir)
+    with pytest.raises(ConnectionError):
+        train_on_policy(job, worker, source, **how)
+    worker.flush()
