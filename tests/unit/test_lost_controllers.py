@@ -36,6 +36,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: list[Exception]
         write_manifest(job.stage_dir, {})
 
     monkeypatch.setattr(launch, "_fit", attempt)
+    monkeypatch.setattr(launch, "free_reservations_of_the_dead", lambda: 0)
     launch.run_jobs([job], Resources(max_failures=2), str(tmp_path))
     return started
 

@@ -29,6 +29,7 @@ from prefarena.mirror import mirror_of
 from prefarena.stages import is_settled
 from prefarena.training.group_failures import failed_jobs, settle
 from prefarena.training.jobs import Job
+from prefarena.training.reservations import free_reservations_of_the_dead
 
 #: A group that could not be placed, or lost a worker while it started, is tried once more.
 _START_ATTEMPTS = 2
@@ -41,10 +42,10 @@ def run_jobs(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
 
     Called again after an interruption it goes on from the last checkpoint. When Ray Train's controller dies, or one of
     the actors without which it gives up, it is started again, at most `resources.max_failures` times, as it does itself
-    with workers. A job that cannot go on ends
-    in a failed stage, and the others are run by a new group (`group_failures.settle`). Raises what a worker raised
-    where that was a bug, UserError or GeneratorLostError where it was one, and WaitTimeoutError where the workers could
-    not be placed within `resources.start_timeout_s`.
+    with workers, and what the dead one has reserved is free. A job that cannot go on ends in a failed stage, and the
+    others are run by a new group (`group_failures.settle`). Raises what a worker raised where that was a bug, UserError
+    or GeneratorLostError where it was one, and WaitTimeoutError where the workers could not be placed within
+    `resources.start_timeout_s`.
     """
     import ray.exceptions
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
@@ -63,6 +64,7 @@ def run_jobs(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
             if num_failures > resources.max_failures:
                 raise
             _logger.warning("Ray Train's controller died and is being restarted: %s", error)
+            free_reservations_of_the_dead()
 
 
 def _fit(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
