@@ -104,9 +104,7 @@ def measure_abilities(config: Comparison, plans: list[SeedPlan], console: Consol
 
 
 def _measure(config: Comparison, plan: SeedPlan, trained: Trained | None, stage: Stage, engine: _Engine) -> None:
-    from lm_eval.evaluator import evaluate
-
-    from prefarena.evaluation.abilities import PolicyLM
+    from prefarena.evaluation.abilities import PolicyLM, run_tasks
 
     settings = config.evaluation.abilities
     if settings is None:
@@ -119,11 +117,7 @@ def _measure(config: Comparison, plan: SeedPlan, trained: Trained | None, stage:
     tasks = load_tasks(settings)
     answering = partial(engine.answers, policy, stage.key)
     model = PolicyLM(load_tokenizer(policy), length, partial(_scores, config, policy, kept, stage.label), answering)
-    found = evaluate(
-        model, tasks, limit=settings.limit, log_samples=True, bootstrap_iters=0, verbosity="ERROR",
-        apply_chat_template=settings.chat_template,
-    )  # fmt: skip
-    items = list(item_values(tasks, found["samples"]))
+    items = list(item_values(tasks, run_tasks(model, tasks, settings)))
     if not items:
         raise UserError(
             f"evaluation.abilities.tasks: {', '.join(settings.tasks)} have no metric that gives a number for each item"

@@ -15,14 +15,9 @@ def count_asked(settings: Abilities, tokenizer: PreTrainedTokenizerBase, max_len
     max_length: most tokens that the policy reads. Answers count as long as their tasks allow. Raises UserError as
     `load_tasks` does.
     """
-    from lm_eval.evaluator import evaluate
-
-    from prefarena.evaluation.abilities import Counted, PolicyLM
+    from prefarena.evaluation.abilities import Counted, PolicyLM, run_tasks
 
     tasks, counted = load_tasks(settings), Counted()
     model = PolicyLM(tokenizer, max_length, counted.score, counted.generate)
-    evaluate(
-        model, tasks, limit=settings.limit, bootstrap_iters=0, verbosity="ERROR",
-        apply_chat_template=settings.chat_template,
-    )  # fmt: skip
+    run_tasks(model, tasks, settings)
     return Asked(Rows.of(counted.scored), Rows.of(counted.answered))

@@ -245,8 +245,7 @@ def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
     parts.append(("log-probs", workload.scored(own.plus(pairs.times(twice)), size=size)))
     parts.append(("files", Files(2, 0, workload.plain.parameters)))
     if entry is not None:
-        held_out = settings.num_prompts * settings.samples_per_prompt  # those of the reference are scored, too
-        parts += _by_proxy(workload, entry, sequences + held_out)
+        parts += _by_proxy(workload, entry, sequences + held_out)  # held-out samples of the reference, too
         parts.append(("divergences", workload.scored(samples.times(4))))
     return StageWork(tuple(parts), generated=generated)
 

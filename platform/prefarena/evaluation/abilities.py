@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
+from lm_eval.evaluator import evaluate
 from lm_eval.models.utils import (
     handle_stop_sequences,
     has_bos_prefix,
@@ -22,6 +23,7 @@ from lm_eval.models.utils import (
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from transformers import PreTrainedTokenizerBase
 
+from prefarena.config import Abilities
 from prefarena.errors import UserError
 
 #: Contexts and continuations in, [N, 2] out, as `continuation_logps` has it.
@@ -138,6 +140,17 @@ class PolicyLM(TemplateLM):
                 f"evaluation.abilities: a task samples answers with {name}: {value}, which is not supported; have it "
                 "decode greedily, or set only a temperature"
             )
+
+
+def run_tasks(model: PolicyLM, tasks: dict[str, Any], settings: Abilities) -> dict[str, list[dict[str, Any]]]:
+    """Ask the policy all items of the tasks. Returns lm-eval's logged items of each, as `item_values` reads them."""
+    found = evaluate(
+        model, tasks, limit=settings.limit, log_samples=True, bootstrap_iters=0, verbosity="ERROR",
+        apply_chat_template=settings.chat_template,
+    )  # fmt: skip
+    if found is None:
+        raise RuntimeError("lm-eval gave no results")
+    return dict(found["samples"])
 
 
 class Counted:

@@ -143,7 +143,7 @@ def _plane(
         if len({(one, other) for _, one, other in seeds}) > 1:
             text = [f"<b>{html.escape(entry.name)}</b>, seed {seed}" for seed, _, _ in seeds]
             values = [[value for _, value, _ in seeds], [value for _, _, value in seeds]]
-            lines.append(_line(entry.name, entry.name, "seed", values[0], values[1], text=text))
+            lines.append(make_line(entry.name, entry.name, "seed", values[0], values[1], text=text))
     return {"id": name, "title": title, "note": note, "x": axes[0], "y": axes[1], "lines": lines}
 
 
@@ -156,7 +156,7 @@ def _points(
     ]
     errors = [[a.stderr for a, _, _ in points], [b.stderr for _, b, _ in points]]
     values = [[a.mean for a, _, _ in points], [b.mean for _, b, _ in points]]
-    return _line(key, name, role, values[0], values[1], text=text, ex=_numbers(errors[0]), ey=_numbers(errors[1]))
+    return make_line(key, name, role, values[0], values[1], text=text, ex=_numbers(errors[0]), ey=_numbers(errors[1]))
 
 
 def _seeds(*values: Aggregate) -> str:
@@ -172,7 +172,7 @@ def _frontier(results: Results, kl: str, prompts: str = "covered") -> list[Line]
     for line in frontier_lines(results, prompts):
         shown = line[line[:, 0] <= furthest] if furthest > 0 else line
         if len(shown):
-            lines.append(_line(None, "optimal frontier", "frontier", shown[:, 0], shown[:, 1]))
+            lines.append(make_line(None, "optimal frontier", "frontier", shown[:, 0], shown[:, 1]))
     return lines
 
 
@@ -186,7 +186,7 @@ def _bars(
         if found is not None:
             text = [f"<b>{html.escape(entry.name)}</b><br>{axis}: {plus_minus(found, digits)}{_seeds(found)}"]
             key = key_of(results, entry)
-            line = _line(key, entry.name, "bar", [found.mean], [entry.name], text=text, ex=_numbers([found.stderr]))
+            line = make_line(key, entry.name, "bar", [found.mean], [entry.name], text=text, ex=_numbers([found.stderr]))
             lines.append(line)
     return {"id": name, "title": title, "note": note, "x": axis, "y": "", "lines": lines, "at": at}
 
@@ -207,8 +207,8 @@ def through_training_charts(results: Results, folder: Path) -> list[Chart]:
                 points, smooth = estimated_points(found, key)
                 if len(points):
                     owner = (key_of(results, entry), f"{entry.name}, seed {seed}")
-                    lines.append(_line(*owner, "dots", points[:, 0], points[:, 1]))
-                    lines.append(_line(*owner, "mean line", smooth[:, 0], smooth[:, 1]))
+                    lines.append(make_line(*owner, "dots", points[:, 0], points[:, 1]))
+                    lines.append(make_line(*owner, "mean line", smooth[:, 0], smooth[:, 1]))
         if lines:
             note = (
                 "This is the score that training maximises."
@@ -235,14 +235,14 @@ def _trajectories(results: Results) -> list[Chart]:
                 lines.append(_trajectory(key, name, "dashed", rows, "proxy_reward"))
             law = law_line(results, entry) if seed == next(iter(results.trajectories[entry.name])) else None
             if law is not None:
-                lines.append(_line(key, f"{entry.name}: the law fitted to it", "law", law[:, 0], law[:, 1]))
+                lines.append(make_line(key, f"{entry.name}: the law fitted to it", "law", law[:, 0], law[:, 1]))
             prompts = prompts_of(entry) if results.exact else "all"
             before = furthest[prompts][0] if prompts in furthest else 0.0
             furthest[prompts] = (max(before, *(row["kl"] for row in rows)), entry)
     for prompts, (kl, entry) in furthest.items():
         for line in frontiers_of(results, entry, 1.1 * kl):
             where = "prompts with pairs" if prompts == "covered" else "all prompts" if results.exact else "estimated"
-            lines.append(_line(None, f"optimal frontier, {where}", "frontier", line[:, 0], line[:, 1]))
+            lines.append(make_line(None, f"optimal frontier, {where}", "frontier", line[:, 0], line[:, 1]))
     if not lines:
         return []
     note = (
@@ -267,7 +267,7 @@ def _trajectory(key: str, name: str, role: str, rows: list[dict[str, float]], me
         f"KL {row['kl']:.3f}"
         for row in kept
     ]
-    return _line(key, name, role, [row["kl"] for row in kept], [row[measure] for row in kept], text=text)
+    return make_line(key, name, role, [row["kl"] for row in kept], [row[measure] for row in kept], text=text)
 
 
 # ---------------------------------------------------------------------------------------- training curves
@@ -285,7 +285,7 @@ def training_charts(results: Results, folder: Path) -> list[Chart]:
                 for points in found:
                     x, y = thinned(points).T
                     name = f"{entry.name}, seed {seed}"
-                    lines[metric].append(_line(key_of(results, entry), name, "curve", x, y))
+                    lines[metric].append(make_line(key_of(results, entry), name, "curve", x, y))
     note = "Losses of different methods are different quantities and cannot be compared."
     return [
         {
@@ -317,7 +317,7 @@ def label_charts(results: Results) -> list[Chart]:
             ]
             x, y, errors = [pairs for pairs, _ in known], [v.mean for _, v in known], [v.stderr for _, v in known]
             key = key_of(results, curve.entries[0][1])
-            lines.append(_line(key, curve.group, "grid", x, y, text=text, ey=_numbers(errors)))
+            lines.append(make_line(key, curve.group, "grid", x, y, text=text, ey=_numbers(errors)))
             ticks.update(x)
         better = {True: "Up is better.", False: "Down is better.", None: "Lower is closer to the reference."}
         note = f"{better[measure.more_is_better]} Means over seeds; bars are one standard error."
@@ -343,8 +343,8 @@ def tuning_charts(results: Results) -> list[Chart]:
         expected += _expected(key, curve, k)
         costly += _expected(key, curve, k * curve.seconds)
         text = [_told(curve, place) for place in range(len(k))]
-        happened.append(_line(key, curve.entry.name, "dots", k, curve.counted, text=text))
-        happened.append(_line(key, f"{curve.entry.name}, best so far", "so far", k, curve.so_far))
+        happened.append(make_line(key, curve.entry.name, "dots", k, curve.counted, text=text))
+        happened.append(make_line(key, f"{curve.entry.name}, best so far", "so far", k, curve.so_far))
     note, value = expected_best_text(results), "value of a trial"
     note = f"{note[:1].upper()}{note[1:]}"
     seconds = "The same curves against k times the average device-seconds of the entry's trials."
@@ -367,11 +367,11 @@ def _expected(key: str, curve: TunedCurve, x: np.ndarray) -> list[Line]:
     for place, value in enumerate(mean):
         ends = f" [{interval[place, 0]:.3f}, {interval[place, 1]:.3f}]" if known[place] else ""
         text.append(f"<b>{html.escape(name)}</b><br>best of {place + 1}: {value:.3f}{ends}")
-    lines = [_line(key, name, "expected", x, mean, text=text)]
+    lines = [make_line(key, name, "expected", x, mean, text=text)]
     if known.any():
         around = [np.concatenate([x[known], x[known][::-1]])]
         around.append(np.concatenate([interval[known, 1], interval[known, 0][::-1]]))
-        lines.insert(0, _line(key, f"{name}, 95 %", "band", *around))
+        lines.insert(0, make_line(key, f"{name}, 95 %", "band", *around))
     return lines
 
 
@@ -390,7 +390,7 @@ def thinned(points: np.ndarray) -> np.ndarray:
     return points[np.linspace(0, len(points) - 1, _MOST_POINTS).round().astype(int)]
 
 
-def _line(key: str | None, name: str, role: str, x: Any, y: Any, **more: Any) -> Line:
+def make_line(key: str | None, name: str, role: str, x: Any, y: Any, **more: Any) -> Line:
     """A line whose numbers have six digits, which is more than a screen can show."""
     return {"key": key, "name": name, "role": role, "x": _numbers(x), "y": _numbers(y), **more}
 

@@ -65,6 +65,11 @@ class Fit(NamedTuple):
         first, second = _design(np.array([d]), self.law)[0] if d > 0 else (0.0, 0.0)
         return float(self.alpha.value * first + self.beta.value * second)
 
+    def line(self) -> np.ndarray:
+        """(KL, gain) [60, 2] along the law, as far as was measured."""
+        kls = self.largest_kl * np.linspace(0, 1, 60) ** 2
+        return np.stack([kls, [self.at(float(kl)) for kl in kls]], axis=1)
+
 
 def fit_law(law: Law, curves: Sequence[Sequence[EvalRow]]) -> Fit | None:
     """The law through one curve a seed, rows with `kl` and `reward`, the first of which is the reference.
@@ -145,8 +150,7 @@ def law_line(results: Results, entry: EntryResult) -> np.ndarray | None:
     if fit is None:
         return None
     start = float(np.mean([rows[0]["reward"] for rows in curves]))
-    kls = fit.largest_kl * np.linspace(0, 1, 60) ** 2
-    return np.stack([kls, [start + fit.at(float(kl)) for kl in kls]], axis=1)
+    return fit.line() + np.array([0.0, start])
 
 
 def law_table(results: Results) -> Table | None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from operator import attrgetter
 from typing import NamedTuple
 
 import numpy as np
@@ -47,6 +48,9 @@ class Point(NamedTuple):
         return math.sqrt(max(0.0, self.kl))
 
 
+_GOLD, _PROXY = attrgetter("gold"), attrgetter("proxy")
+
+
 def proxy_curves(results: Results) -> dict[str, dict[str, list[Point]]]:
     """entry -> seed -> its policies in order, where they were scored by the reward that they learned from."""
     found: dict[str, dict[str, list[Point]]] = {}
@@ -69,26 +73,26 @@ def law_of(curves: Sequence[Sequence[Point]]) -> Fit | None:
 
 def line_of_law(fit: Fit) -> np.ndarray:
     """(root of the KL, gain) [60, 2] along a law, as far as was measured."""
-    roots = math.sqrt(fit.largest_kl) * np.linspace(0, 1, 60)
-    return np.stack([roots, [fit.at(float(root**2)) for root in roots]], axis=1)
+    kls, gains = fit.line().T
+    return np.stack([np.sqrt(kls), gains], axis=1)
 
 
 def proxy_table(results: Results) -> Table | None:
     """A row for each entry with a proxy: where the gold reward was best, what both are there and at the end."""
     rows = []
     for name, by_seed in proxy_curves(results).items():
-        peaks = [max(points, key=lambda point: point.gold) for points in by_seed.values()]
+        peaks = [max(points, key=_GOLD) for points in by_seed.values()]
         ends = [points[-1] for points in by_seed.values()]
         rows.append(
             (
                 name,
                 _learned_from(results.entry(name)),
-                _mean(peaks, lambda point: point.gold),
-                _mean(peaks, lambda point: point.proxy),
+                _mean(peaks, _GOLD),
+                _mean(peaks, _PROXY),
                 " / ".join(f"{peak.step:.0f}" for peak in peaks),
                 _mean(peaks, lambda point: point.kl),
-                _mean(ends, lambda point: point.gold),
-                _mean(ends, lambda point: point.proxy),
+                _mean(ends, _GOLD),
+                _mean(ends, _PROXY),
                 _mean(ends, lambda point: point.kl),
                 _mean(ends, lambda point: point.proxy - point.gold),
             )
@@ -156,13 +160,5 @@ def _label(axes: Axes, curves: list[list[Point]], colour: str) -> None:
     """Names beside the ends of the first seed's lines, clear of all lines."""
     end = curves[0][-1]
     labels = [Label(end.root, end.gold, "gold", colour), Label(end.root, end.proxy, "proxy", colour)]
-    lines = [[(point.root, value(point)) for point in curve] for curve in curves for value in (_gold, _proxy)]
+    lines = [[(point.root, value(point)) for point in curve] for curve in curves for value in (_GOLD, _PROXY)]
     place_labels(axes, labels, np.concatenate([along(np.array(line)) for line in lines]))
-
-
-def _gold(point: Point) -> float:
-    return point.gold
-
-
-def _proxy(point: Point) -> float:
-    return point.proxy

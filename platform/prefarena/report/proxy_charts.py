@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 
-from prefarena.report.charts import Chart, Line, key_of
+from prefarena.report.charts import Chart, Line, key_of, make_line
 from prefarena.report.proxies import GAIN, NOTE, ROOT_KL, TITLE, Point, law_of, line_of_law, proxy_curves
 from prefarena.report.results import Results
 
@@ -20,8 +20,7 @@ def proxy_charts(results: Results) -> list[Chart]:
             lines.append(_line(key, f"{name}, seed {seed}: reward learned from", "dashed", points, proxy))
         fit = law_of(list(by_seed.values()))
         if fit is not None:
-            x, y = line_of_law(fit).T.tolist()
-            lines.append({"key": key, "name": f"{name}: the law fitted to it", "role": "law", **_numbers(x, y)})
+            lines.append(make_line(key, f"{name}: the law fitted to it", "law", *line_of_law(fit).T))
     if not lines:
         return []
     return [{"id": "proxies", "title": TITLE, "note": NOTE, "x": f"{ROOT_KL}, nats^½", "y": GAIN, "lines": lines}]
@@ -32,10 +31,4 @@ def _line(key: str, name: str, role: str, points: list[Point], gains: list[float
         f"<b>{html.escape(name)}</b><br>after {point.step:.0f} updates<br>gain {gain:.3f}<br>KL {point.kl:.3f}"
         for point, gain in zip(points, gains, strict=True)
     ]
-    numbers = _numbers([point.root for point in points], gains)
-    return {"key": key, "name": name, "role": role, **numbers, "text": text}
-
-
-def _numbers(x: list[float], y: list[float]) -> dict[str, list[float]]:
-    """Numbers of six digits, which is more than a screen can show."""
-    return {name: [float(f"{value:.6g}") for value in values] for name, values in (("x", x), ("y", y))}
+    return make_line(key, name, role, [point.root for point in points], gains, text=text)
