@@ -19,6 +19,7 @@ from prefarena.config import (
 )
 from prefarena.data.sources import version_of
 from prefarena.functions import source_digest
+from prefarena.settings.judges import is_same_function
 
 
 def learns_judge(config: Comparison) -> bool:
@@ -41,7 +42,7 @@ def watching_function(config: Comparison, reward: JudgeSettings) -> FunctionJudg
     judge = config.judge
     if isinstance(config.task, LanguageTask) or not isinstance(judge, FunctionJudge):
         return None
-    return None if isinstance(reward, FunctionJudge) and reward.function == judge.function else judge
+    return None if is_same_function(reward, judge) else judge
 
 
 def engine_inputs(config: Comparison) -> list[str]:

@@ -76,28 +76,30 @@ class Wanted:
 
     given_by: everything that they depend on beside prompts and responses (JSON-able). They are computed in parts of 256
     responses, whether these are kept or not and whoever computes them, so that neither a stop nor the number of
-    processes changes a bit.
+    processes changes a bit. is_shared: other evaluations want the same values.
     """
 
     given_by: Any
     prompts: list[list[int]]
     responses: list[list[int]]
     compute: Compute
+    is_shared: bool = False
 
     def parts(self) -> Iterator[Part]:
         for start in range(0, len(self.prompts), PART_ROLLOUTS):
             own = slice(start, start + PART_ROLLOUTS)
             prompts, responses = self.prompts[own], self.responses[own]
             name = f"{content_id(self.given_by, prompts, responses)}.npy"
-            yield Part(name, partial(self.compute, prompts, responses))
+            yield Part(name, partial(self.compute, prompts, responses), self.is_shared)
 
 
 @dataclass(frozen=True)
 class Part:
-    """The file of a part's values, and what computes them."""
+    """The file of a part's values, what computes them, and whether other evaluations want the same."""
 
     name: str
     compute: Callable[[], np.ndarray]
+    is_shared: bool = False
 
 
 @dataclass(frozen=True)
@@ -109,10 +111,14 @@ class Share:
 
 
 class KeptValues:
-    """Values of responses, kept in parts; without a folder nothing is kept."""
+    """Values of responses, kept in parts; without a folder nothing is kept.
 
-    def __init__(self, folder: Path | None) -> None:
-        self._folder = folder
+    shared: the folder of values that several evaluations want, so that the first one computes them for all; without it
+    they are kept beside the others.
+    """
+
+    def __init__(self, folder: Path | None, shared: Path | None = None) -> None:
+        self._folder, self._shared = folder, shared
 
     def complete(self, wanted: Wanted) -> np.ndarray:
         """The values [N]: kept ones, and those of missing parts, which are computed now."""
@@ -133,7 +139,8 @@ class KeptValues:
         return replace(share, place=(share.place - len(parts)) % share.number)
 
     def _value(self, part: Part) -> np.ndarray:
-        path = None if self._folder is None else self._folder / part.name
+        folder = self._shared if part.is_shared and self._shared is not None else self._folder
+        path = None if folder is None else folder / part.name
         found = None if path is None else _read_values(path)
         if found is None:
             found = part.compute()

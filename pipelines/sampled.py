@@ -13,12 +13,12 @@ from typing import NamedTuple
 import numpy as np
 
 from pipelines.exact import finish_evaluation, float_column
-from pipelines.kept_rollouts import KeptValues
 from pipelines.sampled_values import (
     Filled,
     Policies,
     SampledJob,
     best_of,
+    distinct_responses,
     held_out_pairs,
     judged,
     scored_by_proxy,
@@ -119,7 +119,7 @@ def _policy_row(
     rollouts: list[Rollout], held_out: slice, job: SampledJob, settings: Evaluation
 ) -> tuple[dict[str, float], _Kls]:
     """The measures that need the policy's log-probs of its samples or of held-out pairs, and all KLs."""
-    samples, kept = rollouts[held_out], KeptValues(job.kept)
+    samples, kept = rollouts[held_out], job.values()
     with Policies(job, settings) as policies:
         values = {name: kept.complete(one) for name, one in policies.wanted(rollouts, held_out.stop).items()}
     if job.policy == job.reference:
@@ -138,15 +138,16 @@ def _policy_row(
 def _pairs_row(values: dict[str, np.ndarray], job: SampledJob) -> dict[str, float]:
     """The measures of held-out pairs, from the policies' log-probs of them."""
     test = held_out_pairs(job)
-    if job.policy == job.reference:
-        # Its log-ratios are zero. The pairs' own columns come from other batches, and so differ by their rounding.
-        ref_chosen, ref_rejected = values["chosen"], values["rejected"]
+    pairs = distinct_responses(test)
+    # The log-ratios of the reference are zero. Columns of the pairs come from other batches, and differ by rounding.
+    own = values["ref_pairs" if job.policy == job.reference else "pairs"]
+    chosen, rejected = own[pairs.chosen], own[pairs.rejected]
+    if "ref_pairs" in values:
+        ref_chosen, ref_rejected = values["ref_pairs"][pairs.chosen], values["ref_pairs"][pairs.rejected]
     else:
-        ref_chosen, ref_rejected = (
-            values.get(f"ref_{side}", float_column(test, f"ref_{side}_logp")) for side in ("chosen", "rejected")
-        )
-    row = preference_accuracy(values["chosen"], values["rejected"], ref_chosen, ref_rejected)
-    return row | demonstration_metrics(values["chosen"], ref_chosen, clusters_of(test["prompt_ids"].to_pylist()))
+        ref_chosen, ref_rejected = (float_column(test, f"ref_{side}_logp") for side in ("chosen", "rejected"))
+    row = preference_accuracy(chosen, rejected, ref_chosen, ref_rejected)
+    return row | demonstration_metrics(chosen, ref_chosen, clusters_of(test["prompt_ids"].to_pylist()))
 
 
 def _group_row(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -42,7 +42,8 @@ class SampledJob:
     forward KL; without it there is none. groups: behind the held-out prompts, names of groups of other prompts and the
     number of prompts in each, all with as many samples; they are measured apart. is_snapshot: of a policy on the way,
     of which a trajectory needs scores and the KL alone: no held-out pairs are scored, and it has no `of_reference`.
-    proxy: the reward that the policy learned from, which is not the judge.
+    proxy: the reward that the policy learned from, which is not the judge. kept_for_all: where values of the reference
+    that the evaluations of all policies want are kept until they have ended.
     """
 
     policy: str
@@ -59,6 +60,11 @@ class SampledJob:
     groups: tuple[tuple[str, int], ...] = ()
     is_snapshot: bool = False
     proxy: JudgeSpec | None = None
+    kept_for_all: Path | None = None
+
+    def values(self) -> KeptValues:
+        """Where models' values are kept while this evaluation is under way."""
+        return KeptValues(self.kept, self.kept_for_all)
 
     def parts(self, num_samples: int, settings: Evaluation) -> dict[str, slice]:
         """Where the samples of each group lie among `num_samples` of them; those on held-out prompts are named ""."""
@@ -112,7 +118,7 @@ def judged(
     """
     usage = None
     if is_model(spec.settings):
-        scores = KeptValues(job.kept).complete(_Scores(spec, settings, job.device).wanted(rollouts))
+        scores = job.values().complete(_Scores(spec, settings, job.device).wanted(rollouts))
     else:
         judge = load_judge(spec, settings.batch_size, job.device)
         scores = judge.score(*prompts_and_responses(rollouts))
@@ -143,29 +149,50 @@ class Policies:
             scorer.__exit__(*error)
 
     def wanted(self, rollouts: list[Rollout], num_held_out: int) -> dict[str, Wanted]:
-        """Of held-out pairs log-probs by both policies, `chosen` … `ref_rejected`; `along` all samples what
-        `along_samples` has. Where the policy is the reference, in place of `along` its `own` log-probs of the first
-        `num_held_out` samples, which takes no reference beside it. Of a snapshot `along` alone.
+        """Of held-out pairs' distinct responses (`distinct_responses`) log-probs by both policies, `pairs` and
+        `ref_pairs`; `along` all samples what `along_samples` has. Where the policy is the reference, `ref_pairs` alone,
+        and in place of `along` its `own` log-probs of the first `num_held_out` samples, which takes no reference
+        beside it. Of a snapshot `along` alone.
 
         The reference scores pairs where passes of other shapes, as those of the table, are rounded far apart.
         """
         job, temperature = self._job, self._temperature
         if job.is_snapshot:
             return {"along": along(self._policy, self._reference, *prompts_and_responses(rollouts), temperature)}
-        test, found = held_out_pairs(job), dict[str, Wanted]()
-        pairs = {side: (test["prompt_ids"].to_pylist(), test[f"{side}_ids"].to_pylist()) for side in _SIDES}
+        pairs, found = distinct_responses(held_out_pairs(job)), dict[str, Wanted]()
         if job.policy == job.reference:
             found["own"] = self._policy.logps(*prompts_and_responses(rollouts[:num_held_out]), temperature)
-        found |= {side: self._policy.logps(*pairs[side], 1.0) for side in _SIDES}
-        if job.policy != job.reference:
+        else:
+            found["pairs"] = self._policy.logps(pairs.prompts, pairs.responses, 1.0)
             both = prompts_and_responses([*rollouts, *job.of_reference])
             found["along"] = along(self._policy, self._reference, *both, temperature)
-            if job.arithmetic != "float32":
-                found |= {f"ref_{side}": self._reference.logps(*pairs[side], 1.0) for side in _SIDES}
+        if job.policy == job.reference or job.arithmetic != "float32":
+            of_reference = self._reference.logps(pairs.prompts, pairs.responses, 1.0)
+            found["ref_pairs"] = replace(of_reference, is_shared=True)
         return found
 
 
-_SIDES = ("chosen", "rejected")
+@dataclass(frozen=True)
+class DistinctResponses:
+    """N responses, each with its prompt, and where among them those of pairs are: `chosen` and `rejected` [P]."""
+
+    prompts: list[list[int]]
+    responses: list[list[int]]
+    chosen: np.ndarray
+    rejected: np.ndarray
+
+
+def distinct_responses(pairs: pa.Table) -> DistinctResponses:
+    """The responses of pairs, each once: of pairs that are drawn, many have a response in common."""
+    places: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+    columns = [pairs[name].to_pylist() for name in ("prompt_ids", "chosen_ids", "rejected_ids")]
+    rows = [
+        [places.setdefault((tuple(prompt), tuple(response)), len(places)) for response in responses]
+        for prompt, *responses in zip(*columns, strict=True)
+    ]
+    sides = np.array(rows, np.int64).reshape(-1, 2)
+    prompts, responses = [list(prompt) for prompt, _ in places], [list(response) for _, response in places]
+    return DistinctResponses(prompts, responses, sides[:, 0], sides[:, 1])
 
 
 def held_out_pairs(job: SampledJob) -> pa.Table:
@@ -232,7 +259,7 @@ def fill_share(
     *_: Filled,
 ) -> Filled:
     """Compute a share of the models' values. Runs in a Ray task; the last arguments are those of the phase before."""
-    started, kept = time.perf_counter(), KeptValues(job.kept)
+    started, kept = time.perf_counter(), job.values()
     if "reward" in kinds and job.reward is not None:
         share = kept.fill([_Scores(job.reward, settings, job.device).wanted(rollouts)], share)
     elif job.reward is not None:

@@ -470,6 +470,8 @@ def test_drawn_pairs_are_counted_from_the_prompts(tmp_path: Path, choose: str, o
     assert data.drawn is not None and data.drawn.number == 4 * (train + test)
     assert (data.pairs.number, data.test_pairs.number) == (of_each * 16, of_each * test)
     assert data.num_labelled == 4 * (16 + test) and data.demonstrations.number == 4 * train
+    distinct = {"all": 4 * test, "best_worst": 2 * test}
+    assert data.test_responses.number == distinct[choose] and data.test_responses.responses.shape[1] == 1
     [generated] = [part for _, part in stage_of(config, data, "drawn").parts if isinstance(part, Sampling)]
     assert generated.calls * generated.sequences == data.drawn.number
     [judged] = [part for _, part in stage_of(config, data, "pairs").parts if isinstance(part, Judging)]

@@ -18,10 +18,11 @@ from pipelines.kept_rollouts import PART_ROLLOUTS, KeptRollouts, KeptValues, Sha
 from pipelines.sampled import score_samples
 from pipelines.sampled_values import Filled, Kind, SampledJob, fill_share, seconds_of, start_filling
 from prefarena.config import Evaluation, FunctionJudge, RewardModel
+from prefarena.evaluation.sampled import response_logps
 from prefarena.generation.interface import Sampling
 from prefarena.judges.models import RewardModelJudge
 from prefarena.judges.spec import JudgeSpec
-from prefarena.modeling.load import load_tokenizer, new_reward_model, save_policy
+from prefarena.modeling.load import load_policy, load_tokenizer, new_reward_model, save_policy
 from prefarena.records import Rollout
 from prefarena.stages import read_manifest, write_manifest
 
@@ -148,11 +149,8 @@ class Scored:
         for name in self.models:
             write_manifest(tmp_path / name, {"name": name})
         self.judge, self.proxy = (self._judge(name, seed) for seed, name in enumerate(("judge", "proxy")))
-        columns: dict[str, Any] = {"id": ["a"], "prompt_ids": [[1, 3]]}
-        columns |= {"chosen_ids": [[4, EOS]], "rejected_ids": [[5, EOS]]}
-        table = pa.table(columns | {"ref_chosen_logp": [-1.0], "ref_rejected_logp": [-2.0]})
         (tmp_path / "test_pairs").mkdir()
-        pq.write_table(table, tmp_path / "test_pairs" / "part-0.parquet")
+        self.write_pairs({"prompt_ids": [[1, 3]], "chosen_ids": [[4, EOS]], "rejected_ids": [[5, EOS]]})
         (tmp_path / "evaluation").mkdir()
         #: (what, number of responses) in the order in which parts were computed.
         self.computed: list[tuple[str, int]] = []
@@ -182,6 +180,13 @@ class Scored:
 
         return compute
 
+    def write_pairs(self, columns: dict[str, list[list[int]]]) -> None:
+        """Write held-out pairs, with columns of the reference's log-probs that are far from the truth."""
+        number = len(columns["prompt_ids"])
+        logps = {f"ref_{side}_logp": [-1.0 - place for place in range(number)] for side in ("chosen", "rejected")}
+        table = pa.table({"id": [str(place) for place in range(number)], **columns, **logps})
+        pq.write_table(table, self.folder / "test_pairs" / "part-0.parquet")
+
     def job(self, kept: Path | None, **changed: Any) -> SampledJob:
         job = SampledJob(
             self.models["new"], self.models["old"], self.judge, self.folder, self.folder / "evaluation", kept=kept
@@ -203,7 +208,7 @@ def scored(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Scored:
     return Scored(tmp_path, monkeypatch)
 
 
-@pytest.mark.parametrize("dies_at", [0, 4, 7])
+@pytest.mark.parametrize("dies_at", [0, 3, 6])
 def test_an_evaluation_that_dies_while_it_scores_computes_no_part_twice(scored: Scored, dies_at: int) -> None:
     expected = scored.row(scored.job(None))
     once, scored.dies_at = list(scored.computed), dies_at
@@ -215,7 +220,7 @@ def test_an_evaluation_that_dies_while_it_scores_computes_no_part_twice(scored: 
     sizes = [PART_ROLLOUTS, PART_ROLLOUTS, 6]
     assert once == [
         *(("score", size) for size in sizes),
-        *(("response_logps", size) for size in (1, 1)),
+        ("response_logps", 2),  # of the one pair
         *(("along_samples", size) for size in sizes),
     ]
 
@@ -257,3 +262,47 @@ def test_the_reference_moves_no_pair_whatever_rounding_its_columns_have(scored: 
     row = scored.row(scored.job(None, policy=scored.models["old"]))
     assert row["preference_accuracy"] == 0.5 and row["kl"] == 0.0
     assert row["demonstration_gain"] == 0.0
+
+
+#: Three answers to one prompt in all their pairs, and one of them to another prompt.
+_DRAWN = {
+    "prompt_ids": [[1, 3], [1, 3], [1, 3], [1, 4]],
+    "chosen_ids": [[4, EOS], [4, EOS], [5, 6, EOS], [4, EOS]],
+    "rejected_ids": [[5, 6, EOS], [7, EOS], [7, EOS], [8, EOS]],
+}
+
+
+def test_a_response_that_many_pairs_have_is_scored_once(scored: Scored) -> None:
+    """And every pair has the log-probs of its own two: against all responses of all pairs scored one by one."""
+    scored.write_pairs(_DRAWN)
+    row = scored.row(scored.job(None))
+    assert [size for what, size in scored.computed if what == "response_logps"] == [5]
+    policy = load_policy(scored.models["new"])
+    chosen, rejected = (
+        [
+            float(response_logps(policy, [prompt], [ids], EOS, 1)[0])
+            for prompt, ids in zip(_DRAWN["prompt_ids"], _DRAWN[side], strict=True)
+        ]
+        for side in ("chosen_ids", "rejected_ids")
+    )
+    assert row["preference_accuracy"] == np.mean(np.array(chosen) > np.array(rejected))
+    assert row["demonstration_logp"] == pytest.approx(np.mean(chosen), abs=1e-5)
+    assert row["demonstration_gain"] == pytest.approx(np.mean(chosen) + np.mean([1, 2, 3, 4]), abs=1e-5)
+
+
+def test_the_references_log_probs_of_pairs_are_computed_once_for_all_policies(scored: Scored) -> None:
+    scored.write_pairs(_DRAWN)
+    folder = scored.folder / "for-all"
+    alone = scored.row(scored.job(None, arithmetic="bfloat16"))
+    scored.computed.clear()
+    evaluations: list[tuple[str, list[tuple[str, int]]]] = []
+    for name in ("old", "new", "new"):
+        own = scored.folder / f"kept-{len(evaluations)}"
+        row = scored.row(scored.job(own, policy=scored.models[name], arithmetic="bfloat16", kept_for_all=folder))
+        evaluations.append((name, [one for one in scored.computed if one[0] == "response_logps"]))
+        scored.computed.clear()
+    assert row == alone
+    of_reference = [("response_logps", 5), ("response_logps", PART_ROLLOUTS), ("response_logps", PART_ROLLOUTS)]
+    assert sorted(evaluations[0][1]) == sorted([*of_reference, ("response_logps", 6)])
+    assert [computed for _, computed in evaluations[1:]] == [[("response_logps", 5)]] * 2
+    assert len(list(folder.iterdir())) == 1

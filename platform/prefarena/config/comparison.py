@@ -24,6 +24,7 @@ from prefarena.settings.judges import (
     JudgeSettings,
     PairwiseJudge,
     RewardModel,
+    is_same_function,
 )
 from prefarena.settings.off_policy import OffPolicy, Pairwise
 from prefarena.settings.on_policy import OnPolicy
@@ -211,9 +212,7 @@ class Comparison(Section):
             return None
         if isinstance(reward, RewardModel):  # a learned judge is another model, of pairs of its own
             return reward
-        if isinstance(reward, FunctionJudge) and isinstance(judge, FunctionJudge):
-            return None if reward.function == judge.function else reward
-        return None if reward == judge else reward
+        return None if is_same_function(reward, judge) or reward == judge else reward
 
     @field_validator("label_budgets")
     @classmethod

@@ -100,6 +100,7 @@ class Data:
     row_seconds: what making a row of the language took, or reading and tokenising one. some_prompts: a few as tokens.
     drawn: where pairs are drawn, every response that is, of which judges order `num_labelled`; the other tables are
     made of these, demonstrations too unless the rows have `answers`. abilities: where they are measured.
+    responses_per_pair: distinct ones; drawn pairs have responses in common.
     """
 
     pairs: Rows
@@ -114,6 +115,12 @@ class Data:
     num_labelled: int = 0
     answers: bool = True
     abilities: Asked | None = None
+    responses_per_pair: float = 2.0
+
+    @property
+    def test_responses(self) -> Rows:
+        """The distinct responses of held-out pairs, each as a row."""
+        return self.test_pairs.apart().taking(round(self.responses_per_pair * self.test_pairs.number))
 
     def answered(self, lengths: Sequence[int]) -> Data:
         """The data if the model's own responses have these lengths."""
@@ -205,6 +212,7 @@ def _with_drawn(data: Data, settings: DrawnPairs) -> Data:
         pairs=data.pairs.taking(of_each * covered),
         test_pairs=data.test_pairs.taking(of_each * tested),
         demonstrations=demonstrations,
+        responses_per_pair=number / of_each if settings.choose == "all" else 2.0,
     )
 
 

@@ -236,13 +236,11 @@ def _evaluation(workload: Workload, entry: Entry | None) -> StageWork:
         parts += [("reward", part) for part in workload.judging(method.reward, every, drawn)]
         return StageWork(tuple(parts), generated=generated)
     samples = workload.data.prompts.single().taking(sequences).passed()
-    pairs = workload.data.test_pairs.apart().passed()
+    pairs = workload.data.test_responses.passed()
     size = settings.batch_size * (samples.tokens / sequences)
-    # An entry's pairs are scored by the reference, too, unless those of the table are as exact.
-    twice = 2 if config.scored_in != "float32" and entry is not None else 1
     # Along samples of both, an entry's log-probs come with its divergences.
     own = samples.times(held_out / sequences) if entry is None else NOTHING
-    parts.append(("log-probs", workload.scored(own.plus(pairs.times(twice)), size=size)))
+    parts.append(("log-probs", workload.scored(own.plus(pairs), size=size)))
     parts.append(("files", Files(2, 0, workload.plain.parameters)))
     if entry is not None:
         parts += _by_proxy(workload, entry, sequences + held_out)  # held-out samples of the reference, too

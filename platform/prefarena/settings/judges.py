@@ -67,6 +67,11 @@ class FunctionJudge(Section):
     max_silent_share: float = _silent_share()
 
 
+def is_same_function(one: Section, other: Section) -> bool:
+    """Whether both judges are one function, whatever share of the rows each may leave without a score."""
+    return isinstance(one, FunctionJudge) and isinstance(other, FunctionJudge) and one.function == other.function
+
+
 class Endpoint(Section):
     """A language model behind an OpenAI-compatible endpoint, and what is done where it does not answer."""
 
