@@ -26,8 +26,8 @@ from pipelines.sampled_values import (
 )
 from pipelines.samples import write_samples
 from pipelines.wins import write_responses
-from prefarena.config import Evaluation
-from prefarena.evaluation.best_of_n import kl_bound
+from prefarena.config import Evaluation, FunctionJudge
+from prefarena.evaluation.best_of_n import best_of_curve, kl_bound
 from prefarena.evaluation.preferences import preference_accuracy
 from prefarena.evaluation.sampled import (
     clusters_of,
@@ -43,7 +43,9 @@ from prefarena.judges.usage import Usage, total_costs
 from prefarena.mirror import workspace
 from prefarena.modeling.load import load_tokenizer
 from prefarena.records import Rollout
-from prefarena.stage_files import SAMPLE_SCORES
+from prefarena.settings.judges import is_same_function
+from prefarena.stage_files import BEST_OF_CURVE, SAMPLE_SCORES
+from prefarena.stages import write_json
 
 
 def score_samples(
@@ -59,6 +61,7 @@ def score_samples(
     if job.reward is not None:
         ranking, used = judged(job.reward, rollouts, settings, job)
         usages.append(used)
+        _keep_curve(rollouts, ranking, job, settings)
         rollouts = best_of(rollouts, ranking, job)
     scores = None
     if job.judge is not None:
@@ -84,6 +87,20 @@ def score_samples(
     write_samples(job.folder, load_tokenizer(job.policy), rollouts, scores)
     counts = {"num_tokens_generated": num_tokens, **total_costs(usages)}
     finish_evaluation(job.folder, row, started, seconds_of(filled), **counts)
+
+
+def _keep_curve(drawn: list[Rollout], ranking: np.ndarray, job: SampledJob, settings: Evaluation) -> None:
+    """Keep the measures of the best of ever more samples on held-out prompts, where the judge is a function.
+
+    Every sample is scored for them rather than the best alone, which any other judge is not asked for.
+    """
+    if job.judge is None or job.reward is None or not isinstance(job.judge.settings, FunctionJudge):
+        return
+    held_out = job.parts(len(drawn) // job.best_of, settings)[""].stop * job.best_of
+    scores, _ = judged(job.judge, drawn[:held_out], settings, job)
+    is_proxy = not is_same_function(job.reward.settings, job.judge.settings)
+    rows = best_of_curve(ranking[:held_out], scores, job.best_of, is_proxy=is_proxy)
+    write_json(job.folder / BEST_OF_CURVE, rows)
 
 
 def score_frontier(

@@ -27,6 +27,7 @@ from pipelines.evaluate import (
     sampled_on,
     sampling_of,
 )
+from pipelines.exact import read_best_of_curve
 from pipelines.frontier import frontier_points, regret_row
 from pipelines.plan import SeedPlan, make_plan, model_of
 from pipelines.report import _entry_row
@@ -41,6 +42,7 @@ from prefarena.generation.interface import Sampling
 from prefarena.judges.spec import JudgeSpec, load_judge
 from prefarena.modeling.load import load_policy
 from prefarena.records import PROMPTS, Rollout, content_id
+from prefarena.stages import Stage
 
 FUNCTION = FunctionJudge(function="rewards_that_fail:short")
 
@@ -270,6 +272,11 @@ def test_best_of_n_is_measured_on_each_group_by_what_it_picks(tmp_path: Path) ->
     assert (
         row["response_length/uncovered"] == pytest.approx(shortest[20:].mean()) and "kl_vocabulary/covered" not in row
     )
+    curve = read_best_of_curve(Stage("evaluation", "best", folder))
+    of_all = load_judge(spec).score(*prompts_and_responses(rollouts[: 8 * 3]))  # on held-out prompts
+    assert [point["step"] for point in curve] == [1, 2, 3] and "standard_gain" not in curve[0]
+    assert curve[0]["reward"] == pytest.approx(of_all.mean())
+    assert curve[-1]["reward"] == curve[-1]["proxy_reward"] == pytest.approx(row["judge_score"])
 
 
 # ---------------------------------------------------------------------------------- the reward that was learned from

@@ -79,10 +79,17 @@ def test_intervals_hold_the_truth_as_often_as_they_say(law: Law, num_seeds: int)
 
 def test_too_few_policies_have_no_law() -> None:
     assert fit_law("learning", [curve("learning", 1, 0.1)[:4]]) is None
-    assert fit_law("learning", [curve("learning", 1, 0.1), curve("learning", 1, 0.1)[:4]]) is None
+    assert fit_law("learning", [curve("learning", 1, 0.1), curve("learning", 1, 0.1)[:3]]) is None
     assert fit_law("learning", []) is None and fit_law("learning", [[]]) is None
     same = [{"step": float(s), "kl": 1.0, "reward": 0.5} for s in range(6)]
     assert fit_law("best of n", [same]) is None  # at one distance nothing is told apart
+
+
+def test_of_several_seeds_three_policies_each_are_enough() -> None:
+    """Their interval is that over seeds, not of what is left of one curve."""
+    found = fit_law("learning", [curve("learning", 1.0, 0.1)[:4], curve("learning", 1.2, 0.1)[:4]])
+    assert found is not None and found.num_points == 6
+    assert found.alpha.value == pytest.approx(1.1) and found.beta.value == pytest.approx(0.1)
 
 
 # ------------------------------------------------------------------------------------------ the language

@@ -269,6 +269,13 @@ def test_the_report_shows_gold_and_proxy_over_the_root_of_the_kl(tmp_path: Path)
     for shown in (text, page):
         assert "proxy − gold at the end" in shown and "Gains over the reference" in shown
     assert "rlhf, seed 1: reward learned from" in page and '"id": "proxies"' in page.replace('"id":"', '"id": "')
+    # The best of ever more samples is shown the same way, with the law of its own.
+    results.trajectories["rlhf"], results.best_of_curves["rlhf"] = {}, {"0": rows(0.0), "1": rows(0.1)}
+    assert proxy_table(results) == table
+    (chart,) = proxy_charts(results)
+    fit = fit_law("best of n", [[{"kl": r["kl"], "reward": r["standard_gain"]} for r in rows(m)] for m in (0.0, 0.1)])
+    assert fit is not None and chart["lines"][-1]["y"][-1] == pytest.approx(fit.at(4.0), rel=1e-5)
+    assert "best of 8" in chart["lines"][0]["text"][-1] and "updates" not in json.dumps(chart)
 
 
 def test_off_policy_methods_are_measured_where_they_have_pairs() -> None:

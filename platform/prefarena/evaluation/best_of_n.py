@@ -43,6 +43,44 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def best_of_curve(ranking: np.ndarray, scores: np.ndarray, n: int, *, is_proxy: bool) -> list[dict[str, float]]:
+    """Rows of the best of 1, 2, 4, … and n samples, from M consecutive groups of n: `ranking` and `scores` [M * n].
+
+    `step`: how many samples; `kl`: its upper bound; `reward` and `proxy_reward`: means of the scores, and of what ranks
+    them. Where the latter is a proxy for the scores, `standard_gain` and `standard_proxy_gain` over the first row are
+    in standard deviations of the samples; neither is there if all samples have one score.
+    """
+    powers = [2**power for power in range(n.bit_length())]
+    values, rows = {"reward": scores, "proxy_reward": ranking}, list[dict[str, float]]()
+    for k in sorted({*powers, n}):
+        means = {name: float(np.nanmean(expected_best(ranking, one, n, k))) for name, one in values.items()}
+        rows.append({"step": k, "kl": kl_bound(k), **means})
+    spreads = {name: float(np.nanstd(one)) for name, one in values.items()}
+    if is_proxy and min(spreads.values()) > 0:
+        for row in rows:
+            gains = {name: (row[name] - rows[0][name]) / spread for name, spread in spreads.items()}
+            row |= {"standard_gain": gains["reward"], "standard_proxy_gain": gains["proxy_reward"]}
+    return rows
+
+
+def expected_best(ranking: np.ndarray, values: np.ndarray, n: int, k: int) -> np.ndarray:
+    """Return, for each group of n samples, the mean value of the best of `k` of them over all subsets of that size [M].
+
+    It is unbiased for the best of `k` samples, and spreads less than one subset's. `ranking`, `values` [M * n]; samples
+    without a rank (nan) come last, and those without a value are left out. Raises ValueError unless 1 <= k <= n.
+    """
+    if not 1 <= k <= n:
+        raise ValueError(f"the best of {k} among {n} samples is not defined")
+    known = np.where(np.isnan(ranking), -np.inf, ranking).reshape(-1, n)
+    order = np.argsort(-known, axis=1, kind="stable")
+    ordered = np.take_along_axis(values.reshape(-1, n), order, axis=1)
+    # The sample in place j is the best of those subsets that take it and k - 1 of the n - 1 - j behind it.
+    weights = np.array([math.comb(n - 1 - place, k - 1) / math.comb(n, k) for place in range(n)])
+    there = np.where(np.isnan(ordered), 0.0, weights)
+    with np.errstate(invalid="ignore"):
+        return (there * np.nan_to_num(ordered)).sum(axis=1) / there.sum(axis=1)
+
+
 def pick_best(scores: np.ndarray, n: int) -> np.ndarray:
     """Indices [M] of the best of each of M consecutive groups of n samples, from scores [M * n]; the first of a tie.
 

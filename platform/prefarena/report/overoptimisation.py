@@ -21,7 +21,8 @@ from prefarena.report.significance import LEVEL, student_quantile
 from prefarena.report.tables import Table, number
 
 Law = Literal["best of n", "learning"]
-_FEWEST = 4  # points of one curve: two are fitted, and two are left to say how well
+#: Fewest points of a curve: two are fitted. Of a single curve two are left to say how well; several say it together.
+_FEWEST, _FEWEST_OF_SEVERAL = 4, 3
 
 
 class Interval(NamedTuple):
@@ -74,9 +75,10 @@ class Fit(NamedTuple):
 def fit_law(law: Law, curves: Sequence[Sequence[EvalRow]]) -> Fit | None:
     """The law through one curve a seed, rows with `kl` and `reward`, the first of which is the reference.
 
-    None where a curve has fewer than four points away from the reference.
+    None where a curve has fewer than four points away from the reference, or three if there are several curves.
     """
-    fitted = [_fit_one(law, rows) for rows in curves]
+    fewest = _FEWEST if len(curves) == 1 else _FEWEST_OF_SEVERAL
+    fitted = [_fit_one(law, rows, fewest) for rows in curves]
     if not fitted or any(one is None for one in fitted):
         return None
     known = [one for one in fitted if one is not None]
@@ -96,11 +98,11 @@ def fit_law(law: Law, curves: Sequence[Sequence[EvalRow]]) -> Fit | None:
     return Fit(law, intervals[0], intervals[1], rms, len(residuals), largest)
 
 
-def _fit_one(law: Law, rows: Sequence[EvalRow]) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
+def _fit_one(law: Law, rows: Sequence[EvalRow], fewest: int) -> tuple[np.ndarray, np.ndarray, np.ndarray] | None:
     """alpha and beta, their standard errors from the residuals, and the residuals; None for too few points."""
     start = rows[0]["reward"] if rows else 0.0
     points = np.array([(math.sqrt(row["kl"]), row["reward"] - start) for row in rows if row["kl"] > 0])
-    if len(points) < _FEWEST:
+    if len(points) < fewest:
         return None
     design = _design(points[:, 0], law)
     if np.linalg.matrix_rank(design) < 2:

@@ -17,12 +17,12 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from prefarena.report.labels import Label, place_labels
-from prefarena.report.overoptimisation import Fit, fit_law
+from prefarena.report.overoptimisation import Fit, Law, fit_law
 from prefarena.report.plots import along
 from prefarena.report.results import Aggregate, EntryResult, EvalRow, Results, mean_and_error
 from prefarena.report.style import house_style
 from prefarena.report.tables import Table, plus_minus
-from prefarena.report.trajectories import MOST_PANELS, colours_of, measured_on_the_way, panels_for
+from prefarena.report.trajectories import MOST_PANELS, colours_of, panels_for
 
 TITLE = "Gold and proxy reward through training"
 ROOT_KL = "√KL(π ‖ reference)"
@@ -31,7 +31,7 @@ NOTE = (
     "Gains over the reference, in standard deviations of its own samples on the same held-out prompts. Solid: the "
     "evaluation's judge (gold); dashed: the reward that the policy learned from (proxy). Where the dashed line rises "
     "and the solid one does not follow, the proxy is over-optimised. Dotted: the law fitted to the gold gains, where "
-    "there are four policies or more."
+    "there are four policies or more (three with several seeds)."
 )
 
 
@@ -52,10 +52,14 @@ _GOLD, _PROXY = attrgetter("gold"), attrgetter("proxy")
 
 
 def proxy_curves(results: Results) -> dict[str, dict[str, list[Point]]]:
-    """entry -> seed -> its policies in order, where they were scored by the reward that they learned from."""
+    """entry -> seed -> its policies in order, where they were scored by the reward that they learned from.
+
+    Of best-of-n, the best of ever more samples by the reward that picks them.
+    """
     found: dict[str, dict[str, list[Point]]] = {}
-    for entry in measured_on_the_way(results):
-        for seed, rows in results.trajectories[entry.name].items():
+    for entry in results.trained():
+        curves = results.trajectories.get(entry.name) or results.best_of_curves.get(entry.name, {})
+        for seed, rows in curves.items():
             points = [_point(row) for row in rows if row.keys() >= {"standard_gain", "standard_proxy_gain"}]
             if len(points) > 1:
                 found.setdefault(entry.name, {})[seed] = points
@@ -66,9 +70,15 @@ def _point(row: EvalRow) -> Point:
     return Point(row["step"], row["kl"], row["standard_gain"], row["standard_proxy_gain"])
 
 
-def law_of(curves: Sequence[Sequence[Point]]) -> Fit | None:
-    """Gao's law of learning through the gold gains of one entry, a curve for each seed."""
-    return fit_law("learning", [[{"kl": point.kl, "reward": point.gold} for point in curve] for curve in curves])
+def law_of(results: Results, name: str, curves: Sequence[Sequence[Point]]) -> Fit | None:
+    """Gao's law through the gold gains of one entry, a curve for each seed."""
+    law: Law = "best of n" if is_best_of(results, name) else "learning"
+    return fit_law(law, [[{"kl": point.kl, "reward": point.gold} for point in curve] for curve in curves])
+
+
+def is_best_of(results: Results, name: str) -> bool:
+    """Whether an entry's curve is of the best of ever more samples, and not of a policy through training."""
+    return not results.trajectories.get(name)
 
 
 def line_of_law(fit: Fit) -> np.ndarray:
@@ -100,13 +110,14 @@ def proxy_table(results: Results) -> Table | None:
     if not rows:
         return None
     header = (
-        *("policy", "proxy", "peak of gold", "proxy there", "at step", "KL there"),
+        *("policy", "proxy", "peak of gold", "proxy there", "at step or n", "KL there"),
         *("gold at the end", "proxy at the end", "KL at the end", "proxy − gold at the end"),
     )
     caption = (
         "Gains over the reference in standard deviations of its samples on held-out prompts; means over seeds ± one "
-        "standard error, and steps for each seed. Gold: the evaluation's judge. Proxy: the reward that the policy "
-        "learned from. Proxy − gold: over-optimisation."
+        "standard error, and steps for each seed (of best-of-n, n). Gold: the evaluation's judge. Proxy: the reward "
+        "that the policy learned from, or that picks the best. Proxy − gold: over-optimisation. The KL of best-of-n "
+        "is its upper bound."
     )
     return Table(f"{results.name}: gold and proxy reward", header, tuple(rows), caption, 2)
 
@@ -131,7 +142,8 @@ def proxy_figure(results: Results) -> Figure | None:
         figure, panels = panels_for(len(found))
         colours = colours_of(results)
         for axes, (name, by_seed) in zip(panels, found.items(), strict=False):
-            _draw(axes, list(by_seed.values()), colours[name])
+            curves = list(by_seed.values())
+            _draw(axes, curves, law_of(results, name, curves), colours[name])
             axes.set_title(name, color=colours[name])
             axes.set_xlabel(f"{ROOT_KL}, nats$^{{1/2}}$")
         panels[0].set_ylabel(GAIN)
@@ -140,7 +152,7 @@ def proxy_figure(results: Results) -> Figure | None:
         return figure
 
 
-def _draw(axes: Axes, curves: list[list[Point]], colour: str) -> None:
+def _draw(axes: Axes, curves: list[list[Point]], fit: Fit | None, colour: str) -> None:
     for points in curves:
         roots = [point.root for point in points]
         gold, proxy = [point.gold for point in points], [point.proxy for point in points]
@@ -149,7 +161,6 @@ def _draw(axes: Axes, curves: list[list[Point]], colour: str) -> None:
             roots, proxy, color=colour, linewidth=1.1, zorder=3, linestyle=(0, (4, 2)), marker="s", markersize=3,
             markerfacecolor="white",
         )  # fmt: skip
-    fit = law_of(curves)
     if fit is not None:
         law = line_of_law(fit)
         axes.plot(law[:, 0], law[:, 1], color=colour, linewidth=1.0, linestyle=":", zorder=2)

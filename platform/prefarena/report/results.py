@@ -153,7 +153,8 @@ class Results(Part):
         {}, description="entry -> seed -> measures before, during and after training; `step` counts updates."
     )
     best_of_curves: dict[str, dict[str, list[EvalRow]]] = Field(
-        {}, description="entry -> seed -> exact measures of best-of-n for growing n; `step` is n."
+        {},
+        description="entry -> seed -> measures of best-of-n for growing n; `step` is n. Of text `kl` is a bound.",
     )
     kl_agreement: dict[str, dict[str, list[EvalRow]]] = Field(
         {}, description="entry -> seed -> logged KL estimates, with the exact KL of the policy that was sampled."
