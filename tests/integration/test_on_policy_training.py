@@ -202,17 +202,21 @@ def test_rollouts_older_than_the_mode_allows_are_refused(
         train_on_policy(job, Worker(job.stage_dir), Stuck(job.policy), reward=LikedCount())
 
 
-def test_snapshots_are_the_policy_after_that_many_updates(tmp_path: Path, tiny_policy: str) -> None:
+@pytest.mark.parametrize("how", [{}, {"lora": LoRA(rank=2)}], ids=["whole", "adapters"])
+def test_snapshots_are_the_policy_after_that_many_updates(
+    tmp_path: Path, tiny_policy: str, how: dict[str, Any]
+) -> None:
     assert snapshot_steps(80, 3) == [20, 40, 60] and snapshot_steps(5, 0) == []
     assert snapshot_steps(3, 5) == [1, 2]
-    job = make_job(tmp_path, tiny_policy, GRPO.model_copy(update={"num_snapshots": 3}))
+    job = make_job(tmp_path, tiny_policy, GRPO.model_copy(update={"num_snapshots": 3, **how}))
     train_until_killed(job, Dying(LocalGenerator(job.policy), "rlhf@3"), reward=LikedCount())
     train_on_policy(job, Worker(job.stage_dir), LocalGenerator(job.policy), reward=LikedCount())
     folders = sorted((Path(job.stage_dir) / "snapshots").iterdir())
     assert [folder.name for folder in folders] == ["00001", "00002", "00003"]
-    short = make_job(tmp_path / "short", tiny_policy, GRPO.model_copy(update={"num_iterations": 3}))
+    short = make_job(tmp_path / "short", tiny_policy, GRPO.model_copy(update={"num_iterations": 3, **how}))
     train_on_policy(short, Worker(short.stage_dir), LocalGenerator(job.policy), reward=LikedCount())
     assert equal(dict(load_policy(str(folders[2])).state_dict()), final_weights(short))
+    assert (folders[2] / "model.safetensors").exists() != ("lora" in how)  # adapters alone, without their base
 
 
 @pytest.mark.parametrize("training", [GRPO, RLOO], ids=["grpo", "rloo"])

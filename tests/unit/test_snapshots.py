@@ -69,6 +69,7 @@ def test_a_snapshot_is_the_policy_after_that_many_steps_and_changes_nothing(
     assert snapshot.keys() == short.keys()
     assert all(torch.allclose(snapshot[name], short[name], rtol=0, atol=1e-7) for name in short)
     assert any(not torch.equal(snapshot[name], plain[name]) for name in short)
+    assert (folders[1] / "model.safetensors").exists() != ("lora" in how)  # adapters alone, without their base
     assert not (tmp_path / "plain" / "snapshots").exists()
 
 

@@ -39,7 +39,7 @@ from prefarena.training.loading import Loader
 from prefarena.training.moving_reference import MovingReference
 from prefarena.training.on_policy_batch import Batch, experience_metrics, learnable
 from prefarena.training.on_policy_memory import fitting_micro_batch
-from prefarena.training.on_policy_models import POLICY, load_models, save_adapters, save_models
+from prefarena.training.on_policy_models import POLICY, load_models, save_adapters, save_as_it_is, save_models
 from prefarena.training.rollout_counts import RolloutCounts
 from prefarena.training.rollouts import RolloutStream, minibatches, share
 from prefarena.training.saving import keep_snapshot, snapshot_steps
@@ -251,7 +251,7 @@ class OnPolicyTrainer:
 
     def save_snapshot(self) -> None:
         """Keep the policy as it is. Every worker calls it."""
-        save = partial(save_models, self.models, self.job, self.worker, self.tokenizer)
+        save = partial(save_as_it_is, self.models, self.job, self.worker, self.tokenizer)
         keep_snapshot(self.job.stage_dir, self.iteration, self.worker, save)
 
     # ---------------------------------------------------------------------------------------- iterations

@@ -288,6 +288,16 @@ def _stored_weights(policy: str) -> Mapping[str, Tensor]:
         return load_policy(policy).state_dict()
 
 
+def save_as_it_is(
+    models: OnPolicyModels, job: OnPolicyJob, worker: Worker, tokenizer: PreTrainedTokenizerBase, folder: Path
+) -> None:
+    """Save the policy during its training: its adapters alone, where it has any. Every worker calls this."""
+    if models.body is None:
+        save_models(models, job, worker, tokenizer, folder)
+    else:
+        save_adapter(models.policy.model, job.policy, folder, POLICY, writes=worker.rank == 0)
+
+
 def save_adapters(models: OnPolicyModels, job: OnPolicyJob, worker: Worker) -> None:
     """The policy's adapters, where it has any, beside its merged model; every worker calls this."""
     if models.body is not None:

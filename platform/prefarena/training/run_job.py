@@ -123,7 +123,7 @@ def _train_policy(job: ReferenceJob | OffPolicyJob, worker: Worker, drawer: Pair
     has_adapters, plain = settings.lora is not None, partial(load_policy, job.policy)
 
     def keep(step: int) -> None:
-        save = partial(save_as_it_is, model, tokenizer, worker, plain, has_adapters=has_adapters)
+        save = partial(save_as_it_is, model, tokenizer, worker, plain, job.policy, has_adapters=has_adapters)
         keep_snapshot(job.stage_dir, step, worker, save)
 
     counts: dict[str, Any] = train(module, terms, settings, worker, keep)

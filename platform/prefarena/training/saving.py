@@ -67,16 +67,19 @@ def save_as_it_is(
     tokenizer: PreTrainedTokenizerBase,
     worker: Worker,
     plain: Callable[[], PreTrainedModel],
+    base: str,
     folder: Path,
     *,
     has_adapters: bool,
 ) -> None:
-    """Save a policy during its training, adapters merged, by rank 0; the model is not changed.
+    """Save a policy during its training, by rank 0; the model is not changed.
 
-    Every worker calls this. plain: as in `save_spread`.
+    With adapters these alone are saved, as those of the model at `base`, into which `load_policy` merges them: whole
+    models, one for each snapshot, would take many times as much disk. Every worker calls this. plain: as in
+    `save_spread`.
     """
     if has_adapters:
-        save_spread(model, merged_weights(model), tokenizer, folder, worker, plain)
+        save_adapter(model, base, folder, writes=worker.rank == 0)
     elif worker.shards:
         weights = ((name, whole(tensor)) for name, tensor in model.state_dict().items())
         save_spread(model, weights, tokenizer, folder, worker, plain)
