@@ -317,7 +317,10 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path, monkeypatc
             {"name": "kto", "method": {"kind": "kto", "training": {**QUICK, "num_steps": 30}}},
             {"name": "odpo", "method": {"kind": "odpo", "training": {**QUICK, "num_steps": 30}}},
         ],
-        "evaluation": {"num_prompts": 8, "samples_per_prompt": 2, "frontier_samples": 8},
+        "evaluation": {
+            "num_prompts": 8, "samples_per_prompt": 2, "frontier_samples": 8,
+            "abilities": {"tasks": ["knowledge"], "folder": "pipelines/data/abilities", "limit": 12},
+        },
         "resources": {"scoring": {"num_actors": 2}},  # each evaluation is scored by two tasks
     }  # fmt: skip
     results = run(tree, tmp_path)
@@ -361,4 +364,14 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path, monkeypatc
     assert samples is not None and samples.num_all == 16 and samples.num_left_out == 0
     assert all(row.answers.keys() == {"reference", "dpo", "rlhf", "best-of-3", "kto", "odpo"} for row in samples.rows)
     assert dpo["judge_score"] == pytest.approx(np.mean([row.answers["dpo"][1] for row in samples.rows]))
-    assert embedded(samples.rows[0].prompt) in (run_folder / "report.html").read_text(encoding="utf-8")
+    page = (run_folder / "report.html").read_text(encoding="utf-8")
+    assert embedded(samples.rows[0].prompt) in page
+    kept = [path for path in (tmp_path / "runs" / "rollouts").rglob("*") if path.is_file()]
+    assert not kept  # neither of evaluations nor of what all of them share
+    abilities = {one.entry: one for one in results.abilities}
+    assert abilities.keys() == {"dpo", "rlhf", "kto", "odpo"}  # best-of-n has no policy of its own
+    for one in abilities.values():
+        assert (one.task, one.metric, one.num_items) == ("knowledge", "acc", 12) and 0 <= one.value <= 1
+        assert one.reference == abilities["dpo"].reference and one.difference == pytest.approx(one.value - one.reference)
+    assert sum(cost.stage == "evaluation (abilities)" for cost in results.costs) == 5  # and the reference's
+    assert "text: what is forgotten" in page or "What is forgotten" in page
