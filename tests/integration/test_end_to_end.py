@@ -372,6 +372,7 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path, monkeypatc
     assert abilities.keys() == {"dpo", "rlhf", "kto", "odpo"}  # best-of-n has no policy of its own
     for one in abilities.values():
         assert (one.task, one.metric, one.num_items) == ("knowledge", "acc", 12) and 0 <= one.value <= 1
-        assert one.reference == abilities["dpo"].reference and one.difference == pytest.approx(one.value - one.reference)
+        assert one.reference == abilities["dpo"].reference
+        assert one.difference == pytest.approx(one.value - one.reference)
     assert sum(cost.stage == "evaluation (abilities)" for cost in results.costs) == 5  # and the reference's
     assert "text: what is forgotten" in page or "What is forgotten" in page
