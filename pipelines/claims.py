@@ -39,7 +39,8 @@ def settle(console: Console, items: Mapping[Path, Item], work: Callable[[list[It
             for folder in waiting:
                 leases.release(lease_of(folder))
             for folder, holder in holders.items():
-                if holder is not None and folder not in said:
+                # While there was work here the holders may have ended, or been followed by others: they are read again.
+                if holder is not None and not ours and folder not in said:
                     said.add(folder)
                     console.print(f"waiting for {folder.name}, which another comparison is working on ({holder})")
             waiting = {folder: item for folder, item in waiting.items() if not is_settled(folder)}

@@ -151,3 +151,19 @@ def test_stages_of_others_are_waited_for_or_taken_over(tmp_path: Path) -> None:
     thread.join(60)
     assert done == [["ours", "orphan", "failing"]]
     assert not list((tmp_path / "leases").iterdir())
+
+
+def test_a_stage_that_another_ends_in_the_meantime_is_not_waited_for(tmp_path: Path) -> None:
+    """Who holds a stage is told when nothing else is to be done: what was read before the work may be long past."""
+    stages = {tmp_path / "stages" / name: name for name in ("ours", "theirs")}
+    console = Console(record=True, width=200)
+
+    def work(names: list[str]) -> None:
+        assert names == ["ours"]
+        for folder in stages:  # the other comparison finishes its own beside it
+            write_manifest(folder, {})
+
+    with Leases() as other:
+        assert other.take(lease_of(tmp_path / "stages" / "theirs")) is None
+        settle(console, stages, work)
+    assert console.export_text() == ""
