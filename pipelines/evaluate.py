@@ -128,9 +128,12 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
     of_few, of_many = ray.remote(**options)(score_samples), ray.remote(**options)(score_frontier)
     with Sampler(config, waiting[0][1], console) as sampler:
         references = _ReferenceSamples(sampler, settings, {stage.key for stage, _, _ in waiting})
+        # The first evaluation of a seed keeps what all want of the reference. No other process works on it: it is ours.
+        first: dict[str, str] = {}
         for stage, plan, trained in waiting:
             job = sampled_job(config, plan, trained, stage.begin())
-            job = replace(job, kept=sampler.folder_of(stage.key), kept_for_all=sampler.folder_of(for_all(plan)))
+            for_all = sampler.folder_of(first.setdefault(plan.evaluation.key, stage.key))
+            job = replace(job, kept=sampler.folder_of(stage.key), kept_for_all=for_all)
             if trained is not None and (snapshot := measured_on_the_way(trained, stage)) is not None:
                 job = as_snapshot(job, snapshot[1])
             prompts, sampling = prompts_of(job, plan, settings), sampling_of(plan, settings)
@@ -158,8 +161,6 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
             sampler.forget(stage.key)
     if not any(isinstance(outcome, Failed) for outcome in outcomes.values()):
         references.forget()
-        for plan in {plan.evaluation.key: plan for _, plan, _ in waiting}.values():
-            sampler.forget(for_all(plan))
 
 
 def _ended(running: dict[Stage, list[Any]], limit_s: float) -> dict[Stage, Any]:
@@ -200,11 +201,6 @@ class _ReferenceSamples:
     @staticmethod
     def _again(key: str) -> str:
         return f"{key}-again"
-
-
-def for_all(plan: SeedPlan) -> str:
-    """The name of the folder with the reference's values of held-out pairs, which all evaluations of a seed want."""
-    return f"{plan.evaluation.key}-for-all"
 
 
 def sampled_on(plan: SeedPlan, settings: Evaluation) -> list[list[int]]:

@@ -23,7 +23,7 @@ from prefarena.cluster.waiting import Failed, outcomes_within
 from prefarena.config import BestOfN, Comparison, LanguageTask, OffPolicyMethod, OnPolicyMethod, RewardModel
 from prefarena.data.tables import read_rows
 from prefarena.evaluation.agreement import estimator_spread
-from prefarena.evaluation.best_of_n import best_of_n_logps, kl_bound
+from prefarena.evaluation.best_of_n import best_of_n_logps, kl_bound, numbers_up_to
 from prefarena.evaluation.enumeration import Enumeration, Responses, enumerate_responses, enumerate_scores
 from prefarena.evaluation.exact import Frontier, exact_metrics, expected_scores, frontiers, groups, win_rates
 from prefarena.evaluation.preferences import preference_accuracy
@@ -216,8 +216,7 @@ def _trajectory(
 
 def _numbers(most: int) -> list[int]:
     """The numbers 1, 2, 4, … of samples, up to 64 and `most`: enough points to fit a law to the best of each."""
-    powers = [2**power for power in range(max(6, most.bit_length()))]
-    return sorted({*powers, 64, most})
+    return sorted({*numbers_up_to(64), *numbers_up_to(most)})
 
 
 def _best_of(number: int, reference: ExactReference, own: np.ndarray) -> dict[str, float]:

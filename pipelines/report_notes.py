@@ -133,6 +133,7 @@ def _best_of_n_note(name: str, n: int, exact: bool) -> str:
 
 
 def metrics_file(trained: Trained) -> Path | None:
+    """The log of an entry's training; none where it has no training."""
     if trained.training is None:
         return None
     path = trained.training.folder / METRICS

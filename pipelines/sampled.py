@@ -14,11 +14,11 @@ import numpy as np
 
 from pipelines.exact import finish_evaluation, float_column
 from pipelines.sampled_values import (
+    DistinctResponses,
     Filled,
     Policies,
     SampledJob,
     best_of,
-    distinct_responses,
     held_out_pairs,
     judged,
     scored_by_proxy,
@@ -146,16 +146,15 @@ def _policy_row(
         compared = values["along"].reshape(-1, 4)
         own, ref = compared[held_out, 2], compared[held_out, 3]
     row = k1_and_k3(own, ref, prompt_clusters(samples))
-    row |= {} if job.is_snapshot else _pairs_row(values, job)
+    row |= {} if job.is_snapshot else _pairs_row(values, policies.pairs, job)
     gap = [sum(rollout.token_logps) for rollout in samples] - own
     row["logp_gap/max"] = float(np.abs(gap).max())
     return row, _Kls(compared[: len(rollouts), 0], compared[len(rollouts) :, 1])
 
 
-def _pairs_row(values: dict[str, np.ndarray], job: SampledJob) -> dict[str, float]:
+def _pairs_row(values: dict[str, np.ndarray], pairs: DistinctResponses, job: SampledJob) -> dict[str, float]:
     """The measures of held-out pairs, from the policies' log-probs of them."""
     test = held_out_pairs(job)
-    pairs = distinct_responses(test)
     # The log-ratios of the reference are zero. Columns of the pairs come from other batches, and differ by rounding.
     own = values["ref_pairs" if job.policy == job.reference else "pairs"]
     chosen, rejected = own[pairs.chosen], own[pairs.rejected]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, Self
 
@@ -148,6 +149,11 @@ class Policies:
         for scorer in (self._policy, self._reference):
             scorer.__exit__(*error)
 
+    @cached_property
+    def pairs(self) -> DistinctResponses:
+        """The responses of the held-out pairs."""
+        return distinct_responses(held_out_pairs(self._job))
+
     def wanted(self, rollouts: list[Rollout], num_held_out: int) -> dict[str, Wanted]:
         """Of held-out pairs' distinct responses (`distinct_responses`) log-probs by both policies, `pairs` and
         `ref_pairs`; `along` all samples what `along_samples` has. Where the policy is the reference, `ref_pairs` alone,
@@ -156,10 +162,10 @@ class Policies:
 
         The reference scores pairs where passes of other shapes, as those of the table, are rounded far apart.
         """
-        job, temperature = self._job, self._temperature
+        job, temperature, found = self._job, self._temperature, dict[str, Wanted]()
         if job.is_snapshot:
             return {"along": along(self._policy, self._reference, *prompts_and_responses(rollouts), temperature)}
-        pairs, found = distinct_responses(held_out_pairs(job)), dict[str, Wanted]()
+        pairs = self.pairs
         if job.policy == job.reference:
             found["own"] = self._policy.logps(*prompts_and_responses(rollouts[:num_held_out]), temperature)
         else:

@@ -43,6 +43,11 @@ def kl_bound(n: int) -> float:
     return math.log(n) - (n - 1) / n
 
 
+def numbers_up_to(most: int) -> list[int]:
+    """The numbers 1, 2, 4, … of samples, and `most`: those whose best are measured."""
+    return sorted({*(2**power for power in range(most.bit_length())), most})
+
+
 def best_of_curve(ranking: np.ndarray, scores: np.ndarray, n: int, *, is_proxy: bool) -> list[dict[str, float]]:
     """Rows of the best of 1, 2, 4, … and n samples, from M consecutive groups of n: `ranking` and `scores` [M * n].
 
@@ -50,9 +55,8 @@ def best_of_curve(ranking: np.ndarray, scores: np.ndarray, n: int, *, is_proxy: 
     them. Where the latter is a proxy for the scores, `standard_gain` and `standard_proxy_gain` over the first row are
     in standard deviations of the samples; neither is there if all samples have one score.
     """
-    powers = [2**power for power in range(n.bit_length())]
     values, rows = {"reward": scores, "proxy_reward": ranking}, list[dict[str, float]]()
-    for k in sorted({*powers, n}):
+    for k in numbers_up_to(n):
         means = {name: float(np.nanmean(expected_best(ranking, one, n, k))) for name, one in values.items()}
         rows.append({"step": k, "kl": kl_bound(k), **means})
     spreads = {name: float(np.nanstd(one)) for name, one in values.items()}
