@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from pipelines.ability_counts import count_asked
 from pipelines.addresses import learns_judge
@@ -33,6 +34,7 @@ from prefarena.estimate.result import Estimated, device_hours, estimate, togethe
 from prefarena.estimate.speeds import OnCards, ThisMachine
 from prefarena.estimate.stages import not_estimated, planned
 from prefarena.estimate.trainings import Workload
+from prefarena.modeling.memory import MemoryNeed
 from prefarena.report.results import load_results
 
 #: Where the tokenizer of a new model of text is.
@@ -79,6 +81,7 @@ class Estimator:
     def __init__(self, cards: Cards | None, folder: Path, say: Callable[[str], object]) -> None:
         """folder: for files that come and go."""
         self._cards, self._folder, self._say = cards, folder, say
+        self._needs: dict[Any, MemoryNeed | None] = {}
 
     def of(self, config: Comparison) -> list[Estimated]:
         """Every stage of the comparison."""
@@ -132,7 +135,7 @@ class Estimator:
         config, cards = workload.config, self._cards
         gib, most = cards.card.gib if cards else None, Lengths(*longest(config.task))
         lengths, number = workload.in_passes, workload.in_one_pass
-        memory = held_by_trainings(config, workload.settings, most, lengths, number, card_gib=gib)
+        memory = held_by_trainings(config, workload.settings, most, lengths, number, self._needs, card_gib=gib)
         return replace(workload, sizes={where: held.size for where, held in memory.items()}), memory
 
 

@@ -260,7 +260,7 @@ def sampled_job(config: Comparison, plan: SeedPlan, trained: Trained | None, fol
         return job
     method, proxy = trained.entry.method, config.proxy_of(trained.entry.method)
     if proxy is not None:
-        job = replace(job, proxy=judge_spec(plan, proxy, trained.reward_model, may_be_silent=True))
+        job = replace(job, proxy=judge_spec(plan, proxy, trained.learned_from, may_be_silent=True))
     if not isinstance(method, BestOfN):
         return job
     reward = judge_spec(plan, method.reward, trained.reward_model, may_be_silent=True)

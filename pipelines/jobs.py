@@ -119,7 +119,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
             num_demonstrations=_num_demonstrations(method),
             pretraining=str(pretraining) if method.pretraining_weight > 0 else None,
             drawing=_drawing(config, plan, trained),
-            replayed=_replayed(config, trained),
+            replayed=_replayed(trained),
         )
     return OnPolicyJob(
         max_length=max_length(plan.task),
@@ -171,15 +171,14 @@ def _drawing(config: Comparison, plan: SeedPlan, trained: Trained) -> Drawing | 
     )
 
 
-def _replayed(config: Comparison, trained: Trained) -> Replayed | None:
+def _replayed(trained: Trained) -> Replayed | None:
     """Whose pairs an off-policy entry is trained on, where they are another entry's."""
-    method = trained.entry.method
-    if trained.replayed is None or not isinstance(method, Pairwise):
+    if trained.replayed is None:
         return None
-    source = next(entry.method for entry in config.entries if entry.name == method.replay)
-    if not isinstance(source, Pairwise) or source.online is None:
-        raise TypeError(f"{method.replay} is not online")
-    return Replayed(str(trained.replayed.folder), source.online.every, source.training, source.num_pairs)
+    source, training = trained.replayed.entry.method, trained.replayed.training
+    if not isinstance(source, Pairwise) or source.online is None or training is None:
+        raise TypeError(f"{trained.replayed.entry.name} is not online")
+    return Replayed(str(training.folder), source.online.every, source.training, source.num_pairs)
 
 
 def _monitor(config: Comparison, plan: SeedPlan, reward: JudgeSettings) -> JudgeSpec | None:

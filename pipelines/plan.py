@@ -63,8 +63,8 @@ class Trained:
 
     reward_model: before methods that learn their reward. training: none for best-of-n, which has no policy of its own.
     scores: on the enumerable language, the exact table of a reward that is not the gold one. wins: the comparison with
-    the reference, where the judge is a pairwise one. replayed: the training whose pairs it is trained on. on_the_way:
-    the evaluations of its snapshots from samples, in their order; exact ones are parts of `evaluation`.
+    the reference, where the judge is a pairwise one. replayed: the entry whose pairs it is trained on. on_the_way: the
+    evaluations of its snapshots from samples, in their order; exact ones are parts of `evaluation`.
     """
 
     entry: Entry
@@ -74,7 +74,7 @@ class Trained:
     scores: Stage | None
     evaluation: Stage
     wins: Stage | None = None
-    replayed: Stage | None = None
+    replayed: Trained | None = None
     on_the_way: tuple[Stage, ...] = ()
 
     def stages(self) -> list[Stage]:
@@ -83,14 +83,24 @@ class Trained:
         return [*(stage for stage in own if stage), *self.on_the_way]
 
     @property
-    def failure(self) -> str | None:
-        """Why there is no policy, or none that could be measured; None where a result exists or may yet exist."""
+    def learned_from(self) -> Stage | None:
+        """The reward model whose scores, or whose labels, its policy was trained on."""
+        return self.replayed.reward_model if self.replayed else self.reward_model
+
+    @property
+    def training_failure(self) -> str | None:
+        """Why there is no policy; None where there is one or may yet be one."""
         if self.reward_model is not None and self.reward_model.failure:
             return f"its reward model failed: {self.reward_model.failure}"
-        if self.replayed is not None and self.replayed.failure:
-            return f"the training whose pairs it replays failed: {self.replayed.failure}"
-        if self.training is not None and self.training.failure:
-            return self.training.failure
+        if self.replayed is not None and (why := self.replayed.training_failure):
+            return f"the training whose pairs it replays failed: {why}"
+        return self.training.failure if self.training is not None else None
+
+    @property
+    def failure(self) -> str | None:
+        """Why there is no policy, or none that could be measured; None where a result exists or may yet exist."""
+        if why := self.training_failure:
+            return why
         if self.scores is not None and self.scores.failure:
             return f"its reward could not score every response: {self.scores.failure}"
         if self.wins is not None and self.wins.failure:
@@ -232,8 +242,7 @@ def _seed_plan(config: Comparison, seed: int, root: Path) -> SeedPlan:
         source = None if replay is None else next(trained_as(one) for one in config.entries if one.name == replay)
         shared = logps, trained_on, shared_lengths, responses, samples, judge, evaluate
         own = demonstrations.get(demonstration_stage(entry.method) or "")
-        replayed = source.training if source else None
-        return _trained(config, entry, seed, root, *shared, replayed=replayed, demonstrations=own)
+        return _trained(config, entry, seed, root, *shared, replayed=source, demonstrations=own)
 
     trained = tuple(trained_as(entry) for entry in config.entries)
     evaluation, frontier = Stage.at(root, "evaluation", "reference", [reference.key, evaluate]), None
@@ -298,7 +307,7 @@ def _trained(
     judge: Stage | None,
     evaluate: list[Any],
     *,
-    replayed: Stage | None = None,
+    replayed: Trained | None = None,
     demonstrations: Stage | None = None,
 ) -> Trained:
     """trained_on: what scored training pairs depend on, by the arithmetic of training. demonstrations: what the eta
@@ -313,8 +322,8 @@ def _trained(
         pairs = responses[arithmetic].key if isinstance(method, Unpaired) else trained_on[arithmetic]
         if needs_shared(method):
             pairs = shared_lengths[arithmetic].key
-        if replayed is not None:
-            pairs = replayed.key
+        if replayed is not None and replayed.training is not None:
+            pairs = replayed.training.key
     inputs: list[Any] = [pairs, settings, seed]
     if demonstrations is not None:
         inputs.append(["demonstrations", demonstrations.key])

@@ -39,7 +39,7 @@ def train(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
         if draws_responses(trained.entry.method) and trained.training and not trained.failure
     }
     settle(console, with_generators, partial(_train_with_generators, config, console))
-    replays = [one for one in every if one[1].replayed is not None and one[1].replayed.finished]
+    replays = [(plan, trained) for plan, trained in every if trained.replayed is not None and not trained.failure]
     run(config.resources, [entry_job(config, plan, trained) for plan, trained in replays], config, console)
 
 

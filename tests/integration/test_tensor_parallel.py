@@ -43,6 +43,12 @@ def ranks_of(generator: Generators) -> list[int]:
     return inside(generator, lambda actor: actor._engine._llm.collective_rpc("end_with", args=(os.getpid(),)))
 
 
+def reservation(generators: Generators) -> dict[str, Any]:
+    """What Ray says of the placement group of the only engine."""
+    [engine] = generators._members
+    return placement_group_table(engine._group)
+
+
 def gone(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
@@ -210,8 +216,8 @@ def test_a_killed_rank_ends_the_whole_engine_which_comes_back_without_weights(
     with pytest.raises(StaleWeightsError, match="no weights yet"):
         pending.result()
     assert gone(actor) and all(map(gone, ranks))
-    [group] = [each for each in placement_group_table().values() if each["state"] != "REMOVED"]
-    assert group["bundles"] == {0: {"CPU": 2.0}}
+    group = reservation(two_ranks)
+    assert group["state"] == "CREATED" and group["bundles"] == {0: {"CPU": 2.0}}
     two_ranks.sync(weights.items(), "before")
     assert two_ranks.generate(PROMPTS, GREEDY, "before") == before
 
@@ -243,10 +249,10 @@ def test_an_engine_of_which_a_rank_raised_is_not_asked_again(two_ranks: Generato
 
 def test_a_stopped_engine_leaves_no_process_and_no_reservation(two_ranks: Generators) -> None:
     """The last of the tests that use it."""
-    ranks = ranks_of(two_ranks)
+    ranks, name = ranks_of(two_ranks), reservation(two_ranks)["placement_group_id"]
     two_ranks.stop()
     wait_until(lambda: all(map(gone, ranks)))
-    wait_until(lambda: {each["state"] for each in placement_group_table().values()} == {"REMOVED"})
+    wait_until(lambda: placement_group_table()[name]["state"] == "REMOVED")
 
 
 # --------------------------------------------------------------------------------------------------- longer ones

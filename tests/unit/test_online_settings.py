@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.evaluate import sampled_job
 from pipelines.jobs import entry_job, reward_model_job
 from pipelines.plan import SeedPlan, make_plan, model_of
 from pipelines.trials import spaces_of
@@ -93,10 +94,23 @@ def test_a_replay_depends_on_the_training_whose_pairs_it_has() -> None:
     job, learned = entry_job(config, plan, replay), config.entries[0].method
     assert isinstance(job, OffPolicyJob) and isinstance(learned, DPO) and source.training is not None
     assert job.replayed == Replayed(str(source.training.folder), 8, learned.training) and job.drawing is None
-    assert replay.replayed == source.training and offline.replayed is None
+    assert replay.replayed == source and offline.replayed is None
     assert replay.training not in (source.training, offline.training)
     _, other = planned(method(4, reward=GOLD), method(None, replay="e0"))
     assert other.trained[1].training != replay.training
+
+
+def test_a_replay_on_text_is_scored_by_the_reward_that_labelled_its_pairs(tmp_path: Path) -> None:
+    by_words = {"kind": "function", "function": "prefarena.judges.sentiment:valence"}
+    own = {"kind": "function", "function": "mine:score"}
+    methods = [method(8), method(None, replay="e0"), method(8, reward=own), method(None, replay="e2")]
+    config, plan = planned(*methods, method(None), **TEXT, judge=by_words)
+    online, replay, of_own, replay_of_own, offline = plan.trained
+    assert replay.reward_model is None and replay.learned_from == online.reward_model is not None
+    jobs = {one.entry.name: sampled_job(config, plan, one, tmp_path) for one in plan.trained}
+    assert jobs["e1"].proxy == jobs["e0"].proxy is not None and jobs["e3"].proxy == jobs["e2"].proxy is not None
+    assert jobs["e0"].proxy.path == model_of(online.reward_model) and offline.learned_from is None
+    assert (of_own.learned_from, replay_of_own.learned_from, jobs["e4"].proxy) == (None, None, None)
 
 
 def test_a_replay_of_other_arithmetic_is_refused() -> None:
@@ -162,6 +176,22 @@ def test_a_replay_fails_with_the_training_that_it_needs(tmp_path: Path) -> None:
     assert source.training is not None and replay.failure is None
     write_failure(source.training.folder, "its engine was lost")
     assert replay.failure == "the training whose pairs it replays failed: its engine was lost"
+
+
+def test_a_replay_fails_with_the_reward_model_that_would_have_labelled_its_pairs(tmp_path: Path) -> None:
+    _, plan = planned(method(8), method(None, replay="e0"), output=str(tmp_path))
+    source, replay = plan.trained
+    assert source.reward_model is not None and replay.reward_model is None
+    write_failure(source.reward_model.folder, "no step was finite")
+    wanted = "the training whose pairs it replays failed: its reward model failed: no step was finite"
+    assert replay.failure == wanted
+
+
+def test_a_replay_whose_source_cannot_be_measured_is_measured_itself(tmp_path: Path) -> None:
+    _, plan = planned(method(8, reward=GOLD), method(None, replay="e0"), output=str(tmp_path))
+    source, replay = plan.trained
+    write_failure(source.evaluation.folder, "the judge was silent")
+    assert source.failure is not None and replay.failure is None
 
 
 def test_trials_have_nothing_to_replay() -> None:

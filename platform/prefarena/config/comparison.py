@@ -201,9 +201,12 @@ class Comparison(Section):
     def proxy_of(self, method: Section) -> JudgeSettings | None:
         """The reward that a policy of a text task learned from, where evaluations score the policy by that as well.
 
-        None where the comparison's judge is that very reward, or gives no scores. An endpoint, which is paid for, is
-        not asked again, and best-of-n picks by its reward without learning.
+        A replay learned from the reward that labelled the pairs of the online entry. None where the comparison's judge
+        is that very reward, or gives no scores. An endpoint, which is paid for, is not asked again, and best-of-n picks
+        by its reward without learning.
         """
+        if isinstance(method, Pairwise) and method.replay is not None:
+            return self.proxy_of(next(entry.method for entry in self.entries if entry.name == method.replay))
         keyed, judge = reward_of(method), self.judge
         if keyed is None or isinstance(method, BestOfN) or isinstance(judge, PairwiseJudge):
             return None

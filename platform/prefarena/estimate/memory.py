@@ -44,16 +44,19 @@ def held_by_trainings(
     longest: Lengths,
     in_passes: Callable[[Training, int], Lengths],
     in_one_pass: Callable[[Training, int], int],
+    known: dict[Any, MemoryNeed | None],
     *,
     card_gib: float | None = None,
 ) -> dict[str, Held]:
     """The memory that each training holds, by the key of its settings.
 
     longest: tokens that a row may have, by which sizes of passes are chosen. in_passes: mean tokens of the rows in the
-    largest pass of a training, by its size. in_one_pass: what there is for it of that size. card_gib: memory of a card;
-    None means that the workers share this machine's.
+    largest pass of a training, by its size. in_one_pass: what there is for it of that size. known: the needs that
+    earlier calls for the same model have found, to which this one adds its own: each takes seconds, and most of them
+    are needed again with other lengths of responses. card_gib: memory of a card; None means that the workers share this
+    machine's.
     """
-    on_cpu, found, known = not config.resources.use_gpu, dict[str, Held](), dict[Any, MemoryNeed | None]()
+    on_cpu, found = not config.resources.use_gpu, dict[str, Held]()
     for training in trainings(config):
 
         def need(size: int, training: Training = training, lengths: Lengths = longest) -> MemoryNeed | None:

@@ -60,11 +60,11 @@ def run_jobs(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
         except (ray.exceptions.RayActorError, ControllerError) as error:
             if isinstance(error, ControllerError) and not is_death(error.controller_failure):
                 raise
+            free_reservations_of_the_dead()  # other trainings and engines may follow, even where this one is given up
             num_failures += 1
             if num_failures > resources.max_failures:
                 raise
             _logger.warning("Ray Train's controller died and is being restarted: %s", error)
-            free_reservations_of_the_dead()
 
 
 def _fit(jobs: Sequence[Job], resources: Resources, storage: str) -> None:
