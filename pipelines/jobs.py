@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from dataclasses import replace
 
 from pipelines.addresses import watching_function
 from pipelines.plan import SeedPlan, Trained, learned_reward, model_of, needs_shared
@@ -210,12 +211,26 @@ def judge_spec(
     return JudgeSpec(settings, path, model_of(plan.reference), kept, plan.scored_in, may_be_silent)
 
 
-def generator_names(config: Comparison) -> tuple[str, ...]:
-    """The Ray names of the generation actors; another comparison on the same cluster has others."""
+def asking(job: Job, generators: tuple[str, ...]) -> Job:
+    """The job with generation actors of these names."""
+    if isinstance(job, OnPolicyJob):
+        return replace(job, generators=generators)
+    if isinstance(job, OffPolicyJob) and job.drawing is not None:
+        return replace(job, drawing=replace(job.drawing, generators=generators))
+    return job
+
+
+def generator_names(config: Comparison, place: int = 0) -> tuple[str, ...]:
+    """The Ray names of the generation actors; another comparison on the same cluster has others.
+
+    place: of the set of actors, where several are at work at the same time.
+    """
     key = hashlib.sha256(
         f"{root_of(config.output, config.resources.cache_dir)}\n{config.model_dump_json()}".encode()
     ).hexdigest()[:8]
-    return tuple(f"{GENERATOR}-{config.name}-{key}-{index}" for index in range(config.generation.num_actors))
+    first = place * config.generation.num_actors
+    numbers = range(first, first + config.generation.num_actors)
+    return tuple(f"{GENERATOR}-{config.name}-{key}-{number}" for number in numbers)
 
 
 def response_limit(task: LanguageTask | TextTask) -> int:

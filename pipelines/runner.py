@@ -27,18 +27,27 @@ def run(resources: Resources, jobs: Sequence[Job], config: Comparison, console: 
 
 def run_claimed(resources: Resources, config: Comparison, console: Console, jobs: list[Job]) -> None:
     """Run jobs that no other process is working on, and say which of them failed."""
-    storage = str(root_of(config.output, config.resources.cache_dir) / "ray_train")
     number = groups_at_once(config.model_copy(update={"resources": resources}), cluster_nodes())
     groups = [jobs[start::number] for start in range(min(number, len(jobs)))]
-    decided = resources.model_copy(update={"concurrent_runs": len(groups)})
-    title = f"training {', '.join(job.name for job in jobs)}"
+    run_at_once(console, groups, partial(run_group, config, resources, len(groups)))
+
+
+def run_group(config: Comparison, resources: Resources, number: int, jobs: Sequence[Job]) -> None:
+    """Run jobs on one group of workers, one after another. number: of groups that run at the same time."""
+    storage = str(root_of(config.output, config.resources.cache_dir) / "ray_train")
+    with telling_capacity():
+        run_jobs(jobs, resources.model_copy(update={"concurrent_runs": number}), storage)
+
+
+def run_at_once(console: Console, groups: Sequence[list[Job]], work: Callable[[list[Job]], None]) -> None:
+    """Have `work` bring every group of jobs to its end, all groups at the same time; show how far they are."""
+    jobs = [job for group in groups for job in group]
     with (
-        stage_line(console, title, None),
-        telling_capacity(),
+        stage_line(console, f"training {', '.join(job.name for job in jobs)}", None),
         watch(console, jobs),
         ThreadPoolExecutor(len(groups)) as pool,
     ):
-        for group in [pool.submit(run_jobs, group, decided, storage) for group in groups]:
+        for group in [pool.submit(work, group) for group in groups]:
             group.result()
     say_outcomes(console, jobs)
 

@@ -9,15 +9,17 @@ from rich.console import Console
 
 from pipelines.claims import settle
 from pipelines.engine import start_generator
-from pipelines.jobs import entry_job, reward_model_job
+from pipelines.jobs import asking, entry_job, generator_names, reward_model_job
 from pipelines.plan import SeedPlan, Trained
-from pipelines.runner import run, run_claimed, say_outcomes
+from pipelines.runner import run, run_at_once, run_group
+from prefarena.cluster.capacity import cluster_nodes, generating_at_once
 from prefarena.config import Comparison, OffPolicyMethod, draws_responses
 from prefarena.config.label_budgets import all_limits
 from prefarena.errors import UserError
 from prefarena.failures import cluster_answers
 from prefarena.generation.interface import GeneratorLostError
 from prefarena.stages import is_settled, write_failure
+from prefarena.training.jobs import Job
 
 
 def train(config: Comparison, plans: list[SeedPlan], console: Console) -> None:
@@ -57,24 +59,38 @@ def check_numbers_of_pairs(plans: list[SeedPlan]) -> None:
 
 
 def _train_with_generators(config: Comparison, console: Console, entries: list[tuple[SeedPlan, Trained]]) -> None:
-    """Train the entries with one set of generation actors, or with new ones where those are lost.
+    """Train entries whose policies respond, as many at a time as there is room for beside their generation actors."""
+    jobs = [entry_job(config, plan, trained) for plan, trained in entries]
+    number = min(generating_at_once(config, cluster_nodes()), len(jobs))
+    lanes = [jobs[start::number] for start in range(number)]
+    names = {lane[0].name: generator_names(config, place) for place, lane in enumerate(lanes)}
+
+    def work(lane: list[Job]) -> None:
+        _train_beside_actors(config, entries[0][0], console, lane, names[lane[0].name], number)
+
+    run_at_once(console, lanes, work)
+
+
+def _train_beside_actors(
+    config: Comparison, plan: SeedPlan, console: Console, jobs: list[Job], names: tuple[str, ...], number: int
+) -> None:
+    """Train one after another with one set of generation actors, or with new ones where those are lost.
 
     An engine that cannot be made fails all of them. The entry that loses its actors more than `resources.max_failures`
-    times fails, and the next ones get new actors.
+    times fails, and the next ones get new actors. number: of such sets that are at work at the same time.
     """
-    jobs = [entry_job(config, plan, trained) for plan, trained in entries]
     losses: Counter[str] = Counter()
     while waiting := [job for job in jobs if not is_settled(job.stage_dir)]:
         try:
-            generator = start_generator(config, entries[0][0], console)
+            generator = start_generator(config, plan, console, names=names)
         except GeneratorLostError as error:
             if not cluster_answers():
                 raise
             for job in waiting:
                 write_failure(job.stage_dir, f"its generation engine does not start: {error}", label=job.name)
-            return say_outcomes(console, waiting)
+            return
         try:
-            run_claimed(config.resources.model_copy(update={"concurrent_runs": 1}), config, console, waiting)
+            run_group(config, config.resources, number, [asking(job, names) for job in waiting])
         except GeneratorLostError as error:
             if not cluster_answers():
                 raise
@@ -83,6 +99,5 @@ def _train_with_generators(config: Comparison, console: Console, entries: list[t
             console.print(f"{job.name} lost its generation actors: {error}", markup=False)
             if losses[job.stage_dir] > config.resources.max_failures:
                 write_failure(job.stage_dir, str(error), label=job.name)
-                say_outcomes(console, [job])
         finally:
             generator.stop()

@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -19,6 +20,7 @@ from prefarena.cluster.capacity import (
     demands,
     describe,
     fitting,
+    generating_at_once,
     groups_at_once,
     has_labels,
 )
@@ -133,6 +135,28 @@ def test_the_whole_cluster_is_asked_for_what_stands_side_by_side() -> None:
         check_resources(text(resources={"use_gpu": True}, generation={"num_actors": 3}), {"CPU": 9.0, "GPU": 3.0})
     groups = requested(config(entries=ENTRIES[:1], resources={"concurrent_runs": 3}))
     assert groups == {"CPU": (3.0, "resources.num_workers x concurrent_runs x cpus_per_worker for training workers")}
+
+
+def test_trainings_that_generate_run_at_once_where_all_their_parts_certainly_fit() -> None:
+    def runs(*nodes: Node, generation: dict[str, object] | None = None, **resources: object) -> int:
+        asked = config(resources={"concurrent_runs": 0, **resources}, generation=generation or {})
+        return generating_at_once(asked, nodes)
+
+    laptop, server = Node("a", {"CPU": 2.0}), Node("b", {"CPU": 9.0, "GPU": 8.0})
+    assert runs(laptop) == 1 and runs(server) == 4
+    assert runs(server, concurrent_runs=3) == 3 and runs(server, concurrent_runs=1) == 1
+    assert runs(server, generation={"cpus": 0}) == 4  # an engine without a CPU to its name needs room all the same
+    assert runs(server, generation={"cpus": 4}) == 1  # 4 and 1 fit twice only if placed well
+    assert runs(server, laptop, num_workers=2) == 3
+    gpus: dict[str, Any] = {"use_gpu": True}
+    assert runs(server, **gpus) == 4 and runs(server, server, generation={"num_actors": 2}, **gpus) == 5
+    assert runs(server, server, generation={"tensor_parallel": 4}, **gpus) == 2
+    halves = {"gpus_per_worker": 0.5}
+    assert runs(server, generation={"gpus": 0.5}, **gpus, **halves) == 1 and runs(server, **gpus, **halves) == 1
+    train, generate = (Node(role, {"CPU": 8.0, "GPU": 4.0}, {"role": role}) for role in ("train", "generate"))
+    apart = {"generation": {"labels": {"role": "generate"}, "tensor_parallel": 2}, "labels": {"role": "train"}}
+    assert runs(train, generate, train, **gpus, **apart) == 2
+    assert runs(train, generate, **gpus, labels={"role": "train"}) == 1  # nothing keeps engines from where workers go
 
 
 def test_as_many_groups_train_at_once_as_there_is_room_for_and_never_none() -> None:

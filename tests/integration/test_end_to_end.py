@@ -376,3 +376,23 @@ def test_text_from_raw_transcripts(ray_session: None, tmp_path: Path, monkeypatc
         assert one.difference == pytest.approx(one.value - one.reference)
     assert sum(cost.stage == "evaluation (abilities)" for cost in results.costs) == 5  # and the reference's
     assert "text: what is forgotten" in page or "What is forgotten" in page
+
+
+@pytest.mark.long
+def test_on_policy_methods_side_by_side_end_as_one_after_another(
+    ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Each has an engine of its own, and not a bit of its policy depends on what runs beside it."""
+    methods = [
+        {"kind": "rlhf", "reward": {"kind": "gold"}, "training": PPO},
+        {"kind": "grpo", "reward": {"kind": "gold"}, "training": {**PPO, "group_size": 4}},
+        {"kind": "dpo", "online": {"every": 4, "reward": {"kind": "gold"}}, "training": QUICK},
+    ]
+    tree = {**LANGUAGE, "entries": [{"name": one["kind"], "method": one} for one in methods]}
+    rows = []
+    for number in (1, 2):
+        resources = {"concurrent_runs": number}
+        results = run({**tree, "name": f"at-once-{number}", "resources": resources}, tmp_path / str(number))
+        rows.append([results.entry(one["kind"]).seeds for one in methods])
+        assert capsys.readouterr().out.count("✓ starting 1 vLLM generation actor") == number
+    assert rows[0] == rows[1]

@@ -193,6 +193,29 @@ def groups_at_once(config: Comparison, nodes: Sequence[Node]) -> int:
     return max(1, fitting(demands(config)[0], nodes) // config.resources.num_workers)
 
 
+def generating_at_once(config: Comparison, nodes: Sequence[Node]) -> int:
+    """How many trainings whose policy responds run at the same time, each beside generation actors of its own.
+
+    At least one, and no more than `groups_at_once` says. Counted so that none can wait for room that others have broken
+    into pieces: every process is taken to be as large as the largest one. One where an engine and a worker may share a
+    device, since nothing says beside which worker Ray would place which engine.
+    """
+    workers, actors, _ = _parts(config)
+    per_run = config.resources.num_workers, config.generation.num_actors
+    shared = any(part.each.get("GPU", 1.0) < 1 - _ROUNDING for part in (workers, actors))
+    if shared or config.generation.sleep_mode != "none":
+        return 1
+    if kept_apart(workers.labels, actors.labels):
+        room = min(fitting(part, nodes) // number for part, number in zip((workers, actors), per_run, strict=True))
+    elif workers.labels == actors.labels:
+        kinds = workers.each.keys() | actors.each.keys()
+        largest = {kind: max(workers.each.get(kind, 0.0), actors.each.get(kind, 0.0)) for kind in kinds}
+        room = fitting(replace(workers, each=largest), nodes) // sum(per_run)
+    else:  # some nodes may hold both, and others one of them
+        return 1
+    return max(1, min(groups_at_once(config, nodes), room))
+
+
 def fitting(demand: Demand, nodes: Sequence[Node]) -> int:
     """How many of a demand's processes these nodes could hold with nothing else on them."""
     return sum(
