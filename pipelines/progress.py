@@ -104,13 +104,15 @@ def memory_lines(jobs: list[Job], said: set[Job]) -> list[str]:
 
 
 class Rate:
-    """Steps per second of each job, measured from the first row that was seen."""
+    """Steps per second of each job, measured from the first row that was seen of its present attempt."""
 
     def __init__(self) -> None:
         self._first: dict[Job, tuple[float, float]] = {}
 
     def of(self, job: Job, row: dict[str, float]) -> float:
-        step, seen = self._first.setdefault(job, (row["step"], time.perf_counter()))
+        if job not in self._first or row["step"] < self._first[job][0]:  # an attempt may begin where an earlier one did
+            self._first[job] = row["step"], time.perf_counter()
+        step, seen = self._first[job]
         elapsed = time.perf_counter() - seen
         return (row["step"] - step) / elapsed if elapsed > 0 else 0.0
 

@@ -138,7 +138,7 @@ def test_the_whole_cluster_is_asked_for_what_stands_side_by_side() -> None:
 
 
 def test_trainings_that_generate_run_at_once_where_all_their_parts_certainly_fit() -> None:
-    def runs(*nodes: Node, generation: dict[str, object] | None = None, **resources: object) -> int:
+    def runs(*nodes: Node, generation: dict[str, object] | None = None, **resources: Any) -> int:
         asked = config(resources={"concurrent_runs": 0, **resources}, generation=generation or {})
         return generating_at_once(asked, nodes)
 
@@ -151,10 +151,13 @@ def test_trainings_that_generate_run_at_once_where_all_their_parts_certainly_fit
     gpus: dict[str, Any] = {"use_gpu": True}
     assert runs(server, **gpus) == 4 and runs(server, server, generation={"num_actors": 2}, **gpus) == 5
     assert runs(server, server, generation={"tensor_parallel": 4}, **gpus) == 2
-    halves = {"gpus_per_worker": 0.5}
+    halves: dict[str, Any] = {"gpus_per_worker": 0.5}
     assert runs(server, generation={"gpus": 0.5}, **gpus, **halves) == 1 and runs(server, **gpus, **halves) == 1
     train, generate = (Node(role, {"CPU": 8.0, "GPU": 4.0}, {"role": role}) for role in ("train", "generate"))
-    apart = {"generation": {"labels": {"role": "generate"}, "tensor_parallel": 2}, "labels": {"role": "train"}}
+    apart: dict[str, Any] = {
+        "generation": {"labels": {"role": "generate"}, "tensor_parallel": 2},
+        "labels": {"role": "train"},
+    }
     assert runs(train, generate, train, **gpus, **apart) == 2
     assert runs(train, generate, **gpus, labels={"role": "train"}) == 1  # nothing keeps engines from where workers go
 

@@ -383,7 +383,7 @@ def test_on_policy_methods_side_by_side_end_as_one_after_another(
     ray_session: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Each has an engine of its own, and not a bit of its policy depends on what runs beside it."""
-    methods = [
+    methods: list[dict[str, Any]] = [
         {"kind": "rlhf", "reward": {"kind": "gold"}, "training": PPO},
         {"kind": "grpo", "reward": {"kind": "gold"}, "training": {**PPO, "group_size": 4}},
         {"kind": "dpo", "online": {"every": 4, "reward": {"kind": "gold"}}, "training": QUICK},

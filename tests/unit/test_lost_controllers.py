@@ -46,8 +46,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, errors: list[Exception]
 
 @pytest.mark.parametrize("error", LOST, ids=lambda error: type(error).__name__)
 def test_training_is_started_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    assert run(tmp_path, monkeypatch, [error], freed := []) == 2
-    assert freed == [1]
+    freed: list[int] = []
+    assert run(tmp_path, monkeypatch, [error], freed) == 2 and freed == [1]
 
 
 def test_it_is_given_up_after_as_many_failures_as_the_settings_allow(

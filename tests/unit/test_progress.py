@@ -11,7 +11,7 @@ import pytest
 from rich.console import Console
 
 from pipelines import progress
-from pipelines.progress import Waiting, stage_line, waited_for, watch
+from pipelines.progress import Rate, Waiting, stage_line, waited_for, watch
 from prefarena.stages import write_manifest
 from prefarena.training.jobs import Job
 
@@ -66,6 +66,17 @@ def test_silent_trainings_are_waited_for_by_what_they_have_done(tmp_path: Path) 
     assert waited_for([one, two]) == "waiting for what follows step 3/9 of dpo"
     write_manifest(tmp_path / "dpo", {})
     assert waited_for([one, two]) == "waiting for training workers to be placed, to start and to load the model"
+
+
+def test_the_rate_of_an_attempt_does_not_look_back_at_the_one_before(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of the earlier attempt are there until the new one writes its first."""
+    seconds = iter([0.0, 0.0, 20.0, 20.0, 30.0])
+    monkeypatch.setattr(progress.time, "perf_counter", lambda: next(seconds))
+    rates, one = Rate(), job(tmp_path, "one")
+    found = [rates.of(one, {"step": step}) for step in (6.0, 1.0, 3.0)]
+    assert found == [0, 0, 0.2]
 
 
 def test_a_log_has_a_line_for_each_interval_even_when_nothing_happens(

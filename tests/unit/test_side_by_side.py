@@ -21,7 +21,11 @@ from prefarena.training.jobs import OffPolicyJob
 
 Names = tuple[str, ...]
 #: Two on-policy entries and one that is online.
-METHODS = [{"kind": "rlhf"}, {"kind": "grpo"}, {"kind": "dpo", "online": {"every": 8, "reward": {"kind": "gold"}}}]
+METHODS: list[dict[str, Any]] = [
+    {"kind": "rlhf"},
+    {"kind": "grpo"},
+    {"kind": "dpo", "online": {"every": 8, "reward": {"kind": "gold"}}},
+]
 _LIMIT_S = 30
 
 
@@ -35,7 +39,8 @@ class Engine:
 
 
 def names_of(job: Any) -> Names:
-    return (job.drawing if isinstance(job, OffPolicyJob) else job).generators
+    asks: Any = job.drawing if isinstance(job, OffPolicyJob) else job
+    return tuple(asks.generators)
 
 
 class Cluster:
