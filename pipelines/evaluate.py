@@ -132,8 +132,8 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
         first: dict[str, str] = {}
         for stage, plan, trained in waiting:
             job = sampled_job(config, plan, trained, stage.begin())
-            for_all = sampler.folder_of(first.setdefault(plan.evaluation.key, stage.key))
-            job = replace(job, kept=sampler.folder_of(stage.key), kept_for_all=for_all)
+            keeper = first.setdefault(plan.evaluation.key, stage.key)
+            job = replace(job, kept=sampler.folder_of(stage.key), kept_for_all=sampler.folder_of(keeper))
             if trained is not None and (snapshot := measured_on_the_way(trained, stage)) is not None:
                 job = as_snapshot(job, snapshot[1])
             prompts, sampling = prompts_of(job, plan, settings), sampling_of(plan, settings)
@@ -145,7 +145,7 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
                 rollouts = sampler.sample(job.policy, stage.key, prompts, sampling)
                 spent = time.perf_counter() - started
                 if trained is not None and job.reward is None and not job.is_snapshot:
-                    job = replace(job, of_reference=references.of(plan))
+                    job = replace(job, of_reference=references.of(plan, keeper))
             except (EntryError, WaitTimeoutError) as error:
                 outcomes[stage] = Failed(str(error))
                 continue
@@ -159,8 +159,6 @@ def _evaluate_from_samples(config: Comparison, waiting: Work, console: Console) 
     for stage, outcome in outcomes.items():
         if not isinstance(outcome, Failed):  # else they are there when it is tried again
             sampler.forget(stage.key)
-    if not any(isinstance(outcome, Failed) for outcome in outcomes.values()):
-        references.forget()
 
 
 def _ended(running: dict[Stage, list[Any]], limit_s: float) -> dict[Stage, Any]:
@@ -184,23 +182,17 @@ class _ReferenceSamples:
         self._sampler, self._settings, self._under_way = sampler, settings, under_way
         self._drawn: dict[str, list[Rollout]] = {}
 
-    def of(self, plan: SeedPlan) -> list[Rollout]:
-        """The samples for a seed. Raises what `Sampler.sample` raises."""
+    def of(self, plan: SeedPlan, keeper: str) -> list[Rollout]:
+        """The samples for a seed. Raises what `Sampler.sample` raises.
+
+        keeper: an evaluation that no other process works on, which keeps samples that are drawn again.
+        """
         key = plan.evaluation.key
         if key not in self._drawn:
-            version = key if key in self._under_way else self._again(key)
+            version, kept = (key, key) if key in self._under_way else (f"{key}-again", keeper)
             prompts, sampling = sampled_on(plan, self._settings), sampling_of(plan, self._settings)
-            self._drawn[key] = self._sampler.sample(model_of(plan.reference), version, prompts, sampling)
+            self._drawn[key] = self._sampler.sample(model_of(plan.reference), version, prompts, sampling, kept)
         return self._drawn[key]
-
-    def forget(self) -> None:
-        """Remove what was kept of samples that were drawn again."""
-        for key in self._drawn.keys() - self._under_way:
-            self._sampler.forget(self._again(key))
-
-    @staticmethod
-    def _again(key: str) -> str:
-        return f"{key}-again"
 
 
 def sampled_on(plan: SeedPlan, settings: Evaluation) -> list[list[int]]:

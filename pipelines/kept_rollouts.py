@@ -41,8 +41,8 @@ class KeptRollouts:
     ) -> list[Rollout]:
         """One rollout per prompt: those that are kept, and of the parts that are missing what `draw` makes.
 
-        policy: its folder, in that of a finished stage. version: what its weights are called, and the parts' folder. A
-        part's samples do not depend on which of the others were there already.
+        policy: its folder, in that of a finished stage. version: the evaluation whose folder has the parts. A part's
+        samples do not depend on which of the others were there already.
         """
         made_by = training_of(policy)
         rollouts: list[Rollout] = []

@@ -55,12 +55,16 @@ class Sampler:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._stop()
 
-    def sample(self, policy: str, version: str, prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
+    def sample(
+        self, policy: str, version: str, prompts: list[list[int]], sampling: Sampling, kept_for: str | None = None
+    ) -> list[Rollout]:
         """One rollout per prompt from the policy in the folder `policy`, whose weights are called `version`.
 
-        They are kept in parts until `forget`; no actor is started where all are there. Raises what `_draw` raises.
+        They are kept in parts until `forget(kept_for)`, by default the version; no actor is started where all are
+        there. Raises what `_draw` raises.
         """
-        return self._kept.complete(policy, version, prompts, sampling, partial(self._draw, policy, version))
+        draw = partial(self._draw, policy, version)
+        return self._kept.complete(policy, kept_for or version, prompts, sampling, draw)
 
     def folder_of(self, version: str) -> Path:
         """The folder in which the parts of an evaluation under way are kept."""
