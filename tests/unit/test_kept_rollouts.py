@@ -13,12 +13,11 @@ import pyarrow.parquet as pq
 import pytest
 from tiny import EOS, save_tiny_policy
 
-from pipelines import evaluate, policy_scores
+from pipelines import policy_scores
 from pipelines.kept_rollouts import PART_ROLLOUTS, KeptRollouts, KeptValues, Share, Wanted
-from pipelines.plan import make_plan
 from pipelines.sampled import score_samples
 from pipelines.sampled_values import Filled, Kind, SampledJob, fill_share, seconds_of, start_filling
-from prefarena.config import Evaluation, FunctionJudge, RewardModel, parse_config
+from prefarena.config import Evaluation, FunctionJudge, RewardModel
 from prefarena.evaluation.sampled import response_logps
 from prefarena.generation.interface import Sampling
 from prefarena.judges.models import RewardModelJudge
@@ -307,30 +306,3 @@ def test_the_references_log_probs_of_pairs_are_computed_once_for_all_policies(sc
     assert sorted(evaluations[0][1]) == sorted([*of_reference, ("response_logps", 6)])
     assert [computed for _, computed in evaluations[1:]] == [[("response_logps", 5)]] * 2
     assert len(list(folder.iterdir())) == 1
-
-
-class Recorded:
-    """A sampler that notes where samples would be kept."""
-
-    def __init__(self) -> None:
-        self.asked: list[tuple[str, str]] = []
-
-    def sample(self, policy: str, version: str, prompts: Any, sampling: Sampling, kept_for: str) -> list[Rollout]:
-        self.asked.append((version, kept_for))
-        return []
-
-
-def test_samples_of_a_finished_reference_are_kept_by_an_evaluation_of_ours(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Another comparison may draw the same ones: neither removes what the other reads."""
-    monkeypatch.setattr(evaluate, "sampled_on", lambda plan, settings: PROMPTS)
-    task = {"kind": "text", "data": "pairs.jsonl"}
-    entries = [{"name": "dpo", "method": {"kind": "dpo"}}]
-    [plan] = make_plan(parse_config({"task": task, "entries": entries, "output": str(tmp_path)}))
-    reference, ours = plan.evaluation.key, plan.trained[0].evaluation.key
-    for under_way, expected in [({reference, ours}, (reference, reference)), ({ours}, (f"{reference}-again", ours))]:
-        sampler: Any = Recorded()
-        samples = evaluate._ReferenceSamples(sampler, Evaluation(), under_way)
-        assert samples.of(plan, ours) == samples.of(plan, ours) == []
-        assert sampler.asked == [expected]

@@ -168,29 +168,28 @@ class Drawing:
     """In place of the sampler: what it was asked for."""
 
     def __init__(self) -> None:
-        self.asked: list[tuple[str, str, Sampling]] = []
-        self.forgotten: list[str] = []
+        self.asked: list[tuple[str, str, Sampling, str | None]] = []
 
-    def sample(self, policy: str, version: str, prompts: list[list[int]], sampling: Sampling) -> list[Rollout]:
-        self.asked.append((policy, version, sampling))
+    def sample(
+        self, policy: str, version: str, prompts: list[list[int]], sampling: Sampling, kept_for: str | None = None
+    ) -> list[Rollout]:
+        self.asked.append((policy, version, sampling, kept_for))
         return rollouts_of(prompts, seed=3)
-
-    def forget(self, version: str) -> None:
-        self.forgotten.append(version)
 
 
 @pytest.mark.parametrize("under_way", [True, False])
 def test_the_references_samples_are_drawn_once_for_all_entries(tmp_path: Path, under_way: bool) -> None:
-    """Its own evaluation's where that is under way; else the same draws again, which are forgotten in the end."""
+    """Its own evaluation's where that is under way; else the same draws again, kept by an evaluation of this process:
+    another comparison may draw the same ones, and neither removes what the other reads.
+    """
     done, drawing = Evaluated(tmp_path), Drawing()
     plan: SeedPlan = done.plan
     key, settings = plan.evaluation.key, done.config.evaluation
     samples = _ReferenceSamples(drawing, settings, {key} if under_way else {"another"})  # type: ignore[arg-type]
-    assert samples.of(plan) is samples.of(plan)
-    ((policy, version, sampling),) = drawing.asked
+    assert samples.of(plan, "another") is samples.of(plan, "another")
+    ((policy, version, sampling, kept_for),) = drawing.asked
     assert policy == str(plan.reference.folder / "model") and sampling == sampling_of(plan, settings)
-    samples.forget()
-    assert (version == key) == under_way and drawing.forgotten == ([] if under_way else [version])
+    assert (version == key) == under_way and kept_for == (key if under_way else "another")
 
 
 # --------------------------------------------------------------------------------------------- coverage
