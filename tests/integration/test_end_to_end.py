@@ -392,7 +392,8 @@ def test_on_policy_methods_side_by_side_end_as_one_after_another(
     rows = []
     for number in (1, 2):
         resources = {"concurrent_runs": number}
-        results = run({**tree, "name": f"at-once-{number}", "resources": resources}, tmp_path / str(number))
+        (folder := tmp_path / str(number)).mkdir()
+        results = run({**tree, "name": f"at-once-{number}", "resources": resources}, folder)
         rows.append([results.entry(one["kind"]).seeds for one in methods])
         assert capsys.readouterr().out.count("✓ starting 1 vLLM generation actor") == number
     assert rows[0] == rows[1]
