@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from pipelines.asked_for import learns_judge
 from prefarena.config import (
     Comparison,
     EvaluationJudge,
@@ -20,11 +21,6 @@ from prefarena.config import (
 from prefarena.data.sources import version_of
 from prefarena.functions import source_digest
 from prefarena.settings.judges import is_same_function
-
-
-def learns_judge(config: Comparison) -> bool:
-    """Whether the judge of a text task is trained, on pairs that are set aside for it."""
-    return config.trained_judge is not None
 
 
 def judge_inputs(settings: EvaluationJudge) -> list[Any]:

@@ -27,14 +27,14 @@ def start_generator(
     *,
     made_from: str | None = None,
     max_length: int | None = None,
-    names: tuple[str, ...] | None = None,
+    place: int = 0,
 ) -> Generators:
     """Start the generation actors; whoever uses them sends their weights first.
 
     made_from: the folder of the model that they are made from, by default the base model's. max_length: most tokens of
-    a prompt and its response, by default the task's. names: the actors', by default those of the first set.
+    a prompt and its response, by default the task's. place: of the set of actors, as in `generator_names`.
     """
-    names = names or generator_names(config)
+    names = generator_names(config, place)
     title = f"starting {len(names)} vLLM generation actor{'s' if len(names) > 1 else ''}"
     waiting_for = "vLLM to be imported, to load the model and to set up its memory"
     with stage_line(console, title, waiting_for), telling_capacity():

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from pipelines.ability_counts import count_asked
-from pipelines.addresses import learns_judge
+from pipelines.asked_for import learns_judge
 from pipelines.calibrate import Calibrated, calibrate, tokenizer_of
 from pipelines.checks import check_input
 from pipelines.console import new_console

@@ -17,11 +17,12 @@ from rich.console import Console
 
 from pipelines.abilities import measure_abilities
 from pipelines.annotate import ExactReference
+from pipelines.asked_for import is_pairwise
 from pipelines.claims import settle
 from pipelines.exact import collect_scores, evaluate_exactly, exact_job, start_scoring
 from pipelines.jobs import judge_spec, response_limit
 from pipelines.on_the_way import measured_on_the_way
-from pipelines.plan import SeedPlan, Trained, is_pairwise, model_of, policy_of, unique
+from pipelines.plan import SeedPlan, Trained, model_of, policy_of, unique
 from pipelines.progress import fail, stage_line
 from pipelines.reference import scoring_options
 from pipelines.sampled import score_frontier, score_samples

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import replace
 
 from pipelines.addresses import watching_function
-from pipelines.plan import SeedPlan, Trained, learned_reward, model_of, needs_shared
+from pipelines.asked_for import learned_reward, needs_shared
+from pipelines.plan import SeedPlan, Trained, model_of
 from prefarena.config import (
     BestOfN,
     Comparison,
@@ -97,8 +97,11 @@ def reward_model_job(plan: SeedPlan, trained: Trained) -> RewardModelJob:
     )
 
 
-def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
-    """The training job of an entry at a seed. Raises TypeError for best-of-n, which trains nothing."""
+def entry_job(config: Comparison, plan: SeedPlan, trained: Trained, place: int = 0) -> Job:
+    """The training job of an entry at a seed. Raises TypeError for best-of-n, which trains nothing.
+
+    place: of the set of generation actors that it asks, as in `generator_names`.
+    """
     method = trained.entry.method
     if trained.training is None or isinstance(method, BestOfN):
         raise TypeError("best-of-n trains nothing")
@@ -119,7 +122,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
             demonstrations=str(plan.demonstrations_of(method)),
             num_demonstrations=_num_demonstrations(method),
             pretraining=str(pretraining) if method.pretraining_weight > 0 else None,
-            drawing=_drawing(config, plan, trained),
+            drawing=_drawing(config, plan, trained, place),
             replayed=_replayed(trained),
         )
     return OnPolicyJob(
@@ -132,7 +135,7 @@ def entry_job(config: Comparison, plan: SeedPlan, trained: Trained) -> Job:
         reward=judge_spec(plan, method.reward, trained.reward_model, may_be_silent=True),
         prompts=str(plan.tables / "prompts"),
         covered_only=method.prompts == "covered",
-        generators=generator_names(config),
+        generators=generator_names(config, place),
         generation=config.generation,
         response_limit=response_limit(plan.task),
         critic=model_of(trained.reward_model) if trained.reward_model else None,
@@ -153,7 +156,7 @@ def _num_demonstrations(method: OffPolicyMethod | OnPolicyMethod) -> int | None:
     return min(all_limits(method), default=None) if method.demonstration_source == "chosen" else None
 
 
-def _drawing(config: Comparison, plan: SeedPlan, trained: Trained) -> Drawing | None:
+def _drawing(config: Comparison, plan: SeedPlan, trained: Trained, place: int) -> Drawing | None:
     """How an off-policy entry gets pairs of its own; they are labelled as the task's are."""
     method = trained.entry.method
     online = method.online if isinstance(method, Pairwise) else None
@@ -164,7 +167,7 @@ def _drawing(config: Comparison, plan: SeedPlan, trained: Trained) -> Drawing | 
         every=online.every,
         temperature=online.temperature,
         reward=judge_spec(plan, online.reward, trained.reward_model, may_be_silent=True),
-        generators=generator_names(config),
+        generators=generator_names(config, place),
         generation=config.generation,
         response_limit=response_limit(plan.task),
         labels=labelled.labels,
@@ -209,15 +212,6 @@ def judge_spec(
     calls = plan.data.folder.parents[1] / "judge_calls" if isinstance(settings, Endpoint) else None
     kept = None if calls is None else str(calls)
     return JudgeSpec(settings, path, model_of(plan.reference), kept, plan.scored_in, may_be_silent)
-
-
-def asking(job: Job, generators: tuple[str, ...]) -> Job:
-    """The job with generation actors of these names."""
-    if isinstance(job, OnPolicyJob):
-        return replace(job, generators=generators)
-    if isinstance(job, OffPolicyJob) and job.drawing is not None:
-        return replace(job, drawing=replace(job.drawing, generators=generators))
-    return job
 
 
 def generator_names(config: Comparison, place: int = 0) -> tuple[str, ...]:

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pyarrow.compute as pc
 
-from pipelines.plan import SeedPlan, Trained, needs_shared
+from pipelines.asked_for import needs_shared
+from pipelines.plan import SeedPlan, Trained
 from prefarena.config import Comparison, OffPolicyMethod
 from prefarena.data.tables import column_names, read_rows
 from prefarena.errors import UserError

@@ -27,11 +27,11 @@ from pipelines.addresses import (
     engine_inputs,
     evaluation_inputs,
     judge_inputs,
-    learns_judge,
     model_inputs,
     tokenizer_inputs,
     watching_function,
 )
+from pipelines.asked_for import is_pairwise, learns_a_reward, needs_shared
 from prefarena.config import (
     BestOfN,
     Comparison,
@@ -43,9 +43,7 @@ from prefarena.config import (
     LanguageTask,
     OffPolicyMethod,
     OnPolicyMethod,
-    PairwiseJudge,
     RewardModel,
-    Section,
     TextTask,
     reward_of,
 )
@@ -367,27 +365,6 @@ def _compared(trained: Trained, root: Path, reference: Stage, judge: EvaluationJ
 
 def _dump(settings: BaseModel) -> dict[str, Any]:
     return settings.model_dump(mode="json")
-
-
-def is_pairwise(config: Comparison) -> bool:
-    """Whether policies are compared rather than scored."""
-    return isinstance(config.task, TextTask) and isinstance(config.judge, PairwiseJudge)
-
-
-def learns_a_reward(config: Comparison) -> bool:
-    """Whether a reward model is trained: as a reward, or as the judge of a text task."""
-    return learns_judge(config) or any(learned_reward(entry.method) is not None for entry in config.entries)
-
-
-def learned_reward(method: Section) -> RewardModel | None:
-    """A method's reward, where it is one that is trained."""
-    keyed = reward_of(method)
-    return keyed[1] if keyed is not None and isinstance(keyed[1], RewardModel) else None
-
-
-def needs_shared(method: OffPolicyMethod) -> bool:
-    """Whether it learns from pairs that have the log-probs of their first tokens, too."""
-    return isinstance(method, Pairwise) and method.needs_shared
 
 
 def _arithmetics(config: Comparison, wanted: Callable[[OffPolicyMethod], bool]) -> list[Arithmetic]:

@@ -10,8 +10,8 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
-from pipelines.addresses import learns_judge
 from pipelines.annotate import annotate_language
+from pipelines.asked_for import learns_judge
 from pipelines.demonstrations import make_demonstrations
 from pipelines.drawn_pairs import make_drawn_pairs
 from pipelines.engine import try_engine

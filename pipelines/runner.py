@@ -29,7 +29,7 @@ def run_claimed(resources: Resources, config: Comparison, console: Console, jobs
     """Run jobs that no other process is working on, and say which of them failed."""
     number = groups_at_once(config.model_copy(update={"resources": resources}), cluster_nodes())
     groups = [jobs[start::number] for start in range(min(number, len(jobs)))]
-    run_at_once(console, groups, partial(run_group, config, resources, len(groups)))
+    run_at_once(console, jobs, [partial(run_group, config, resources, len(groups), group) for group in groups])
 
 
 def run_group(config: Comparison, resources: Resources, number: int, jobs: Sequence[Job]) -> None:
@@ -39,16 +39,15 @@ def run_group(config: Comparison, resources: Resources, number: int, jobs: Seque
         run_jobs(jobs, resources.model_copy(update={"concurrent_runs": number}), storage)
 
 
-def run_at_once(console: Console, groups: Sequence[list[Job]], work: Callable[[list[Job]], None]) -> None:
-    """Have `work` bring every group of jobs to its end, all groups at the same time; show how far they are."""
-    jobs = [job for group in groups for job in group]
+def run_at_once(console: Console, jobs: Sequence[Job], works: Sequence[Callable[[], None]]) -> None:
+    """Do all of `works`, which bring the jobs to their ends, at the same time; show how far these are."""
     with (
         stage_line(console, f"training {', '.join(job.name for job in jobs)}", None),
-        watch(console, jobs),
-        ThreadPoolExecutor(len(groups)) as pool,
+        watch(console, list(jobs)),
+        ThreadPoolExecutor(len(works)) as pool,
     ):
-        for group in [pool.submit(work, group) for group in groups]:
-            group.result()
+        for work in [pool.submit(work) for work in works]:
+            work.result()
     say_outcomes(console, jobs)
 
 

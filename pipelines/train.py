@@ -9,7 +9,7 @@ from rich.console import Console
 
 from pipelines.claims import settle
 from pipelines.engine import start_generator
-from pipelines.jobs import asking, entry_job, generator_names, reward_model_job
+from pipelines.jobs import entry_job, reward_model_job
 from pipelines.plan import SeedPlan, Trained
 from pipelines.runner import run, run_at_once, run_group
 from prefarena.cluster.capacity import cluster_nodes, generating_at_once
@@ -60,29 +60,28 @@ def check_numbers_of_pairs(plans: list[SeedPlan]) -> None:
 
 def _train_with_generators(config: Comparison, console: Console, entries: list[tuple[SeedPlan, Trained]]) -> None:
     """Train entries whose policies respond, as many at a time as there is room for beside their generation actors."""
-    jobs = [entry_job(config, plan, trained) for plan, trained in entries]
-    number = min(generating_at_once(config, cluster_nodes()), len(jobs))
-    lanes = [jobs[start::number] for start in range(number)]
-    names = {lane[0].name: generator_names(config, place) for place, lane in enumerate(lanes)}
-
-    def work(lane: list[Job]) -> None:
-        _train_beside_actors(config, entries[0][0], console, lane, names[lane[0].name], number)
-
-    run_at_once(console, lanes, work)
+    number = min(generating_at_once(config, cluster_nodes()), len(entries))
+    lanes = [
+        [entry_job(config, plan, trained, place) for plan, trained in entries[place::number]] for place in range(number)
+    ]
+    beside_actors = partial(_train_beside_actors, config, entries[0][0], console, number)
+    works = [partial(beside_actors, place, jobs) for place, jobs in enumerate(lanes)]
+    run_at_once(console, [job for jobs in lanes for job in jobs], works)
 
 
 def _train_beside_actors(
-    config: Comparison, plan: SeedPlan, console: Console, jobs: list[Job], names: tuple[str, ...], number: int
+    config: Comparison, plan: SeedPlan, console: Console, number: int, place: int, jobs: list[Job]
 ) -> None:
     """Train one after another with one set of generation actors, or with new ones where those are lost.
 
     An engine that cannot be made fails all of them. The entry that loses its actors more than `resources.max_failures`
-    times fails, and the next ones get new actors. number: of such sets that are at work at the same time.
+    times fails, and the next ones get new actors. number: of such sets that are at work at the same time; place:
+    of this one among them.
     """
     losses: Counter[str] = Counter()
     while waiting := [job for job in jobs if not is_settled(job.stage_dir)]:
         try:
-            generator = start_generator(config, plan, console, names=names)
+            generator = start_generator(config, plan, console, place=place)
         except GeneratorLostError as error:
             if not cluster_answers():
                 raise
@@ -90,7 +89,7 @@ def _train_beside_actors(
                 write_failure(job.stage_dir, f"its generation engine does not start: {error}", label=job.name)
             return
         try:
-            run_group(config, config.resources, number, [asking(job, names) for job in waiting])
+            run_group(config, config.resources, number, waiting)
         except GeneratorLostError as error:
             if not cluster_answers():
                 raise

@@ -12,9 +12,10 @@ import pytest
 from rich.console import Console
 
 from pipelines import runner, train
+from pipelines.jobs import generator_names
 from pipelines.plan import make_plan
 from prefarena.cluster.capacity import Node
-from prefarena.config import parse_config
+from prefarena.config import Comparison, parse_config
 from prefarena.generation.interface import GeneratorLostError
 from prefarena.stages import failure_of, is_finished, write_manifest
 from prefarena.training.jobs import OffPolicyJob
@@ -59,8 +60,11 @@ class Cluster:
         self._left = Counter(losses)
         monkeypatch.setattr(train, "cluster_nodes", lambda: [Node("a", {"CPU": num_cpus})])
         monkeypatch.setattr(train, "cluster_answers", lambda: True)
-        monkeypatch.setattr(train, "start_generator", lambda *_, names: Engine(self.started, self.stopped, names))
+        monkeypatch.setattr(train, "start_generator", self._start)
         monkeypatch.setattr(runner, "run_jobs", self._run)
+
+    def _start(self, config: Comparison, plan: Any, console: Console, *, place: int) -> Engine:
+        return Engine(self.started, self.stopped, generator_names(config, place))
 
     def _run(self, jobs: Sequence[Any], resources: Any, storage: str) -> None:
         self.numbers.add(resources.concurrent_runs)

@@ -128,9 +128,9 @@ class Resources(Section):
     concurrent_runs: int | None = Field(
         None,
         ge=0,
-        description="How many groups of trainings run at the same time; 0: as many as the cluster has "
-        "room for. By default 0 where each worker has GPUs of its own, and otherwise 1, because groups that share a "
-        "machine slow each other down.",
+        description="How many groups of trainings run at the same time; 0: as many as the cluster has room for. By "
+        "default 0 where each worker has GPUs of its own, and otherwise 1, because groups that share a machine slow "
+        "each other down.",
     )
     sharding: Literal["none", "fsdp"] = Field(
         "none",
