@@ -33,7 +33,7 @@ from numpy.typing import NDArray
 
 from prefarena.cluster.pools import map_in_pool, through_deaths
 from prefarena.config import Resources
-from prefarena.data.plan import within_budget
+from prefarena.data.plan import largest_scored, within_budget
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import UserError
 from prefarena.mirror import bring, push
@@ -47,7 +47,6 @@ from prefarena.stages import costs_of, whole_file, write_manifest
 
 SPLITS = TRAIN, TEST = ("train_pairs", "test_pairs")
 PART_ROWS = 1024
-BATCH_TOKENS = 8192  # of prompts and responses in a forward pass
 
 _SCORING = 2  # raise it when the same inputs give other scores
 _TOKENS = ["prompt_ids", "chosen_ids", "rejected_ids"]
@@ -147,7 +146,7 @@ def score_tables(
 ) -> Scored:
     """Write the tables under `pairs` that `arithmetics` names, each with the two columns, to `folder`."""
     cache.mkdir(parents=True, exist_ok=True)
-    model = [_SCORING, weights_digest(reference), *_scorer(resources), BATCH_TOKENS]
+    model = [_SCORING, weights_digest(reference), *_scorer(resources), largest_scored(resources.device)]
     parts = {
         split: find_parts(pairs / split, cache, [*model, *named(own)], part_rows) for split, own in arithmetics.items()
     }
@@ -264,8 +263,9 @@ class ReferenceLogps:
         """The scores of a part's rows, in their order."""
         started = time.perf_counter()
         lengths = np.array([sum(map(len, row)) for row in zip(*(rows[name] for name in _TOKENS), strict=True)])
+        most_tokens = largest_scored(self.module.model.device.type)
         logps = np.empty((2, len(lengths)), np.float32)
-        for numbers in within_budget(np.argsort(lengths, kind="stable"), lengths, BATCH_TOKENS):
+        for numbers in within_budget(np.argsort(lengths, kind="stable"), lengths, most_tokens):
             prompts, chosen, rejected = ([rows[name][i] for i in numbers] for name in _TOKENS)
             with products_of(self._arithmetic):
                 logps[:, numbers] = pair_logps(self.module, prompts, chosen, rejected, self.pad_id)

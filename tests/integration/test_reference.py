@@ -14,7 +14,6 @@ import torch
 from tiny import BOS, EOS, FIRST_LETTER, VOCABULARY, save_tiny_policy
 
 from pipelines.reference import (
-    BATCH_TOKENS,
     SPLITS,
     Part,
     ReferenceLogps,
@@ -24,6 +23,7 @@ from pipelines.reference import (
     weights_digest,
 )
 from prefarena.config import Resources
+from prefarena.data.plan import largest_scored
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.errors import UserError
 from prefarena.evaluation.sampled import response_logps
@@ -77,7 +77,7 @@ def run(pairs: Path, policy: str, folder: Path, cache: Path, num_actors: int = 1
 
 def parts_of(pairs: Path, policy: str, cache: Path) -> list[Part]:
     """The parts of both tables as `run` finds them."""
-    model = [2, weights_digest(policy), "cpu", 1, BATCH_TOKENS]
+    model = [2, weights_digest(policy), "cpu", 1, largest_scored("cpu")]
     return [
         part for split in ("train_pairs", "test_pairs") for part in find_parts(pairs / split, cache, model, PART_ROWS)
     ]

@@ -7,6 +7,7 @@ import multiprocessing
 import re
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -30,7 +31,7 @@ from prefarena.data.splits import Shares as DataShares
 from prefarena.data.tables import TokenColumn, read_rows
 from prefarena.data.tokenization import Tokenizer
 from prefarena.errors import UserError
-from prefarena.estimate.calibration import Bench, time_training
+from prefarena.estimate.calibration import Bench, Steps, time_sizes, time_training
 from prefarena.estimate.company import company
 from prefarena.estimate.hardware import CARDS, Cards, parse_cards
 from prefarena.estimate.interval import Interval
@@ -261,6 +262,49 @@ def test_a_timed_run_leaves_the_weights_and_times_growing_passes(tmp_path: Path)
     assert sizes == sorted(sizes) and len(sizes) == 3 and timed.step > 0
     assert all(seconds > 0 for _, seconds in (*timed.training.points, *timed.forward.points))
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_timed_batches_have_the_size_that_their_seconds_are_taken_to_be_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # A batch has neighbours in length, so the shortest has a fraction of the tokens of the mean one.
+    made: list[int] = []
+    monkeypatch.setattr(
+        "prefarena.estimate.calibration.optimizer_step", lambda _, terms, at, *__: made.append(terms[0].num_tokens(at))
+    )
+    model = load_policy(write_inputs(tmp_path) / "model")
+    responses = np.random.default_rng(0).integers(1, 60, (200, 2))
+    bench = Bench(Rows(200, np.full(200, 3), responses), 8, 128, tmp_path / "bench", "cpu", 1, 5.0)
+    steps = Steps(model, Optimisation(), bench)
+    for number in (1, 4, 16):
+        one, step = steps.of(number)
+        for at in range(5):
+            step(at)
+        # There are sixteen batches of sixteen pairs, so the five nearest to the mean are a third of them.
+        assert made == pytest.approx([one.tokens] * 5, rel=0.25)
+        made.clear()
+
+
+def test_timed_passes_grow_up_to_the_one_of_the_training_if_the_budget_allows(tmp_path: Path) -> None:
+    def sizes(budget_s: float, times: dict[int, float]) -> list[float]:
+        bench = Bench(Rows(1, np.ones(1, int), np.ones((1, 2), int)), 8, 8, tmp_path, "cpu", 1, budget_s)
+        clock = SimpleNamespace(now=0.0)
+
+        def of(number: int) -> tuple[Pass, Any]:
+            def run(_: int) -> None:
+                clock.now += times[number]
+
+            return Pass(number, number, number), run
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Bench, "clock", property(lambda _: lambda: clock.now))
+            found, _ = time_sizes(of, 8, bench)
+        return [one.tokens for one, _ in found]
+
+    times = {1: 0.7, 4: 2.5, 8: 5.0}
+    assert sizes(6.0, times) == [1, 4, 8]  # the next pass would have been of 8 pairs, not of 16
+    assert sizes(4.0, times) == [1, 4]
+    assert sizes(2.0, times) == [1]
 
 
 def test_processes_beside_the_timed_one_live_as_long_as_it_is_timed() -> None:

@@ -18,10 +18,11 @@ from pipelines.checks import check_input
 from pipelines.compare import all_stages
 from pipelines.pair_scores import check_pair_scores
 from pipelines.plan import SeedPlan, make_plan
-from pipelines.reference import BATCH_TOKENS, PART_ROWS, ReferenceLogps, add_reference_logps, find_parts, weights_digest
+from pipelines.reference import PART_ROWS, ReferenceLogps, add_reference_logps, find_parts, weights_digest
 from pipelines.shared_lengths import cut
 from prefarena.config import Comparison, DrawnPairs, Optimisation, Resources, TextTask, parse_config
 from prefarena.data.labels import scores_of
+from prefarena.data.plan import largest_scored
 from prefarena.data.preparation import COLUMNS, prepare_pairs
 from prefarena.data.sources import Chunk
 from prefarena.data.splits import NONE_HELD_OUT
@@ -183,7 +184,7 @@ def score(folder: Path, model: Path) -> Path:
     cache, threads = folder / "cache", torch.get_num_threads()
     for split in ("train_pairs", "test_pairs"):
         parts = find_parts(
-            folder / "data" / split, cache, [2, weights_digest(model), "cpu", 1, BATCH_TOKENS], PART_ROWS
+            folder / "data" / split, cache, [2, weights_digest(model), "cpu", 1, largest_scored("cpu")], PART_ROWS
         )
         ReferenceLogps(str(model), None, "cpu", 1)(pa.Table.from_pylist([vars(part) for part in parts]))
     torch.set_num_threads(threads)

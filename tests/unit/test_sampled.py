@@ -16,7 +16,7 @@ from transformers import (
 )
 
 from prefarena.config import LanguageTask
-from prefarena.data.plan import bounded_passes
+from prefarena.data.plan import LARGEST_PASS, bounded_passes
 from prefarena.evaluation.enumeration import Enumeration, enumerate_responses
 from prefarena.evaluation.exact import exact_metrics, win_rates
 from prefarena.evaluation.sampled import (
@@ -85,10 +85,10 @@ def test_response_logps_agree_with_the_enumeration(arena: Arena) -> None:
 
 def test_passes_are_bounded_by_rows_and_tokens_and_are_those_of_rows_alone_where_they_fit() -> None:
     lengths = np.array([3000, 10, 5000, 9000, 20, 4000])
-    assert [rows.tolist() for rows in bounded_passes(lengths, 2)] == [[1, 4], [0, 5], [2], [3]]
+    assert [rows.tolist() for rows in bounded_passes(lengths, 2, LARGEST_PASS)] == [[1, 4], [0, 5], [2], [3]]
     assert [rows.tolist() for rows in bounded_passes(lengths, 2, 10**9)] == [[1, 4], [0, 5], [2, 3]]
-    assert [rows.tolist() for rows in bounded_passes(lengths, 100)] == [[1, 4, 0, 5], [2], [3]]
-    assert bounded_passes(np.zeros(0, np.int64), 4) == []
+    assert [rows.tolist() for rows in bounded_passes(lengths, 100, LARGEST_PASS)] == [[1, 4, 0, 5], [2], [3]]
+    assert bounded_passes(np.zeros(0, np.int64), 4, LARGEST_PASS) == []
 
 
 def test_response_logps_at_a_temperature(arena: Arena) -> None:

@@ -14,9 +14,10 @@ from torch.nn.functional import softplus
 from transformers import PreTrainedModel
 
 from pipelines.plan import SeedPlan, make_plan
-from pipelines.reference import BATCH_TOKENS, PART_ROWS, ReferenceLogps, find_parts, weights_digest
+from pipelines.reference import PART_ROWS, ReferenceLogps, find_parts, weights_digest
 from pipelines.shared_lengths import add_shared_logps, cut
 from prefarena.config import DPO, Optimisation, Resources, parse_config
+from prefarena.data.plan import largest_scored
 from prefarena.data.tables import read_rows, write_rows
 from prefarena.methods.simpo import SimPO
 from prefarena.modeling.load import load_policy
@@ -40,7 +41,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shorter = folder / "cut" / "train_pairs"
     write_rows(cut(read_rows(folder / "pairs")), shorter / "part-0.parquet", PAIRS)
     model, cache, threads = str(folder / "model"), folder / "cache", torch.get_num_threads()
-    parts = find_parts(shorter, cache, [2, weights_digest(model), "cpu", 1, BATCH_TOKENS], PART_ROWS)
+    parts = find_parts(shorter, cache, [2, weights_digest(model), "cpu", 1, largest_scored("cpu")], PART_ROWS)
     ReferenceLogps(model, None, "cpu", 1)(pa.Table.from_pylist([vars(part) for part in parts]))
     torch.set_num_threads(threads)
     add_shared_logps(folder / "scored", model, folder / "shared", cache=cache, resources=Resources())

@@ -112,7 +112,7 @@ def time_training(model: PreTrainedModel, training: Optimisation, counts: Counts
     with products_of(training.precision), threads(bench.threads):
         steps.of(1)[1](0)  # the gradient stays until the next step
         applying = _timed(lambda _: steps.learner.apply(0.0), bench).seconds
-        found, repeated = _sizes(steps.of, most, bench)
+        found, repeated = time_sizes(steps.of, most, bench)
         points = [(counts.training(one, recomputed=recomputed), max(took - applying, 1e-6)) for one, took in found]
         forward = time_forward(steps.module, counts, most, bench)
     spread, had = max(one.spread for one in repeated), statistics.median(one.had for one in repeated)
@@ -133,13 +133,19 @@ class Steps:
         self.learner = Learner("model", self.module, training, self._worker)
 
     def of(self, number: int) -> tuple[Pass, Callable[[int], object]]:
-        """For steps of `number` pairs: the mean pass of a step, and a function that makes a step."""
+        """For steps of `number` pairs: the mean pass of a step, and a function that makes a step.
+
+        Neighbours in length share a batch, so batches may differ many times in length. Those nearest to the mean are
+        trained on, for one that is timed must have the size that its time is taken to be of.
+        """
         own = self._training.model_copy(update={"batch_size": number, "micro_batch_tokens": _UNLIMITED})
         term = PreferenceTerm(str(self._path), DPO(training=own), Shares(own, 1, 0, self.module.packed), 0)
-        looked_at = [term.plan.rows(at) for at in range(_TIMES)]
-        every = [passed(self._rows.prompts[at], self._rows.responses[at]) for at in looked_at]
-        mean = Pass(*(statistics.fmean(values) for values in zip(*map(_numbers, every), strict=True)))
-        return mean, lambda at: optimizer_step(self.learner, [term], at, 0.0, self._worker, Window())
+        mean = number * term.plan.sizes.mean()
+        steps = sorted(range(term.plan.num_steps(1)), key=lambda at: abs(term.num_tokens(at) - mean))[:_TIMES]
+        batches = [term.plan.rows(at) for at in steps]
+        every = [_numbers(passed(self._rows.prompts[rows], self._rows.responses[rows])) for rows in batches]
+        one = Pass(*(statistics.fmean(values) for values in zip(*every, strict=True)))
+        return one, lambda at: optimizer_step(self.learner, [term], steps[at % len(steps)], 0.0, self._worker, Window())
 
 
 def keep_training(folder: str, training: Optimisation, number: int, bench: Bench, ready: Flag, stop: Flag) -> None:
@@ -175,24 +181,25 @@ def time_forward(module: nn.Module, counts: Counts, most: int, bench: Bench) -> 
 
         return passed(lengths[:, 0], lengths[:, 1:]), run
 
-    found, _ = _sizes(score, min(_ROWS, _FACTOR * most), bench)
+    found, _ = time_sizes(score, min(_ROWS, _FACTOR * most), bench)
     return Curve(tuple((counts.forward(one), took) for one, took in found))
 
 
-def _sizes(
+def time_sizes(
     make: Callable[[int], tuple[Pass, Callable[[int], object]]], most: int, bench: Bench
 ) -> tuple[list[tuple[Pass, float]], list[_Repeated]]:
     """Seconds by what was passed, of 1, 4, 16, … and `most` rows, until one takes too long; and all of each."""
     found, repeated, number = list[tuple[Pass, float]](), list[_Repeated](), 1
     while True:
-        one, run = make(min(number, most))
+        one, run = make(number)
         if not found:
             run(0)  # what is done but once
         repeated.append(_timed(run, bench))
         found.append((one, repeated[-1].seconds))
-        if number >= most or _FACTOR * repeated[-1].seconds > bench.budget_s:
+        larger = min(_FACTOR * number, most)
+        if larger <= number or larger / number * repeated[-1].seconds > bench.budget_s:
             return found, repeated
-        number *= _FACTOR
+        number = larger
 
 
 class _Repeated(NamedTuple):

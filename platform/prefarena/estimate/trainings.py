@@ -24,7 +24,7 @@ from prefarena.config import (
     draws_responses,
     reward_of,
 )
-from prefarena.data.plan import LARGEST_PASS, BatchPlan
+from prefarena.data.plan import LARGEST_PASS, BatchPlan, largest_scored, scored_at_once
 from prefarena.estimate.lengths import Data, Rows
 from prefarena.estimate.work import Files, Judging, Manner, Part, Passes, Sampling, Sending, StageWork, Steps
 from prefarena.modeling.arithmetic import Arithmetic
@@ -41,8 +41,6 @@ from prefarena.training.terms import Shares
 
 #: Steps of a training that are looked at, evenly spread; the others are taken to be like them.
 _LOOKED_AT = 48
-#: Passes without gradients hold so many times the rollouts of those with them.
-_FORWARD_SIZE = 4
 
 Named = tuple[str, Part]
 
@@ -239,9 +237,13 @@ class Workload:
         return StageWork((*work.parts, ("measuring", measured)), self.workers, memory=where, trained=work.trained)
 
     def scored(
-        self, passed: Pass, *, head: bool = True, size: float = LARGEST_PASS, arithmetic: Arithmetic | None = None
+        self, passed: Pass, *, head: bool = True, size: float = math.inf, arithmetic: Arithmetic | None = None
     ) -> Passes:
-        """Passes without gradients by one process. arithmetic: None means that of evaluations."""
+        """Passes without gradients by one process, of at most `size` tokens and as many as suit the device.
+
+        arithmetic: none means that of evaluations.
+        """
+        size = min(size, largest_scored(self.config.resources.device))
         manner = Manner(arithmetic or self.config.scored_in)
         number = max(1.0, passed.tokens / size)
         flops = self.plain.forward(passed, head=head)
@@ -262,7 +264,8 @@ class Workload:
         size = self.size(where, training.micro_batch_size, LARGEST_MICRO_BATCH)
         manner, counts = Manner.of(training, self.processes(1)), self.counts(training.lora)
         share = math.ceil(training.rollouts_per_iteration / workers)
-        forwards = iterations * math.ceil(share / (_FORWARD_SIZE * size))
+        longest = int(self.data.prompts.prompts.max()) + self.response_limit
+        forwards = iterations * math.ceil(share / scored_at_once(size, longest, self.config.resources.device))
         each = iterations * math.ceil(share / training.num_minibatches / size) * training.num_minibatches
         frozen = training.critic_warmup_iterations if isinstance(training, CriticTraining) else 0
 

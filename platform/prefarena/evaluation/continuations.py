@@ -21,7 +21,7 @@ _POSITIONS = 512
 def continuation_logps(module: LogProbs, samples: Samples) -> np.ndarray:
     """[N, 2]: log pi(y|x), nats, and 1 where each token of y is the likeliest one after those before it, else 0."""
     found = np.empty((len(samples.prompts), 2))
-    for rows in samples.passes(np.arange(len(found))):
+    for rows in samples.passes(np.arange(len(found)), module.model.device):
         batch = samples.batch(module, rows)
         logps, is_first = (torch.cat(parts) for parts in zip(*_by_position(module, batch), strict=True))
         misses = batch.sums((~is_first).float())

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from prefarena.data.plan import bounded_passes
+from prefarena.data.plan import bounded_passes, largest_scored
 from prefarena.modeling.chunked_head import Compared, chunked_comparison
 from prefarena.modeling.logprobs import LogProbs, at_least_float32, can_pack
 from prefarena.modeling.packing import PackedBatch, pack
@@ -40,7 +40,9 @@ class Loaded(Protocol):
 
 @dataclass(frozen=True)
 class Samples:
-    """N responses, each with its prompt; passes hold at most `batch_size` of them, and 8,192 tokens or one response."""
+    """N responses, each with its prompt; passes hold at most `batch_size` of them, and as many tokens as
+    `largest_scored` or one response.
+    """
 
     prompts: list[list[int]]
     responses: list[list[int]]
@@ -48,10 +50,10 @@ class Samples:
     batch_size: int
     temperature: float = 1.0
 
-    def passes(self, rows: np.ndarray) -> Iterator[np.ndarray]:
-        """Return indices of these rows in passes, with rows of similar length together."""
+    def passes(self, rows: np.ndarray, device: torch.device) -> Iterator[np.ndarray]:
+        """Return indices of these rows in passes for this device, with rows of similar length together."""
         lengths = np.array([len(p) + len(r) for p, r in zip(self.prompts, self.responses, strict=True)], np.int64)
-        for places in bounded_passes(lengths[rows], self.batch_size):
+        for places in bounded_passes(lengths[rows], self.batch_size, largest_scored(device.type)):
             yield rows[places]
 
     def batch(self, module: LogProbs, rows: np.ndarray) -> PackedBatch:
@@ -69,13 +71,13 @@ def along_samples(policy: Loaded, other: Loaded, samples: Samples) -> np.ndarray
     """
     found = np.empty((len(samples.prompts), 4))
     if not policy.module().plain_head:
-        for rows in samples.passes(np.arange(len(found))):
+        for rows in samples.passes(np.arange(len(found)), policy.module().model.device):
             found[rows] = _by_logits(policy.module(), other.module(), samples, rows)
         return found
     width = policy.module().head.weight.shape[1]
     for block in _blocks(samples, max(1, _MOST_NUMBERS // width)):
-        passes = list(samples.passes(block))
         own = policy.module()
+        passes = list(samples.passes(block, own.model.device))
         hidden, head = [own.head_inputs(samples.batch(own, rows)).cpu() for rows in passes], own.head
         del own
         policy.release()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from prefarena.data.plan import bounded_passes
+from prefarena.data.plan import bounded_passes, largest_scored
 from prefarena.evaluation.statistics import Estimate, clustered, mean_and_stderr
 from prefarena.modeling.logprobs import LogProbs, sequence_logps
 from prefarena.records import Rollout
@@ -39,12 +39,13 @@ def response_logps(
 ) -> np.ndarray:
     """log pi(y|x) [N], by the trainer's own code.
 
-    Passes are of sequences of similar length: at most `batch_size` of them, and 8,192 tokens or one sequence.
+    Passes are of sequences of similar length: at most `batch_size` of them, and as many tokens as
+    `largest_scored` or one sequence.
     """
     module, logps = LogProbs(model), np.empty(len(prompts))
     there = torch.empty(len(prompts), dtype=torch.float64, device=model.device)
     lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], np.int64)
-    passes = bounded_passes(lengths, batch_size)
+    passes = bounded_passes(lengths, batch_size, largest_scored(model.device.type))
     start = 0
     for rows in passes:
         found, _ = sequence_logps(

@@ -11,7 +11,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedTokenizerBase
 
 from prefarena.config import ClassifierJudge
-from prefarena.data.plan import bounded_passes
+from prefarena.data.plan import bounded_passes, largest_scored
 from prefarena.errors import UserError
 from prefarena.judges.texts import JudgeRow, judge_rows
 from prefarena.modeling.arithmetic import Arithmetic, body_in_weights, products_of
@@ -65,9 +65,10 @@ class ClassifierScorer:
             same_length[len(ids)].append(index)
         order = list[int]()
         found = torch.empty(len(encoded), dtype=torch.float64, device=self._model.device)
+        most_tokens = largest_scored(self._model.device.type)
         for length in sorted(same_length):
             rows = same_length[length]
-            for places in bounded_passes(np.full(len(rows), length), self._batch_size):
+            for places in bounded_passes(np.full(len(rows), length), self._batch_size, most_tokens):
                 batch = [rows[place] for place in places]
                 (inputs,) = moved([np.array([encoded[index] for index in batch], np.int64)], self._model.device)
                 with products_of(self._arithmetic):

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from prefarena.data.plan import LARGEST_PASS, bounded_passes
+from prefarena.data.plan import bounded_passes, largest_scored
 from prefarena.modeling.arithmetic import Arithmetic, body_in_weights, products_of
 from prefarena.modeling.heads import ScalarHead, scores
 from prefarena.modeling.load import load_reward_model
@@ -49,7 +49,8 @@ class RewardModelJudge:
         torch.nn.Module.to(model, device)
         self.head: ScalarHead | Role = ScalarHead(model)
         self._arithmetic: Arithmetic | None
-        self._batch_size, self._most_tokens, self._arithmetic = batch_size, LARGEST_PASS, arithmetic
+        most_tokens = largest_scored(torch.device(device).type)
+        self._batch_size, self._most_tokens, self._arithmetic = batch_size, most_tokens, arithmetic
         self._device: torch.device | None = None
 
     @classmethod

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from prefarena.data.plan import LARGEST_PASS, bounded_passes
+from prefarena.data.plan import bounded_passes, largest_scored
 from prefarena.generation.interface import Pending, RolloutSource, Sampling
 from prefarena.judges.spec import Judge
 from prefarena.modeling.arithmetic import attends_in, halve_products, in_weights
@@ -108,6 +108,7 @@ class PairDrawer:
         self._reference: LogProbs | None = None
         self._tally: Tally | None = None
         self._generated = NOTHING
+        self._most_tokens = largest_scored(worker.device.type)
 
     def draw(self, step: int, rows: pa.Table, first_place: int, learner: Learner) -> pa.Table:
         """Draw new pairs to the prompts of `rows`, as ONLINE_PAIRS, the same on every worker; every worker calls it.
@@ -233,7 +234,7 @@ class PairDrawer:
             return np.zeros(0)
         if is_model(self._drawing.reward.settings):  # passes that every worker makes, where it is spread over them
             lengths = np.array([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], np.int64)
-            passes = bounded_passes(lengths, _SCORED_AT_ONCE)
+            passes = bounded_passes(lengths, _SCORED_AT_ONCE, self._most_tokens)
         else:
             passes = np.array_split(np.arange(number), min(number, self._worker.world_size))
 
@@ -279,7 +280,7 @@ class PairDrawer:
         if not pairs:
             return np.zeros((0, 4))
         sizes = [len(one["prompt_ids"]) + len(one["chosen_ids"]) + len(one["rejected_ids"]) for one in pairs]
-        passes = bounded_passes(np.array(sizes, np.int64), _SCORED_AT_ONCE, LARGEST_PASS)
+        passes = bounded_passes(np.array(sizes, np.int64), _SCORED_AT_ONCE, self._most_tokens)
         return over_workers(passes, lambda rows: self._pass([pairs[i] for i in rows]), self._worker)
 
     @torch.no_grad()

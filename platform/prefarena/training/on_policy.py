@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from prefarena.config import OnPolicyTraining
+from prefarena.data.plan import scored_at_once
 from prefarena.errors import UserError
 from prefarena.generation.interface import RolloutSource
 from prefarena.judges.models import RewardModelJudge
@@ -51,8 +52,6 @@ from prefarena.training.worker import Worker
 _NORM_NAMES = {"policy": "grad_norm", "critic": "critic_grad_norm"}
 #: A micro-batch and the module in training, to a sum of losses.
 Term = Callable[[Batch, nn.Module], ObjectiveOutput]
-#: Passes without gradients keep no activations, so more sequences fit into one.
-_FORWARD_SIZE = 4
 
 
 def train_on_policy(
@@ -187,7 +186,8 @@ class OnPolicyTrainer:
 
     def _make_scorers(self, reward: Judge | None, monitor: Judge | None) -> Scorers:
         job, worker = self.job, self.worker
-        batch_size = self.micro_batch_size * _FORWARD_SIZE
+        longest = self.stream.longest_prompt + job.response_limit
+        batch_size = scored_at_once(self.micro_batch_size, longest, worker.device.type)
         reward = reward or self._load_judge(job.reward, batch_size)
         if monitor is None and job.monitor is not None:
             # What is not learned from ends no training by its silence.

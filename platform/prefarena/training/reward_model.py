@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from prefarena.data.plan import LARGEST_PASS, bounded_passes, within_budget
+from prefarena.data.plan import bounded_passes, largest_scored, within_budget
 from prefarena.data.tables import read_rows
 from prefarena.judges.calibration import calibration
 from prefarena.judges.models import RewardModelJudge
@@ -115,17 +115,19 @@ def _scores(
     def score(rows: Rows) -> np.ndarray:
         return judge.score([prompts[i] for i in rows], [responses[i] for i in rows])
 
-    return over_workers(bounded_passes(lengths, _MOST_SAMPLES), score, worker)
+    return over_workers(bounded_passes(lengths, _MOST_SAMPLES, largest_scored(worker.device.type)), score, worker)
 
 
 @torch.no_grad()
 def held_out_scores(
-    head: ScalarHead, path: str, pad_id: int, worker: Worker, most_tokens: int = LARGEST_PASS
+    head: ScalarHead, path: str, pad_id: int, worker: Worker, most_tokens: int | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Raw scores of the chosen and the rejected responses of a table of pairs, [N] float64 each, on all workers.
 
-    A pass has at most 256 pairs, and at most `most_tokens` tokens, padding included; a longer pair goes alone.
+    A pass has at most 256 pairs, and at most `most_tokens` tokens, padding included (none means as many as suit the
+    worker's device); a longer pair goes alone.
     """
+    most_tokens = most_tokens or largest_scored(worker.device.type)
     pairs = Pairs(path, referenced=False)
     lengths = pairs.prompts.lengths + pairs.chosen.lengths + pairs.rejected.lengths
     number = len(lengths)
