@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from prefarena.data.plan import BatchPlan, within_budget
+from prefarena.data.plan import BatchPlan, largest_scored, scored_at_once, within_budget
 from prefarena.errors import UserError
 
 
@@ -84,6 +84,15 @@ def test_a_forward_pass_stays_within_its_tokens_unless_one_row_is_longer(sizes: 
 def test_rows_that_fill_a_pass_to_its_last_token_share_it() -> None:
     parts = within_budget(np.arange(6), np.array([40, 60, 70, 30, 100, 1]), 100)
     assert [part.tolist() for part in parts] == [[0, 1], [2, 3], [4], [5]]
+
+
+def test_a_pass_without_gradients_is_smaller_on_a_cpu() -> None:
+    # Its tensors fit the caches there; on a GPU larger passes keep it busy.
+    assert (largest_scored("cpu"), largest_scored("cuda")) == (2048, 8192)
+    assert scored_at_once(16, longest=10, device="cpu") == 64  # four times the rows of a pass with gradients
+    assert scored_at_once(16, longest=64, device="cpu") == 32  # 2,048 tokens
+    assert scored_at_once(16, longest=400, device="cpu") == 16  # what fits with gradients is never split
+    assert scored_at_once(16, longest=400, device="cuda") == 64
 
 
 @pytest.mark.parametrize(
