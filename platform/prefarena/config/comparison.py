@@ -91,8 +91,8 @@ class Evaluation(Section):
     batch_size: int = Field(
         64,
         ge=1,
-        description="Maximum number of sequences in a forward pass, which also holds at most 8,192 tokens, unless "
-        "it is a single sequence.",
+        description="Maximum number of sequences in a forward pass, which also holds at most 8,192 tokens (2,048 on "
+        "a CPU), unless it is a single sequence.",
     )
     num_reference_samples: int = Field(
         512,

@@ -24,7 +24,7 @@ from prefarena.modeling.vocabulary import check_tokens
 class ClassifierScorer:
     """Scores by the model's one logit. Only sequences of equal length share a pass, so that there is no padding at all.
 
-    A pass has at most `batch_size` of them, and 8,192 tokens or one sequence.
+    A pass has at most `batch_size` of them, and `largest_scored` tokens or one sequence.
     """
 
     def __init__(

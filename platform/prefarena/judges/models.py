@@ -34,8 +34,8 @@ class GoldRewardJudge:
 class RewardModelJudge:
     """A reward model (a transformers sequence-classification folder).
 
-    It scores in passes of at most `batch_size` sequences and 8,192 tokens; one `of` a model in memory by their number
-    alone, as workers that hold a part of it each must make equally many.
+    It scores in passes of at most `batch_size` sequences and as many tokens as `largest_scored`; one `of` a model in
+    memory by their number alone, as workers that hold a part of it each must make equally many.
     """
 
     def __init__(
