@@ -341,6 +341,21 @@ def test_passes_are_timed_beside_as_many_trainings_as_run_at_once(monkeypatch: p
     assert processes(num_workers=2) == [2, 2, 2, 2]
 
 
+@pytest.mark.parametrize(("cpus", "processes"), [(2, 1), (3, 1), (4, 2), (64, 2)])
+def test_trainings_beside_engines_are_timed_as_many_at_once_as_there_is_room_for(
+    monkeypatch: pytest.MonkeyPatch, cpus: int, processes: int
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _: range(cpus))
+    entries = [{"name": name, "method": {"kind": name}} for name in ("rlhf", "grpo", "dpo")]
+    config = parse_config({"entries": entries, "resources": {"concurrent_runs": 0}})
+    settings, data = model_settings(config), of_language(LanguageTask(num_demonstrations=64, num_pairs=640))
+    assert settings is not None
+    found = {(one.stage, one.entry): one.work for one in planned(Workload(config, settings, data, {}, 4))}
+    for entry in ("rlhf", "grpo"):  # a worker and an engine take a CPU each
+        timed = {part.manner.processes for _, part in found["training", entry].parts if isinstance(part, Passes)}
+        assert processes in timed and max(timed) == processes
+
+
 def test_a_policy_on_the_way_costs_a_part_of_what_the_final_one_costs(tmp_path: Path) -> None:
     """Samples on held-out prompts alone, no pairs, and half as many divergences."""
     training = {"num_snapshots": 3}

@@ -98,7 +98,7 @@ def _shared(workload: Workload) -> Iterator[Planned]:
         if config.reference.loss_on == "all":
             # Every token but the first is scored: a prompt of one token, and the rest as its response.
             rows = type(rows)(rows.number, 0 * rows.prompts + 1, rows.responses + rows.prompts[:, None] - 1)
-        work = workload.on_table([("demonstrations", rows)], training, "reference.training", alone=True)
+        work = workload.on_table([("demonstrations", rows)], training, "reference.training")
         yield Planned("reference", None, work, seeds)
     if isinstance(task, LanguageTask):
         yield Planned("pairs", None, StageWork((("listing", Listing("reference", task.num_prompts)),)), seeds)
@@ -179,7 +179,7 @@ def _text_shared(workload: Workload) -> Iterator[Planned]:
         generated = number * workload.data.prompts.mean_response
         yield Planned("reference_samples", None, StageWork(parts, generated=generated))
     if isinstance(config.judge, RewardModel):
-        work = workload.reward_model(config.judge, workload.data.judge, "judge.training", number, alone=True)
+        work = workload.reward_model(config.judge, workload.data.judge, "judge.training", number, shared=True)
         yield Planned("judge", None, work)
     if settings.frontier_samples:
         sequences = settings.num_prompts * settings.frontier_samples

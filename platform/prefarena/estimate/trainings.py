@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 from transformers import PretrainedConfig
 
+from prefarena.cluster.capacity import Node, generating_at_once
 from prefarena.cluster.needs import Lengths, Training
 from prefarena.config import (
     Comparison,
@@ -99,6 +100,13 @@ class Workload:
         rewards = {keyed[1] for one in methods if (keyed := reward_of(one)) and isinstance(keyed[1], RewardModel)}
         return max(1, (found + len(rewards)) * len(self.config.seeds))
 
+    @cached_property
+    def _beside_engines(self) -> int:
+        """Trainings whose policies respond, of those that run at the same time: each has engines of its own."""
+        drawing = sum(draws_responses(entry.method) for entry in self.config.entries) * len(self.config.seeds)
+        here = Node("this machine", {"CPU": float(len(os.sched_getaffinity(0)))})
+        return max(1, min(drawing, generating_at_once(self.config, [here])))
+
     @property
     def spread(self) -> bool:
         return self.config.resources.sharding == "fsdp" and self.workers > 1
@@ -166,14 +174,14 @@ class Workload:
 
     def on_table(
         self, tables: list[tuple[str, Rows]], training: Optimisation, where: str, *, scores: bool = False,
-        first: Rows | None = None, alone: bool = False,
+        first: Rows | None = None, at_once: int = 1,
     ) -> StageWork:  # fmt: skip
         """A training whose step is a sum of terms, each over a table; `first`: one that is gone over before them.
 
-        where: the key of its settings. scores: a scalar head takes the place of the language model's. alone: no other
-        training runs at the same time.
+        where: the key of its settings. scores: a scalar head takes the place of the language model's. at_once: the
+        trainings, this one among them, that may run at the same time.
         """
-        processes = self.processes(1 if alone else self._side_by_side)
+        processes = self.processes(at_once)
         manner, counts = Manner.of(training, processes), self.counts(training.lora)
         size = self.size(where, training.micro_batch_tokens, LARGEST_PASS)
         steps, tokens = self.steps(tables[0][1], training), 0.0
@@ -205,7 +213,8 @@ class Workload:
         if method.pretraining_weight > 0:  # texts are taken to be as long as demonstrations
             tables.append(("pretraining", data.demonstrations))
         first = rows if isinstance(method, Unpaired) else None
-        work = self.on_table(tables, training, where, first=first, alone=draws_responses(method))
+        at_once = self._beside_engines if draws_responses(method) else self._side_by_side
+        work = self.on_table(tables, training, where, first=first, at_once=at_once)
         online = method.online if isinstance(method, Pairwise) else None
         return work if online is None else self._with_drawing(work, online, training, self.steps(pairs, training))
 
@@ -226,11 +235,15 @@ class Workload:
         return replace(work, parts=(*work.parts, *parts), beside=beside, generated=drawn.scored)
 
     def reward_model(
-        self, settings: RewardModel, rows: Rows, where: str, num_samples: int, *, alone: bool = False
+        self, settings: RewardModel, rows: Rows, where: str, num_samples: int, *, shared: bool = False
     ) -> StageWork:
-        """A reward model, trained on these pairs, then measured on the reference's samples and on held-out pairs."""
+        """A reward model, trained on these pairs, then measured on the reference's samples and on held-out pairs.
+
+        shared: it is there before any entry's training, so nothing else trains at the same time.
+        """
         rows = rows if settings.num_pairs is None else rows.taking(settings.num_pairs)
-        work = self.on_table([("pairs", rows)], settings.training, where, scores=True, alone=alone)
+        at_once = 1 if shared else self._side_by_side
+        work = self.on_table([("pairs", rows)], settings.training, where, scores=True, at_once=at_once)
         test = self.data.test_pairs.passed()
         samples = self.data.prompts.taking(num_samples).passed()
         measured = self.scored(test.plus(samples), head=False)
@@ -262,7 +275,7 @@ class Workload:
         rollouts = self.data.prompts.single().taking(training.rollouts_per_iteration).passed()
         iterations, workers = training.num_iterations, self.workers
         size = self.size(where, training.micro_batch_size, LARGEST_MICRO_BATCH)
-        manner, counts = Manner.of(training, self.processes(1)), self.counts(training.lora)
+        manner, counts = Manner.of(training, self.processes(self._beside_engines)), self.counts(training.lora)
         share = math.ceil(training.rollouts_per_iteration / workers)
         longest = int(self.data.prompts.prompts.max()) + self.response_limit
         forwards = iterations * math.ceil(share / scored_at_once(size, longest, self.config.resources.device))
