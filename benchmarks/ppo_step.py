@@ -23,6 +23,8 @@ from ppo_parity import TOLERANCE, Parity, compare
 from ppo_setting import MODEL, SETTINGS, VOCABULARY, Setting, prepare
 from sides import HERE, Report, Side, environment_python, machine, versions, versions_in
 
+from prefarena.data.plan import scored_at_once
+
 ENVIRONMENT = HERE / ".venv-trl"
 REQUIREMENTS = HERE / "requirements" / "trl-ppo.txt"
 PHASES = ("generate", "sync", "score", "logprobs", "values", "update")
@@ -123,11 +125,12 @@ def header(python: str, repeats: int) -> list[str]:
 
 
 def description(setting: Setting) -> str:
+    longest = max(setting.prompt_lengths) + setting.response_limit
     return (
         f"{setting.title}\n  {setting.rollouts} rollouts, {setting.epochs} epochs x {setting.minibatches} minibatches, "
         f"temperature {setting.temperature}, {setting.threads} threads; sequences in a forward pass: TRL "
         f"{setting.trl_forward_batch}, in its update {setting.rollouts // setting.minibatches}; ours "
-        f"{setting.micro_batch}, 4 times as many without gradients"
+        f"{setting.micro_batch}, without gradients {scored_at_once(setting.micro_batch, longest, 'cpu')}"
     )
 
 
