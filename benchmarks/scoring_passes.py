@@ -44,8 +44,10 @@ class Side:
 def sides() -> Iterator[Side]:
     """The Llama of benchmarks/ppo_step.py with its equal lengths, and SmolLM2 with those of HH-RLHF, cut."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "vocab_size": 4096}
-    small = LlamaConfig(num_attention_heads=8, num_key_value_heads=8, max_position_embeddings=512, **sizes)
+    small = LlamaConfig(
+        vocab_size=4096, hidden_size=256, intermediate_size=1024, num_hidden_layers=4, num_attention_heads=8,
+        num_key_value_heads=8, max_position_embeddings=512,
+    )  # fmt: skip
     yield Side("Llama, width 256, float32", LogProbs(AutoModelForCausalLM.from_config(small).eval()), 128, 64)
     model = in_weights(load_policy(smollm2()), "bfloat16")
     yield Side("SmolLM2-135M, bfloat16", LogProbs(model), 120, 36)
