@@ -91,7 +91,7 @@ class Evaluation(Section):
     batch_size: int = Field(
         64,
         ge=1,
-        description="Maximum number of sequences in a forward pass, which also holds at most 8,192 tokens (2,048 on "
+        description="Maximum number of sequences in a forward pass, which also holds at most 8,192 tokens (4,096 on "
         "a CPU), unless it is a single sequence.",
     )
     num_reference_samples: int = Field(

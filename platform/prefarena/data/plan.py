@@ -19,7 +19,7 @@ LARGEST_PASS = 8192
 #: the C library to keep for the next layer, which makes all their pages anew. On two Xeon cores 64 sequences took 1.3
 #: times as long in one pass of 10,000 tokens as in four of 2,500 with SmolLM2-135M, and 1.5 times with a small Llama
 #: (benchmarks/scoring_passes.py).
-_LARGEST_ON_CPU = 2048
+_LARGEST_ON_CPU = 4096
 #: A pass without gradients keeps no activations, so this many times the rows of one with gradients fit.
 _MORE_WITHOUT_GRADIENTS = 4
 _BUCKET_BATCHES = 16  # batches whose rows are sorted by length together: little padding, enough randomness
