@@ -87,7 +87,7 @@ def test_rows_that_fill_a_pass_to_its_last_token_share_it() -> None:
 
 
 def test_a_pass_without_gradients_is_smaller_on_a_cpu() -> None:
-    # Its tensors fit the caches there; on a GPU larger passes keep it busy.
+    # Memory for larger ones is taken anew in every layer there; on a GPU larger passes keep it busy.
     assert (largest_scored("cpu"), largest_scored("cuda")) == (4096, 8192)
     assert scored_at_once(16, longest=10, device="cpu") == 64  # four times the rows of a pass with gradients
     assert scored_at_once(16, longest=128, device="cpu") == 32  # 4,096 tokens

@@ -15,9 +15,9 @@ from prefarena.errors import UserError
 
 #: Tokens in a forward pass where nothing asks for fewer.
 LARGEST_PASS = 8192
-#: The same for a pass without gradients on a CPU. Tensors of a larger one do not fit the caches, and are too large for
-#: the C library to keep for the next layer, which makes all their pages anew. On two Xeon cores 64 sequences took 1.3
-#: times as long in one pass of 10,000 tokens as in four of 2,500 with SmolLM2-135M, and 1.5 times with a small Llama
+#: The same for a pass without gradients on a CPU. The C library does not keep the memory of a larger one's tensors for
+#: the next layer, so all of its pages are made anew. On two Xeon cores 64 sequences took 1.3 times as long in one pass
+#: of 10,000 tokens as in four of 2,500 with SmolLM2-135M, and 1.5 times with a small Llama
 #: (benchmarks/scoring_passes.py).
 _LARGEST_ON_CPU = 4096
 #: A pass without gradients keeps no activations, so this many times the rows of one with gradients fit.

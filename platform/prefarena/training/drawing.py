@@ -108,7 +108,10 @@ class PairDrawer:
         self._reference: LogProbs | None = None
         self._tally: Tally | None = None
         self._generated = NOTHING
-        self._most_tokens = largest_scored(worker.device.type)
+
+    @property
+    def _most_tokens(self) -> int:
+        return largest_scored(self._worker.device.type)
 
     def draw(self, step: int, rows: pa.Table, first_place: int, learner: Learner) -> pa.Table:
         """Draw new pairs to the prompts of `rows`, as ONLINE_PAIRS, the same on every worker; every worker calls it.
