@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,6 +19,7 @@ from prefarena.cluster.session import ray_session
 from prefarena.config import Comparison, EvaluationJudge, LanguageTask, Optimisation, PretrainedModel
 from prefarena.data.tables import write_rows
 from prefarena.errors import JudgeError, UserError
+from prefarena.estimate.beside_ray import beside_ray
 from prefarena.estimate.calibration import Bench, Timed, keep_training, time_listing, time_scoring, time_training
 from prefarena.estimate.company import company
 from prefarena.estimate.lengths import Data
@@ -74,7 +76,7 @@ def calibrate(
     for manner, (settings, most) in _manners(config, workload.data, memory, stages).items():
         beside = f", {manner.processes} processes at a time" if manner.processes > 1 else ""
         say(f"timing training passes in {manner.precision}{beside} …")
-        timed = _time(model_folder, settings, workload, most, bench, manner.processes - 1)
+        timed = _time(model_folder, settings, workload, most, bench, manner.processes)
         training[manner], forward[manner], steps[manner] = timed.training, timed.forward, timed.step
         spreads.append(timed.spread)
         had = min(had, timed.had)
@@ -147,12 +149,16 @@ def _manner(work: StageWork) -> Manner:
     return next(part.manner for _, part in work.parts if isinstance(part, Passes) and part.backward)
 
 
-def _time(folder: str, settings: LearnerSettings, workload: Workload, most: int, bench: Bench, beside: int) -> Timed:
-    """Time training with these settings while `beside` others train; on-policy methods are timed on pairs, too."""
+def _time(folder: str, settings: LearnerSettings, workload: Workload, most: int, bench: Bench, processes: int) -> Timed:
+    """Time training with these settings in one of so many processes; on-policy methods are timed on pairs, too."""
     names = LearnerSettings.model_fields
     plain = Optimisation(**{name: getattr(settings, name) for name in names})
-    with company(beside, partial(keep_training, folder, plain, most, bench)):
-        return time_training(load_policy(folder), plain, workload.counts(settings.lora), most, bench)
+    fills = bench.counts_own_time and processes >= workload.num_cpus
+    ray = beside_ray(processes // workload.workers) if fills else nullcontext(lambda: 0.0)
+    with ray as in_use, company(processes - 1, partial(keep_training, folder, plain, most, bench)):
+        in_use()  # so far, it was for Ray's start
+        timed = time_training(load_policy(folder), plain, workload.counts(settings.lora), most, bench)
+        return timed.on(workload.num_cpus - in_use(), processes)
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,16 @@ from __future__ import annotations
 import json
 import multiprocessing
 import re
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from beside import dies, waits
@@ -31,7 +35,8 @@ from prefarena.data.splits import Shares as DataShares
 from prefarena.data.tables import TokenColumn, read_rows
 from prefarena.data.tokenization import Tokenizer
 from prefarena.errors import UserError
-from prefarena.estimate.calibration import Bench, Steps, time_sizes, time_training
+from prefarena.estimate.beside_ray import meter
+from prefarena.estimate.calibration import Bench, Steps, Timed, time_sizes, time_training
 from prefarena.estimate.company import company
 from prefarena.estimate.hardware import CARDS, Cards, parse_cards
 from prefarena.estimate.interval import Interval
@@ -305,6 +310,47 @@ def test_timed_passes_grow_up_to_the_one_of_the_training_if_the_budget_allows(tm
     assert sizes(6.0, times) == [1, 4, 8]  # the next pass would have been of 8 pairs, not of 16
     assert sizes(4.0, times) == [1, 4]
     assert sizes(2.0, times) == [1]
+
+
+def test_repetitions_count_by_their_median_in_own_time_and_by_the_shortest_on_the_clock(tmp_path: Path) -> None:
+    def seconds(threads: int) -> float:
+        bench = Bench(Rows(1, np.ones(1, int), np.ones((1, 2), int)), 8, 8, tmp_path, "cpu", threads, 1.0)
+        clock = SimpleNamespace(now=0.0)
+
+        def run(at: int) -> None:
+            clock.now += (0.3, 0.1, 0.2, 0.4, 0.2)[at]
+
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Bench, "clock", property(lambda _: lambda: clock.now))
+            [(_, took)], _ = time_sizes(lambda _: (Pass(1, 1, 1), run), 1, bench)
+        return took
+
+    assert seconds(threads=1) == pytest.approx(0.2) and seconds(threads=2) == pytest.approx(0.1)
+
+
+def test_processes_that_fill_the_cores_take_longer_by_what_others_use_of_these() -> None:
+    timed = Timed(Curve(((1, 2.0),)), Curve(((1, 1.0),)), 0.5, 0.1, had=0.72)
+    slower = timed.on(1.6, processes=2)
+    assert slower.training.at(1) == 2.5 and slower.forward.at(1) == 1.25 and slower.step == 0.625
+    assert slower.had == pytest.approx(0.9)  # of its own part, which is 0.8
+    assert timed.on(3.6, processes=2) == timed  # there is room for both
+
+
+def test_use_of_the_cores_is_that_of_the_processes_since_it_was_last_read() -> None:
+    busy = subprocess.Popen([sys.executable, "-c", "while True: pass"])
+    idle = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    try:
+        in_use = meter({psutil.Process(busy.pid), psutil.Process(idle.pid)})
+        time.sleep(1.0)
+        assert 0.2 < in_use() < 1.1  # this machine may have other work
+        busy.kill()
+        busy.wait()
+        in_use()
+        time.sleep(0.2)
+        assert in_use() == pytest.approx(0.0, abs=0.05)
+    finally:
+        busy.kill()
+        idle.kill()
 
 
 def test_processes_beside_the_timed_one_live_as_long_as_it_is_timed() -> None:

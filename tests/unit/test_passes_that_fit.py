@@ -12,7 +12,8 @@ import torch
 from tiny import save_tiny_policy
 from torch import nn
 
-from prefarena.config import LoRA, Optimisation
+from prefarena.cluster.needs import Training, chosen_size
+from prefarena.config import LoRA, Optimisation, parse_config
 from prefarena.data.plan import LARGEST_PASS, BatchPlan
 from prefarena.modeling.memory import MemoryNeed
 from prefarena.modeling.room import total_mib
@@ -179,3 +180,29 @@ def test_freed_memory_goes_back_before_every_pass_where_memory_counts_for_more_t
 
     learner.accumulate([Pass(loss, 1.0), Pass(loss, 1.0)])
     assert len(given_back) == number
+
+
+@pytest.mark.parametrize("sizes", [(64,), (64, 32), (64, 32, 16), (64, 32, 16, 8, 4)])
+def test_the_size_before_a_run_is_the_largest_that_fits_and_the_largest_of_all_is_tried_first(
+    sizes: tuple[int, ...],
+) -> None:
+    config = parse_config({"entries": [{"name": "dpo", "method": {"kind": "dpo"}}]})
+    training = Training("dpo", "micro_batch_tokens", Optimisation(), sizes, lambda *_: None)
+
+    def found(room: int | None, mib_each: int | None = 1024) -> tuple[int, list[int]]:
+        tried: list[int] = []
+
+        def need(size: int) -> MemoryNeed | None:
+            tried.append(size)
+            return None if mib_each is None else MemoryNeed(0, 0, 0, size * mib_each * MIB)
+
+        return chosen_size(training, need, room, config), tried
+
+    def required(size: int) -> int:
+        return int(prediction.required_mib(MemoryNeed(0, 0, 0, size * 1024 * MIB), on_cpu=True, spares=False) * MIB) + 1
+
+    for size in sizes:  # rooms that this size just fits into, as a search through all of them finds it
+        assert found(required(size))[0] == max(one for one in sizes if required(one) <= required(size))
+    assert found(required(64)) == (64, [64] if len(sizes) > 1 else [])
+    assert found(0)[0] == found(0, None)[0] == min(sizes)  # nothing fits, or nobody knows what it takes
+    assert found(None) == (64, [])

@@ -137,19 +137,28 @@ def _part(config: Comparison, one: Heaviest) -> float:
 def chosen_size(
     training: Training, need: Callable[[int], MemoryNeed | None], room: int | None, config: Comparison
 ) -> int:
-    """The largest size of a pass that fits, else the smallest; found by halving, since a larger one needs more."""
-    smaller, sizes = 0, training.sizes
-    if room is None:
+    """The largest size of a pass that fits, else the smallest.
+
+    A larger one needs more, so it is found by halving; but each need takes seconds, and where models are small the
+    largest size fits.
+    """
+    sizes, on_cpu = training.sizes, not config.resources.use_gpu
+    if room is None or len(sizes) == 1:
         return sizes[0]
-    larger, on_cpu = len(sizes) - 1, not config.resources.use_gpu
+
+    def fits(size: int) -> bool:
+        held, spares = need(size), training.settings.spares_memory or bool(spread_of(config))
+        return held is not None and required_mib(held, on_cpu=on_cpu, spares=spares) * _MIB <= room
+
+    if fits(sizes[0]):
+        return sizes[0]
+    smaller, larger = 1, len(sizes) - 1
     while smaller < larger:
         middle = (smaller + larger) // 2
-        held = need(sizes[middle])
-        spares = training.settings.spares_memory or bool(spread_of(config))
-        if held is None or required_mib(held, on_cpu=on_cpu, spares=spares) * _MIB > room:
-            smaller = middle + 1
-        else:
+        if fits(sizes[middle]):
             larger = middle
+        else:
+            smaller = middle + 1
     return sizes[smaller]
 
 

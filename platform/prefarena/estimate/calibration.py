@@ -63,6 +63,12 @@ class Timed:
     spread: float
     had: float
 
+    def on(self, cores: float, processes: int) -> Timed:
+        """The same for each of so many processes that share so many cores, which may be fewer than they are."""
+        longer = max(1.0, processes / cores)
+        training, forward = self.training.times(longer), self.forward.times(longer)
+        return Timed(training, forward, self.step * longer, self.spread, min(1.0, self.had * longer))
+
 
 @dataclass(frozen=True)
 class Bench:
@@ -77,9 +83,14 @@ class Bench:
     budget_s: float
 
     @property
+    def counts_own_time(self) -> bool:
+        """Whether the thread's own CPU time is measured, as the machine may do other work, too; not the clock's."""
+        return self.device == "cpu" and self.threads == 1
+
+    @property
     def clock(self) -> Callable[[], float]:
-        """A clock in seconds; with one CPU thread, the thread's CPU time, as the machine may do other work, too."""
-        return time.thread_time if self.device == "cpu" and self.threads == 1 else time.perf_counter
+        """A clock in seconds."""
+        return time.thread_time if self.counts_own_time else time.perf_counter
 
     def pairs(self) -> list[tuple[list[int], list[int], list[int]]]:
         """Prompt, chosen and rejected: random tokens."""
@@ -203,7 +214,7 @@ def time_sizes(
 
 
 class _Repeated(NamedTuple):
-    """The shortest of a few repetitions in seconds, the share by which their median is longer, and this thread's CPU
+    """The seconds of a repetition, the share by which the median one is longer than the shortest, and this thread's CPU
     time as a share of the clock's.
     """
 
@@ -224,7 +235,10 @@ def _timed(work: Callable[[int], object], bench: Bench) -> _Repeated:
         if len(took) > 1 and took[0] > _LONG_S:
             break
     had = min(1.0, sum(took) / (time.perf_counter() - began))
-    return _Repeated(min(took), statistics.median(took) / min(took) - 1, had)
+    median = statistics.median(took)
+    # Other work makes some repetitions longer by the clock. What makes the thread's own seconds longer is there in a
+    # run, too: a machine whose speed varies, and processes that share its memory and caches.
+    return _Repeated(median if bench.counts_own_time else min(took), median / min(took) - 1, had)
 
 
 def time_listing(model: PreTrainedModel, reward: PreTrainedModel | None, language: Language) -> dict[str, float]:

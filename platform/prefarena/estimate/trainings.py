@@ -85,7 +85,7 @@ class Workload:
         return self.config.resources.num_workers
 
     @cached_property
-    def _num_cpus(self) -> int:
+    def num_cpus(self) -> int:
         return len(os.sched_getaffinity(0))
 
     def processes(self, trainings: int) -> int:
@@ -93,7 +93,7 @@ class Workload:
         resources = self.config.resources
         if resources.use_gpu:  # each has a device of its own
             return 1
-        room = max(1, int(self._num_cpus // (self.workers * resources.cpus_per_worker)))
+        room = max(1, int(self.num_cpus // (self.workers * resources.cpus_per_worker)))
         return self.workers * min(resources.num_groups or room, room, trainings)
 
     @cached_property
@@ -108,7 +108,7 @@ class Workload:
     def _beside_engines(self) -> int:
         """Trainings whose policies respond, of those that run at the same time: each has engines of its own."""
         drawing = sum(draws_responses(entry.method) for entry in self.config.entries) * len(self.config.seeds)
-        here = Node("this machine", {"CPU": float(self._num_cpus)})
+        here = Node("this machine", {"CPU": float(self.num_cpus)})
         return max(1, min(drawing, generating_at_once(self.config, [here])))
 
     @property
