@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 
 from prefarena.cluster.session import ray_session
+from prefarena.errors import UserError
 
 #: What Ray Train 2.60 has for a training besides its workers: the controller, and actors that synchronise workers, hold
 #: datasets, remove placement groups, and watch for nodes that will be taken away.
@@ -29,7 +30,7 @@ InUse = Callable[[], float]
 def beside_ray(trainings: int) -> Iterator[InUse]:
     """While this is open, Ray runs on this machine with as many processes as it has for so many trainings.
 
-    Yields a function that tells how many cores they use. Raises GetTimeoutError if they do not start in time.
+    Yields a function that tells how many cores they use. Raises UserError if they do not start in time.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -38,14 +39,27 @@ def beside_ray(trainings: int) -> Iterator[InUse]:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         idle: Any = ray.remote(_Idle).options(num_cpus=0, scheduling_strategy=here)
         actors = [idle.remote() for _ in range(_FOR_A_TRAINING * trainings)]
-        started = {psutil.Process(pid) for pid in ray.get([one.pid.remote() for one in actors], timeout=_START_S)}
-        # A Ray that was started here is a child of this process.
-        processes = started | set(psutil.Process().children(recursive=True))
         try:
-            yield meter(processes)
+            # A Ray that was started here is a child of this process.
+            yield meter(_started(actors) | set(psutil.Process().children(recursive=True)))
         finally:
             for one in actors:
                 ray.kill(one)
+
+
+def _started(actors: list[Any]) -> set[psutil.Process]:
+    """The actors' processes. Raises UserError if they do not start in time."""
+    import ray
+    from ray.exceptions import GetTimeoutError
+
+    try:
+        pids = ray.get([one.pid.remote() for one in actors], timeout=_START_S)
+    except GetTimeoutError:
+        raise UserError(
+            f"Ray did not start {len(actors)} idle processes in {_START_S:g} s, as many as it will have beside the "
+            "trainings that run at a time; lower resources.concurrent_runs, or make room on this machine"
+        ) from None
+    return {psutil.Process(pid) for pid in pids}
 
 
 class _Idle:
