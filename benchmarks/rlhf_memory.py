@@ -1,10 +1,12 @@
 """Peak memory of a worker in PPO and DPO with a real model: in full, sharded over two workers, and with adapters.
 
     python benchmarks/rlhf_memory.py [--model FOLDER]    # SmolLM2-135M-Instruct, about 5 minutes on two cores
+    python benchmarks/rlhf_memory.py --gpu               # a model of Llama 3.2 1B's shape with random weights, bfloat16
 
 Every case runs in processes of its own, one after another, on random tokens of fixed lengths: what a step holds does
 not depend on which tokens they are. Weights are handed over as to generation actors, as one copy in the worker's
-memory. Prints a table, and writes it to benchmarks/results/rlhf_memory.txt.
+memory. Prints a table, and writes it to benchmarks/results/rlhf_memory.txt, or rlhf_memory_gpu.txt. On a GPU memory is
+what torch has allocated there, and the cases on two workers are left out.
 """
 
 from __future__ import annotations
@@ -16,12 +18,15 @@ import sys
 import tempfile
 from collections import deque
 from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
+from gpu import SHAPES
+from random_pairs import word_tokenizer
 from torch import Tensor
 
 from prefarena.config import DPO, Generation, LoRA, Optimisation, PPOTraining, RewardModel
@@ -37,11 +42,25 @@ from prefarena.stages import read_manifest
 from prefarena.training.jobs import Job, OffPolicyJob, OnPolicyJob
 from prefarena.training.on_policy import train_on_policy
 from prefarena.training.run_job import run_job
+from prefarena.training.worker import Worker
 from tests.helpers.real_model import smollm2
 from tests.helpers.workers import OneOfMany
 
+
+@dataclass(frozen=True)
+class Scale:
+    """Tokens of prompts and responses, rows of a step and of a pass, and the arithmetic."""
+
+    prompt: int
+    response: int
+    num_rows: int
+    rows_per_pass: int
+    precision: Literal["float32", "bfloat16"]
+
+
 #: Few enough for two cores: what is held does not depend on how many passes there are, as long as a step has several.
-PROMPT, RESPONSE, ROWS, PASS = 96, 32, 8, 4
+ON_CPU = Scale(96, 32, 8, 4, "float32")
+ON_GPU = Scale(256, 256, 16, 8, "bfloat16")
 LORA = LoRA(rank=16)
 #: Which trainings, on how many workers; each is (method, adapters, workers).
 CASES = {
@@ -58,11 +77,14 @@ COMPARED = (
     ("PPO with adapters", "DPO with adapters"),
     ("PPO in full", "DPO in full"),
 )
-RESULTS = Path(__file__).parent / "results" / "rlhf_memory.txt"
+RESULTS = Path(__file__).parent / "results"
 
 
 class RandomRollouts:
-    """A rollout source that takes the weights as generation actors do, and answers with random tokens."""
+    """A rollout source that takes the weights as generation actors do, and answers with `response` random tokens."""
+
+    def __init__(self, response: int) -> None:
+        self.response = response
 
     def sync(self, named_tensors: Iterable[tuple[str, Tensor]], version: str) -> None:
         # Ray puts copies into its object store, which stay mapped into the worker.
@@ -75,7 +97,7 @@ class RandomRollouts:
 
     def result(self) -> list[Rollout]:
         return [
-            Rollout(prompt, tokens(i, RESPONSE), [-1.0] * RESPONSE, True, self.version)
+            Rollout(prompt, tokens(i, self.response), [-1.0] * self.response, True, self.version)
             for i, prompt in enumerate(self.prompts)
         ]
 
@@ -87,40 +109,43 @@ def tokens(seed: int, number: int) -> list[int]:
     return np.random.default_rng(seed).integers(10, 1000, number).tolist()
 
 
-def job_of(name: str, folder: Path, model: str) -> Job:
+def job_of(name: str, folder: Path, model: str, scale: Scale) -> Job:
     """The job of a case, its inputs written to `folder`."""
     method, lora, _ = CASES[name]
-    stage = str(folder / "stage")
+    stage, rows_of_step = str(folder / "stage"), range(scale.num_rows)
     if method == "dpo":
         rows = {
-            "id": [str(i) for i in range(ROWS)], "prompt_ids": [tokens(i, PROMPT) for i in range(ROWS)],
-            "chosen_ids": [tokens(100 + i, RESPONSE) for i in range(ROWS)],
-            "rejected_ids": [tokens(200 + i, RESPONSE) for i in range(ROWS)],
-            "label": [1.0] * ROWS, "source": ["random"] * ROWS,
-            "ref_chosen_logp": [-300.0] * ROWS, "ref_rejected_logp": [-300.0] * ROWS,
+            "id": [str(i) for i in rows_of_step], "prompt_ids": [tokens(i, scale.prompt) for i in rows_of_step],
+            "chosen_ids": [tokens(100 + i, scale.response) for i in rows_of_step],
+            "rejected_ids": [tokens(200 + i, scale.response) for i in rows_of_step],
+            "label": [1.0] * scale.num_rows, "source": ["random"] * scale.num_rows,
+            "score_chosen": [None] * scale.num_rows, "score_rejected": [None] * scale.num_rows,
+            "ref_chosen_logp": [-300.0] * scale.num_rows, "ref_rejected_logp": [-300.0] * scale.num_rows,
         }  # fmt: skip
         write_rows(pa.Table.from_pydict(rows, REFERENCED_PAIRS), folder / "pairs" / "part.parquet", REFERENCED_PAIRS)
         training = Optimisation(
             num_steps=2,
-            batch_size=ROWS,
-            micro_batch_tokens=PASS * (PROMPT + 2 * RESPONSE),
+            batch_size=scale.num_rows,
+            micro_batch_tokens=scale.rows_per_pass * (scale.prompt + 2 * scale.response),
             lora=lora,
+            precision=scale.precision,
             log_every=1,
         )
         return OffPolicyJob(stage, "dpo", model, 0, DPO(training=training), str(folder / "pairs"))
     prompts = {
-        "id": [str(i) for i in range(ROWS)], "prompt_ids": [tokens(i, PROMPT) for i in range(ROWS)],
-        "covered": [True] * ROWS, "split": ["train"] * ROWS,
+        "id": [str(i) for i in rows_of_step], "prompt_ids": [tokens(i, scale.prompt) for i in rows_of_step],
+        "covered": [True] * scale.num_rows, "split": ["train"] * scale.num_rows,
     }  # fmt: skip
     write_rows(pa.table(prompts), folder / "prompts.parquet", PROMPTS)
     reward = reward_model(folder, model, lora)
     ppo = PPOTraining(
-        num_iterations=1, rollouts_per_iteration=ROWS, num_epochs=2, num_minibatches=1, micro_batch_size=PASS, lora=lora
-    )
+        num_iterations=1, rollouts_per_iteration=scale.num_rows, num_epochs=2, num_minibatches=1,
+        micro_batch_size=scale.rows_per_pass, lora=lora, precision=scale.precision,
+    )  # fmt: skip
     return OnPolicyJob(
         stage, "ppo", model, 0, training=ppo, reward=JudgeSpec(RewardModel(), reward, model), critic=reward,
         prompts=str(folder / "prompts.parquet"), covered_only=True, generators=("none",), generation=Generation(),
-        response_limit=RESPONSE,
+        response_limit=scale.response,
     )  # fmt: skip
 
 
@@ -136,16 +161,17 @@ def reward_model(folder: Path, model: str, lora: LoRA | None) -> str:
     return str(folder / "rm" / "model")
 
 
-def run_one(rank: int, name: str, job: Job, root: str) -> None:
+def run_one(rank: int, name: str, job: Job, root: str, gpu: bool) -> None:
     """One worker of a case."""
-    torch.set_num_threads(1)
     number = CASES[name][2]
+    if not gpu:
+        torch.set_num_threads(1)
     if number > 1:
         rendezvous = f"file://{root}/rendezvous"
         torch.distributed.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=number)
-    worker = OneOfMany(job.stage_dir, rank, number, "fsdp")
+    worker = Worker(job.stage_dir, "cuda") if gpu else OneOfMany(job.stage_dir, rank, number, "fsdp")
     if isinstance(job, OnPolicyJob):
-        costs = train_on_policy(job, worker, RandomRollouts())["costs"]
+        costs = train_on_policy(job, worker, RandomRollouts(job.response_limit))["costs"]
     else:
         run_job(job, worker)
         costs = read_manifest(Path(job.stage_dir))["costs"]
@@ -157,22 +183,23 @@ def run_one(rank: int, name: str, job: Job, root: str) -> None:
         torch.distributed.destroy_process_group()
 
 
-def measure(name: str, model: str) -> dict[str, float]:
+def measure(name: str, model: str, gpu: bool) -> dict[str, float]:
     """Of the worker of a case that took most."""
     with tempfile.TemporaryDirectory() as root:
         prepared = [sys.executable, __file__, "--model", model, "--case", name, "--root", root]
+        prepared += ["--gpu"] if gpu else []
         subprocess.run([*prepared, "--prepare"], check=True)
         subprocess.run(prepared, check=True)
         found = [json.loads(path.read_text()) for path in sorted(Path(root).glob("*.json"))]
     return max(found, key=lambda one: one["peak_memory_mib"])
 
 
-def run_case(name: str, root: str) -> None:
+def run_case(name: str, root: str, gpu: bool) -> None:
     job = torch.load(Path(root) / "job.pt", weights_only=False)
     if CASES[name][2] == 1:
-        run_one(0, name, job, root)
+        run_one(0, name, job, root, gpu)
     else:
-        torch.multiprocessing.spawn(run_one, (name, job, root), nprocs=CASES[name][2])
+        torch.multiprocessing.spawn(run_one, (name, job, root, gpu), nprocs=CASES[name][2])
 
 
 def table(found: dict[str, dict[str, float]]) -> list[str]:
@@ -192,28 +219,46 @@ def table(found: dict[str, dict[str, float]]) -> list[str]:
     return lines
 
 
+def random_llama(folder: str) -> str:
+    """A model of Llama 3.2 1B's shape with random weights."""
+    SHAPES["llama-1b"].new(seed=0).save_pretrained(folder)
+    word_tokenizer(SHAPES["llama-1b"].vocabulary).save_pretrained(folder)
+    return folder
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a transformers folder; SmolLM2-135M-Instruct where none is given")
+    parser.add_argument("--gpu", action="store_true", help="on a GPU, with a model of Llama 3.2 1B's shape")
     parser.add_argument("--case", choices=list(CASES), help="one case only")
     parser.add_argument("--root", help=argparse.SUPPRESS)
     parser.add_argument("--prepare", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    model = arguments.model or smollm2()
     if arguments.prepare:
-        folder = Path(arguments.root)
-        torch.save(job_of(arguments.case, folder, model), folder / "job.pt")
+        job = job_of(arguments.case, Path(arguments.root), arguments.model, ON_GPU if arguments.gpu else ON_CPU)
+        torch.save(job, Path(arguments.root) / "job.pt")
     elif arguments.root:
-        run_case(arguments.case, arguments.root)
+        run_case(arguments.case, arguments.root, arguments.gpu)
     else:
-        found: dict[str, Any] = {}
-        for name in [arguments.case] if arguments.case else CASES:
-            found[name] = measure(name, model)
-            print(name, found[name], flush=True)
-        lines = [f"{model.rsplit('/', 1)[-1]}, float32; MiB of one worker", "", *table(found)]
-        print("\n".join(lines))
-        if not arguments.case:
-            RESULTS.write_text("\n".join([f"$ python benchmarks/{Path(__file__).name}", *lines]) + "\n")
+        with tempfile.TemporaryDirectory() as folder:
+            model = arguments.model or (random_llama(folder) if arguments.gpu else smollm2())
+            report(arguments.case, model, arguments.gpu, arguments.model is None)
+
+
+def report(case: str | None, model: str, gpu: bool, usual: bool) -> None:
+    """Measure a case, or all of them; the table of all goes to the results, too."""
+    chosen = [name for name, (_, _, number) in CASES.items() if number == 1 or not gpu]
+    found: dict[str, Any] = {}
+    for name in [case] if case else chosen:
+        found[name] = measure(name, model, gpu)
+        print(name, found[name], flush=True)
+    called = "Llama 3.2 1B's shape" if gpu and usual else model.rsplit("/", 1)[-1]
+    where = f"allocated on one {torch.cuda.get_device_name()}" if gpu else "of one worker"
+    lines = [f"{called}, {(ON_GPU if gpu else ON_CPU).precision}; MiB {where}", "", *table(found)]
+    print("\n".join(lines))
+    if not case:
+        command = f"$ python benchmarks/{Path(__file__).name}" + (" --gpu" if gpu else "")
+        (RESULTS / f"rlhf_memory{'_gpu' if gpu else ''}.txt").write_text("\n".join([command, *lines]) + "\n")
 
 
 if __name__ == "__main__":
