@@ -1,7 +1,8 @@
 """Whether all of this works on a machine with a GPU, in about ten minutes.
 
     python benchmarks/gpu_acceptance.py [--part kernels|platform|all] [--out benchmarks/results/gpu_acceptance.json]
-    python benchmarks/gpu_acceptance.py --tiny          what a CPU can do of it, with tiny models
+    python benchmarks/gpu_acceptance.py --only "IPC sync"  only checks with this in their name, beside earlier results
+    python benchmarks/gpu_acceptance.py --tiny              what a CPU can do of it, with tiny models
 
 Part "kernels" needs torch 2.11 or later and transformers, part "platform" all that a comparison on GPUs needs (Ray and
 vLLM). The result is written after every check: its seconds, its numbers beside what is allowed, or its error's last
@@ -58,8 +59,8 @@ class Worker:
             self._side = None
 
 
-def run_part(part: str, setting: Setting, result: dict[str, Any], save: Callable[[], None]) -> None:
-    """All checks of a part into `result`, which is saved after each."""
+def run_part(part: str, only: list[str], setting: Setting, result: dict[str, Any], save: Callable[[], None]) -> None:
+    """All checks of a part with one of `only` in their names into `result`, which is saved after each."""
     worker = Worker(part, setting)
     try:
         try:
@@ -69,6 +70,10 @@ def run_part(part: str, setting: Setting, result: dict[str, Any], save: Callable
             return
         result["here"] |= told["here"]
         for check in told["checks"]:
+            if not any(text in check["name"] for text in only):
+                continue
+            for kept in (result["checks"], result["left_out"]):
+                kept[:] = [one for one in kept if one["name"] != check["name"]]
             if check["left_out"] is not None:
                 result["left_out"].append({"part": part, "name": check["name"], "why": check["left_out"]})
                 print(f"left out           {check['name']}: {check['left_out']}", flush=True)
@@ -106,12 +111,17 @@ def add(result: dict[str, Any], found: dict[str, Any], save: Callable[[], None])
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--part", choices=[*PARTS, "all"], default="all")
+    parser.add_argument(
+        "--only", nargs="+", default=[""], metavar="TEXT", help="only checks with one of these in a name"
+    )
     parser.add_argument("--tiny", action="store_true", help="on the CPU, with tiny models")
     parser.add_argument("--multi-gpu", action="store_true", help="also what takes two GPUs")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu_acceptance.json, or with _tiny")
     arguments = parser.parse_args()
     out = arguments.out or HERE / "results" / f"gpu_acceptance{'_tiny' if arguments.tiny else ''}.json"
     result: dict[str, Any] = {"machine": machine(), "tiny": arguments.tiny, "here": {}, "checks": [], "left_out": []}
+    if arguments.only != [""] and out.exists():
+        result |= json.loads(out.read_text(encoding="utf-8"))
 
     def save() -> None:
         write_result(out, result | {"failed": [each["name"] for each in result["checks"] if not each["passed"]]})
@@ -119,7 +129,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="accept-") as scratch:
         setting = Setting(arguments.tiny, scratch, 2 if arguments.multi_gpu else 1)
         for part in PARTS if arguments.part == "all" else [arguments.part]:
-            run_part(part, setting, result, save)
+            run_part(part, arguments.only, setting, result, save)
     failed = sum(not each["passed"] for each in result["checks"])
     print(f"{len(result['checks'])} checks, {failed} failed, {len(result['left_out'])} left out; {out} has the numbers")
     return 1 if failed else 0
