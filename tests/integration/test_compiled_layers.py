@@ -211,6 +211,11 @@ def test_sharded_layers_are_compiled(precision: Any, tmp_path: Path, compiled: C
         rows = batch(70, packed=True)
         assert largest_gap(results(model, rows), results(plain, rows)) == 0.0
         assert counter.frame_count >= 1
+        nodes = [node for graph in counter.graphs for node in graph.graph.nodes]
+        calls = [node for node in nodes if node.target is flex.flex_attention_hop]
+        sizes = [one.meta["example_value"].shape[-1] for call in calls for one in call.args[:3]]
+        # FlexAttention's kernel cannot be built for heads of unknown size.
+        assert len(sizes) >= 3 and {type(size) for size in sizes} == {int}
     finally:
         torch.distributed.destroy_process_group()
 

@@ -156,6 +156,18 @@ def test_every_kernel_that_would_be_chosen_fits_its_card() -> None:
             assert kernel["spilled"] < 1000  # bytes per thread: torch's own tiles spilled up to 55,440
 
 
+def test_the_kernel_is_not_told_that_every_token_sees_something_in_the_first_tile() -> None:
+    """It takes the safe path of its softmax: rows that see nothing in the first tile that they look at exist."""
+    tree, branch = map(torch.from_numpy, row(ROWS["short"]))
+    sees = visible_to(tree, branch)
+    queries, keys = torch.arange(len(tree))[:, None], torch.arange(32)[None, :]
+    none = torch.zeros((), dtype=torch.long)
+    assert not sees(none, none, queries, keys).any(1).all()
+    for capability, shared_memory in CARDS.values():
+        for kind in (torch.bfloat16, torch.float32):
+            assert not options_for(kind, 64, capability, shared_memory).get("ROWS_GUARANTEED_SAFE")
+
+
 # ---------------------------------------------------------------------------------------------- the head
 
 

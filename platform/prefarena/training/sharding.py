@@ -41,7 +41,22 @@ def shard(
     for layer in decoder_layers(module):
         fully_shard(layer, mesh=mesh, mp_policy=_policy(precision), offload_policy=where)
     fully_shard(module, mesh=mesh, mp_policy=_policy(head or precision), offload_policy=where)
+    _compile_as_plain(module)
     return module
+
+
+def _compile_as_plain(module: nn.Module) -> None:
+    """Have the decoder layers compiled as if they were not sharded.
+
+    Where torch.compile sees this mark of fully_shard, it takes integers of the modules, such as the size of a head, as
+    unknown sizes like those of rows, and FlexAttention's kernel cannot be built for a head of unknown size
+    (torch._dynamo.utils.is_int_specialization_case knows no sharded modules). Nothing else reads the mark, and a layer
+    is whole while its compiled forward runs: FSDP's hooks are around it.
+    """
+    for layer in decoder_layers(module):
+        for part in layer.modules():
+            if hasattr(part, "_is_fsdp_managed_module"):
+                part._is_fsdp_managed_module = False  # type: ignore[assignment]
 
 
 def _policy(precision: Arithmetic) -> MixedPrecisionPolicy:
