@@ -281,7 +281,7 @@ def no_second_gpu(setting: Setting) -> str | None:
 
 
 def unbuilt(_: Setting) -> str:
-    return "an engine is on one GPU: the product has no tensor parallel generation"
+    return "no check of it takes GPUs yet; tests/integration/test_tensor_parallel.py runs it on a CPU"
 
 
 _NO_KERNELS = "vLLM's batch-invariant kernels are Triton's: its engines for CPUs end in an error with them"

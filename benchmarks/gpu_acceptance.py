@@ -20,7 +20,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -59,7 +59,9 @@ class Worker:
             self._side = None
 
 
-def run_part(part: str, only: list[str], setting: Setting, result: dict[str, Any], save: Callable[[], None]) -> None:
+def run_part(
+    part: str, setting: Setting, result: dict[str, Any], save: Callable[[], None], only: Sequence[str] = ("",)
+) -> None:
     """All checks of a part with one of `only` in their names into `result`, which is saved after each."""
     worker = Worker(part, setting)
     try:
@@ -129,7 +131,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="accept-") as scratch:
         setting = Setting(arguments.tiny, scratch, 2 if arguments.multi_gpu else 1)
         for part in PARTS if arguments.part == "all" else [arguments.part]:
-            run_part(part, arguments.only, setting, result, save)
+            run_part(part, setting, result, save, arguments.only)
     failed = sum(not each["passed"] for each in result["checks"])
     print(f"{len(result['checks'])} checks, {failed} failed, {len(result['left_out'])} left out; {out} has the numbers")
     return 1 if failed else 0

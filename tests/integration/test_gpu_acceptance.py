@@ -119,6 +119,21 @@ def test_it_goes_on_after_checks_that_fail_crash_or_hang_and_writes_each(
     assert saved == [1, 2, 3, 4, 5, 6, 6, 7]
 
 
+def test_chosen_checks_are_done_again_and_earlier_results_of_others_are_kept(
+    tmp_path: Path, script: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "acceptance_broken.py").write_text(textwrap.dedent(PART), encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    earlier = [{"name": "wrong", "passed": True}, {"name": "fine", "passed": False}]
+    result: dict[str, Any] = {"here": {}, "checks": earlier, "left_out": [{"name": "still fine", "why": "no time"}]}
+    setting = script("acceptance").Setting(True, str(tmp_path), 1)
+    script("gpu_acceptance").run_part("broken", setting, result, lambda: None, ["fine", "absent"])
+    assert [(one["name"], one["passed"]) for one in result["checks"]] == [
+        ("wrong", True), ("fine", True), ("still fine", True)
+    ]  # fmt: skip
+    assert [one["name"] for one in result["left_out"]] == ["absent"]
+
+
 def test_a_part_that_cannot_be_imported_is_a_failed_check(tmp_path: Path, script: Callable[[str], Any]) -> None:
     result: dict[str, Any] = {"here": {}, "checks": [], "left_out": []}
     setting = script("acceptance").Setting(True, str(tmp_path), 1)
