@@ -131,6 +131,18 @@ def test_a_kernel_that_cannot_be_made_is_told_and_lack_of_memory_is_not(monkeypa
     flex_trees.why_not.cache_clear()
 
 
+def test_a_kernel_that_gives_no_numbers_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    flex_trees.why_not.cache_clear()
+
+    def unsafe(query: Tensor, *_: object, **__: object) -> Tensor:
+        """Rows behind the first 12 see nothing in their first tile."""
+        return query * torch.where(torch.arange(BLOCK) < 12, 1.0, torch.nan)[:, None]
+
+    monkeypatch.setattr(flex_trees, "flex_attention", unsafe)
+    assert flex_trees.why_not(CPU, torch.float32, 4, 2, 16) == "its kernel gives values that are not finite numbers"
+    flex_trees.why_not.cache_clear()
+
+
 def test_too_many_variants_are_an_error_rather_than_silence() -> None:
     """With torch's defaults the ninth variant runs uncompiled, and holds the scores of all pairs of tokens."""
     call = torch.compile(lambda tensor, power: tensor**power, backend="eager", fullgraph=True, dynamic=False)

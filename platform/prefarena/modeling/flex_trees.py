@@ -147,7 +147,8 @@ def why_not(
     rounding: what `torch.get_float32_matmul_precision` gives now; another one makes another kernel.
 
     It is tried, on a short row: what a card lacks (shared memory for this head size and kind of numbers), or a machine
-    (a C compiler, Python's headers, a driver that is new enough), shows only when the kernel is compiled and run.
+    (a C compiler, Python's headers, a driver that is new enough), shows only when the kernel is compiled and run. The
+    row has padding behind a tree, which sees as little of it as a second tree would.
     """
     lengths, size = [[3, 5, 4]], BLOCK
     tree = np.repeat([0, -1], [12, size - 12])
@@ -158,12 +159,14 @@ def why_not(
     )
     try:
         blocks = mask_of(moved(mask_arrays(tree, branch, lengths), device))
-        attend(query, key, value, blocks, None).sum().backward()
+        out = attend(query, key, value, blocks, None)
+        out.sum().backward()
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:  # whatever goes wrong in compiling arrives as one
         return str(error).strip().splitlines()[0]
-    return None
+    finite = [bool(each.isfinite().all()) for each in (out, query.grad, key.grad, value.grad) if each is not None]
+    return None if all(finite) else "its kernel gives values that are not finite numbers"
 
 
 @cache
