@@ -1,8 +1,8 @@
-"""Whether all of this works on a machine with a GPU, in about ten minutes.
+"""Whether all of this works on a machine with a GPU, in about twenty minutes.
 
     python benchmarks/gpu_acceptance.py [--part kernels|platform|all] [--out benchmarks/results/gpu_acceptance.json]
-    python benchmarks/gpu_acceptance.py --only "IPC sync"  only checks with this in their name, beside earlier results
-    python benchmarks/gpu_acceptance.py --tiny              what a CPU can do of it, with tiny models
+    python benchmarks/gpu_acceptance.py --only "IPC sync"   only checks with this in their name, beside earlier results
+    python benchmarks/gpu_acceptance.py --tiny               what a CPU can do of it, with tiny models
 
 Part "kernels" needs torch 2.11 or later and transformers, part "platform" all that a comparison on GPUs needs (Ray and
 vLLM). The result is written after every check: its seconds, its numbers beside what is allowed, or its error's last
