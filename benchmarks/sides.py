@@ -16,9 +16,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
@@ -63,12 +64,21 @@ def last_error(log: str) -> str | None:
 class Side:
     """A process that runs a block of work for each line that it is given, and waits in between.
 
-    apart: in a session of its own, so that `kill` ends what it has started, too.
+    apart: in a session of its own, so that `kill` ends what it has started, too. environment: variables in addition to
+    this process's.
     """
 
-    def __init__(self, command: list[str], log: Path, threads: int, *, apart: bool = False) -> None:
+    def __init__(
+        self,
+        command: list[str],
+        log: Path,
+        threads: int,
+        *,
+        apart: bool = False,
+        environment: Mapping[str, str] = MappingProxyType({}),
+    ) -> None:
         self._log, self._apart = log, apart
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
+        common = {"OMP_NUM_THREADS": str(threads), "TRL_EXPERIMENTAL_SILENCE": "1"}
         with log.open("w") as errors:
             self._process = subprocess.Popen(
                 command,
@@ -76,7 +86,7 @@ class Side:
                 stdout=subprocess.PIPE,
                 stderr=errors,
                 text=True,
-                env=environment,
+                env={**os.environ, **common, **environment},
                 start_new_session=apart,
             )
 
