@@ -323,6 +323,34 @@ def test_some_layers_are_replaced_alone_on_top_of_the_others(generator: Generato
     ]
 
 
+def note_what_is_read_back(actor: Any) -> None:
+    """From now on."""
+    from prefarena.generation.engine import rank
+
+    actor.read_back, actor.noted = rank._read_back, []
+    rank._read_back = lambda module, columns: actor.noted.append(module) or actor.read_back(module, columns)
+
+
+def num_read_back(actor: Any) -> int:
+    """How many layers were read back since `note_what_is_read_back`, which ends."""
+    from prefarena.generation.engine import rank
+
+    rank._read_back = actor.read_back
+    return len(actor.noted)
+
+
+def test_only_what_was_sent_is_read_back(generator: Generators, tiny_policy: str) -> None:
+    """Each layer costs a product, and the head's is the largest."""
+    weights = load_policy(tiny_policy).state_dict()
+    generator.sync(weights.items(), "base")
+    inside(generator, note_what_is_read_back)
+    try:
+        generator.sync([(name, weights[name]) for name in (Q, K, V)], "part", since="base")
+    finally:
+        number = inside(generator, num_read_back)
+    assert number == 1  # the engine has one layer for all three
+
+
 def test_a_part_of_a_layer_is_refused(generator: Generators, tiny_policy: str) -> None:
     """vLLM would fill the rest of a fused layer with whatever its buffer held."""
     weights = load_policy(tiny_policy).state_dict()

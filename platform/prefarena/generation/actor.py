@@ -291,7 +291,8 @@ class GenerationActor:
         self._update = None
         if sums is not None:
             checked, self._checked = self._checked, None  # unless it is found to hold what was sent
-            held = self._engine.held_checksums(self._layout.tensors, sums.sample)
+            sent = {name: layout for name, layout in self._layout.tensors.items() if name in sums.of}
+            held = self._engine.held_checksums(sent, sums.sample)
             verified = check_held(held, sums.of, self._layout.shapes)
             self._checked = verified if sums.sample is None else checked
         self._version = version

@@ -106,6 +106,8 @@ def _held_pieces(
     packed = getattr(model, "packed_modules_mapping", {})
     pieces: dict[str, list[Piece]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
+        if names.keys().isdisjoint(_held_names(path, module, packed)):
+            continue  # reading a layer back costs a product
         for held in _held(path, module, packed, sample):
             for name in names.get(held.name, ()):
                 piece = held.piece(tensors[name].held_shape, sample)
@@ -119,13 +121,17 @@ def _layers(model: nn.Module, tensors: Mapping[str, Layout]) -> list[frozenset[s
     packed = getattr(model, "packed_modules_mapping", {})
     found: dict[int, set[str]] = {}
     for path, module in model.named_modules(remove_duplicate=False):
-        parent, _, leaf = path.rpartition(".")
-        for kind, _ in module.named_parameters(recurse=False):
-            fused = packed.get(leaf, [leaf]) if isinstance(module, LinearBase) else [leaf]
-            for part in fused:
-                held_name = ".".join(filter(None, (parent, part, kind)))
-                found.setdefault(id(module), set()).update(names.get(held_name, ()))
+        for held_name in _held_names(path, module, packed):
+            found.setdefault(id(module), set()).update(names.get(held_name, ()))
     return [frozenset(group) for group in found.values() if group]
+
+
+def _held_names(path: str, module: nn.Module, packed: Mapping[str, list[str]]) -> list[str]:
+    """Names in the engine of a module's own tensors, fused ones taken apart."""
+    parent, _, leaf = path.rpartition(".")
+    parts = packed.get(leaf, [leaf]) if isinstance(module, LinearBase) else [leaf]
+    kinds = [kind for kind, _ in module.named_parameters(recurse=False)]
+    return [".".join(filter(None, (parent, part, kind))) for kind in kinds for part in parts]
 
 
 def _state_names(model: nn.Module, tensors: Mapping[str, Layout]) -> dict[str, list[str]]:
