@@ -58,3 +58,26 @@ def test_only_what_a_dead_actor_has_reserved_is_freed(ray_session: None) -> None
         for group in groups[1:]:
             remove_placement_group(group)
         ray.kill(living)
+
+
+def test_what_was_reserved_as_its_actor_died_is_freed_too(ray_session: None) -> None:
+    """Ray makes such a group after the actor's death, and does not mark it as a dead one's."""
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    remote: Any = ray.remote(num_cpus=0)(Reserves)
+    before = reserved()
+    for _ in range(4):
+        dead = remote.remote()
+        ray.get(dead.reserve.remote())
+        ray.kill(dead)
+        dead.reserve.remote()  # which is still carried out if it is faster than the kill
+        wait_for_death(dead)
+        deadline = time.monotonic() + 30
+        while reserved() > before and time.monotonic() < deadline:
+            free_reservations_of_the_dead()
+            time.sleep(0.1)
+        assert reserved() == before
+
+
+def reserved() -> int:
+    """How many groups hold something, or are about to."""
+    return sum(group["state"] != "REMOVED" for group in placement_group_table().values())
