@@ -8,11 +8,11 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from rich.console import Console
+from waiting import wait_until
 
 from pipelines.claims import lease_of, only_once, settle
 from prefarena.errors import UserError
@@ -27,13 +27,6 @@ with Leases() as leases:
     assert leases.take(Path(sys.argv[1])) is None
     os._exit(9)
 """
-
-
-def wait_until(holds: Callable[[], bool], what: str) -> None:
-    deadline = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < deadline, f"waited 60 s for {what}"
-        time.sleep(0.01)
 
 
 def dead_holder(path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from rich.console import Console
 from test_end_to_end import LANGUAGE, QUICK
-from test_leases import wait_until
+from waiting import wait_until
 
 from pipelines.compare import compare
 from prefarena.config import Comparison, parse_config

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import sys
-import time
+from functools import partial
 from typing import Any
 
-import pytest
 import ray
 from ray import cloudpickle
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
+from waiting import wait_until
 
 from prefarena.training.reservations import free_reservations_of_the_dead
 
@@ -28,15 +28,18 @@ def state(group: PlacementGroup) -> str:
     return placement_group_table(group)["state"]
 
 
-def wait_for_death(actor: Any, seconds: float = 30) -> None:
-    """Ray kills an actor at some time after it was told to; until then it goes on with what it is asked."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        try:
-            ray.get(actor.answer.remote(), timeout=seconds)
-        except ray.exceptions.RayActorError:
-            return
-    pytest.fail(f"the actor was still alive {seconds:g} s after it was killed")
+def is_dead(actor: Any) -> bool:
+    """Whether it has died: Ray kills it at some time after it was told to, and until then it does what it is asked."""
+    try:
+        ray.get(actor.answer.remote(), timeout=30)
+    except ray.exceptions.RayActorError:
+        return True
+    return False
+
+
+def num_reserved() -> int:
+    """How many groups hold something, or are about to."""
+    return sum(group["state"] != "REMOVED" for group in placement_group_table().values())
 
 
 def test_only_what_a_dead_actor_has_reserved_is_freed(ray_session: None) -> None:
@@ -49,7 +52,7 @@ def test_only_what_a_dead_actor_has_reserved_is_freed(ray_session: None) -> None
         ray.get(groups[-1].ready())
         assert free_reservations_of_the_dead() == 0
         ray.kill(dead)
-        wait_for_death(dead)
+        wait_until(lambda: is_dead(dead), "the actor to die", 30)
         assert [state(group) for group in groups] == ["CREATED"] * 3  # Ray leaves it
         assert free_reservations_of_the_dead() == 1
         assert [state(group) for group in groups] == ["REMOVED", "CREATED", "CREATED"]
@@ -64,20 +67,16 @@ def test_what_was_reserved_as_its_actor_died_is_freed_too(ray_session: None) -> 
     """Ray makes such a group after the actor's death, and does not mark it as a dead one's."""
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     remote: Any = ray.remote(num_cpus=0)(Reserves)
-    before = reserved()
+    before = num_reserved()
+
+    def nothing_is_left() -> bool:
+        free_reservations_of_the_dead()
+        return num_reserved() == before
+
     for _ in range(4):
-        dead = remote.remote()
-        ray.get(dead.reserve.remote())
-        ray.kill(dead)
-        dead.reserve.remote()  # which is still carried out if it is faster than the kill
-        wait_for_death(dead)
-        deadline = time.monotonic() + 30
-        while reserved() > before and time.monotonic() < deadline:
-            free_reservations_of_the_dead()
-            time.sleep(0.1)
-        assert reserved() == before
-
-
-def reserved() -> int:
-    """How many groups hold something, or are about to."""
-    return sum(group["state"] != "REMOVED" for group in placement_group_table().values())
+        actor = remote.remote()
+        ray.get(actor.reserve.remote())
+        ray.kill(actor)
+        actor.reserve.remote()  # which is still carried out if it is faster than the kill
+        wait_until(partial(is_dead, actor), "the actor to die", 30)
+        wait_until(nothing_is_left, "what it had reserved to be free", 30)

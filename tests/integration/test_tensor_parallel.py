@@ -6,7 +6,7 @@ import os
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ from ray.util.placement_group import placement_group_table
 from test_generation import PROMPTS, inside, logp_gap, perturbed
 from tiny import save_tiny_policy
 from transformers import PreTrainedModel
+from waiting import wait_until
 
 from prefarena.config import Generation, LoRA
 from prefarena.generation.fleet import Generators
@@ -52,13 +53,6 @@ def gone(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] == "Z"
     except FileNotFoundError:
         return True
-
-
-def wait_until(true: Callable[[], bool], seconds: float = 30) -> None:
-    deadline = time.monotonic() + seconds
-    while not true():
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
 
 
 def same_when_greedy(one: Generators, other: Generators, version: str) -> None:
@@ -249,8 +243,8 @@ def test_a_stopped_engine_leaves_no_process_and_no_reservation(two_ranks: Genera
     """The last of the tests that use it."""
     ranks, name = ranks_of(two_ranks), reservation(two_ranks)["placement_group_id"]
     two_ranks.stop()
-    wait_until(lambda: all(map(gone, ranks)))
-    wait_until(lambda: placement_group_table()[name]["state"] == "REMOVED")
+    wait_until(lambda: all(map(gone, ranks)), "the ranks to end", 30)
+    wait_until(lambda: placement_group_table()[name]["state"] == "REMOVED", "the reservation to end", 30)
 
 
 # --------------------------------------------------------------------------------------------------- longer ones

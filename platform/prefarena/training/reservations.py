@@ -15,8 +15,8 @@ def free_reservations_of_the_dead() -> int:
     asks the dashboard about the controller, which a local cluster does not have, and it learns of a group only when
     all of its workers have started. Until then a new controller's workers find no room.
 
-    A group that was asked for as the actor died may be made afterwards, and Ray does not mark it as a dead one's: the
-    state of the actor itself counts as well.
+    A group that was asked for as the actor died may be made afterwards, and Ray does not mark it as a dead one's
+    (`creator_actor_dead`). So it is the actors that are asked about.
     """
     import ray
     from ray._private.state import actors, state
@@ -24,18 +24,14 @@ def free_reservations_of_the_dead() -> int:
     from ray.util.placement_group import PlacementGroup, remove_placement_group
 
     generated: Any = gcs_pb2  # its names are made at run time
-    job = ray.get_runtime_context().get_job_id()
-    dead = {name for name, actor in actors().items() if actor["State"] == "DEAD"}
+    dead = actors(job_id=ray.JobID.from_hex(ray.get_runtime_context().get_job_id()), actor_state_name="DEAD")
     num_removed = 0
     for stored in state._connect_and_get_accessor().get_placement_group_table():
         table = generated.PlacementGroupTableData.FromString(stored)
-        by_an_actor = not set(table.creator_actor_id) <= {0xFF}  # a driver's own have none, which counts as a dead one
-        is_dead = table.creator_actor_dead or table.creator_actor_id.hex() in dead
-        left = by_an_actor and is_dead and table.state != generated.PlacementGroupTableData.REMOVED
-        if not left or table.is_detached or table.creator_job_id.hex() != job:
-            continue
-        remove_placement_group(PlacementGroup(ray.PlacementGroupID(table.placement_group_id)))
-        num_removed += 1
+        is_left = table.creator_actor_id.hex() in dead and table.state != generated.PlacementGroupTableData.REMOVED
+        if is_left and not table.is_detached:
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(table.placement_group_id)))
+            num_removed += 1
     if num_removed:
         _logger.info("%d placement groups of dead actors were removed", num_removed)
     return num_removed
